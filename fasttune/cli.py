@@ -1,0 +1,80 @@
+"""The command line: imports one module when its command is asked for, so that --help answers at once.
+
+fasttune train CONFIG [key=value …]     fasttune verify     (exit 0 fine, 1 a run or check failed, 2 wrong input)
+"""
+
+import argparse
+import json
+import os
+import signal
+import sys
+
+from fasttune import __version__
+from fasttune.errors import ConfigError, FasttuneError
+
+EXAMPLES = """examples:
+  fasttune train configs/quickstart.yaml
+  fasttune train configs/smollm2_135m_gsm8k.yaml data.train=rows.jsonl train.max_steps=20
+  fasttune verify --quick
+"""
+
+
+def main(argv: list[str] | None = None) -> int:
+    """Run one command and return its exit code."""
+    arguments = sys.argv[1:] if argv is None else argv
+    if arguments[:1] == ["verify"]:  # verify has a parser of its own: it is also `python -m fasttune.verify`
+        from fasttune import verify
+
+        return verify.main(arguments[1:])
+    options = parser().parse_args(arguments)
+    try:
+        return train(options)
+    except FasttuneError as error:
+        if options.debug:
+            raise
+        problems = error.problems if isinstance(error, ConfigError) else [str(error)]
+        for problem in problems:
+            print(f"fasttune: {problem}", file=sys.stderr)
+        return error.exit_code
+
+
+def parser() -> argparse.ArgumentParser:
+    top = argparse.ArgumentParser(
+        prog="fasttune",
+        description="Fine-tune an open model on one GPU as fast as the chip allows, and prove the number.",
+        epilog=EXAMPLES,
+        formatter_class=argparse.RawDescriptionHelpFormatter,
+    )
+    top.add_argument("--version", action="version", version=f"fasttune {__version__}")
+    commands = top.add_subparsers(dest="command", required=True, metavar="COMMAND")
+    commands.add_parser("verify", help="check this environment, with the command that fixes what is wrong")
+    command = commands.add_parser("train", help="fine-tune a model as a config says")
+    command.add_argument("config", help="YAML file, e.g. configs/quickstart.yaml")
+    command.add_argument("overrides", nargs="*", metavar="key=value", help="settings that overrule the file")
+    command.add_argument("--json", action="store_true", help="print run.json as the last line of stdout")
+    command.add_argument("--debug", action="store_true", help="show the traceback of an error")
+    return top
+
+
+def train(options: argparse.Namespace) -> int:
+    """`fasttune train`: 0 completed, 1 failed, 130 / 143 interrupted by SIGINT / SIGTERM."""
+    from fasttune import config, terminal
+    from fasttune import train as training
+
+    settings = config.load(options.config, options.overrides)
+    reporter = terminal.Reporter(None)
+    result = training.run(settings, reporter)
+    reporter.finish(result)
+    if options.json:
+        from fasttune import report
+
+        print(report.to_json_line(result.as_dict()))
+    if result.status == "interrupted":
+        return 128 + (signal.SIGTERM if "SIGTERM" in (result.error or "") else signal.SIGINT)
+    return 0 if result.status == "completed" else 1
+
+
+if __name__ == "__main__":
+    code = main()
+    sys.stdout.flush()
+    sys.exit(code)

@@ -1,0 +1,227 @@
+"""A run, declared once: YAML + `key=value` → a checked Config; every problem is reported at once.
+
+    config = load("configs/quickstart.yaml", ["train.max_steps=20"])
+
+All defaults live here. Units are in the names; `auto` is resolved by plan.py, which prints its reason.
+"""
+
+import difflib
+from pathlib import Path
+from typing import Any, Literal
+
+import yaml
+from pydantic import BaseModel, ConfigDict, Field, ValidationError, model_validator
+
+from fasttune.errors import ConfigError
+
+# What other trainers call our settings: a person who types one is told ours.
+FAMILIAR = {
+    "lr": "train.learning_rate",
+    "r": "lora.rank",
+    "batch_size": "train.batch_rows",
+    "per_device_train_batch_size": "train.micro_batch_rows",
+    "num_train_epochs": "train.epochs",
+    "max_seq_length": "model.max_length",
+    "load_in_4bit": "model.quantization",
+    "dataset": "data.train",
+}
+SEVEN_PROJECTIONS = ["q_proj", "k_proj", "v_proj", "o_proj", "gate_proj", "up_proj", "down_proj"]
+
+
+class Section(BaseModel):
+    """Unknown keys fail; values are checked again after key=value overrides."""
+
+    model_config = ConfigDict(extra="forbid", allow_inf_nan=False)
+
+
+class ModelConfig(Section):
+    """Which weights, at which precision."""
+
+    name: str = Field(min_length=1, description="hub id, local folder, builtin:smollm2-135m or builtin:tiny")
+    revision: str | None = Field(None, description="branch, tag or commit of a hub model")
+    max_length: int = Field(2048, ge=8, description="tokens of a row, at most")
+    dtype: Literal["auto", "bfloat16", "float32"] = "auto"
+    quantization: Literal["none", "nf4"] = "none"
+    trust_remote_code: bool = Field(False, description="runs code that comes with the model: only if you read it")
+
+
+class LoraConfig(Section):
+    """Adapter on the linear layers. Source: https://arxiv.org/abs/2106.09685."""
+
+    rank: int = Field(16, ge=1)
+    alpha: float = Field(32, gt=0)
+    dropout: float = Field(0.0, ge=0, lt=1, description="anything but 0 loses Unsloth's fused kernels")
+    targets: list[str] = Field(default_factory=lambda: list(SEVEN_PROJECTIONS), min_length=1)
+    rslora: bool = Field(False, description="scale by alpha / sqrt(rank): https://arxiv.org/abs/2312.03732")
+    init: Literal["default", "pissa"] = Field("default", description="pissa: https://arxiv.org/abs/2404.02948")
+
+
+class DataConfig(Section):
+    """Rows to train on and rows to look at."""
+
+    train: str = Field(
+        min_length=1, description="JSONL, Parquet or CSV file, hub id owner/name[:subset], or builtin:arithmetic"
+    )
+    eval: str | None = Field(None, description="held-out rows for the samples before and after")
+    split: str = Field("train", description="split of a hub data set")
+    columns: dict[str, str] = Field(default_factory=dict, description="canonical name → name in the file")
+    max_rows: int | None = Field(None, ge=1, description="only the first rows")
+    train_on: Literal["assistant", "all"] = "assistant"
+    too_long: Literal["truncate", "drop"] = "truncate"
+
+
+class TrainConfig(Section):
+    """The optimization. `batch_rows` is the effective batch: rows of one optimizer step."""
+
+    method: Literal["lora", "full"] = "lora"
+    batch_rows: int = Field(8, ge=1)
+    micro_batch_rows: int | Literal["auto"] = "auto"
+    epochs: float = Field(1.0, gt=0)
+    max_steps: int | None = Field(None, ge=1, description="optimizer steps; overrides epochs")
+    learning_rate: float = Field(2e-4, gt=0)
+    scheduler: Literal["linear", "cosine", "constant"] = "linear"
+    warmup_ratio: float = Field(0.05, ge=0, lt=1)
+    weight_decay: float = Field(0.0, ge=0)
+    max_grad_norm: float = Field(1.0, gt=0)
+    optimizer: Literal["auto", "adamw_torch_fused", "adamw_8bit"] = "auto"
+    gradient_checkpointing: Literal["auto", "none", "full", "unsloth"] = "auto"
+
+    @model_validator(mode="after")
+    def _micro_divides_batch(self) -> "TrainConfig":
+        if self.micro_batch_rows != "auto" and (self.micro_batch_rows < 1 or self.batch_rows % self.micro_batch_rows):
+            raise ValueError(f"micro_batch_rows {self.micro_batch_rows} must divide batch_rows {self.batch_rows}")
+        return self
+
+
+class Config(Section):
+    """One fine-tuning run."""
+
+    name: str = Field("run", pattern=r"^[A-Za-z0-9._-]+$")
+    seed: int = Field(42, ge=0, lt=2**32)
+    output_dir: str | None = Field(None, description="default runs/NAME-YYYYmmdd-HHMMSS")
+    overwrite: bool = Field(False, description="replace a run that is already in output_dir")
+    samples: int = Field(0, ge=0, le=16, description="held-out problems shown before and after")
+    usd_per_hour: float | None = Field(
+        None, ge=0, description="price of this machine; default: by GPU, see hardware.py"
+    )
+    model: ModelConfig
+    lora: LoraConfig = Field(default_factory=LoraConfig)
+    data: DataConfig
+    train: TrainConfig = Field(default_factory=TrainConfig)
+
+    @model_validator(mode="after")
+    def _combinations(self) -> "Config":
+        if self.train.method == "full" and "lora" in self.model_fields_set:
+            raise ValueError("lora.* would be ignored by train.method=full: remove the lora section")
+        if self.train.method == "full" and self.model.quantization != "none":
+            raise ValueError("model.quantization=nf4 cannot be trained in full: set train.method=lora")
+        if self.lora.init == "pissa" and self.model.quantization != "none":
+            raise ValueError("lora.init=pissa splits the base weights, which nf4 has not: set lora.init=default")
+        if self.samples and self.data.eval is None:
+            raise ValueError("samples needs data.eval: name held-out rows, or set samples=0")
+        return self
+
+
+def load(path: str | Path, overrides: list[str] | None = None) -> Config:
+    """Read a YAML file, apply `section.key=value` overrides and check everything; raises ConfigError with all problems."""
+    path = Path(path)
+    try:
+        tree = yaml.safe_load(path.read_text(encoding="utf-8"))
+    except OSError as error:
+        raise ConfigError(
+            [f"{path}: cannot be read ({error.strerror}); name a YAML file, e.g. configs/quickstart.yaml"]
+        )
+    except (yaml.YAMLError, UnicodeDecodeError) as error:
+        where = f" line {error.problem_mark.line + 1}" if getattr(error, "problem_mark", None) else ""
+        raise ConfigError([f"{path}{where}: not valid YAML ({getattr(error, 'problem', None) or 'cannot be decoded'})"])
+    if not isinstance(tree, dict):
+        raise ConfigError([f"{path}: holds no settings; see configs/quickstart.yaml"])
+    problems = _apply_overrides(tree, overrides or [])
+    return parse(tree, problems)
+
+
+def parse(tree: dict[str, Any], problems: list[str] | None = None) -> Config:
+    """Check a nested dict against Config; `problems` found earlier are reported together with the new ones."""
+    problems = list(problems or [])
+    config = None
+    try:
+        config = Config.model_validate(tree)
+    except ValidationError as error:
+        problems += [_one_line(item) for item in error.errors()]
+    if problems or config is None:
+        raise ConfigError(list(dict.fromkeys(problems)))
+    return config
+
+
+def dump(config: Config, header: str = "") -> str:
+    """YAML that `load` reads back to the same Config."""
+    unused = {"lora"} if config.train.method == "full" else None
+    body = yaml.safe_dump(config.model_dump(mode="json", exclude=unused), sort_keys=False, allow_unicode=True)
+    return header + body
+
+
+def known_keys(model: type[BaseModel] = Config, prefix: str = "") -> list[str]:
+    """All settings as dotted names, for the nearest-name hint and the documentation."""
+    keys: list[str] = []
+    for name, field in model.model_fields.items():
+        kind = field.annotation
+        if isinstance(kind, type) and issubclass(kind, BaseModel):
+            keys += known_keys(kind, f"{prefix}{name}.")
+        else:
+            keys.append(prefix + name)
+    return keys
+
+
+def _apply_overrides(tree: dict[str, Any], overrides: list[str]) -> list[str]:
+    problems = []
+    for override in overrides:
+        key, sign, text = override.partition("=")
+        if not sign or not key:
+            problems.append(f"{override}: not of the form key=value, e.g. train.max_steps=20")
+            continue
+        try:
+            value = yaml.safe_load(text) if text else None
+        except yaml.YAMLError:
+            value = text
+        if isinstance(value, str):
+            value = _number(value)
+        node = tree
+        *sections, leaf = key.split(".")
+        for section in sections:
+            child = node.get(section)
+            if not isinstance(child, dict):
+                child = node[section] = {}
+            node = child
+        node[leaf] = value
+    return problems
+
+
+def _number(text: str) -> str | float:
+    """YAML 1.1 reads 3e-4 as a string; a person means a number."""
+    try:
+        return float(text)
+    except ValueError:
+        return text
+
+
+def _one_line(item: Any) -> str:
+    location = [str(part) for part in item["loc"] if not str(part).startswith(("function-", "literal["))]
+    key = ".".join(location)
+    if item["type"] == "extra_forbidden":
+        return f"{key}: unknown setting{_nearest(key)}"
+    if item["type"] == "missing":
+        return f"{key}: is required; add it to the config or give {key}=… on the command line"
+    message = item["msg"].removeprefix("Value error, ")
+    for kind in ("int", "str", "float"):  # the branch of a union that failed is no part of the key
+        key = key.removesuffix(f".{kind}")
+    if item["type"] == "value_error":
+        return f"{key}: {message}" if key else message
+    return f"{key}: {message[0].lower()}{message[1:]}, got {item['input']!r}"
+
+
+def _nearest(key: str) -> str:
+    candidates, leaf = known_keys(), key.rsplit(".", 1)[-1]
+    same_leaf = [name for name in candidates if name.rsplit(".", 1)[-1] == leaf]
+    familiar = [FAMILIAR[leaf]] if leaf in FAMILIAR else []
+    close = familiar or same_leaf or difflib.get_close_matches(key, candidates, n=1, cutoff=0.5)
+    return f" (did you mean {close[0]}?)" if close else f" (known: {', '.join(candidates[:6])}, …)"

@@ -1,0 +1,1 @@
+"""Rows → text → tokens and labels. Pure functions; no torch."""

@@ -1,0 +1,70 @@
+"""builtin:arithmetic: seeded one-step word problems in GSM8K's form (steps, then `#### N`), answers checkable exactly.
+
+    rows = generate("train", seed=0, rows=2000)     # {"question": …, "answer": …}
+
+Train and held-out parts are disjoint in their numbers: a problem's part is a hash of its (kind, a, b), so no seed,
+count or wording can put the same sum into both.
+"""
+
+import hashlib
+import random
+from collections.abc import Iterator
+from typing import Literal
+
+Part = Literal["train", "test"]
+
+NAMES = ["Ana", "Ben", "Carla", "David", "Elena", "Farid", "Grace", "Hugo", "Ines", "Jonas", "Kira", "Liam"]
+THINGS = ["apples", "books", "coins", "eggs", "marbles", "pencils", "shells", "stamps", "stickers", "tickets"]
+HELD_OUT_SHARE = 0.1  # of all number pairs
+
+Problem = tuple[str, str]  # question, answer
+
+
+def _add(name: str, thing: str, a: int, b: int) -> Problem:
+    question = f"{name} has {a} {thing} and buys {b} more. How many {thing} does {name} have now?"
+    return question, f"{name} starts with {a} {thing} and adds {b}.\n{a} + {b} = {a + b}\n#### {a + b}"
+
+
+def _subtract(name: str, thing: str, a: int, b: int) -> Problem:
+    a, b = a + b, b
+    question = f"{name} has {a} {thing} and gives away {b} of them. How many {thing} are left?"
+    return question, f"{name} starts with {a} {thing} and takes away {b}.\n{a} - {b} = {a - b}\n#### {a - b}"
+
+
+def _multiply(name: str, thing: str, a: int, b: int) -> Problem:
+    a, b = a % 11 + 2, b % 11 + 2
+    question = f"{name} fills {a} boxes with {b} {thing} each. How many {thing} are there in total?"
+    return question, f"There are {a} boxes with {b} {thing} each.\n{a} * {b} = {a * b}\n#### {a * b}"
+
+
+KINDS = {"add": _add, "subtract": _subtract, "multiply": _multiply}
+
+
+def generate(part: Part, seed: int = 0, rows: int = 2000, largest: int = 60) -> list[dict[str, str]]:
+    """`rows` problems of the part, with numbers from 2 to `largest`; the same arguments give the same rows."""
+    draws = _draws(random.Random(f"{part}-{seed}"), part, largest)
+    return [next(draws) for _ in range(rows)]
+
+
+def _draws(rng: random.Random, part: Part, largest: int) -> Iterator[dict[str, str]]:
+    while True:
+        kind = rng.choice(list(KINDS))
+        a, b = rng.randint(2, largest), rng.randint(2, largest)
+        name, thing = rng.choice(NAMES), rng.choice(THINGS)
+        question, answer = KINDS[kind](name, thing, a, b)
+        if part_of(answer) == part:
+            yield {"question": question, "answer": answer}
+
+
+def part_of(answer: str) -> Part:
+    """Which part a problem belongs to: by a hash of its sum (the line with the `=`), whatever the wording."""
+    equation = next(line for line in answer.splitlines() if "=" in line)
+    share = int.from_bytes(hashlib.sha256(equation.encode()).digest()[:4], "big") / 2**32
+    return "test" if share < HELD_OUT_SHARE else "train"
+
+
+def final_number(text: str) -> str | None:
+    """The number after the last `####` of an answer (GSM8K's convention), without thousands commas; None if there is none."""
+    tail = text.rpartition("####")[2].strip().split() if "####" in text else []
+    number = tail[0].replace(",", "").rstrip(".") if tail else ""
+    return number if number.lstrip("-").isdigit() else None

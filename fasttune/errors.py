@@ -1,0 +1,41 @@
+"""Every error a person can cause, and how it leaves the program.
+
+FasttuneError          one line on stderr: what, where, how to mend it; exit 2
+├── ConfigError        the config file or a key=value: all problems at once, one line each
+├── DataError          a data set that is missing, empty or of an unknown form
+├── ModelError         a model that is missing, gated or cannot be loaded
+├── OutputError        an output folder that is taken, read-only or on a full disk
+└── RunFailed          the run itself failed (not the user's input); exit 1
+"""
+
+
+class FasttuneError(Exception):
+    """A problem that the person at the keyboard can mend; the message says how."""
+
+    exit_code = 2
+
+
+class ConfigError(FasttuneError):
+    """Problems of one config, all of them: one line each, `key: what (how to mend it)`."""
+
+    def __init__(self, problems: list[str]):
+        self.problems = problems
+        super().__init__("\n".join(problems))
+
+
+class DataError(FasttuneError):
+    """The data set cannot be read or holds nothing to train on."""
+
+
+class ModelError(FasttuneError):
+    """The model cannot be found, reached or loaded."""
+
+
+class OutputError(FasttuneError):
+    """The output folder cannot take this run."""
+
+
+class RunFailed(FasttuneError):
+    """The run started and could not be finished."""
+
+    exit_code = 1

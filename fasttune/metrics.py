@@ -1,0 +1,150 @@
+"""Tokens, seconds, FLOPs, GiB and dollars: result types and the formulas behind every number that is printed.
+
+Shapes: B rows of a micro-batch, T tokens of a row.
+"""
+
+import statistics
+from dataclasses import asdict, dataclass, field
+from typing import Any, Literal
+
+WARMUP_STEPS = 3  # left out of the median: allocator, thread pools and kernels warm up in the first steps
+
+FLOPS_FORMULA = (
+    "per token: 2n forward (n = weights of the linear layers; lm_head only on loss tokens) + 2n input gradients "
+    "+ 2m weight gradients (m = trained weights only) + causal attention 2·L·T·d forward and twice that backward; "
+    "recomputation not counted"
+)
+
+
+@dataclass(frozen=True)
+class StepMetrics:
+    """One optimizer step, as one line of `metrics.jsonl`. Tokens count no padding; seconds are device-synchronised."""
+
+    step: int
+    loss: float
+    learning_rate: float
+    grad_norm: float | None
+    tokens: int
+    loss_tokens: int
+    padding_tokens: int
+    seconds: float
+    tokens_per_s: float
+    peak_memory_gib: float
+
+    def as_dict(self) -> dict[str, Any]:
+        return asdict(self)
+
+
+@dataclass(frozen=True)
+class Setting:
+    """One resolved setting. `reason` is None where the config said so, else why fasttune chose the value."""
+
+    name: str
+    value: str
+    reason: str | None = None
+
+
+@dataclass(frozen=True)
+class Sample:
+    """One held-out prompt with the model's greedy answer before and after training."""
+
+    prompt: str
+    reference: str
+    before: str
+    after: str
+
+
+@dataclass(frozen=True)
+class Backend:
+    """What actually ran, read from the live model and trainer, never from the request."""
+
+    library: str
+    attention: str
+    packing: str
+    patched_layers: int
+    gradient_checkpointing: str
+    dtype: str
+
+
+@dataclass
+class RunResult:
+    """The contract of `run.json`. Speeds are medians of the steady steps; None means "cannot be said honestly"."""
+
+    status: Literal["completed", "interrupted", "failed"]
+    name: str
+    output_dir: str
+    steps: int
+    first_loss: float | None
+    last_loss: float | None
+    tokens: int
+    loss_tokens: int
+    padding_fraction: float
+    tokens_per_s: float | None
+    loss_tokens_per_s: float | None
+    steady_steps: int
+    seconds_to_first_step: float | None
+    wall_s: float
+    peak_memory_gib: float
+    mfu: float | None
+    fraction_of_measured_matmul: float | None
+    measured_matmul_tflops: float | None
+    flops_formula: str
+    cost_usd: float | None
+    usd_per_hour: float | None
+    usd_per_million_tokens: float | None
+    backend: Backend
+    versions: dict[str, str]
+    hardware: dict[str, Any]
+    settings: list[Setting]
+    samples: list[Sample] = field(default_factory=list)
+    warnings: list[str] = field(default_factory=list)
+    error: str | None = None
+
+    def as_dict(self) -> dict[str, Any]:
+        return asdict(self)
+
+
+def steady(steps: list[StepMetrics]) -> list[StepMetrics]:
+    """The steps that count for a speed: all after WARMUP_STEPS, or all but the first of a very short run."""
+    return steps[WARMUP_STEPS:] if len(steps) > 2 * WARMUP_STEPS else steps[1:]
+
+
+def median_rate(steps: list[StepMetrics], attribute: str = "tokens") -> float | None:
+    """Median of `attribute` per second over the steady steps, or None when there is none."""
+    rates = [getattr(step, attribute) / step.seconds for step in steady(steps)]
+    return statistics.median(rates) if rates else None
+
+
+@dataclass(frozen=True)
+class Flops:
+    """Model FLOPs per token, split by where they are spent.
+
+    body: per token of the row, everything but attention scores and lm_head.
+    attention: per token per token of context (multiply by the mean row length).
+    head: per token that has a label.
+    """
+
+    body: float
+    attention: float
+    head: float
+
+    def of_step(self, tokens: int, loss_tokens: int, rows: int) -> float:
+        """FLOPs of one optimizer step over `rows` rows with `tokens` tokens and `loss_tokens` labels."""
+        mean_length = tokens / max(rows, 1)
+        return tokens * (self.body + self.attention * mean_length) + loss_tokens * self.head
+
+
+def count_flops(
+    linear_weights: int, trained_weights: int, head_weights: int, head_trained: bool, layers: int, attention_width: int
+) -> Flops:
+    """FLOPs per token of one training step, recomputation not counted (FLOPS_FORMULA).
+
+    linear_weights: weights of all linear layers with lm_head left out, adapters included.
+    trained_weights: how many of those receive a weight gradient.
+    attention_width: heads × head_dim. Causal attention does half of the 4·T·width a full one does in forward.
+    Source: PaLM, appendix B (https://arxiv.org/abs/2204.02311), with the LoRA rule for frozen weights.
+    """
+    body = 2 * linear_weights + 2 * linear_weights + 2 * trained_weights
+    attention = 3 * 2 * layers * attention_width
+    head = 2 * head_weights * (3 if head_trained else 2)
+    return Flops(body=float(body), attention=float(attention), head=float(head))

@@ -1,0 +1,199 @@
+"""The only door to Unsloth: load a model, put an adapter on it, read back what really runs.
+
+Importing this module imports unsloth, and unsloth must come before transformers, trl and peft, because it patches
+them at import. So this is the one file that imports it, and everything that trains imports this file first.
+"""
+
+# isort: skip_file
+import logging
+import os
+import tempfile
+from pathlib import Path
+from typing import Any
+
+from fasttune import builtin, cache, metrics
+from fasttune.config import LoraConfig, ModelConfig
+from fasttune.errors import ModelError
+from fasttune.metrics import Flops
+
+# Before the import: no usage statistics, no telemetry, no unsloth_compiled_cache/ in the current folder.
+os.environ["UNSLOTH_DISABLE_STATISTICS"] = "1"
+os.environ["HF_HUB_DISABLE_TELEMETRY"] = "1"
+os.environ.setdefault("UNSLOTH_COMPILE_LOCATION", str(cache.root() / "unsloth_compiled_cache"))
+os.environ.setdefault("TOKENIZERS_PARALLELISM", "false")
+logging.getLogger("torch.utils._pytree").setLevel(logging.ERROR)  # torchao's registrations warn at every import
+
+from unsloth import FastLanguageModel
+
+import torch
+import transformers
+
+transformers.utils.logging.disable_progress_bar()
+
+
+def locate(config: ModelConfig) -> str:
+    """Folder or hub id to load from. A built-in model is made at its first use. Raises ModelError."""
+    if config.name.startswith("builtin:"):
+        return str(builtin.path(config.name))
+    folder = Path(config.name).expanduser()
+    return str(folder) if folder.is_dir() else config.name
+
+
+def read_architecture(config: ModelConfig) -> Any:
+    """The model's transformers config, without its weights. Raises ModelError with the remedy."""
+    source = locate(config)
+    try:
+        found = transformers.AutoConfig.from_pretrained(
+            source, revision=config.revision, trust_remote_code=config.trust_remote_code
+        )
+    except (OSError, ValueError) as error:
+        raise _explain(config.name, error) from error
+    return getattr(found, "get_text_config", lambda: found)()
+
+
+def load(config: ModelConfig, dtype: str, gradient_checkpointing: str, full: bool, seed: int) -> tuple[Any, Any]:
+    """Weights and tokenizer through Unsloth, in `dtype` (bfloat16 | float32), nothing swapped, nothing quantized unasked."""
+    source = locate(config)
+    try:
+        model, tokenizer = FastLanguageModel.from_pretrained(
+            model_name=source,
+            max_seq_length=config.max_length,
+            dtype=getattr(torch, dtype),
+            load_in_4bit=config.quantization == "nf4",
+            full_finetuning=full,
+            revision=config.revision,
+            trust_remote_code=config.trust_remote_code,
+            use_gradient_checkpointing=_unsloth_checkpointing(gradient_checkpointing),
+            use_exact_model_name=True,
+            random_state=seed,
+        )
+    except (OSError, ValueError, RuntimeError) as error:
+        raise _explain(config.name, error) from error
+    quantized = bool(getattr(model, "is_loaded_in_4bit", False))
+    if quantized != (config.quantization == "nf4"):
+        raise ModelError(
+            f"model.quantization: asked for {config.quantization}, but the loaded weights are "
+            f"{'4-bit' if quantized else 'not quantized'} on this machine; set it to {'nf4' if quantized else 'none'}"
+        )
+    tokenizer.padding_side = "right"
+    return model, tokenizer
+
+
+def add_lora(model: Any, config: LoraConfig, gradient_checkpointing: str, seed: int) -> Any:
+    """A PEFT model with one trainable adapter. Raises ModelError if a target names no layer of this model."""
+    layers = {name.rsplit(".", 1)[-1] for name, module in model.named_modules() if isinstance(module, torch.nn.Linear)}
+    if missing := [target for target in config.targets if target not in layers]:
+        raise ModelError(f"lora.targets: this model has no {', '.join(missing)}; it has {', '.join(sorted(layers))}")
+    return FastLanguageModel.get_peft_model(
+        model,
+        r=config.rank,
+        lora_alpha=config.alpha,
+        lora_dropout=config.dropout,
+        target_modules=config.targets,
+        use_rslora=config.rslora,
+        init_lora_weights=True if config.init == "default" else config.init,
+        use_gradient_checkpointing=_unsloth_checkpointing(gradient_checkpointing),
+        random_state=seed,
+    )
+
+
+def save(model: Any, tokenizer: Any, folder: Path, initial_adapter: Path | None = None) -> None:
+    """Adapter (PEFT format) or full weights as safetensors with the tokenizer; the folder appears only when complete.
+
+    `initial_adapter` is what `save_initial` returned: with it a PiSSA adapter, which only fits the residual weights it
+    was split from, is written as an ordinary LoRA adapter of twice the rank that fits the original model.
+    Source: https://huggingface.co/docs/peft/developer_guides/lora#pissa
+    """
+    with tempfile.TemporaryDirectory(dir=folder.parent, prefix=f".{folder.name}-", ignore_cleanup_errors=True) as temp:
+        made = Path(temp) / "made"
+        extra = {"path_initial_model_for_weight_conversion": str(initial_adapter)} if initial_adapter else {}
+        model.save_pretrained(made, safe_serialization=True, **extra)
+        (made / "README.md").unlink(missing_ok=True)  # PEFT's empty model card
+        tokenizer.save_pretrained(made)
+        made.rename(folder)
+
+
+def save_initial(model: Any, config: LoraConfig, folder: Path) -> Path | None:
+    """Keep a PiSSA adapter's start for `save`; None for an ordinary adapter, which needs none."""
+    if config.init != "pissa":
+        return None
+    model.save_pretrained(folder)
+    return folder
+
+
+def for_inference(model: Any) -> None:
+    FastLanguageModel.for_inference(model)
+
+
+def for_training(model: Any, gradient_checkpointing: str) -> None:
+    FastLanguageModel.for_training(model, use_gradient_checkpointing=gradient_checkpointing != "none")
+
+
+def patched_layers(model: Any) -> int:
+    """How many decoder layers run Unsloth's code: its attention forward or its fused LoRA projections (live model)."""
+    return sum(_is_patched(layer) for layer in decoder_layers(model))
+
+
+def decoder_layers(model: Any) -> list[Any]:
+    """The decoder layers of a (PEFT-wrapped) causal language model."""
+    found = [module for name, module in model.named_modules() if name.rsplit(".", 1)[-1] == "layers"]
+    return list(found[0]) if found else []
+
+
+def checkpointing(model: Any) -> str:
+    """Which recomputation is live: none, full, or unsloth (activations offloaded to the host)."""
+    inner = getattr(model, "base_model", model)
+    if not any(getattr(module, "gradient_checkpointing", False) for module in inner.modules()):
+        return "none"
+    function = torch.utils.checkpoint.checkpoint
+    return "unsloth" if (function.__module__ or "").startswith("unsloth") else "full"
+
+
+def _is_patched(layer: Any) -> bool:
+    attention, mlp = getattr(layer, "self_attn", None), getattr(layer, "mlp", None)
+    functions = [getattr(attention, name, None) for name in ("forward", "apply_qkv", "apply_o")]
+    functions.append(getattr(mlp, "forward", None))
+    modules = [getattr(getattr(function, "__func__", function), "__module__", None) or "" for function in functions]
+    return any(name.startswith(("unsloth.", "unsloth_compiled_module")) for name in modules)
+
+
+def _unsloth_checkpointing(policy: str) -> bool | str:
+    return {"none": False, "full": True, "unsloth": "unsloth"}[policy]
+
+
+def _explain(name: str, error: Exception) -> ModelError:
+    """One line for the usual failures of a load; the original error stays as its cause."""
+    text = " ".join(str(error).split())
+    if "gated" in text or "401" in text or "403" in text:
+        return ModelError(f"model.name: {name} is gated: accept its licence on its page, then `hf auth login`")
+    if any(
+        sign in text for sign in ("connect", "offline", "resolve", "Max retries", "couldn't find them in the cached")
+    ):
+        return ModelError(
+            f"model.name: {name} is neither a local folder nor in the hub's cache, and the hub cannot be reached; "
+            "check the name and the network, or download it elsewhere and give the folder"
+        )
+    if "not a valid model identifier" in text or "404" in text or "Unrecognized model" in text:
+        return ModelError(f"model.name: {name} is no model folder and no hub id that can be read; check the spelling")
+    return ModelError(f"model.name: {name} cannot be loaded: {text[:300]}")
+
+
+def count_flops(model: Any) -> Flops:
+    """FLOPs per token of a training step of this live model (see metrics.count_flops); not for quantized weights."""
+    head = model.get_output_embeddings()
+    linear = [m for m in model.modules() if isinstance(m, torch.nn.Linear) and m is not head]
+    config = getattr(model.config, "get_text_config", lambda: model.config)()
+    width = getattr(config, "head_dim", None) or config.hidden_size // config.num_attention_heads
+    return metrics.count_flops(
+        linear_weights=sum(module.weight.numel() for module in linear),
+        trained_weights=sum(module.weight.numel() for module in linear if module.weight.requires_grad),
+        head_weights=head.weight.numel(),
+        head_trained=head.weight.requires_grad,
+        layers=config.num_hidden_layers,
+        attention_width=config.num_attention_heads * width,
+    )
+
+
+def trained_gib(model: Any) -> float:
+    """Size of what will be saved: the trained parameters."""
+    return sum(p.numel() * p.element_size() for p in model.parameters() if p.requires_grad) / 2**30
