@@ -4,8 +4,6 @@ fasttune train CONFIG [key=value …]     fasttune verify     (exit 0 fine, 1 a 
 """
 
 import argparse
-import json
-import os
 import signal
 import sys
 
@@ -58,8 +56,7 @@ def parser() -> argparse.ArgumentParser:
 
 def train(options: argparse.Namespace) -> int:
     """`fasttune train`: 0 completed, 1 failed, 130 / 143 interrupted by SIGINT / SIGTERM."""
-    from fasttune import config, terminal
-    from fasttune import train as training
+    from fasttune import config, terminal, train as training
 
     settings = config.load(options.config, options.overrides)
     reporter = terminal.Reporter(None)

@@ -123,17 +123,18 @@ class Config(Section):
 
 
 def load(path: str | Path, overrides: list[str] | None = None) -> Config:
-    """Read a YAML file, apply `section.key=value` overrides and check everything; raises ConfigError with all problems."""
+    """Read a YAML file, apply `section.key=value` overrides, check everything; raises ConfigError with all problems."""
     path = Path(path)
     try:
         tree = yaml.safe_load(path.read_text(encoding="utf-8"))
     except OSError as error:
-        raise ConfigError(
-            [f"{path}: cannot be read ({error.strerror}); name a YAML file, e.g. configs/quickstart.yaml"]
-        )
+        hint = "name a YAML file, e.g. configs/quickstart.yaml"
+        raise ConfigError([f"{path}: cannot be read ({error.strerror}); {hint}"]) from error
     except (yaml.YAMLError, UnicodeDecodeError) as error:
-        where = f" line {error.problem_mark.line + 1}" if getattr(error, "problem_mark", None) else ""
-        raise ConfigError([f"{path}{where}: not valid YAML ({getattr(error, 'problem', None) or 'cannot be decoded'})"])
+        mark = getattr(error, "problem_mark", None)
+        where = f", line {mark.line + 1}" if mark else ""
+        problem = getattr(error, "problem", None) or "cannot be decoded"
+        raise ConfigError([f"{path}{where}: not valid YAML ({problem}); see configs/quickstart.yaml"]) from error
     if not isinstance(tree, dict):
         raise ConfigError([f"{path}: holds no settings; see configs/quickstart.yaml"])
     problems = _apply_overrides(tree, overrides or [])

@@ -8,6 +8,7 @@ them at import. So this is the one file that imports it, and everything that tra
 import logging
 import os
 import tempfile
+import warnings
 from pathlib import Path
 from typing import Any
 
@@ -25,6 +26,7 @@ logging.getLogger("torch.utils._pytree").setLevel(logging.ERROR)  # torchao's re
 
 from unsloth import FastLanguageModel
 
+import safetensors
 import torch
 import transformers
 
@@ -52,7 +54,7 @@ def read_architecture(config: ModelConfig) -> Any:
 
 
 def load(config: ModelConfig, dtype: str, gradient_checkpointing: str, full: bool, seed: int) -> tuple[Any, Any]:
-    """Weights and tokenizer through Unsloth, in `dtype` (bfloat16 | float32), nothing swapped, nothing quantized unasked."""
+    """Weights and tokenizer through Unsloth, in `dtype` (bfloat16 | float32); nothing swapped or quantized unasked."""
     source = locate(config)
     try:
         model, tokenizer = FastLanguageModel.from_pretrained(
@@ -67,7 +69,7 @@ def load(config: ModelConfig, dtype: str, gradient_checkpointing: str, full: boo
             use_exact_model_name=True,
             random_state=seed,
         )
-    except (OSError, ValueError, RuntimeError) as error:
+    except (OSError, ValueError, RuntimeError, safetensors.SafetensorError) as error:
         raise _explain(config.name, error) from error
     quantized = bool(getattr(model, "is_loaded_in_4bit", False))
     if quantized != (config.quantization == "nf4"):
@@ -107,7 +109,9 @@ def save(model: Any, tokenizer: Any, folder: Path, initial_adapter: Path | None 
     with tempfile.TemporaryDirectory(dir=folder.parent, prefix=f".{folder.name}-", ignore_cleanup_errors=True) as temp:
         made = Path(temp) / "made"
         extra = {"path_initial_model_for_weight_conversion": str(initial_adapter)} if initial_adapter else {}
-        model.save_pretrained(made, safe_serialization=True, **extra)
+        with warnings.catch_warnings():
+            warnings.filterwarnings("ignore", "PiSSA changes the base weights")  # the conversion undoes just that
+            model.save_pretrained(made, **extra)
         (made / "README.md").unlink(missing_ok=True)  # PEFT's empty model card
         tokenizer.save_pretrained(made)
         made.rename(folder)

@@ -16,10 +16,9 @@ import transformers
 import trl
 from datasets import Dataset
 
-from fasttune.config import Config
-from fasttune.data.tokens import IGNORE, Tokenized
+from fasttune.data.tokens import IGNORE
 from fasttune.metrics import Backend, StepMetrics
-from fasttune.plan import Plan
+from fasttune.prepare import Job
 from fasttune.quiet import native_stderr_closed
 
 ATTENTION_OPERATORS = ("scaled_dot_product", "fmha", "flash_attn", "flash_fwd", "varlen_attn", "cudnn_attention")
@@ -97,19 +96,17 @@ class StepRecorder(transformers.TrainerCallback):
         )
 
 
-def build(
-    config: Config, plan: Plan, model: Any, tokenizer: Any, data: Tokenized, total_steps: int, scratch: Path
-) -> MeasuredTrainer:
-    """The trainer for tokenized rows. `scratch` is where TRL may write; nothing is saved by it."""
-    train = config.train
+def build(job: Job, scratch: Path) -> MeasuredTrainer:
+    """The trainer of a prepared job. `scratch` is where TRL may write; nothing is saved by it."""
+    config, plan, train = job.config, job.plan, job.config.train
     arguments = trl.SFTConfig(
         output_dir=str(scratch),
         per_device_train_batch_size=plan.micro_batch_rows,
         gradient_accumulation_steps=train.batch_rows // plan.micro_batch_rows,
-        max_steps=total_steps,
+        max_steps=job.total_steps,
         learning_rate=train.learning_rate,
         lr_scheduler_type=train.scheduler,
-        warmup_steps=round(train.warmup_ratio * total_steps),
+        warmup_steps=round(train.warmup_ratio * job.total_steps),
         weight_decay=train.weight_decay,
         max_grad_norm=train.max_grad_norm,
         optim=plan.optimizer,
@@ -127,8 +124,8 @@ def build(
         report_to="none",
         use_cpu=not torch.cuda.is_available(),
     )
-    rows = Dataset.from_dict({"input_ids": data.input_ids, "labels": data.labels})
-    trainer = MeasuredTrainer(model=model, args=arguments, train_dataset=rows, processing_class=tokenizer)
+    rows = Dataset.from_dict({"input_ids": job.data.input_ids, "labels": job.data.labels})
+    trainer = MeasuredTrainer(model=job.model, args=arguments, train_dataset=rows, processing_class=job.tokenizer)
     trainer.remove_callback(transformers.PrinterCallback)
     return trainer
 
@@ -167,7 +164,7 @@ def count_tokens(batches: list[dict[str, torch.Tensor]]) -> dict[str, int]:
 
 
 def attention_operator(names: set[str]) -> str:
-    """The innermost attention operators among profiled names, e.g. aten::_scaled_dot_product_flash_attention_for_cpu."""
+    """The innermost attention operators among profiled names, e.g. aten::_flash_attention_forward."""
     found = sorted(
         name for name in names if any(part in name for part in ATTENTION_OPERATORS) and not name.endswith("_backward")
     )

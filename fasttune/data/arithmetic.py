@@ -64,7 +64,7 @@ def part_of(answer: str) -> Part:
 
 
 def final_number(text: str) -> str | None:
-    """The number after the last `####` of an answer (GSM8K's convention), without thousands commas; None if there is none."""
+    """The integer after the last `####` (GSM8K's convention), without thousands commas; None if there is none."""
     tail = text.rpartition("####")[2].strip().split() if "####" in text else []
     number = tail[0].replace(",", "").rstrip(".") if tail else ""
     return number if number.lstrip("-").isdigit() else None

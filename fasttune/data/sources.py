@@ -36,7 +36,7 @@ def check(source: str, split: str = "train") -> None:
 
 
 def read(source: str, part: arithmetic.Part, split: str = "train", max_rows: int | None = None) -> list[Row]:
-    """All rows of a source, in its order. `part` picks train or held-out rows of a built-in set, `split` a hub split."""
+    """All rows of a source, in its order. `part` is of a built-in set (train or held-out), `split` of a hub set."""
     check(source, split)
     if source == "builtin:arithmetic":
         return list(arithmetic.generate(part, rows=max_rows or (2000 if part == "train" else 40)))

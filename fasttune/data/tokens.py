@@ -80,8 +80,8 @@ def render(messages: list[Message], tokenizer: Any, number: int) -> list[tuple[s
         after = tokenizer.apply_chat_template(messages[: index + 1], tokenize=False)
         if not (before.startswith(done) and after.startswith(before) and whole.startswith(after)):
             raise DataError(
-                f"data: row {number}: the chat template does not render prefixes consistently (turn {index + 1} changes "
-                "earlier text), so labels cannot be placed; use a template that only appends"
+                f"data: row {number}: the chat template does not render prefixes consistently (turn {index + 1} "
+                "changes earlier text), so labels cannot be placed; use a template that only appends"
             )
         answer, rest = _close_turn(after[len(before) :], tokenizer.eos_token)
         segments += [(before[len(done) :], False), (answer, True), (rest, False)]

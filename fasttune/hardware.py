@@ -1,0 +1,223 @@
+"""What this machine is: cores, memory, GPU and driver; datasheet peak, measured matmul rate, $/hour.
+
+Only the standard library is imported here, so a bare system Python can use it before anything is installed.
+"""
+
+import os
+import platform
+import re
+import shutil
+import statistics
+import subprocess
+import time
+from collections.abc import Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+GIB = 2**30
+
+
+@dataclass(frozen=True)
+class Gpu:
+    name: str
+    compute_capability: tuple[int, int]
+    memory_gib: float
+
+
+@dataclass(frozen=True)
+class Hardware:
+    """The facts that choose a stack and explain a number; `driver` is None where nvidia-smi does not answer."""
+
+    os: str
+    arch: str
+    glibc: str | None
+    python: str
+    cpu_model: str
+    cores: int  # usable by this process: affinity and cgroup quota honoured
+    memory_gib: float  # cgroup limit honoured
+    disk_free_gib: float  # at the path given to detect()
+    gpus: tuple[Gpu, ...] = ()
+    driver: str | None = None
+    silent_gpu: bool = False  # an NVIDIA chip is on the PCI bus, but its driver does not answer
+
+    @property
+    def driver_major(self) -> int | None:
+        return int(self.driver.split(".")[0]) if self.driver else None
+
+
+def detect(path: str | Path = ".") -> Hardware:
+    """Read the machine without importing torch; takes well under 0.5 s beyond nvidia-smi itself.
+
+    `path` may not exist yet: the free disk is that of its nearest existing parent.
+    """
+    gpus, driver = _nvidia_smi()
+    libc, version = platform.libc_ver()
+    return Hardware(
+        os=platform.system().lower(),
+        arch=platform.machine(),
+        glibc=version if libc == "glibc" else None,
+        python=platform.python_version(),
+        cpu_model=_cpu_model(),
+        cores=usable_cores(),
+        memory_gib=_memory_gib(),
+        disk_free_gib=disk_free_gib(path),
+        gpus=gpus,
+        driver=driver,
+        silent_gpu=not gpus and _nvidia_on_pci_bus(),
+    )
+
+
+def disk_free_gib(path: str | Path) -> float:
+    place = Path(path).absolute()
+    while not place.exists():
+        place = place.parent
+    return shutil.disk_usage(place).free / GIB
+
+
+def usable_cores() -> int:
+    """Cores this process may use: the affinity mask, cut by a cgroup CPU quota (v2, then v1)."""
+    affinity = getattr(os, "sched_getaffinity", None)
+    cores = len(affinity(0)) if affinity else os.cpu_count() or 1
+    quota, period = [*_read("/sys/fs/cgroup/cpu.max").split(), "", ""][:2]
+    if not quota:
+        quota = _read("/sys/fs/cgroup/cpu/cpu.cfs_quota_us")
+        period = _read("/sys/fs/cgroup/cpu/cpu.cfs_period_us")
+    if quota.isdigit() and period.isdigit() and int(period):
+        cores = min(cores, max(1, round(int(quota) / int(period))))
+    return cores
+
+
+def _memory_gib() -> float:
+    match = re.search(r"MemTotal:\s+(\d+) kB", _read("/proc/meminfo"))
+    limits = [int(match[1]) * 1024] if match else []
+    for file in ("/sys/fs/cgroup/memory.max", "/sys/fs/cgroup/memory/memory.limit_in_bytes"):
+        if (text := _read(file)).isdigit():
+            limits.append(int(text))
+    return min(limits, default=0) / GIB
+
+
+def _cpu_model() -> str:
+    match = re.search(r"model name\s*:\s*(.+)", _read("/proc/cpuinfo"))
+    return match[1].strip() if match else platform.processor() or platform.machine()
+
+
+def _nvidia_smi() -> tuple[tuple[Gpu, ...], str | None]:
+    query = "name,compute_cap,memory.total,driver_version"
+    command = ["nvidia-smi", f"--query-gpu={query}", "--format=csv,noheader,nounits"]
+    try:
+        answer = subprocess.run(command, capture_output=True, text=True, timeout=20, check=True).stdout
+    except (OSError, subprocess.SubprocessError):
+        return (), None
+    return parse_nvidia_smi(answer)
+
+
+def parse_nvidia_smi(answer: str) -> tuple[tuple[Gpu, ...], str | None]:
+    """Parse the CSV of `name, compute_cap, memory.total [MiB], driver_version`, one line a GPU."""
+    gpus, driver = [], None
+    for line in answer.splitlines():
+        fields = [field.strip() for field in line.split(",")]
+        if len(fields) != 4 or not re.fullmatch(r"\d+\.\d+", fields[1]):
+            continue  # a warning of nvidia-smi, or a driver too old to know compute_cap
+        major, minor = fields[1].split(".")
+        memory_mib = float(fields[2]) if fields[2].isdigit() else 0.0
+        gpus.append(Gpu(fields[0], (int(major), int(minor)), memory_mib / 1024))
+        driver = fields[3]
+    return tuple(gpus), driver
+
+
+def _nvidia_on_pci_bus() -> bool:
+    for device in Path("/sys/bus/pci/devices").glob("*"):
+        if _read(device / "vendor") == "0x10de" and _read(device / "class").startswith("0x03"):
+            return True
+    return False
+
+
+def _read(path: str | Path) -> str:
+    try:
+        return Path(path).read_text().strip()
+    except OSError:
+        return ""
+
+
+# Dense bf16 tensor-core peak, TFLOP/s. Datasheets print the figure with sparsity: half of it is here.
+# The first pattern that matches wins; names are those of nvidia-smi. A MIG slice or a laptop chip matches nothing.
+_PEAK_BF16_TFLOPS: tuple[tuple[str, float, str], ...] = (
+    (r"\bH200 NVL", 835.5, "https://www.nvidia.com/en-us/data-center/h200/"),
+    (r"\bG?H200\b", 989.0, "https://www.nvidia.com/en-us/data-center/h200/"),
+    (r"\bH100 PCIe", 756.0, "https://resources.nvidia.com/en-us-tensor-core/nvidia-tensor-core-gpu-datasheet"),
+    (r"\bH100 NVL", 835.5, "https://www.nvidia.com/en-us/data-center/h100/"),
+    (r"\bH100\b", 989.0, "https://www.nvidia.com/en-us/data-center/h100/"),
+    (r"\bB200\b", 2250.0, "https://www.nvidia.com/en-us/data-center/hgx/"),
+    (r"\bA100\b", 312.0, "https://www.nvidia.com/en-us/data-center/a100/"),
+    (r"\bL40S\b", 362.0, "https://www.nvidia.com/en-us/data-center/l40s/"),
+    (r"\bL4\b", 121.0, "https://www.nvidia.com/en-us/data-center/l4/"),
+    (r"\bA10\b", 125.0, "https://www.nvidia.com/en-us/data-center/products/a10-gpu/"),
+    (
+        r"RTX 4090$",
+        165.2,
+        "https://images.nvidia.com/aem-dam/Solutions/geforce/ada/nvidia-ada-gpu-architecture.pdf",
+    ),
+    (
+        r"RTX 3090$",
+        71.0,
+        "https://www.nvidia.com/content/PDF/nvidia-ampere-ga-102-gpu-architecture-whitepaper-v2.pdf",
+    ),
+)
+
+# An example of an on-demand price in US dollars a GPU-hour: the low end among specialised providers on that date.
+# Prices move and differ 2.5-fold between providers, so a config can override this.
+USD_PER_HOUR_DATE = "2026-05"
+USD_PER_HOUR_SOURCE = "https://www.mercatus-ai.com/blog/cloud-gpu-pricing"
+_USD_PER_HOUR: tuple[tuple[str, float], ...] = ((r"\bH200\b", 3.50), (r"\bH100\b", 2.50), (r"\bA100\b", 1.10))
+
+
+def _by_name(gpu_name: str, table: Sequence[tuple[Any, ...]]) -> float | None:
+    if re.search(r"\bMIG\b|Laptop", gpu_name):
+        return None
+    return next((row[1] for row in table if re.search(row[0], gpu_name)), None)
+
+
+def peak_bf16_tflops(gpu_name: str) -> float | None:
+    """Dense bf16 peak of the datasheet in TFLOP/s (989 for H100/H200 SXM), or None for a chip not in the table."""
+    return _by_name(gpu_name, _PEAK_BF16_TFLOPS)
+
+
+def usd_per_hour(gpu_name: str) -> float | None:
+    """An example on-demand price in US dollars an hour (see USD_PER_HOUR_DATE), or None where we know none."""
+    return _by_name(gpu_name, _USD_PER_HOUR)
+
+
+def measure_matmul_tflops(
+    device: str = "cuda",
+    dtype: str = "bfloat16",
+    shapes: Sequence[tuple[int, int, int]] = ((8192, 8192, 8192),),
+    seconds: float = 2.0,
+) -> dict[tuple[int, int, int], float]:
+    """Median rate of `A (m, k) @ B (k, n)` for every shape (m, k, n), in TFLOP/s, on random data.
+
+    Never zeros: a chip that multiplies zeros draws less power and clocks higher. `seconds` is split between the shapes.
+    """
+    import torch
+
+    def synchronise() -> None:
+        if device.startswith("cuda"):
+            torch.cuda.synchronize()
+
+    rates = {}
+    for m, k, n in shapes:
+        a = torch.randn(m, k, device=device).to(getattr(torch, dtype))
+        b = torch.randn(k, n, device=device).to(getattr(torch, dtype))
+        out = torch.empty(m, n, device=device, dtype=a.dtype)
+        for _ in range(2):  # the first call chooses and loads a kernel
+            torch.mm(a, b, out=out)
+        times_s: list[float] = []
+        deadline = time.perf_counter() + seconds / len(shapes)
+        while len(times_s) < 5 or time.perf_counter() < deadline:
+            synchronise()
+            start = time.perf_counter()
+            torch.mm(a, b, out=out)
+            synchronise()
+            times_s.append(time.perf_counter() - start)
+        rates[m, k, n] = 2 * m * k * n / statistics.median(times_s) / 1e12
+    return rates

@@ -1,0 +1,193 @@
+"""A finished run as files (run.json, report.html), and the key figures that the files and the terminal both show.
+
+A sink: it knows the result types of metrics.py and nothing of how a run is made.
+"""
+
+import json
+import math
+import os
+from collections.abc import Callable, Mapping
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+from fasttune import plots
+from fasttune.errors import OutputError
+from fasttune.metrics import RunResult, StepMetrics
+
+
+@dataclass(frozen=True)
+class Figure:
+    """One key figure, ready to print. `value` is "not known" where it cannot be said honestly; `note` says why."""
+
+    label: str
+    value: str
+    note: str = ""
+
+
+def usd(amount: float) -> str:
+    """Dollars that stay readable when they are small: $1,234.50, $0.25, $0.0003."""
+    if 0 < amount < 0.0001:
+        return "under $0.0001"
+    return f"${amount:,.4f}" if 0 < amount < 0.1 else f"${amount:,.2f}"
+
+
+def duration(seconds: float) -> str:
+    """Seconds as 4.2 s, 2 min 41 s or 1 h 05 min."""
+    if round(seconds, 1) < 60:
+        return f"{seconds:.1f} s"
+    minutes, rest_s = divmod(round(seconds), 60)
+    return f"{minutes} min {rest_s:02d} s" if minutes < 60 else f"{minutes // 60:,} h {minutes % 60:02d} min"
+
+
+def rate(per_s: float) -> str:
+    """A rate per second without its unit: 12,473 or 31.5."""
+    return f"{per_s:,.0f}" if abs(per_s) >= 100 else f"{per_s:,.1f}"
+
+
+def steps_text(count: int, kind: str = "") -> str:
+    return f"{count:,} {kind}step{'' if count == 1 else 's'}"
+
+
+def percent(fraction: float) -> str:
+    return f"{100 * fraction:.1f} %"
+
+
+def key_figures(result: RunResult) -> list[Figure]:
+    """What a person asks first: the first five answer it, the others say how far the answer carries."""
+    padding = f"padding not counted; median of {steps_text(result.steady_steps, 'steady ')}"
+    cost_note = (
+        "no price: set usd_per_hour" if result.usd_per_hour is None else f"at {usd(result.usd_per_hour)} per hour"
+    )
+    if result.usd_per_million_tokens is not None:
+        cost_note += f"; {usd(result.usd_per_million_tokens)} per million tokens at the steady speed"
+    measured = result.measured_matmul_tflops
+    return [
+        _loss(result),
+        _known("speed", result.tokens_per_s, lambda v: f"{rate(v)} tokens/s", padding, "not enough steps to say"),
+        Figure("peak memory", f"{result.peak_memory_gib:,.1f} GiB"),
+        Figure("time", duration(result.wall_s), f"{steps_text(result.steps)}; from start to end, loading included"),
+        _known("cost", result.cost_usd, usd, cost_note, cost_note),
+        _known("first step", result.seconds_to_first_step, duration, "from the start to its end", "no step finished"),
+        Figure("tokens", f"{result.tokens:,}", f"{result.loss_tokens:,} of them learned (the others are context)"),
+        _known(
+            "learned tokens",
+            result.loss_tokens_per_s,
+            lambda v: f"{rate(v)} tokens/s",
+            padding,
+            "not enough steps to say",
+        ),
+        Figure("padding", percent(result.padding_fraction), "of what was computed, in no speed above"),
+        _known(
+            "MFU",
+            result.mfu,
+            percent,
+            "of the dense datasheet peak",
+            "needs a chip with a known datasheet peak, unquantised weights and steady steps",
+        ),
+        _known(
+            "matmul share",
+            result.fraction_of_measured_matmul,
+            percent,
+            "of the matmul rate measured on this machine"
+            + (f", {measured:,.2f} TFLOP/s" if measured is not None else ""),
+            "the matmul rate was not measured" if measured is None else "not enough steps to say",
+        ),
+    ]
+
+
+def _loss(result: RunResult) -> Figure:
+    if result.first_loss is None or result.last_loss is None:
+        return Figure("loss", "not known", "no step finished")
+    note = "first and last step"
+    if result.first_loss > 0 and math.isfinite(result.last_loss):
+        note = f"{result.last_loss / result.first_loss:.2f} × the first step's"
+    return Figure("loss", f"{result.first_loss:.3f} → {result.last_loss:.3f}", note)
+
+
+def _known(label: str, value: float | None, text: Callable[[float], str], note: str, why_not: str) -> Figure:
+    return Figure(label, "not known", why_not) if value is None else Figure(label, text(value), note)
+
+
+def what_ran(result: RunResult) -> list[tuple[str, str]]:
+    """The backend that actually ran, as label and value."""
+    return [(name.replace("_", " "), str(value)) for name, value in vars(result.backend).items()]
+
+
+def write_json(path: Path | str, data: Mapping[str, Any]) -> None:
+    """Write `data` as JSON, atomically; NaN and infinities, which JSON does not have, become null.
+
+    Raises OutputError where the file cannot be written, TypeError for a value that JSON cannot hold.
+    """
+    _replace(Path(path), json.dumps(_finite(data), indent=2, ensure_ascii=False, allow_nan=False) + "\n")
+
+
+def to_json_line(data: Mapping[str, Any]) -> str:
+    """`data` as one line of JSON for stdout, ASCII only so that any terminal or pipe can take it; NaN becomes null."""
+    return json.dumps(_finite(data), allow_nan=False)
+
+
+def write_html(path: Path | str, result: RunResult, steps: list[StepMetrics]) -> None:
+    """Write a report that opens offline: one file, no script, nothing loaded from anywhere. Atomic.
+
+    Raises OutputError where the file cannot be written.
+    """
+    import jinja2  # with matplotlib about a second of imports that only this function needs
+    from markupsafe import Markup
+
+    environment = jinja2.Environment(
+        loader=jinja2.FileSystemLoader(Path(__file__).parent),
+        autoescape=True,
+        undefined=jinja2.StrictUndefined,
+        trim_blocks=True,
+        lstrip_blocks=True,
+    )
+    html = environment.get_template("report.html.j2").render(
+        result=result,
+        figures=key_figures(result),
+        what_ran=what_ran(result),
+        facts=[(name.replace("_", " "), readable(value)) for name, value in result.hardware.items()],
+        plots=[(title, note, Markup(svg)) for title, note, svg in plots.of_run(steps)],
+        drawn_every=plots.stride(steps),
+    )
+    _replace(Path(path), html)
+
+
+def readable(value: Any) -> str:
+    """A value of a nested dict (hardware facts) on one line: floats short, None as a dash."""
+    if value is None or value == [] or value == () or value == {}:
+        return "–"
+    if isinstance(value, bool):
+        return "yes" if value else "no"
+    if isinstance(value, float):
+        return f"{value:,.2f}"
+    if isinstance(value, Mapping):
+        return ", ".join(f"{str(name).replace('_', ' ')} {readable(item)}" for name, item in value.items())
+    if isinstance(value, (list, tuple)):
+        return "; ".join(readable(item) for item in value)
+    return str(value)
+
+
+def _finite(value: Any) -> Any:
+    if isinstance(value, float):
+        return value if math.isfinite(value) else None
+    if isinstance(value, Mapping):
+        return {str(name): _finite(item) for name, item in value.items()}
+    if isinstance(value, (list, tuple)):
+        return [_finite(item) for item in value]
+    return str(value) if isinstance(value, Path) else value
+
+
+def _replace(path: Path, text: str) -> None:
+    """The whole text or the old file: never half a file. A lone surrogate (odd file names) becomes its \\u escape."""
+    temporary = path.with_name(f".{path.name}.{os.getpid()}.tmp")
+    try:
+        with temporary.open("w", encoding="utf-8", errors="backslashreplace") as file:
+            file.write(text)
+            file.flush()
+            os.fsync(file.fileno())
+        os.replace(temporary, path)
+    except OSError as error:
+        raise OutputError(f"{path}: cannot be written: {error.strerror} (choose another output_dir)") from error
+    finally:
+        temporary.unlink(missing_ok=True)

@@ -1,0 +1,122 @@
+"""What ran and what it cost: every number of run.json, from measured steps and live objects, never from the request."""
+
+import importlib.metadata
+import statistics
+import time
+from dataclasses import asdict, dataclass, field
+from typing import Any, Literal
+
+from fasttune import hardware, metrics
+from fasttune.hardware import Hardware
+from fasttune.metrics import RunResult, StepMetrics
+from fasttune.prepare import Job
+
+PACKAGES = ["torch", "triton", "transformers", "trl", "peft", "unsloth", "unsloth_zoo", "xformers", "flash-attn"]
+MATMUL_SECONDS = 1.0  # spent after the run on measuring this machine's matmul rate
+
+
+@dataclass
+class Outcome:
+    """How the training itself ended."""
+
+    status: Literal["completed", "interrupted", "failed"] = "completed"
+    error: str | None = None
+    steps: list[StepMetrics] = field(default_factory=list)
+    warnings: list[str] = field(default_factory=list)
+
+
+def broken_promises(job: Job, trainer: Any, live: metrics.Backend) -> list[str]:
+    """What was asked for and is not what runs: a setting is never ignored in silence."""
+    found = []
+    optimizer = getattr(trainer.args.optim, "value", trainer.args.optim)
+    if optimizer != job.plan.optimizer:
+        found.append(f"train.optimizer={job.plan.optimizer} was replaced: {optimizer} runs on this machine")
+    if live.gradient_checkpointing != job.plan.gradient_checkpointing:
+        asked = job.plan.gradient_checkpointing
+        found.append(f"train.gradient_checkpointing={asked} was replaced: {live.gradient_checkpointing} runs")
+    if job.plan.dtype == "bfloat16" and not trainer.args.bf16:
+        found.append("model.dtype=bfloat16: this CPU has no native bf16, so it is emulated and slow; set float32")
+    if job.machine.gpus and live.patched_layers < job.plan.shape.layers:
+        found.append(
+            f"Unsloth patched {live.patched_layers} of {job.plan.shape.layers} layers: the rest runs plain transformers"
+        )
+    return found
+
+
+def summarize(job: Job, outcome: Outcome, trainer: Any, started: float) -> RunResult:
+    """Every number of run.json, from the steps that were measured and the objects that ran."""
+    from fasttune import model as models
+    from fasttune.trainer import backend, peak_memory_gib
+
+    steps, steady = outcome.steps, metrics.steady(outcome.steps)
+    tokens_seen = sum(step.tokens for step in steps)
+    padding = sum(step.padding_tokens for step in steps)
+    speed = metrics.median_rate(steps)
+    achieved = matmul = None
+    if steady and job.config.model.quantization == "none":
+        flops = models.count_flops(job.model)
+        rows = job.config.train.batch_rows
+        achieved = statistics.median(flops.of_step(s.tokens, s.loss_tokens, rows) / s.seconds for s in steady) / 1e12
+        matmul = measured_matmul_tflops(job)
+    peak = hardware.peak_bf16_tflops(job.machine.gpus[0].name) if job.machine.gpus else None
+    wall_s = time.perf_counter() - started
+    price = job.usd_per_hour
+    return RunResult(
+        status=outcome.status,
+        name=job.config.name,
+        output_dir=str(job.folder),
+        steps=len(steps),
+        first_loss=steps[0].loss if steps else None,
+        last_loss=steps[-1].loss if steps else None,
+        tokens=tokens_seen,
+        loss_tokens=sum(step.loss_tokens for step in steps),
+        padding_fraction=padding / max(tokens_seen + padding, 1),
+        tokens_per_s=speed,
+        loss_tokens_per_s=metrics.median_rate(steps, "loss_tokens"),
+        steady_steps=len(steady),
+        seconds_to_first_step=trainer.first_step_done - started if steps else None,
+        wall_s=wall_s,
+        peak_memory_gib=peak_memory_gib(),
+        mfu=achieved / peak if achieved and peak and job.plan.dtype == "bfloat16" else None,
+        fraction_of_measured_matmul=achieved / matmul if achieved and matmul else None,
+        measured_matmul_tflops=matmul,
+        flops_formula=metrics.FLOPS_FORMULA,
+        cost_usd=price * wall_s / 3600 if price is not None else None,
+        usd_per_hour=price,
+        usd_per_million_tokens=price / 3600 / speed * 1e6 if price is not None and speed else None,
+        backend=backend(trainer),
+        versions=versions(),
+        hardware=asdict(job.machine),
+        settings=job.settings,
+        warnings=outcome.warnings,
+        error=outcome.error,
+    )
+
+
+def measured_matmul_tflops(job: Job) -> float:
+    """This machine's matmul rate at the run's own shape: tokens of a micro-batch × hidden × MLP width."""
+    architecture = job.model.config
+    mean_length = sum(map(len, job.data.input_ids)) // len(job.data)
+    width = getattr(architecture, "intermediate_size", None) or 4 * architecture.hidden_size
+    shape = (job.plan.micro_batch_rows * mean_length, architecture.hidden_size, width)
+    device = "cuda" if job.machine.gpus else "cpu"
+    return hardware.measure_matmul_tflops(device, job.plan.dtype, [shape], MATMUL_SECONDS)[shape]
+
+
+def versions() -> dict[str, str]:
+    """Versions of the packages that did the work, where they are installed."""
+    found = {}
+    for package in ["fasttune", *PACKAGES]:
+        try:
+            found[package] = importlib.metadata.version(package)
+        except importlib.metadata.PackageNotFoundError:
+            continue
+    return found
+
+
+def hardware_line(machine: Hardware) -> str:
+    """The machine in one line."""
+    if machine.gpus:
+        gpu = machine.gpus[0]
+        return f"{gpu.name}, {gpu.memory_gib:.0f} GiB, driver {machine.driver}"
+    return f"{machine.cpu_model}, {machine.cores} cores, {machine.memory_gib:.0f} GiB, no GPU"

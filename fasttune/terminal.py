@@ -1,0 +1,221 @@
+"""A run on the terminal: notes, the panel, the progress, warnings and the final report. All of it on stderr.
+
+Text that people or models wrote is never read as markup and cannot send control codes to the terminal.
+"""
+
+import statistics
+import time
+from collections import deque
+from collections.abc import Iterator
+from pathlib import Path
+
+from rich.console import Console, Group, RenderableType
+from rich.padding import Padding
+from rich.panel import Panel
+from rich.progress import BarColumn, Progress, TaskID, TextColumn
+from rich.rule import Rule
+from rich.table import Table
+from rich.text import Text
+
+from fasttune.metrics import RunResult, Sample, Setting, StepMetrics
+from fasttune.report import key_figures, rate, steps_text, usd, what_ran
+
+console = Console(stderr=True)  # stdout is for --json
+
+RECENT_STEPS = 10  # whose median is the speed shown while running
+PLAIN_LINE_EVERY_S = 10.0
+SAMPLE_CHARACTERS = 600  # of one sample on the terminal; report.html has all of it
+STATUS_STYLE = {"completed": "green", "interrupted": "red", "failed": "red"}
+
+
+class Reporter:
+    """Everything a person sees of one run. `quiet` leaves only warnings and the line of a run that did not complete.
+
+    Dollars count from the creation of the reporter, because the machine is paid for while the model loads.
+    """
+
+    def __init__(self, usd_per_hour: float | None, quiet: bool = False, console: Console = console):
+        self.warnings: list[str] = []  # all of them, in order, each once: RunResult.warnings should hold them
+        self._usd_per_hour = usd_per_hour
+        self._quiet = quiet
+        self._console = console
+        # FORCE_COLOR makes rich believe in a terminal where there is a log file, which wants lines
+        self._live = console.is_interactive and console.file.isatty()
+        self._started_s = time.monotonic()
+        self._total_steps = 0
+        self._recent: deque[StepMetrics] = deque(maxlen=RECENT_STEPS)
+        self._last_line_s = self._started_s
+        self._progress: Progress | None = None
+        self._task = TaskID(0)
+
+    def note(self, text: str) -> None:
+        """One pale line: what is being done now."""
+        if not self._quiet:
+            self._line(Text(_plain(text), style="dim"))
+
+    def warn(self, text: str) -> None:
+        """A warning, above the bar; the final report repeats it."""
+        if text not in self.warnings:
+            self.warnings.append(text)
+            self._line(Text.assemble(("warning: ", "bold yellow"), _plain(text)))
+
+    def start(
+        self,
+        title: str,
+        hardware_line: str,
+        settings: list[Setting],
+        total_steps: int,
+        usd_per_hour: float | None = None,
+    ) -> None:
+        """The panel (model, hardware, settings with the reason of each automatic one), then the progress bar.
+
+        usd_per_hour: the price, where it became known only with the machine.
+        """
+        self._total_steps = total_steps
+        if usd_per_hour is not None:
+            self._usd_per_hour = usd_per_hour
+        if self._quiet:
+            return
+        table = Table.grid(padding=(0, 2))
+        table.add_column(style="bold", no_wrap=True, max_width=28)
+        table.add_column(overflow="fold")
+        table.add_row("hardware", Text(_plain(hardware_line)))  # a bare str would be read as markup
+        for setting in settings:
+            value = Text(_plain(setting.value))
+            if setting.reason is not None:
+                value.append(f"  {_plain(setting.reason)}", style="dim")
+            table.add_row(Text(_plain(setting.name)), value)
+        self._console.print(Panel(table, title=Text(_plain(title), style="bold"), title_align="left", padding=(0, 1)))
+        if self._live:
+            # 20 columns: the step counter and a bar that can still be read
+            columns = (TextColumn("step {task.completed:,.0f}/{task.total:,.0f}"), BarColumn(bar_width=None))
+            figures = TextColumn("{task.fields[figures]}")
+            self._progress = Progress(*columns, figures, console=self._console, expand=True)
+            self._task = self._progress.add_task("", total=total_steps, figures="first step …")
+            self._progress.start()
+        else:
+            self._line(Text(f"training: {steps_text(total_steps)}"))
+
+    def step(self, step: StepMetrics) -> None:
+        """Show one finished optimizer step."""
+        self._recent.append(step)
+        if self._quiet:
+            return
+        figures = self._figures(step)
+        if self._progress is not None:
+            text = _fit(figures, self._console.width - 2 * len(f"{self._total_steps:,}") - 18)
+            self._progress.update(self._task, completed=step.step, figures=text)
+        elif self._line_is_due(step.step):
+            self._last_line_s = time.monotonic()
+            self._line(Text(" · ".join([f"step {step.step:,}/{self._total_steps:,}", *figures])))
+
+    def stop(self) -> None:
+        """Close the bar. Safe at any time and more than once, so it belongs into a `finally`."""
+        if self._progress is not None:
+            self._progress.stop()
+            self._progress = None
+
+    def finish(self, result: RunResult) -> None:
+        """The final report: figures with what they count, what ran, samples, warnings and where the files are."""
+        self.stop()
+        warnings = [*result.warnings, *(text for text in self.warnings if text not in result.warnings)]
+        status = Text(result.status, style=f"bold {STATUS_STYLE[result.status]}")
+        if self._quiet:
+            if result.status != "completed":
+                self._line(
+                    Text.assemble(_plain(result.name), ": ", status, ": ", _plain(result.error or "no reason given"))
+                )
+            return
+        parts: list[RenderableType] = [Rule(Text.assemble(status, " ", _plain(result.name)), align="left", style="dim")]
+        if result.error:
+            parts.append(Padding(Text(_plain(result.error), style="red"), (0, 2)))
+        parts.append(Padding(_figure_table(result), (1, 2)))
+        parts.extend(_samples(result.samples, wide=self._console.width >= 60))
+        self._console.print(Group(*parts))
+        for text in warnings:
+            self._line(Text.assemble(("warning: ", "bold yellow"), _plain(text)))
+        for label, value in _files(result):  # not in a table: a path must stay in one piece to be copied
+            self._console.print(Text.assemble((f"{label:<9}", "bold"), _plain(value)), soft_wrap=True)
+
+    def _figures(self, step: StepMetrics) -> list[str]:
+        """The figures of the bar, the most wanted first: a narrow terminal drops the last ones."""
+        recent = list(self._recent)[1:] or list(self._recent)  # the very first step warms up
+        speed = statistics.median(each.tokens_per_s for each in recent)
+        left_s = statistics.median(each.seconds for each in recent) * (self._total_steps - step.step)
+        figures = [f"loss {step.loss:.3f}", f"{rate(speed)} tokens/s", f"{clock(left_s)} left"]
+        figures.append(f"{step.peak_memory_gib:,.1f} GiB")
+        if self._usd_per_hour is not None:
+            figures.append(usd(self._usd_per_hour * (time.monotonic() - self._started_s) / 3600))
+        return figures
+
+    def _line_is_due(self, step: int) -> bool:
+        every = max(1, self._total_steps // 20)
+        overdue = time.monotonic() - self._last_line_s >= PLAIN_LINE_EVERY_S
+        return len(self._recent) == 1 or step == self._total_steps or step % every == 0 or overdue
+
+    def _line(self, text: Text) -> None:
+        self._console.print(text, soft_wrap=not self._live)  # a log keeps one line one line
+
+
+def clock(seconds: float) -> str:
+    """Seconds as 0:07, 2:41 or 1:05:09: as narrow as a bar needs them."""
+    minutes, rest_s = divmod(round(max(0.0, seconds)), 60)
+    return f"{minutes // 60}:{minutes % 60:02d}:{rest_s:02d}" if minutes >= 60 else f"{minutes}:{rest_s:02d}"
+
+
+def _fit(parts: list[str], width: int) -> str:
+    """As many of the first parts as fit into `width` columns; at least one."""
+    while len(parts) > 1 and len(" · ".join(parts)) > width:
+        parts = parts[:-1]
+    return " · ".join(parts)
+
+
+def _plain(text: str) -> str:
+    """`text` without control characters: a model's answer must not be able to steer the terminal."""
+    return "".join(c if c.isprintable() or c in "\n\t " else "�" for c in text)
+
+
+def _figure_table(result: RunResult) -> Table:
+    table = Table.grid(padding=(0, 2))
+    table.add_column(style="bold", no_wrap=True)
+    table.add_column()
+    for figure in key_figures(result):
+        value = Text(figure.value, style="dim" if figure.value == "not known" else "")
+        table.add_row(figure.label, value.append(f"  {figure.note}", style="dim"))
+    table.add_row("what ran", Text(" · ".join(f"{label} {_plain(value)}" for label, value in what_ran(result))))
+    return table
+
+
+def _samples(samples: list[Sample], wide: bool) -> Iterator[RenderableType]:
+    """Held-out prompts with the answers before and after, side by side (below each other where that is too narrow)."""
+    for sample in samples:
+        answers = [("before", sample.before), ("after", sample.after)]
+        table = Table(box=None, expand=True, padding=(0, 2, 0, 0), show_header=wide, header_style="bold")
+        if wide:
+            for name, _ in answers:
+                table.add_column(name, ratio=1, overflow="fold")
+            table.add_row(*(_clip(text) for _, text in answers))
+        else:
+            table.add_column(overflow="fold")
+            for name, text in answers:
+                table.add_row(Text.assemble((f"{name}: ", "bold"), _clip(text)))
+        prompt = Text.assemble(("held-out prompt: ", "bold"), _clip(sample.prompt))
+        reference = Text.assemble(("reference: ", "bold"), _clip(sample.reference), style="dim")
+        yield Padding(Group(prompt, table, reference), (0, 2, 1, 2))
+
+
+def _clip(text: str) -> Text:
+    text = _plain(text.strip())
+    return Text(text if len(text) <= SAMPLE_CHARACTERS else text[: SAMPLE_CHARACTERS - 1] + "…")
+
+
+def _files(result: RunResult) -> Iterator[tuple[str, str]]:
+    """What the run left behind: only files that are there."""
+    output = Path(result.output_dir)
+    for label, name in (("adapter", "adapter"), ("model", "model"), ("report", "report.html"), ("numbers", "run.json")):
+        if (output / name).exists():
+            yield label, str(output / name)
+    if (output / "adapter").exists():
+        yield "load it", f'peft.AutoPeftModelForCausalLM.from_pretrained("{output / "adapter"}")'
+    elif (output / "model").exists():
+        yield "load it", f'transformers.AutoModelForCausalLM.from_pretrained("{output / "model"}")'

@@ -1,0 +1,50 @@
+"""The training path on a real GPU: bf16, Unsloth's layers patched, an adapter that plain PEFT loads."""
+
+import json
+from pathlib import Path
+
+import pytest
+
+torch = pytest.importorskip("torch")
+pytestmark = [
+    pytest.mark.gpu,
+    pytest.mark.skipif(not torch.cuda.is_available(), reason="needs an NVIDIA GPU"),
+    pytest.mark.usefixtures("unsloth"),
+]
+
+TREE = {
+    "model": {"name": "builtin:tiny", "max_length": 512},
+    "data": {"train": "builtin:arithmetic", "max_rows": 256},
+    "lora": {"rank": 8, "alpha": 16},
+    "train": {"batch_rows": 8, "max_steps": 20, "learning_rate": 1e-2},
+}
+
+
+class Silent:
+    def __getattr__(self, name: str) -> object:
+        return lambda *arguments, **keywords: None
+
+
+@pytest.mark.parametrize("policy", ["none", "unsloth"])
+def test_lora_in_bf16_with_every_layer_patched(tmp_path: Path, policy: str) -> None:
+    from fasttune import config, train
+
+    tree = TREE | {"output_dir": str(tmp_path / "run"), "train": TREE["train"] | {"gradient_checkpointing": policy}}
+    result = train.run(config.parse(tree), Silent())
+    assert result.status == "completed", result.error
+    assert result.last_loss < 0.9 * result.first_loss
+    assert result.backend.patched_layers == 2 and result.warnings == []
+    assert "bfloat16 frozen" in result.backend.dtype and "bf16 autocast" in result.backend.dtype
+    assert result.backend.gradient_checkpointing == policy
+    assert result.peak_memory_gib > 0 and result.mfu is not None
+    assert json.loads((tmp_path / "run" / "run.json").read_text())["status"] == "completed"
+
+
+def test_full_fine_tuning_in_bf16(tmp_path: Path) -> None:
+    from fasttune import config, train
+
+    tree = {key: value for key, value in TREE.items() if key != "lora"}
+    tree |= {"output_dir": str(tmp_path / "run"), "train": TREE["train"] | {"method": "full", "learning_rate": 1e-3}}
+    result = train.run(config.parse(tree), Silent())
+    assert result.status == "completed" and result.last_loss < result.first_loss
+    assert (tmp_path / "run" / "model" / "model.safetensors").is_file()

@@ -1,0 +1,56 @@
+"""The command line: quick help, one line for every user error, nothing half-written."""
+
+import statistics
+import subprocess
+import sys
+import time
+from pathlib import Path
+
+import pytest
+
+TINY = "model: {name: builtin:tiny}\ndata: {train: builtin:arithmetic}\n"
+
+
+def fasttune(*arguments: str, cwd: Path | None = None) -> subprocess.CompletedProcess[str]:
+    return subprocess.run(
+        [sys.executable, "-m", "fasttune.cli", *arguments], capture_output=True, text=True, cwd=cwd, check=False
+    )
+
+
+def test_help_answers_at_once() -> None:
+    script = str(Path(sys.executable).with_name("fasttune"))
+    seconds = []
+    for _ in range(10):
+        start = time.perf_counter()
+        done = subprocess.run([script, "--help"], capture_output=True, text=True, check=True)
+        seconds.append(time.perf_counter() - start)
+    assert "train" in done.stdout and "verify" in done.stdout
+    assert statistics.median(seconds) < 0.3
+
+
+@pytest.mark.parametrize(
+    ("override", "told"),
+    [
+        ("data.train=nowhere.jsonl", "no file nowhere.jsonl"),
+        ("model.name=builtin:large", "builtin:tiny"),
+        ("output_dir=tiny.yaml", "is a file"),
+        ("train.batch_size=3", "did you mean train.batch_rows?"),
+    ],
+)
+def test_a_user_error_is_one_line_and_exit_2(tmp_path: Path, override: str, told: str) -> None:
+    (tmp_path / "tiny.yaml").write_text(TINY)
+    done = fasttune("train", "tiny.yaml", override, cwd=tmp_path)
+    assert done.returncode == 2
+    assert told in done.stderr and done.stderr.count("\n") == 1 and "Traceback" not in done.stderr
+    assert [path.name for path in tmp_path.iterdir()] == ["tiny.yaml"]
+
+
+def test_debug_shows_the_traceback(tmp_path: Path) -> None:
+    done = fasttune("train", "nowhere.yaml", "--debug", cwd=tmp_path)
+    assert "Traceback" in done.stderr and "ConfigError" in done.stderr
+
+
+def test_a_missing_config_names_one_that_exists(tmp_path: Path) -> None:
+    done = fasttune("train", "nowhere.yaml", cwd=tmp_path)
+    assert (done.returncode, done.stderr.count("\n")) == (2, 1)
+    assert "configs/quickstart.yaml" in done.stderr

@@ -1,0 +1,46 @@
+"""The formulas behind the printed numbers, against numbers worked out by hand."""
+
+import pytest
+
+from fasttune import metrics
+from fasttune.metrics import StepMetrics
+
+
+def step(number: int, seconds: float, tokens: int = 100) -> StepMetrics:
+    return StepMetrics(number, 1.0, 1e-4, 1.0, tokens, tokens // 2, 7, seconds, tokens / seconds, 1.0)
+
+
+def test_the_median_leaves_warm_up_out() -> None:
+    steps = [step(1, 100.0), step(2, 50.0), step(3, 20.0), *(step(n, 2.0) for n in range(4, 9))]
+    assert metrics.median_rate(steps) == 50.0
+    assert metrics.median_rate(steps, "loss_tokens") == 25.0
+    assert len(metrics.steady(steps)) == 5
+
+
+def test_a_very_short_run_leaves_the_first_step_out_and_one_step_says_nothing() -> None:
+    assert metrics.median_rate([step(1, 100.0), step(2, 2.0)]) == 50.0
+    assert metrics.median_rate([step(1, 1.0)]) is None
+    assert metrics.median_rate([]) is None
+
+
+def test_full_fine_tuning_is_six_n_and_lora_about_four() -> None:
+    # 10 weights of which all / 2 are trained; no attention, no head
+    full = metrics.count_flops(10, 10, 0, True, layers=0, attention_width=0)
+    lora = metrics.count_flops(10, 2, 0, False, layers=0, attention_width=0)
+    assert (full.body, lora.body) == (60, 44)
+
+
+def test_the_head_counts_only_where_there_is_a_label() -> None:
+    flops = metrics.count_flops(10, 0, head_weights=5, head_trained=False, layers=0, attention_width=0)
+    assert flops.of_step(tokens=100, loss_tokens=0, rows=1) == 100 * 40
+    assert flops.of_step(tokens=100, loss_tokens=30, rows=1) == 100 * 40 + 30 * 5 * 2 * 2
+
+
+def test_causal_attention_of_one_row() -> None:
+    # forward: QK^T and PV, 2·T²·width each, halved by the causal mask; backward twice that; per layer
+    flops = metrics.count_flops(0, 0, 0, False, layers=3, attention_width=8)
+    length = 64
+    assert flops.of_step(tokens=length, loss_tokens=0, rows=1) == 3 * (2 * 2 * length**2 * 8 / 2) * 3
+    assert flops.of_step(tokens=4 * length, loss_tokens=0, rows=4) == pytest.approx(
+        4 * flops.of_step(tokens=length, loss_tokens=0, rows=1)
+    )

@@ -1,0 +1,268 @@
+"""The set-up, on a tiny made-up stack of local wheels: no network, no real package."""
+
+import fcntl
+import json
+import os
+import shutil
+import subprocess
+import sys
+import zipfile
+from pathlib import Path
+
+import pytest
+
+ROOT = Path(__file__).resolve().parent.parent
+SCRIPT = ROOT / "scripts" / "setup_h100.sh"
+
+# The real set-up with another stack, the package as a wheel, and the verification told instead of run.
+DRIVER = """
+import sys
+from pathlib import Path
+sys.path.insert(0, {scripts!r})
+import setup_env
+from fasttune import hardware, stack
+stack.STACK_DIR = Path({stacks!r})
+stack.CPU_INDEX = "http://127.0.0.1:9/whl/cpu"  # nobody answers there
+stack.DISK_NEEDED_GIB = {{"cpu": {disk_gib}}}
+setup_env.detect = lambda path: hardware.Hardware("linux", "x86_64", "2.35", "3.12", "cpu", 2, 24.0, 64.0)
+setup_env.Setup.install_package = lambda self: self.shell.pip_step("fasttune", "--no-deps", "fasttune")
+setup_env.Setup.verify = lambda self, quick: print(f"VERIFY quick={{quick}}") or 0
+sys.exit(setup_env.main(sys.argv[1:]))
+"""
+
+
+def make_wheel(folder: Path, name: str, version: str, files: dict[str, str] | None = None, needs: str = "") -> None:
+    folder.mkdir(exist_ok=True)
+    info = f"{name}-{version}.dist-info"
+    requires = f"Requires-Dist: {needs}\n" if needs else ""
+    with zipfile.ZipFile(folder / f"{name}-{version}-py3-none-any.whl", "w") as wheel:
+        for path, text in (files or {f"{name}_made_up.py": f"version = {version!r}\n"}).items():
+            wheel.writestr(path, text)
+        wheel.writestr(f"{info}/METADATA", f"Metadata-Version: 2.1\nName: {name}\nVersion: {version}\n{requires}")
+        wheel.writestr(
+            f"{info}/WHEEL", "Wheel-Version: 1.0\nGenerator: test\nRoot-Is-Purelib: true\nTag: py3-none-any\n"
+        )
+        wheel.writestr(f"{info}/RECORD", "")
+
+
+class Place:
+    """A folder with wheels, stack files and a way to run the set-up on them."""
+
+    def __init__(self, folder: Path):
+        self.folder, self.wheels, self.stacks, self.venv = folder, folder / "wheels", folder / "stacks", folder / "venv"
+
+    def fill(self) -> "Place":
+        make_wheel(self.wheels, "torch", "9.0+cpu", {"torch/version.py": "__version__ = '9.0+cpu'\n"})
+        make_wheel(self.wheels, "alpha", "1.0")
+        make_wheel(self.wheels, "alpha", "2.0")
+        make_wheel(self.wheels, "tool", "1.0")
+        make_wheel(self.wheels, "fasttune", "0.1")
+        self.stacks.mkdir()
+        (self.stacks / "cpu.txt").write_text('# made up\ntorch==9.0\nalpha==1.0\nbeta==1.0 ; python_version < "3.0"\n')
+        (self.stacks / "dev.txt").write_text("tool==1.0\n")
+        return self
+
+    def run(self, *arguments: str, disk_gib: float = 0, **more: str) -> subprocess.CompletedProcess[str]:
+        code = DRIVER.format(scripts=str(ROOT / "scripts"), stacks=str(self.stacks), disk_gib=disk_gib)
+        keep = {name: value for name, value in os.environ.items() if not name.startswith(("PIP_", "FASTTUNE_"))}
+        environment = keep | {"PIP_NO_INDEX": "1", "PIP_FIND_LINKS": str(self.wheels), "PIP_CONFIG_FILE": os.devnull}
+        command = [sys.executable, "-c", code, "--venv", str(self.venv), *arguments]
+        return subprocess.run(
+            command, capture_output=True, text=True, env=environment | {"no_proxy": "*"} | more, check=False
+        )
+
+    def versions(self) -> dict[str, str]:
+        code = "import importlib.metadata as m, json; print(json.dumps({d.name: d.version for d in m.distributions()}))"
+        done = subprocess.run([self.venv / "bin/python", "-Ic", code], capture_output=True, text=True, check=True)
+        return json.loads(done.stdout)
+
+    def marker(self) -> dict[str, object]:
+        return json.loads((self.venv / "fasttune-setup.json").read_text())
+
+
+def snapshot(folder: Path) -> dict[str, tuple[int, int]]:
+    return {str(path): (path.lstat().st_mtime_ns, path.lstat().st_size) for path in sorted(folder.rglob("*"))}
+
+
+def refused(done: subprocess.CompletedProcess[str], words: str, code: int = 2) -> None:
+    lines = done.stderr.strip().splitlines()
+    assert (done.returncode, len(lines)) == (code, 1), done.stderr
+    assert words in lines[0]
+
+
+@pytest.fixture(scope="module")
+def ready(tmp_path_factory: pytest.TempPathFactory) -> tuple[Place, str]:
+    """A place where the set-up has run once, and what it printed."""
+    place = Place(tmp_path_factory.mktemp("ready")).fill()
+    done = place.run()
+    assert done.returncode == 0, done.stderr
+    return place, done.stdout
+
+
+@pytest.fixture
+def place(ready: tuple[Place, str], tmp_path: Path) -> Place:
+    """A copy of it, to be broken."""
+    shutil.copytree(ready[0].folder, tmp_path / "copy", symlinks=True)
+    return Place(tmp_path / "copy")
+
+
+@pytest.fixture
+def bare(tmp_path: Path) -> Place:
+    return Place(tmp_path).fill()
+
+
+def test_the_first_set_up_installs_the_stack_and_verifies_it(ready: tuple[Place, str]) -> None:
+    place, said = ready
+    versions = place.versions()
+    assert {name: versions[name] for name in ("torch", "alpha", "fasttune")} == {
+        "torch": "9.0+cpu",
+        "alpha": "1.0",
+        "fasttune": "0.1",
+    }
+    assert not {"tool", "beta"} & set(versions)
+    assert place.marker()["state"] == "ok"
+    assert "→ stack cpu … ok" in said
+    assert "no GPU: not used" in said
+    assert said.rstrip().endswith("VERIFY quick=False")
+
+
+def test_a_good_environment_is_left_as_it_is(place: Place) -> None:
+    place.run()  # the copy's bytecode is written here
+    before = snapshot(place.folder)
+    done = place.run()
+    assert done.returncode == 0
+    assert snapshot(place.folder) == before
+    assert "left as it is" in done.stdout
+    assert "VERIFY quick=True" in done.stdout
+
+
+def test_a_drifted_version_is_named_and_repaired_inside_the_environment_only(place: Place, tmp_path: Path) -> None:
+    elsewhere = tmp_path / "elsewhere"
+    (tmp_path / "evil").mkdir()
+    (tmp_path / "evil" / "sitecustomize.py").write_text("raise SystemExit('PYTHONPATH leaked')")
+    install = [place.venv / "bin/python", "-m", "pip", "install", "-q", "--no-index", "--no-deps"]
+    subprocess.run([*install, "--find-links", place.wheels, "alpha==2.0"], check=True)
+    done = place.run(PIP_TARGET=str(elsewhere), PIP_USER="1", PIP_CONSTRAINT="/does/not/exist")
+    assert done.returncode == 0, done.stderr
+    assert "alpha 2.0 (the stack pins 1.0); repaired" in done.stdout
+    assert place.versions()["alpha"] == "1.0"
+    assert not elsewhere.exists()
+    again = place.run("--dry-run", PYTHONPATH="")
+    assert "left as it is" in again.stdout
+
+
+def test_dev_adds_the_tools_and_a_later_run_without_it_keeps_them(place: Place) -> None:
+    assert "tools for tests are added" in place.run("--dev").stdout
+    assert place.versions()["tool"] == "1.0"
+    assert "left as it is" in place.run().stdout
+
+
+def test_a_set_up_that_was_killed_is_done_again(place: Place) -> None:
+    marker = place.marker() | {"state": "installing"}
+    (place.venv / "fasttune-setup.json").write_text(json.dumps(marker))
+    debris = place.venv / "lib" / "half-written"
+    debris.write_text("")
+    shutil.rmtree(next(place.venv.glob("lib/python*/site-packages/alpha-1.0.dist-info")))
+    done = place.run()
+    assert done.returncode == 0, done.stderr
+    assert "did not finish; made anew" in done.stdout
+    assert place.versions()["alpha"] == "1.0"
+    assert not debris.exists()
+    assert place.marker()["state"] == "ok"
+
+
+def test_killed_before_the_environment_had_its_pyvenv_cfg_is_not_refused(bare: Place) -> None:
+    bare.venv.mkdir()
+    (bare.venv / "fasttune-setup.json").write_text('{"state": "installing"}')
+    (bare.venv / "setup.log").write_text("")
+    done = bare.run("--dry-run")
+    assert done.returncode == 0, done.stderr
+    assert "did not finish" in done.stdout
+
+
+def test_a_changed_stack_file_is_noticed(place: Place) -> None:
+    with (place.stacks / "cpu.txt").open("a") as file:
+        file.write("tool==1.0\n")
+    assert "tool missing (the stack pins 1.0); repaired" in place.run("--dry-run").stdout
+
+
+@pytest.mark.parametrize("existing", [False, True])
+def test_a_dry_run_prints_the_commands_and_changes_nothing(place: Place, existing: bool) -> None:
+    if existing:
+        (place.venv / "fasttune-setup.json").write_text('{"state": "installing"}')
+    else:
+        shutil.rmtree(place.venv)
+    before, checkout = snapshot(place.folder), snapshot(ROOT / "scripts")
+    done = place.run("--dry-run", "--dev")
+    assert done.returncode == 0, done.stderr
+    assert (snapshot(place.folder), snapshot(ROOT / "scripts")) == (before, checkout)
+    assert f"-m venv {place.venv}" in done.stdout
+    assert f"--no-deps -r {place.stacks}/cpu.txt" in done.stdout
+    assert "fasttune.verify" in done.stdout or "VERIFY" in done.stdout
+
+
+def test_a_cuda_build_never_comes_by_accident(place: Place) -> None:
+    shutil.rmtree(next(place.venv.glob("lib/python*/site-packages/torch-9.0*.dist-info")))  # torch is to be installed
+    (place.wheels / "torch-9.0+cpu-py3-none-any.whl").unlink()
+    make_wheel(place.wheels, "torch", "9.0", needs="nvidia-cublas==13.1 ; sys_platform == 'linux'")
+    refused(place.run(), "would come as a CUDA build")
+    assert "torch" not in place.versions()
+
+
+def test_a_failed_step_says_why_and_where_the_log_is(place: Place) -> None:
+    with (place.stacks / "cpu.txt").open("a") as file:
+        file.write("no-such-package==1.0\n")
+    done = place.run()
+    refused(done, "No matching distribution found for no-such-package==1.0", code=1)
+    assert str(place.venv / "setup.log") in done.stderr
+    assert place.marker()["state"] == "installing"
+
+
+def test_a_folder_that_is_not_ours_is_refused(bare: Place) -> None:
+    bare.venv.mkdir()
+    (bare.venv / "precious").write_text("data")
+    before = snapshot(bare.folder)
+    refused(bare.run(), "is no virtual environment")
+    refused(bare.run("--recreate"), "is no virtual environment")
+    (bare.venv / "pyvenv.cfg").write_text("home = /usr/bin\n")
+    refused(bare.run(), "was not made by this script")
+    (bare.venv / "pyvenv.cfg").unlink()
+    assert set(snapshot(bare.folder)) == set(before)
+
+
+def test_two_set_ups_at_once_are_refused(bare: Place) -> None:
+    bare.venv.mkdir()
+    descriptor = os.open(bare.venv, os.O_RDONLY)
+    try:
+        fcntl.flock(descriptor, fcntl.LOCK_EX)
+        refused(bare.run(), "another set-up is at work")
+    finally:
+        os.close(descriptor)
+
+
+def test_too_little_disk_is_said_before_anything_is_written(bare: Place) -> None:
+    refused(bare.run(disk_gib=1000), "64.0 GiB free, the stack cpu needs 1000 GiB")
+    assert not bare.venv.exists()
+
+
+def test_wrong_options_are_one_line(bare: Place) -> None:
+    refused(bare.run("--stack", "cu999"), "choose from")
+    refused(bare.run("--flash-attn=maybe"), "--flash-attn")
+
+
+def test_no_fitting_python_is_one_line() -> None:
+    done = subprocess.run(["bash", SCRIPT, "--python", "/bin/false"], capture_output=True, text=True, check=False)
+    refused(done, "no Python 3.11 to 3.13 (tried /bin/false); install one")
+
+
+def test_the_flash_attn_wheel_is_named_as_the_project_names_it() -> None:
+    code = (
+        "import sys; sys.path[:0] = sys.argv[1:]; import flash_attention;"
+        "print(*flash_attention.wheel_urls({'torch': '2.11.0+cu130', 'cuda': '13.0', 'abi': True, 'python': 'cp312'}))"
+    )
+    command = [sys.executable, "-c", code, str(ROOT / "scripts"), str(ROOT)]
+    urls = subprocess.run(command, capture_output=True, text=True, check=True).stdout.split()
+    assert urls[-1] == (
+        "https://github.com/Dao-AILab/flash-attention/releases/download/v2.8.3/"
+        "flash_attn-2.8.3%2Bcu13torch2.11cxx11abiTRUE-cp312-cp312-linux_x86_64.whl"
+    )

@@ -1,0 +1,199 @@
+"""Stacks, the choice between them, and the rules, on made-up machines and versions."""
+
+import re
+import sys
+from pathlib import Path
+
+import pytest
+
+from fasttune import rules, stack
+from fasttune.errors import FasttuneError
+from fasttune.hardware import Gpu, Hardware
+
+
+def machine(gpu: str | None = None, capability: tuple[int, int] = (9, 0), driver: str | None = None) -> Hardware:
+    gpus = (Gpu(gpu, capability, 79.6),) if gpu else ()
+    return Hardware("linux", "x86_64", "2.35", "3.12.3", "cpu", 16, 128.0, 64.0, gpus, driver)
+
+
+H100 = "NVIDIA H100 80GB HBM3"
+CPU_MACHINE = machine()
+
+
+@pytest.mark.parametrize(
+    ("hardware", "name"),
+    [
+        (machine(), "cpu"),
+        (machine(H100, driver="580.65.06"), "cu130"),
+        (machine("NVIDIA H200", driver="610.10"), "cu130"),
+        (machine(H100, driver="579.99"), "cu12"),
+        (machine("NVIDIA A100-SXM4-80GB", (8, 0), "525.60.13"), "cu12"),
+        (machine("NVIDIA B200", (10, 0), "580.95.05"), "cu130"),
+    ],
+)
+def test_the_machine_chooses_its_stack(hardware: Hardware, name: str) -> None:
+    chosen, reason = stack.choose_stack(hardware)
+    assert chosen == name
+    assert reason
+
+
+@pytest.mark.parametrize(
+    ("hardware", "words"),
+    [
+        (machine(H100, driver="470.223.02"), r"driver 470.* 525 is needed .*https://"),
+        (machine(H100, driver="524.99"), r"driver 524.* 525 is needed"),
+        (machine("Tesla T4", (7, 5), "580.65"), r"T4: compute capability 7\.5 .*8\.0 is needed .*--stack cpu"),
+    ],
+)
+def test_an_unfit_gpu_is_one_line_with_the_remedy(hardware: Hardware, words: str) -> None:
+    with pytest.raises(FasttuneError, match=words) as caught:
+        stack.choose_stack(hardware)
+    assert "\n" not in str(caught.value)
+    assert caught.value.exit_code == 2
+
+
+def test_a_gpu_without_driver_is_said() -> None:
+    hardware = Hardware("linux", "x86_64", "2.35", "3.12", "cpu", 2, 24.0, 64.0, silent_gpu=True)
+    chosen, reason = stack.choose_stack(hardware)
+    assert chosen == "cpu"
+    assert "no driver answers" in reason
+
+
+@pytest.mark.parametrize("python", [(3, 11), (3, 12), (3, 13)])
+@pytest.mark.parametrize("name", ["cpu", "cu130", "cu12"])
+def test_the_committed_pins_hold_what_the_project_needs(name: str, python: tuple[int, int]) -> None:
+    pins = stack.read_pins(name, python)
+    for package in ("torch", "triton", "transformers", "trl", "peft", "unsloth", "unsloth-zoo", "setuptools", "wheel"):
+        assert package in pins
+    assert pins["transformers"] == "5.17.0"
+    assert not {"llm", "llama-cpp-python", "diskcache"} & set(pins)
+    if name == "cpu":
+        assert pins["torch"] == "2.13.0"
+        assert not {"torchvision", "xformers", "bitsandbytes"} & set(pins)
+        assert not any(stack.CUDA_WHEEL.match(package) for package in pins)
+    else:
+        assert pins["numpy"] == ("2.4.6" if python == (3, 11) else "2.5.2")
+        assert pins["torch"] == ("2.11.0" if name == "cu130" else "2.11.0+cu128")
+        assert any(stack.CUDA_WHEEL.match(package) for package in pins) == (name == "cu130")
+
+
+@pytest.mark.parametrize("name", ["cpu", "cu130", "dev"])
+def test_a_stack_file_says_what_it_is_for_when_and_how_it_was_made(name: str) -> None:
+    header = [line for line in (stack.STACK_DIR / f"{name}.txt").read_text().splitlines() if line.startswith("#")]
+    assert re.search(rf"^# {name}: \S.*\n# Made \d{{4}}-\d\d-\d\d by stacks/regenerate.py", "\n".join(header))
+
+
+def test_a_line_that_is_no_pin_is_named(tmp_path: Path) -> None:
+    file = tmp_path / "x.txt"
+    file.write_text("# header\ntorch==2.0\nnumpy>=1\n")
+    with pytest.raises(FasttuneError, match=r"x\.txt:3: not a pin .*numpy>=1"):
+        stack.read_pin_file(file)
+    with pytest.raises(FasttuneError, match="cannot read the pins"):
+        stack.read_pin_file(tmp_path / "missing.txt")
+
+
+def test_an_unknown_stack_names_the_known_ones() -> None:
+    with pytest.raises(FasttuneError, match="choose one of cpu, cu130, cu12"):
+        stack.read_pins("cu999")
+
+
+def test_compare_accepts_a_build_of_the_pinned_version_and_nothing_else() -> None:
+    pins = {"torch": "2.13.0", "numpy": "2.4.6", "trl": "1.15.0"}
+    assert stack.compare(pins, {"torch": "2.13.0+cpu", "numpy": "2.4.6", "trl": "1.15.0"}) == []
+    wrong = stack.compare(pins, {"torch": "2.13.1", "numpy": "2.4.6"})
+    assert [(item.name, item.installed) for item in wrong] == [("torch", "2.13.1"), ("trl", None)]
+    assert stack.compare({"torch": "2.11.0+cu128"}, {"torch": "2.11.0+cu130"})
+
+
+def test_the_fix_uses_this_interpreter_and_the_pins() -> None:
+    assert stack.fix_command(["transformers"], "cpu") == (
+        f"{sys.executable} -m pip install --no-deps transformers==5.17.0"
+    )
+    assert f"--extra-index-url {stack.CPU_INDEX} torch==2.13.0" in stack.fix_command(["torch"], "cpu")
+    assert stack.fix_command(["no-such-package"], "cpu") == "bash scripts/setup_h100.sh"
+
+
+def test_installed_reads_this_environment() -> None:
+    import torch
+
+    versions = stack.installed()
+    assert versions["torch"] == torch.__version__  # with the local part that tells a CPU build from a CUDA one
+    assert versions["pytest"] == pytest.__version__
+
+
+# name, what is installed, the machine, and whether the rule speaks up
+CASES: list[tuple[str, dict[str, str], Hardware, bool]] = [
+    ("llama-3.1-transformers", {"transformers": "4.41.2"}, CPU_MACHINE, True),
+    ("llama-3.1-transformers", {"transformers": "4.43.0"}, CPU_MACHINE, False),
+    ("torchvision-torch", {"torch": "2.11.0+cu130", "torchvision": "0.25.0"}, CPU_MACHINE, True),
+    ("torchvision-torch", {"torch": "2.11.0+cu130", "torchvision": "0.26.0"}, CPU_MACHINE, False),
+    ("numpy-abi", {"numpy": "2.1.0", "torch": "2.2.2"}, CPU_MACHINE, True),
+    ("numpy-abi", {"numpy": "2.1.0", "pandas": "2.2.1"}, CPU_MACHINE, True),
+    ("numpy-abi", {"numpy": "1.26.4", "torch": "2.2.2"}, CPU_MACHINE, False),
+    ("flash-attn-torch", {"flash-attn": "2.8.3+cu12torch2.8cxx11abitrue", "torch": "2.11.0+cu128"}, CPU_MACHINE, True),
+    ("flash-attn-torch", {"flash-attn": "2.8.3+cu12torch2.11cxx11abitrue", "torch": "2.11.0+cu130"}, CPU_MACHINE, True),
+    ("flash-attn-torch", {"flash-attn": "2.8.3+cu12torch2.8cxx11abifalse", "torch": "2.8.0+cu128"}, CPU_MACHINE, True),
+    ("flash-attn-torch", {"flash-attn": "2.8.3+cu12torch2.8cxx11abitrue", "torch": "2.8.0+cu128"}, CPU_MACHINE, False),
+    ("torch-cpu-build", {"torch": "2.13.0+cpu"}, machine(H100, driver="580.1"), True),
+    ("torch-cpu-build", {"torch": "2.13.0+cpu"}, CPU_MACHINE, False),
+    ("torch-cpu-build", {"torch": "2.11.0+cu130"}, machine(H100, driver="580.1"), False),
+    ("driver-cuda", {"torch": "2.11.0+cu130"}, machine(H100, driver="550.54"), True),
+    ("driver-cuda", {"torch": "2.11.0+cu128"}, machine(H100, driver="550.54"), False),
+    ("driver-cuda", {"torch": "2.11.0+cu128"}, machine(H100, driver="470.1"), True),
+    ("cuda-11-hopper", {"torch": "2.3.1+cu118"}, machine(H100, driver="580.1"), True),
+    ("cuda-11-hopper", {"torch": "2.3.1+cu118"}, machine("NVIDIA A100", (8, 0), "580.1"), False),
+    ("unsloth-cpu", {"unsloth": "2024.7"}, CPU_MACHINE, True),
+    ("unsloth-cpu", {"unsloth": "2026.10.9"}, CPU_MACHINE, False),
+]
+
+
+@pytest.mark.parametrize(("name", "versions", "hardware", "speaks"), CASES)
+def test_rule(name: str, versions: dict[str, str], hardware: Hardware, speaks: bool) -> None:
+    rule = next(rule for rule in stack.RULES if rule.name == name)
+    said = rule.check(versions, hardware)
+    assert (said is not None) == speaks
+    if said:
+        assert "\n" not in said
+
+
+# What packages declare, and an installed version that is outside it
+DECLARED = [
+    ("unsloth-limits", "unsloth", "trl!=0.19.0,<=1.15.0", "trl", "1.16.0", "1.15.0"),
+    ("unsloth-limits", "unsloth", "datasets!=4.4.*,<5.0.0", "datasets", "4.4.1", "4.8.5"),
+    ("unsloth-limits", "unsloth-zoo", "torch<2.15.0", "torch", "2.15.0+cu130", "2.11.0+cu130"),
+    ("triton-torch", "torch", "triton==3.6.0", "triton", "3.7.1", "3.6.0"),
+    ("numpy-abi", "pandas", "numpy>=2.0.2", "numpy", "1.26.4", "2.4.6"),
+    ("hugging-face-limits", "transformers", "tokenizers<0.24,>=0.23", "tokenizers", "0.21.0", "0.23.2"),
+]
+
+
+@pytest.mark.parametrize(("name", "package", "line", "other", "bad", "good"), DECLARED)
+def test_declared_limits_are_read_from_the_installed_metadata(
+    name: str, package: str, line: str, other: str, bad: str, good: str, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(rules, "requires", lambda asked: [line, 'x ; extra == "y"'] if asked == package else [])
+    rule = next(rule for rule in stack.RULES if rule.name == name)
+    versions = {package: "3.1.1", other: bad}
+    assert f"{package} 3.1.1 needs" in (rule.check(versions, CPU_MACHINE) or "")
+    assert rule.check(versions | {other: good}, CPU_MACHINE) is None
+    assert rule.check({package: "3.1.1"}, CPU_MACHINE) is None  # left out on purpose
+
+
+def test_xformers_built_for_another_torch_is_a_warning(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(rules, "read_dist_file", lambda *_: '{"version": {"torch": "2.10.0+cu128"}}')
+    rule = next(rule for rule in stack.RULES if rule.name == "xformers-torch")
+    assert "built for torch 2.10.0+cu128" in (
+        rule.check({"xformers": "0.0.35", "torch": "2.11.0+cu130"}, CPU_MACHINE) or ""
+    )
+    assert rule.check({"xformers": "0.0.35", "torch": "2.10.0+cu128"}, CPU_MACHINE) is None
+    assert rule.severity == "warn"
+
+
+def test_every_rule_has_a_reason_a_source_and_a_remedy_and_a_test() -> None:
+    for rule in stack.RULES:
+        assert rule.reason
+        assert rule.source.startswith("https://")
+        for name in stack.stack_names():
+            assert rule.fix(name)
+    tested = {case[0] for case in CASES} | {case[0] for case in DECLARED} | {"xformers-torch"}
+    assert tested == {rule.name for rule in stack.RULES}

@@ -1,0 +1,498 @@
+"""`python -m fasttune.verify`: the real command, and proof that each of its checks can fail."""
+
+import dataclasses
+import http.server
+import io
+import json
+import os
+import signal
+import subprocess
+import sys
+import threading
+import time
+from collections.abc import Iterator
+from pathlib import Path
+from typing import Any
+
+import pytest
+from rich.console import Console
+
+from fasttune import stack, verify
+from fasttune.checks import Result, facts, parity, runner, symptoms, training
+from fasttune.hardware import Gpu, Hardware
+
+ROOT = Path(__file__).resolve().parents[1]
+MACHINE = Hardware("linux", "x86_64", "2.36", "3.12.3", "cpu", 2, 23.5, 70.0)
+H100 = dataclasses.replace(MACHINE, gpus=(Gpu("NVIDIA H100", (9, 0), 80.0),), driver="580.65")
+
+
+def command(*arguments: str, **environment: str) -> subprocess.CompletedProcess[str]:
+    return subprocess.run(
+        [sys.executable, "-m", "fasttune.verify", *arguments],
+        cwd=ROOT,
+        env=os.environ | environment,
+        capture_output=True,
+        text=True,
+        timeout=300,
+    )
+
+
+# ---- the real command
+
+
+def test_quick_names_facts_pins_and_rules_without_torch() -> None:
+    code = "import sys; from fasttune import verify; verify.main(['--quick', '--json']); print('torch' in sys.modules)"
+    start = time.perf_counter()
+    done = subprocess.run([sys.executable, "-c", code], cwd=ROOT, capture_output=True, text=True, check=True)
+    assert time.perf_counter() - start < 3
+    document, torch_imported = done.stdout.splitlines()
+    seen = json.loads(document)
+    names = {check["name"] for check in seen["checks"]}
+    assert {"python", "os", "driver", "gpu", "memory", "disk", "pins"} <= names
+    assert {f"rule:{rule.name}" for rule in stack.RULES} <= names
+    assert set(seen) == {"ok", "stack", "hardware", "checks"}
+    assert all(set(check) == {"name", "status", "detail", "fix", "seconds"} for check in seen["checks"])
+    assert torch_imported == "False"
+
+
+@pytest.mark.slow
+def test_everything_passes_here_and_leaves_nothing(tmp_path: Path) -> None:
+    done = command("--json", TMPDIR=str(tmp_path), OMP_NUM_THREADS="1")
+    seen = json.loads(done.stdout.splitlines()[-1])
+    failed = [check for check in seen["checks"] if check["status"] == "fail"]
+    assert not failed
+    assert (done.returncode, seen["ok"]) == (0, True)
+    status = {check["name"]: check["status"] for check in seen["checks"]}
+    executed = ["matmul-bf16", "attention:sdpa-math", "attention:sdpa-math-packed", "attention:sdpa-flash"]
+    executed += ["attention:sdpa-flash-packed", "rope-llama31", "import:unsloth", "unsloth-parity", "train-two-steps"]
+    executed += ["privacy-statistics", "privacy-network", "privacy-token", "privacy-folder"]
+    assert {name: status[name] for name in executed} == dict.fromkeys(executed, "pass")
+    assert list(tmp_path.iterdir()) == []
+
+
+def test_interrupted_it_leaves_no_process_and_no_file(tmp_path: Path) -> None:
+    arguments = [sys.executable, "-m", "fasttune.verify"]
+    process = subprocess.Popen(
+        arguments, cwd=ROOT, env=os.environ | {"TMPDIR": str(tmp_path)}, stdout=subprocess.PIPE, stderr=subprocess.PIPE
+    )
+    while len(list(tmp_path.glob("*/report"))) + len(list(tmp_path.glob("*/printed"))) < 2:
+        assert process.poll() is None
+        time.sleep(0.05)
+    process.send_signal(signal.SIGTERM)
+    _, stderr = process.communicate(timeout=20)
+    assert process.returncode == 130
+    assert stderr.decode().strip().splitlines()[-1] == "fasttune verify: interrupted, nothing is left running"
+    assert list(tmp_path.iterdir()) == []
+    assert str(tmp_path) not in subprocess.run(["ps", "-eo", "args"], capture_output=True, text=True, check=True).stdout
+
+
+def test_every_job_names_a_check_that_exists() -> None:
+    pytest.importorskip("torch")
+    for job in verify.JOBS + verify.ONLINE:
+        module = __import__(job.module, fromlist=["CHECKS"])
+        assert set(job.names) <= set(module.CHECKS)
+
+
+# ---- child processes that go wrong
+
+BROKEN = """
+import os, signal, sys, time
+from fasttune.checks import Result
+
+def fine(): yield Result("fine", "pass", "ok")
+def crash():
+    yield Result("crash-first-half", "pass", "ok")
+    os.kill(os.getpid(), signal.SIGSEGV)
+def hang(): yield time.sleep(60)
+def leave(): os._exit(3)
+def symbol(): raise ImportError("x.so: undefined symbol: _ZN3c10") from None
+def prints():
+    print("x.so: undefined symbol: _ZN3c10", file=sys.stderr)
+    yield Result("prints", "pass", "ok")
+CHECKS = {f.__name__: f for f in (fine, crash, hang, leave, symbol, prints)}
+"""
+
+
+def test_a_dead_child_is_a_result_and_the_rest_goes_on(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    (tmp_path / "broken_checks.py").write_text(BROKEN)
+    (tmp_path / "tmp").mkdir()
+    monkeypatch.setenv("PYTHONPATH", str(tmp_path))
+    monkeypatch.setattr("tempfile.tempdir", str(tmp_path / "tmp"))
+    names = ("crash", "leave", "symbol", "prints", "hang", "fine")
+    start = time.perf_counter()
+    job = runner.Job("broken_checks", names, limit_s=3)
+    results = {result.name: result for result in runner.run_jobs((job,), lambda text: None)}
+    assert time.perf_counter() - start < 20
+    assert {name: result.status for name, result in results.items()} == {
+        "crash-first-half": "pass",
+        "crash": "fail",
+        "leave": "fail",
+        "symbol": "fail",
+        "prints": "fail",
+        "hang": "fail",
+        "fine": "pass",
+    }
+    assert "SIGSEGV" in results["crash"].detail
+    assert "exit code 3" in results["leave"].detail
+    assert "built against another version" in results["symbol"].detail
+    assert "built against another version" in results["prints"].detail
+    assert "within 3 s" in results["hang"].detail
+    assert list((tmp_path / "tmp").iterdir()) == []
+
+
+@pytest.mark.parametrize(
+    ("text", "meaning", "fix"),
+    [
+        ("flash_attn_2_cuda.so: undefined symbol: _ZN2at4_ops5zeros4callE", "flash-attn was compiled", "uninstall -y"),
+        ("torchao/_C.abi3.so: undefined symbol: aoti_torch", "built against another version", "torch=="),
+        ("libcuda.so.1: cannot open shared object file: No such file", "driver is not visible", "nvidia-smi"),
+        ("ImportError: libcudart.so.11.0: cannot open shared object file", "another CUDA version", "torch=="),
+        ("libGL.so.1: cannot open shared object file", "libGL.so.1 is missing", "apt-file search libGL.so.1"),
+        ("/lib/libc.so.6: version `GLIBC_2.32' not found (required by x.so)", "needs GLIBC_2.32", "newer system image"),
+        ("A module that was compiled using NumPy 1.x cannot be run in NumPy 2.0.0", "NumPy generation", "numpy=="),
+        ("ImportError: numpy.core.multiarray failed to import", "NumPy generation", "numpy=="),
+        ("ValueError: numpy.dtype size changed, may indicate binary incompatibility", "NumPy generation", "numpy=="),
+        ("RuntimeError: operator torchvision::nms does not exist", "released as pairs", "torch=="),
+        ("`rope_scaling` must be a dictionary with two fields", "predates Llama 3.1", "transformers=="),
+        ("tokenizers>=0.19,<0.20 is required for a normal functioning of this module, but found tokenizers==0.23.3.\n"
+         "Try:", "refuses tokenizers==0.23.3", "tokenizers=="),
+        ("CUDA error: no kernel image is available for execution on the device", "this GPU's architecture", "torch=="),
+        ("The NVIDIA driver on your system is too old (found version 11040)", "missing or too old", "580"),
+        ("WARNING[XFORMERS]: xFormers can't load C++/CUDA extensions", "built for another torch", "attention:xformers"),
+        ("ModuleNotFoundError: No module named 'peft.tuners'", "peft.tuners is missing", "peft=="),
+        ("ImportError: cannot import name 'Foo' from 'trl.trainer' (/x)", "trl.trainer has no Foo", "trl=="),
+    ],
+)  # fmt: skip
+def test_loader_errors_are_explained(text: str, meaning: str, fix: str) -> None:
+    known = symptoms.explain(text, "")
+    assert known is not None
+    assert meaning in known.meaning
+    assert fix in known.fix
+
+
+def test_an_unknown_error_is_shown_as_it_is() -> None:
+    assert symptoms.explain("ValueError: all is well") is None
+    assert symptoms.from_exception("x", ValueError("all\nis well")).detail == "ValueError: all is well"
+
+
+def test_the_cause_of_an_error_is_read_too() -> None:
+    error = RuntimeError("Failed to import trl")
+    error.__cause__ = ImportError("x.so: undefined symbol: abc")
+    assert "built against another version" in symptoms.from_exception("x", error).detail
+
+
+# ---- facts
+
+
+def status_of(hardware: Hardware) -> dict[str, str]:
+    results = [facts.operating_system(hardware), *facts.gpu(hardware), facts.memory(hardware), facts.disk(hardware)]
+    return {result.name: result.status for result in results}
+
+
+def test_facts_fail_where_the_machine_cannot_do_it() -> None:
+    good = status_of(H100)
+    assert (good["os"], good["gpu"], good["driver"], good["memory"], good["disk"]) == ("pass",) * 5
+    turing = dataclasses.replace(H100, gpus=(Gpu("Tesla T4", (7, 5), 16.0),))
+    assert status_of(turing)["gpu"] == "fail"
+    assert status_of(dataclasses.replace(H100, gpus=H100.gpus * 2))["gpu"] == "warn"
+    assert status_of(dataclasses.replace(MACHINE, silent_gpu=True))["driver"] == "fail"
+    assert status_of(dataclasses.replace(MACHINE, arch="aarch64"))["os"] == "fail"
+    assert status_of(dataclasses.replace(MACHINE, glibc="2.17"))["os"] == "fail"
+    assert status_of(dataclasses.replace(MACHINE, disk_free_gib=0.5))["disk"] == "fail"
+    assert status_of(dataclasses.replace(MACHINE, disk_free_gib=5))["disk"] == "warn"
+    assert status_of(dataclasses.replace(MACHINE, memory_gib=4))["memory"] == "warn"
+
+
+def test_a_wrong_or_missing_package_fails_with_the_command_that_pins_it(monkeypatch: pytest.MonkeyPatch) -> None:
+    pinned = stack.read_pins("cpu")
+    assert facts.pins("cpu", dict(pinned)).status == "pass"
+    seen = facts.pins("cpu", {**pinned, "transformers": "4.41.0"} | {"numpy": "1.26.4"})
+    assert seen.status == "fail"
+    assert f"transformers 4.41.0 (pinned {pinned['transformers']})" in seen.detail
+    assert f"{sys.executable} -m pip install --no-deps" in seen.fix
+    assert f"transformers=={pinned['transformers']}" in seen.fix
+    assert f"numpy=={pinned['numpy']}" in seen.fix
+    del pinned["peft"]
+    assert "peft missing" in facts.pins("cpu", pinned).detail
+    torch_fix = facts.pins("cpu", {**stack.read_pins("cpu"), "torch": "2.12.0+cpu"}).fix
+    assert "https://download.pytorch.org/whl/cpu" in torch_fix
+
+
+def test_an_unexplained_failure_points_at_the_pins_first() -> None:
+    results = [Result("pins", "fail", "", "mend the pins"), Result("x", "fail", ""), Result("y", "fail", "", "own fix")]
+    verify.point_at_pins(results)
+    assert [result.fix for result in results] == ["mend the pins", "mend the pins", "own fix"]
+
+
+@pytest.mark.parametrize("width", [80, 100])
+def test_the_table_fits_and_a_fix_is_one_line_after_all_else(width: int) -> None:
+    fix = "python -m pip install " + "package==1.0 " * 20
+    results = [Result("pins", "fail", "bad " * 60, fix), Result("gpu", "skip", "none"), Result("rule:a", "pass", "why")]
+    out = io.StringIO()
+    verify.show(results, "cpu", Console(file=out, width=width))
+    lines = out.getvalue().splitlines()
+    assert f"  {fix.strip()}" in [line.rstrip() for line in lines]
+    assert all(len(line) <= width for line in lines if fix.strip() not in line)
+    table = [line.split()[0] for line in lines if line and not line.startswith(" ")]
+    assert table.index("skip") < table.index("pass") < table.index("fail")
+
+
+# ---- arithmetic checks can fail
+
+
+@pytest.fixture(scope="module")
+def attention() -> Any:
+    pytest.importorskip("torch")
+    from fasttune.checks import attention
+
+    return attention
+
+
+def test_right_attention_passes(attention: Any) -> None:
+    for lengths in (None, attention.PACKED):
+        assert attention.measure(lambda q, k, v, n: (attention.reference(q, k, v, n), ""), lengths).ok
+
+
+@pytest.mark.parametrize("fault", ["full", "layout", "heads", "shifted", "scale", "leak", "one value"])
+def test_wrong_attention_is_caught(attention: Any, fault: str) -> None:
+    import torch
+    import torch.nn.functional as F
+
+    def wrong(q: Any, k: Any, v: Any, lengths: Any) -> tuple[Any, str]:
+        group = q.shape[2] // k.shape[2]
+        if fault == "leak":  # sequences of a packed row see each other
+            return attention.reference(q, k, v, None), ""
+        if fault == "scale":
+            return attention.reference(q * 1.001, k, v, lengths), ""
+        if fault == "one value":
+            out = attention.reference(q, k, v, lengths)
+            bump = torch.zeros_like(out)
+            bump[0, -1, -1, -1] = 0.05 * float(out.detach().abs().max())
+            return out + bump, ""
+        if fault == "layout":  # (B, T, H, D) given where (B, H, T, D) is wanted
+            keys, values = (x.repeat_interleave(group, 2) for x in (k, v))
+            return F.scaled_dot_product_attention(q, keys, values, is_causal=True), ""
+        if fault == "heads":  # key/value heads tiled 0 1 0 1 instead of 0 0 1 1
+            return attention.reference(q, k.repeat(1, 1, group, 1), v.repeat(1, 1, group, 1), lengths), ""
+        tokens = q.shape[1]
+        mask = torch.ones(tokens, tokens, device=q.device).tril(1 if fault == "shifted" else tokens).bool()
+        q, k, v = q.transpose(1, 2), *(x.repeat_interleave(group, 2).transpose(1, 2) for x in (k, v))
+        return F.scaled_dot_product_attention(q, k, v, attn_mask=mask).transpose(1, 2), ""
+
+    assert not attention.measure(wrong, attention.PACKED if fault == "leak" else None).ok
+
+
+def test_another_kernel_than_the_one_asked_for_fails(attention: Any) -> None:
+    name = "attention:sdpa-math"
+    results = list(attention.check(name, attention.BACKENDS[name][0], "flash_attention"))
+    assert [result.status for result in results] == ["fail", "fail"]
+    assert "asked for flash_attention" in results[0].detail
+
+
+def test_matmul_and_rope_can_fail(unsloth: None, monkeypatch: pytest.MonkeyPatch) -> None:
+    torch = pytest.importorskip("torch")
+    from fasttune.checks import kernels
+
+    assert kernels.relative_error(torch.tensor([1.0, float("nan")]), torch.ones(2)) > 1e9
+    assert kernels.relative_error(torch.tensor([1.0, 1.1]), torch.ones(2)) == pytest.approx(0.1)
+    right = torch.Tensor.__matmul__
+
+    def worse(a: Any, b: Any) -> Any:
+        return right(a, b) * (1.01 if a.dtype == torch.bfloat16 else 1)
+
+    monkeypatch.setattr(torch.Tensor, "__matmul__", worse)
+    assert [result.status for result in kernels.matmul()] == ["fail"]
+
+    def unscaled(head_dim: int, theta: float, scaling: dict[str, float]) -> list[float]:
+        return [theta ** (-i / head_dim) for i in range(0, head_dim, 2)]
+
+    monkeypatch.setattr(kernels, "llama31_frequencies", unscaled)
+    assert [result.status for result in kernels.rope()] == ["fail"]
+
+
+def test_parity_can_fail() -> None:
+    torch = pytest.importorskip("torch")
+    right = {
+        "loss": torch.ones(1),
+        "logits": torch.randn(4, 4),
+        "adapter.a": torch.ones(2),
+        "gradient.a": torch.randn(8),
+    }
+    assert parity.judge(parity.compare(right, right), None, 0, 2).status == "pass"
+    for key in ("loss", "logits", "gradient.a"):
+        wrong = right | {key: right[key] * 1.001}
+        assert parity.judge(parity.compare(wrong, right), None, 0, 2).status == "fail"
+    with pytest.raises(KeyError):
+        parity.compare({key: right[key] for key in ("loss", "logits")}, right)
+    rounding = dict.fromkeys(("loss", "logits", "gradient"), 0.01)
+    assert parity.judge(rounding, rounding, 2, 2).status == "pass"
+    assert parity.judge(rounding, rounding, 0, 2).status == "fail"  # on a GPU Unsloth must have patched every layer
+    assert parity.judge({**rounding, "gradient": 0.03}, rounding, 2, 2).status == "fail"
+
+
+def test_statistics_check_fails_if_unsloth_would_download(monkeypatch: pytest.MonkeyPatch) -> None:
+    """A stand-in for unsloth.models._utils that obeys the switch, and one that does not."""
+
+    class Live:
+        @staticmethod
+        def _download_statistics(names: list[str]) -> None:
+            raise AssertionError("the check must not download anything")
+
+    def obeys() -> None:
+        if "UNSLOTH_DISABLE_STATISTICS" not in os.environ:
+            Live._download_statistics(["x"])
+
+    monkeypatch.setitem(sys.modules, "unsloth.models._utils", Live)  # type: ignore[arg-type]
+    monkeypatch.setattr(parity, "imported", ["2026.1"])
+    monkeypatch.setattr(parity, "connections", [])
+    monkeypatch.setenv("UNSLOTH_DISABLE_STATISTICS", "1")
+    ignores, is_gone = (lambda: Live._download_statistics(["x"])), (lambda: None)
+    for behaviour, status in ((obeys, "pass"), (ignores, "fail"), (is_gone, "fail")):
+        monkeypatch.setattr(Live, "get_statistics", staticmethod(behaviour), raising=False)
+        assert [result.status for result in parity.statistics()] == [status]
+    monkeypatch.setattr(Live, "get_statistics", staticmethod(obeys), raising=False)
+    monkeypatch.setattr(parity, "connections", ["huggingface.co"])
+    assert "huggingface.co" in next(iter(parity.statistics())).detail
+    monkeypatch.setattr(parity, "connections", [])
+    monkeypatch.delenv("UNSLOTH_DISABLE_STATISTICS")
+    assert next(iter(parity.statistics())).status == "fail"
+
+
+# ---- what a run wrote
+
+
+@pytest.fixture
+def finished(tmp_path: Path) -> Path:
+    """The traces of a good two-step run, as training.run leaves them."""
+    (tmp_path / "cwd").mkdir()
+    adapter = tmp_path / "run/adapter"
+    adapter.mkdir(parents=True)
+    header = json.dumps({"__metadata__": {}, "layers.0.lora_A.weight": {}}).encode()
+    (adapter / "adapter_model.safetensors").write_bytes(len(header).to_bytes(8, "little") + header)
+    (tmp_path / "run/run.json").write_text(json.dumps({"status": "completed", "backend": {"library": "unsloth"}}))
+    (tmp_path / "run/metrics.jsonl").write_text('{"loss": 5.5}\n{"loss": 5.4}\n')
+    write_probe(tmp_path)
+    return tmp_path
+
+
+def write_probe(root: Path, **changes: Any) -> None:
+    good = {"connections": [], "trainable": ["a"], "changed": ["a"], "parameters": 3}
+    (root / "probe.json").write_text(json.dumps(good | changes))
+
+
+def test_a_good_run_passes(finished: Path) -> None:
+    assert training.judge_training(finished, 0, "").status == "pass"
+    assert training.judge_connections(finished).status == "pass"
+    assert training.judge_token(finished, "hf_secret", "").status == "pass"
+    assert training.judge_current_folder(finished).status == "pass"
+
+
+@pytest.mark.parametrize(
+    ("changes", "complaint"),
+    [
+        ({"changed": []}, "1 of 1 adapter tensors did not change"),
+        ({"changed": ["a", "frozen"]}, "1 frozen tensors changed, frozen first"),
+        ({"trainable": [], "changed": []}, "0 of 0 adapter tensors"),
+    ],
+)
+def test_wrong_changes_of_weights_fail(finished: Path, changes: dict[str, Any], complaint: str) -> None:
+    write_probe(finished, **changes)
+    seen = training.judge_training(finished, 0, "")
+    assert (seen.status, complaint in seen.detail) == ("fail", True)
+
+
+def test_bad_runs_fail(finished: Path) -> None:
+    metrics = finished / "run/metrics.jsonl"
+    metrics.write_text('{"loss": 5.5}\n{"loss": NaN}\n')
+    assert "not finite" in training.judge_training(finished, 0, "").detail
+    metrics.write_text('{"loss": 5.5}\n')
+    assert "after 1 of 2 steps" in training.judge_training(finished, 0, "").detail
+    metrics.unlink()
+    assert "incomplete output folder" in training.judge_training(finished, 0, "").detail
+    seen = training.judge_training(finished, 1, "ImportError: x.so: undefined symbol: abc")
+    assert (seen.status, "built against" in seen.detail) == ("fail", True)
+
+
+def test_leaks_fail(finished: Path) -> None:
+    assert training.judge_token(finished, "hf_secret", "token hf_secret").status == "fail"
+    (finished / "run/config.yaml").write_text("token: hf_secret")
+    assert "run/config.yaml" in training.judge_token(finished, "hf_secret", "").detail
+    (finished / "cwd/unsloth_compiled_cache").mkdir()
+    assert "unsloth_compiled_cache" in training.judge_current_folder(finished).detail
+    write_probe(finished, connections=["huggingface.co"])
+    assert "huggingface.co" in training.judge_connections(finished).detail
+
+
+GUARDED = """
+import socket, threading, urllib.request
+from fasttune.checks.guard import block_network
+attempts = []
+block_network(attempts)
+server = socket.create_server(("127.0.0.1", 0))
+socket.create_connection(server.getsockname()).close()
+for url in ("http://example.org/", "http://192.0.2.1/"):
+    try:
+        urllib.request.urlopen(url, timeout=5)
+    except OSError as error:
+        assert "blocks the network" in str(error), error
+print(attempts)
+"""
+
+
+def test_the_guard_blocks_and_records_all_but_this_machine() -> None:
+    arguments = [sys.executable, "-c", GUARDED]
+    done = subprocess.run(arguments, cwd=ROOT, capture_output=True, text=True, timeout=30, check=True)
+    assert done.stdout.strip() == "['example.org', '192.0.2.1']"
+
+
+# ---- --online, against a hub of our own
+
+
+@pytest.fixture
+def hub() -> Iterator[tuple[str, dict[str, int]]]:
+    """A hub on this machine; `answers` maps a path to its status (200 for all others)."""
+    answers: dict[str, int] = {}
+
+    class Handler(http.server.BaseHTTPRequestHandler):
+        def do_GET(self) -> None:
+            self.send_response(answers.get(self.path, 200))
+            self.end_headers()
+            if self.command == "GET":
+                self.wfile.write(b'{"name": "someone", "type": "user"}')
+
+        do_HEAD = do_GET
+
+        def log_message(self, *arguments: object) -> None:
+            pass
+
+    with http.server.ThreadingHTTPServer(("127.0.0.1", 0), Handler) as server:
+        thread = threading.Thread(target=server.serve_forever)
+        thread.start()
+        yield f"http://127.0.0.1:{server.server_port}", answers
+        server.shutdown()
+        thread.join()
+
+
+@pytest.mark.parametrize(("refused", "status"), [({}, "pass"), ({"/api/whoami-v2": 401}, "fail")])
+def test_online_checks_the_token_and_never_prints_it(
+    hub: Any, refused: dict[str, int], status: str, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    endpoint, answers = hub
+    answers |= refused
+    monkeypatch.delenv("HF_HUB_OFFLINE", raising=False)
+    monkeypatch.setenv("HF_ENDPOINT", endpoint)
+    monkeypatch.setenv("HF_TOKEN", "hf_averysecrettoken")
+    results = runner.run_jobs(verify.ONLINE, lambda text: None)
+    seen = {result.name: result for result in results}
+    assert seen["online:hub"].status == "pass"
+    assert seen["online:token"].status == status, seen["online:token"].detail
+    assert "hf_averysecrettoken" not in repr(results)
+
+
+def test_online_says_that_the_hub_cannot_be_reached(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.delenv("HF_HUB_OFFLINE", raising=False)
+    monkeypatch.setenv("HF_ENDPOINT", "http://127.0.0.1:9")  # discard: nothing listens
+    monkeypatch.delenv("HF_TOKEN", raising=False)
+    seen = {result.name: result for result in runner.run_jobs(verify.ONLINE, lambda text: None)}
+    assert seen["online:hub"].status == "fail"
+    assert seen["online:token"].status == "warn"
