@@ -162,7 +162,7 @@ def _is_patched(layer: Any) -> bool:
 
 
 def _unsloth_checkpointing(policy: str) -> bool | str:
-    return {"none": False, "full": True, "unsloth": "unsloth"}[policy]
+    return "unsloth" if policy == "unsloth" else policy == "full"
 
 
 def _explain(name: str, error: Exception) -> ModelError:

@@ -1,7 +1,6 @@
 """Rules for people who come with another stack, as data: what belongs together, why, by which source, and the remedy.
 
 A rule reads versions, metadata and hardware; it never imports the package: a broken one would take the check down too.
-Reached as `fasttune.stack.RULES`.
 """
 
 import importlib.metadata
@@ -13,7 +12,16 @@ from collections.abc import Callable, Mapping
 from dataclasses import dataclass
 
 from fasttune.hardware import Hardware
-from fasttune.stack import CU12_INDEX, DRIVERS_URL, canonical, fix_command, read_dist_file, read_pins
+from fasttune.stack import (
+    CU12_INDEX,
+    DRIVERS_URL,
+    canonical,
+    compare,
+    fix_command,
+    installed as installed_versions,
+    read_dist_file,
+    read_pins,
+)
 
 Versions = Mapping[str, str]  # canonical name → version, as stack.installed() gives it
 
@@ -34,7 +42,15 @@ class Rule:
         return self.test(installed, hardware)
 
     def fix(self, stack: str) -> str:
-        return self.remedy or fix_command(self.packages, stack)
+        """Puts what differs to the stack's pins and removes what the stack does without."""
+        if self.remedy:
+            return self.remedy
+        pins, versions = read_pins(stack), installed_versions()
+        wrong = [item.name for item in compare({name: pins[name] for name in self.packages if name in pins}, versions)]
+        needless = [name for name in self.packages if name not in pins and name in versions]
+        commands = [fix_command(wrong, stack)] if wrong else []
+        commands += [f"{PIP} uninstall -y {' '.join(needless)}"] if needless else []
+        return " && ".join(commands) or fix_command(self.packages, stack)
 
 
 def release(version: str) -> tuple[int, ...]:
@@ -123,7 +139,7 @@ def _numpy(installed: Versions, hardware: Hardware) -> str | None:
             if name in installed and release(installed[name]) < first:
                 return f"{name} {installed[name]} was built for numpy 1, numpy {version} is installed"
     for name in installed:
-        if problems := unmet(name, installed, ("numpy",)):
+        if name != "fasttune" and (problems := unmet(name, installed, ("numpy",))):
             return problems[0]
     return None
 

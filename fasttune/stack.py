@@ -12,13 +12,9 @@ import sys
 from collections.abc import Iterable, Mapping
 from dataclasses import dataclass
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
 
 from fasttune.errors import FasttuneError
 from fasttune.hardware import Hardware, detect
-
-if TYPE_CHECKING:
-    from fasttune.rules import RULES as RULES
 
 MARKER_FILE = "fasttune-setup.json"  # written into the environment by the set-up
 CPU_INDEX = "https://download.pytorch.org/whl/cpu"
@@ -181,11 +177,3 @@ def fix_command(packages: Iterable[str], stack: str) -> str:
     index = {"cpu": CPU_INDEX, "cu12": CU12_INDEX}.get(stack)
     extra = ["--extra-index-url", index] if index and any(name in TORCH_FAMILY for name in packages) else []
     return shlex.join([sys.executable, "-m", "pip", "install", "--no-deps", *extra, *wanted])
-
-
-def __getattr__(name: str) -> Any:
-    if name == "RULES":  # rules.py builds on this module, so it is imported when asked for
-        from fasttune.rules import RULES
-
-        return RULES
-    raise AttributeError(f"module {__name__!r} has no attribute {name!r}")

@@ -23,7 +23,7 @@ def test_every_config_parses_and_opens_with_its_command(path: Path) -> None:
     config.load(path)
     first = path.read_text().splitlines()[0]
     command = shlex.split(first.removeprefix("# "))
-    assert str(path) in first or path.stem == "quickstart" and command[:2] == ["bash", "scripts/demo.sh"]
+    assert str(path) in first or (path.stem == "quickstart" and command[:2] == ["bash", "scripts/demo.sh"])
 
 
 def test_the_recipes_are_the_published_ones() -> None:

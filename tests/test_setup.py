@@ -139,15 +139,18 @@ def test_a_good_environment_is_left_as_it_is(place: Place) -> None:
 def test_a_drifted_version_is_named_and_repaired_inside_the_environment_only(place: Place, tmp_path: Path) -> None:
     elsewhere = tmp_path / "elsewhere"
     (tmp_path / "evil").mkdir()
-    (tmp_path / "evil" / "sitecustomize.py").write_text("raise SystemExit('PYTHONPATH leaked')")
+    leak = f"import sys\nif sys.prefix == {str(place.venv)!r}:\n    raise SystemExit('PYTHONPATH leaked')\n"
+    (tmp_path / "evil" / "sitecustomize.py").write_text(leak)
     install = [place.venv / "bin/python", "-m", "pip", "install", "-q", "--no-index", "--no-deps"]
     subprocess.run([*install, "--find-links", place.wheels, "alpha==2.0"], check=True)
-    done = place.run(PIP_TARGET=str(elsewhere), PIP_USER="1", PIP_CONSTRAINT="/does/not/exist")
+    done = place.run(
+        PIP_TARGET=str(elsewhere), PIP_USER="1", PIP_CONSTRAINT="/not/there", PYTHONPATH=str(tmp_path / "evil")
+    )
     assert done.returncode == 0, done.stderr
     assert "alpha 2.0 (the stack pins 1.0); repaired" in done.stdout
     assert place.versions()["alpha"] == "1.0"
     assert not elsewhere.exists()
-    again = place.run("--dry-run", PYTHONPATH="")
+    again = place.run("--dry-run")
     assert "left as it is" in again.stdout
 
 

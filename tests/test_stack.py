@@ -113,12 +113,31 @@ def test_the_fix_uses_this_interpreter_and_the_pins() -> None:
     assert stack.fix_command(["no-such-package"], "cpu") == "bash scripts/setup_h100.sh"
 
 
-def test_installed_reads_this_environment() -> None:
-    import torch
-
+def test_installed_tells_a_cuda_build_that_its_metadata_hides(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    info = tmp_path / "torch-2.11.0.dist-info"  # PyPI's CUDA wheel: the metadata says 2.11.0
+    info.mkdir()
+    (info / "METADATA").write_text("Metadata-Version: 2.1\nName: torch\nVersion: 2.11.0\n")
+    (tmp_path / "torch").mkdir()
+    (tmp_path / "torch" / "version.py").write_text("__version__ = '2.11.0+cu130'\n")
+    monkeypatch.syspath_prepend(tmp_path)
     versions = stack.installed()
-    assert versions["torch"] == torch.__version__  # with the local part that tells a CPU build from a CUDA one
+    assert versions["torch"] == "2.11.0+cu130"
     assert versions["pytest"] == pytest.__version__
+
+
+def test_the_active_stack_is_that_of_the_set_up_else_that_of_the_machine(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(sys, "prefix", str(tmp_path))
+    monkeypatch.setattr(stack, "detect", lambda: machine(H100, driver="580.1"))
+    marker = tmp_path / stack.MARKER_FILE
+    assert stack.active_stack() == "cu130"
+    for text, name in (('{"stack": "cpu"}', "cpu"), ('{"stack": "cu12"}', "cu12"), ("{", "cu130"), ("[]", "cu130")):
+        marker.write_text(text)
+        assert stack.active_stack() == name
+    marker.unlink()
+    monkeypatch.setattr(stack, "detect", lambda: machine("Tesla T4", (7, 5), "580.1"))
+    assert stack.active_stack() == "cpu"  # no stack fits: verify says why
 
 
 # name, what is installed, the machine, and whether the rule speaks up
@@ -149,7 +168,7 @@ CASES: list[tuple[str, dict[str, str], Hardware, bool]] = [
 
 @pytest.mark.parametrize(("name", "versions", "hardware", "speaks"), CASES)
 def test_rule(name: str, versions: dict[str, str], hardware: Hardware, speaks: bool) -> None:
-    rule = next(rule for rule in stack.RULES if rule.name == name)
+    rule = next(rule for rule in rules.RULES if rule.name == name)
     said = rule.check(versions, hardware)
     assert (said is not None) == speaks
     if said:
@@ -172,7 +191,7 @@ def test_declared_limits_are_read_from_the_installed_metadata(
     name: str, package: str, line: str, other: str, bad: str, good: str, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     monkeypatch.setattr(rules, "requires", lambda asked: [line, 'x ; extra == "y"'] if asked == package else [])
-    rule = next(rule for rule in stack.RULES if rule.name == name)
+    rule = next(rule for rule in rules.RULES if rule.name == name)
     versions = {package: "3.1.1", other: bad}
     assert f"{package} 3.1.1 needs" in (rule.check(versions, CPU_MACHINE) or "")
     assert rule.check(versions | {other: good}, CPU_MACHINE) is None
@@ -181,7 +200,7 @@ def test_declared_limits_are_read_from_the_installed_metadata(
 
 def test_xformers_built_for_another_torch_is_a_warning(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(rules, "read_dist_file", lambda *_: '{"version": {"torch": "2.10.0+cu128"}}')
-    rule = next(rule for rule in stack.RULES if rule.name == "xformers-torch")
+    rule = next(rule for rule in rules.RULES if rule.name == "xformers-torch")
     assert "built for torch 2.10.0+cu128" in (
         rule.check({"xformers": "0.0.35", "torch": "2.11.0+cu130"}, CPU_MACHINE) or ""
     )
@@ -189,11 +208,22 @@ def test_xformers_built_for_another_torch_is_a_warning(monkeypatch: pytest.Monke
     assert rule.severity == "warn"
 
 
+def test_the_fix_of_a_rule_puts_right_what_differs_and_removes_what_the_stack_does_without(
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    pins = stack.read_pins("cpu")
+    monkeypatch.setattr(rules, "installed_versions", lambda: pins | {"transformers": "4.41.2", "torchvision": "0.25.0"})
+    fixes = {rule.name: rule.fix("cpu") for rule in rules.RULES}
+    pip = f"{sys.executable} -m pip"
+    assert fixes["llama-3.1-transformers"] == f"{pip} install --no-deps transformers==5.17.0"
+    assert fixes["torchvision-torch"] == f"{pip} uninstall -y torchvision"
+
+
 def test_every_rule_has_a_reason_a_source_and_a_remedy_and_a_test() -> None:
-    for rule in stack.RULES:
+    for rule in rules.RULES:
         assert rule.reason
         assert rule.source.startswith("https://")
         for name in stack.stack_names():
             assert rule.fix(name)
     tested = {case[0] for case in CASES} | {case[0] for case in DECLARED} | {"xformers-torch"}
-    assert tested == {rule.name for rule in stack.RULES}
+    assert tested == {rule.name for rule in rules.RULES}

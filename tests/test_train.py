@@ -178,7 +178,9 @@ def test_golden_losses(tmp_path: Path) -> None:
 
     result = train(tmp_path / "run", train={"max_steps": 20})
     seen = losses(tmp_path / "run")
-    cpu = f"{result.hardware['cpu_model']}, {torch.backends.cpu.get_cpu_capability()}, {torch.get_num_threads()} threads"
+    cpu = (
+        f"{result.hardware['cpu_model']}, {torch.backends.cpu.get_cpu_capability()}, {torch.get_num_threads()} threads"
+    )
     machine = f"{cpu}, torch {torch.__version__}, {platform.machine()}"
     if os.environ.get("FASTTUNE_RECORD_GOLDEN"):
         GOLDEN.parent.mkdir(exist_ok=True)

@@ -20,6 +20,7 @@ from rich.console import Console
 from fasttune import stack, verify
 from fasttune.checks import Result, facts, parity, runner, symptoms, training
 from fasttune.hardware import Gpu, Hardware
+from fasttune.rules import RULES
 
 ROOT = Path(__file__).resolve().parents[1]
 MACHINE = Hardware("linux", "x86_64", "2.36", "3.12.3", "cpu", 2, 23.5, 70.0)
@@ -49,7 +50,7 @@ def test_quick_names_facts_pins_and_rules_without_torch() -> None:
     seen = json.loads(document)
     names = {check["name"] for check in seen["checks"]}
     assert {"python", "os", "driver", "gpu", "memory", "disk", "pins"} <= names
-    assert {f"rule:{rule.name}" for rule in stack.RULES} <= names
+    assert {f"rule:{rule.name}" for rule in RULES} <= names
     assert set(seen) == {"ok", "stack", "hardware", "checks"}
     assert all(set(check) == {"name", "status", "detail", "fix", "seconds"} for check in seen["checks"])
     assert torch_imported == "False"
@@ -83,7 +84,9 @@ def test_interrupted_it_leaves_no_process_and_no_file(tmp_path: Path) -> None:
     assert process.returncode == 130
     assert stderr.decode().strip().splitlines()[-1] == "fasttune verify: interrupted, nothing is left running"
     assert list(tmp_path.iterdir()) == []
-    assert str(tmp_path) not in subprocess.run(["ps", "-eo", "args"], capture_output=True, text=True, check=True).stdout
+    assert (
+        str(tmp_path) not in subprocess.run(["ps", "-ewwo", "args"], capture_output=True, text=True, check=True).stdout
+    )
 
 
 def test_every_job_names_a_check_that_exists() -> None:

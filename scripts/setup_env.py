@@ -1,0 +1,301 @@
+#!/usr/bin/env python3
+"""Preflight, .venv, pinned stack, package, verify. Called by scripts/setup_h100.sh; needs a bare Python only.
+
+Everything happens inside the environment's folder. A marker file in it says `installing` until all is there, so a
+set-up that was killed is seen and done again; a good environment is left as it is and only verified.
+"""
+
+import argparse
+import datetime
+import hashlib
+import json
+import os
+import platform
+import shlex
+import shutil
+import subprocess
+import sys
+from pathlib import Path
+from typing import NoReturn
+
+ROOT = Path(__file__).resolve().parent.parent
+sys.path.insert(0, str(ROOT))
+sys.dont_write_bytecode = True  # --dry-run leaves nothing behind
+
+import flash_attention  # noqa: E402  scripts/flash_attention.py
+import shell  # noqa: E402  scripts/shell.py
+
+from fasttune import stack  # noqa: E402
+from fasttune.errors import FasttuneError  # noqa: E402
+from fasttune.hardware import Hardware, detect  # noqa: E402
+
+LOG_FILE = "setup.log"
+KEPT = {stack.MARKER_FILE, LOG_FILE, "pyvenv.cfg"}  # deleted last, or not at all, when an environment is rebuilt
+LEAST_GLIBC = (2, 28)  # torch's wheels are manylinux_2_28
+
+
+class Parser(argparse.ArgumentParser):
+    def error(self, message: str) -> NoReturn:
+        raise FasttuneError(f"{message} (see --help)")
+
+
+def parse(argv: list[str]) -> argparse.Namespace:
+    parser = Parser(prog="setup_h100.sh", description="From a bare machine to a checked environment.")
+    default = os.environ.get("FASTTUNE_VENV") or str(ROOT / ".venv")
+    parser.add_argument("--stack", choices=stack.stack_names(), help="default: the one that fits this machine")
+    parser.add_argument("--venv", default=default, metavar="DIR", help="the environment's folder (default: .venv)")
+    parser.add_argument("--python", metavar="PATH", help="a Python 3.11 to 3.13 (default: the first one found)")
+    parser.add_argument("--dev", action="store_true", help="also the tools of scripts/test.sh")
+    parser.add_argument("--dry-run", action="store_true", help="print every command, change nothing")
+    parser.add_argument("--recreate", action="store_true", help="build the environment anew")
+    parser.add_argument("--flash-attn", choices=("auto", "build", "skip"), default="auto", help="default: auto")
+    return parser.parse_args(argv)
+
+
+def main(argv: list[str]) -> int:
+    sys.stdout.reconfigure(errors="replace")  # type: ignore[union-attr]  a terminal without UTF-8
+    try:
+        return Setup(parse(argv)).run()
+    except FasttuneError as error:
+        print(f"setup: {error}", file=sys.stderr)
+        return error.exit_code
+    except OSError as error:  # a folder that cannot be written, a full disk, a closed pipe
+        print(f"setup: {error.filename or 'output'}: {error.strerror} (mend it and run this again)", file=sys.stderr)
+        return 2
+    except KeyboardInterrupt:
+        print("\nsetup: interrupted (run it again to finish)", file=sys.stderr)
+        return 130
+
+
+def preflight(options: argparse.Namespace, hardware: Hardware) -> tuple[str, str]:
+    """The stack and the reason for it; raises for a machine that cannot take it."""
+    glibc = tuple(int(part) for part in (hardware.glibc or "0").split(".")[:2])
+    if hardware.os != "linux" or hardware.arch != "x86_64" or glibc < LEAST_GLIBC:
+        have = f"{hardware.os} {hardware.arch}, glibc {hardware.glibc or 'none'}"
+        raise FasttuneError(
+            f"this is {have}; needed is x86-64 Linux with glibc 2.28 or newer (Ubuntu 20.04, Debian 11)"
+        )
+    if options.stack:
+        return options.stack, "asked for"
+    return stack.choose_stack(hardware)
+
+
+class Setup:
+    """One set-up of one folder; `run` is the straight line."""
+
+    def __init__(self, options: argparse.Namespace):
+        self.options = options
+        self.venv = Path(options.venv).expanduser().absolute()
+        self.python = self.venv / "bin" / "python"
+        self.marker = self.venv / stack.MARKER_FILE
+        self.log = self.venv / LOG_FILE
+        self.hardware = detect(self.venv)
+        self.stack, self.reason = preflight(options, self.hardware)
+        self.shell = shell.Shell(self.python, self.log, ROOT, options.dry_run)
+
+    def run(self) -> int:
+        machine, gpus = self.hardware, self.hardware.gpus
+        print(
+            f"Python {platform.python_version()}, {machine.cores} cores, {machine.memory_gib:.0f} GiB memory", end=", "
+        )
+        print(f"{machine.disk_free_gib:.0f} GiB disk free, {gpus[0].name if gpus else 'no GPU'}")
+        print(f"stack {self.stack}: {self.reason}")
+        plan, why = self.judge()
+        if plan != "keep" and not self.options.dry_run:
+            self.venv.mkdir(parents=True, exist_ok=True)
+            with shell.lock(self.venv):
+                plan, why = self.judge()  # again, now that nobody else is at work in it
+                print(f"environment {self.venv}: {why}")
+                self.install(plan)
+        else:
+            print(f"environment {self.venv}: {why}")
+            if plan != "keep":
+                self.install(plan)
+        return self.verify(quick=plan == "keep")
+
+    # -- what is there -------------------------------------------------------------------------------------------
+
+    def judge(self) -> tuple[str, str]:
+        """`create`, `rebuild`, `repair` or `keep`, and why; raises where the folder is not ours to touch."""
+        if not self.venv.exists() or (self.venv.is_dir() and not any(self.venv.iterdir())):
+            self.need_disk()
+            return "create", "new"
+        ours, is_venv = self.marker.is_file(), (self.venv / "pyvenv.cfg").is_file()
+        if not is_venv and not (ours and {path.name for path in self.venv.iterdir()} <= KEPT):
+            raise FasttuneError(f"--venv {self.venv}: exists and is no virtual environment (name another folder)")
+        if not ours and not self.options.recreate:
+            raise FasttuneError(
+                f"--venv {self.venv}: was not made by this script (name another folder, or replace it with --recreate)"
+            )
+        made = self.read_marker()
+        if self.options.recreate:
+            return "rebuild", "made anew, as asked"
+        if made.get("state") != "ok":
+            return "rebuild", "an earlier set-up did not finish; made anew"
+        if made.get("stack") != self.stack:
+            return "rebuild", f"holds the stack {made.get('stack')}; made anew for {self.stack}"
+        if self.options.python and made.get("python") != platform.python_version():
+            return "rebuild", f"holds Python {made.get('python')}; made anew for {platform.python_version()}"
+        versions = self.installed()
+        if versions is None:
+            return "rebuild", "its Python does not start; made anew"
+        return self.compare(made, versions)
+
+    def compare(self, made: dict, versions: dict[str, str]) -> tuple[str, str]:
+        python = tuple(int(part) for part in made["python"].split(".")[:2])
+        drifted = stack.compare(self.pins(python, made.get("dev", False)), versions)
+        if "fasttune" not in versions:
+            drifted.append(stack.Mismatch("fasttune", "this checkout", None))
+        if drifted:
+            more = f" and {len(drifted) - 3} more" if len(drifted) > 3 else ""
+            return "repair", f"{', '.join(map(str, drifted[:3]))}{more}; repaired"
+        if self.options.dev and not made.get("dev"):
+            return "repair", "good; the tools for tests are added"
+        if made.get("fingerprint") != self.fingerprint(made.get("dev", False)):
+            return "repair", "the stack's or the package's files changed; brought up to date"
+        return "keep", f"good ({len(versions)} packages as pinned), left as it is"
+
+    def read_marker(self) -> dict:
+        try:
+            made = json.loads(self.marker.read_text())
+        except (OSError, ValueError):
+            return {}
+        return made if isinstance(made, dict) else {}
+
+    def installed(self) -> dict[str, str] | None:
+        code = f"import sys, json; sys.path.insert(0, {str(ROOT)!r}); from fasttune import stack"
+        command = [self.python, "-Bc", f"{code}; print(json.dumps(stack.installed()))"]
+        try:
+            done = subprocess.run(
+                command, capture_output=True, text=True, check=True, env=self.shell.environment, timeout=60
+            )
+        except (OSError, subprocess.SubprocessError):
+            return None
+        return json.loads(done.stdout)
+
+    def pins(self, python: tuple[int, ...], dev: bool) -> dict[str, str]:
+        more = stack.read_pin_file(stack.STACK_DIR / "dev.txt", python[:2]) if dev else {}
+        return stack.read_pins(self.stack, python[:2]) | more
+
+    def fingerprint(self, dev: bool) -> str:
+        files = [stack.stack_file(self.stack), ROOT / "pyproject.toml"] + [stack.STACK_DIR / "dev.txt"] * dev
+        return hashlib.sha256(b"".join(file.read_bytes() for file in files)).hexdigest()
+
+    def need_disk(self) -> None:
+        needed = stack.DISK_NEEDED_GIB[self.stack]
+        if self.hardware.disk_free_gib < needed:
+            free = self.hardware.disk_free_gib
+            raise FasttuneError(
+                f"--venv {self.venv}: {free:.1f} GiB free, the stack {self.stack} needs {needed} GiB"
+                " (free some, or name a folder on another disk with --venv)"
+            )
+
+    # -- what is done --------------------------------------------------------------------------------------------
+
+    def install(self, plan: str) -> None:
+        dev = self.options.dev or (plan == "repair" and self.read_marker().get("dev", False))
+        python = platform.python_version() if plan != "repair" else self.read_marker()["python"]
+        self.mark(state="installing", stack=self.stack, python=python, dev=dev)
+        if not self.options.dry_run:
+            self.log.write_text("")
+        if plan == "rebuild":
+            self.clear()
+        if plan != "repair":
+            self.need_ensurepip()
+            self.shell.step("virtual environment", [sys.executable, "-m", "venv", str(self.venv)])
+        self.install_torch()
+        self.shell.pip_step(f"stack {self.stack}", *self.stack_arguments(python))
+        if dev:
+            self.shell.pip_step("tools for tests", "--no-deps", "-r", str(stack.STACK_DIR / "dev.txt"))
+        self.install_package()
+        if self.options.flash_attn != "skip":
+            self.install_flash_attn()
+        self.mark(state="ok", stack=self.stack, python=python, dev=dev, fingerprint=self.fingerprint(dev))
+
+    def mark(self, **facts: object) -> None:
+        if self.options.dry_run:
+            return
+        facts["date"] = datetime.datetime.now(datetime.UTC).isoformat(timespec="seconds")
+        temporary = self.marker.with_suffix(".tmp")
+        temporary.write_text(json.dumps(facts, indent=1) + "\n")
+        temporary.replace(self.marker)
+
+    def clear(self) -> None:
+        """Empty the folder, the marks that it is ours last, so that a kill in between can be continued."""
+        if self.options.dry_run:
+            print(f"rm -r {shlex.quote(str(self.venv))}/*")
+            return
+        for path in self.venv.iterdir():
+            if path.name not in KEPT:
+                shutil.rmtree(path) if path.is_dir() and not path.is_symlink() else path.unlink()
+
+    def need_ensurepip(self) -> None:
+        try:
+            import ensurepip  # noqa: F401
+        except ImportError:
+            version = ".".join(platform.python_version_tuple()[:2])
+            raise FasttuneError(
+                f"{sys.executable} cannot make virtual environments (apt-get install python{version}-venv)"
+            ) from None
+
+    def install_torch(self) -> None:
+        pins = stack.read_pins(self.stack)
+        if self.stack == "cu12":
+            wanted = [f"{name}=={pins[name]}" for name in ("torch", "torchvision")]
+            self.shell.pip_step("torch for CUDA 12", *wanted, "--index-url", stack.CU12_INDEX)
+        elif self.stack == "cpu":
+            wanted = [f"torch=={pins['torch']}"]
+            if shell.reachable(f"{stack.CPU_INDEX}/torch/"):
+                wanted += ["--index-url", stack.CPU_INDEX]
+            self.refuse_cuda_build(wanted)
+            self.shell.pip_step("torch as a CPU build", "--no-deps", *wanted)
+
+    def refuse_cuda_build(self, wanted: list[str]) -> None:
+        """Ask pip which file it would take: several GB of CUDA must never come by accident."""
+        ask = ["install", "--dry-run", "--quiet", "--no-deps", "--ignore-installed", "--report", "-", *wanted]
+        output = self.shell.step("which torch pip would take", self.shell.pip(*ask), capture=True)
+        if not output:  # a dry run
+            return
+        found = json.loads(output)["install"][0]
+        needs = found["metadata"].get("requires_dist", [])
+        if any(stack.CUDA_WHEEL.match(stack.canonical(need)) for need in needs):
+            raise FasttuneError(
+                f"{wanted[0]} would come as a CUDA build of several GB ({found['download_info']['url']}); make"
+                f" {stack.CPU_INDEX} reachable, or put the CPU wheel into a folder and set PIP_FIND_LINKS to it"
+            )
+
+    def stack_arguments(self, python: str) -> list[str]:
+        if self.stack != "cu12":
+            return ["--no-deps", "-r", str(stack.stack_file(self.stack))]
+        pins = self.pins(tuple(int(part) for part in python.split(".")[:2]), dev=False)
+        return [
+            "--no-deps",
+            *(f"{name}=={version}" for name, version in pins.items() if name not in stack.TORCH_FAMILY),
+        ]
+
+    def install_package(self) -> None:
+        self.shell.pip_step("fasttune", "--no-deps", "--no-build-isolation", "--editable", str(ROOT))
+
+    def install_flash_attn(self) -> None:
+        if self.options.dry_run:
+            print(f"# flash-attn: {self.options.flash_attn}, decided by the installed torch")
+            return
+
+        said = flash_attention.install(self.options.flash_attn, self.hardware, self.shell)
+        print(f"→ flash-attn … {said}")
+
+    def verify(self, quick: bool) -> int:
+        command = [str(self.python), "-m", "fasttune.verify", *(["--quick"] if quick else [])]
+        if self.options.dry_run:
+            print(shlex.join(command))
+            return 0
+        if not quick:
+            print(f"→ verify … (the full log of the installation: {self.log})", flush=True)
+        code = subprocess.run(command, cwd=ROOT, env=self.shell.environment).returncode
+        activate = self.venv / "bin" / "activate"
+        print(f"{'ready' if code == 0 else 'verify failed, see above'}: source {activate}   log: {self.log}")
+        return code
+
+
+if __name__ == "__main__":
+    sys.exit(main(sys.argv[1:]))
