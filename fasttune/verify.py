@@ -9,22 +9,12 @@ import dataclasses
 import json
 import signal
 import sys
-from collections import Counter
 from collections.abc import Callable
-from types import FrameType
-from typing import Any
-
-from rich.console import Console
-from rich.table import Table
-from rich.text import Text
 
 from fasttune import hardware as machines, stack
-from fasttune.checks import Result, Status, facts
+from fasttune.checks import Result, facts
 from fasttune.checks.runner import Job, run_jobs
 from fasttune.errors import FasttuneError
-
-STYLES: dict[Status, str] = {"pass": "green", "warn": "yellow", "fail": "bold red", "skip": "dim"}
-
 
 LIGHT_MODULES = ("torchao", "accelerate", "torch", "datasets", "triton", "numpy", "tokenizers")
 CUDA_MODULES = ("torchvision", "xformers", "bitsandbytes", "flash_attn")
@@ -59,12 +49,14 @@ ONLINE = (Job("fasttune.checks.online", ("online:hub", "online:token"), 60, "ope
 def main(argv: list[str] | None = None) -> int:
     """Run the checks, print the table or the JSON document, return the exit code."""
     options = parser().parse_args(argv)
-    signal.signal(signal.SIGTERM, _interrupted)  # so that children and their folders go with us
+    stop: list[int] = []  # signals are noted, and obeyed between two steps, so that no child is left without an owner
+    for number in (signal.SIGINT, signal.SIGTERM):
+        signal.signal(number, lambda received, _: stop.append(received))
     try:
         hardware, stack_name = machines.detect(), stack.active_stack()
         results = list(facts.check(hardware, stack_name))
         if not options.quick:
-            results += run_jobs(JOBS + (ONLINE if options.online else ()), progress())
+            results += run_jobs(JOBS + (ONLINE if options.online else ()), progress(), stop)
     except FasttuneError as error:
         print(f"fasttune verify: {error}", file=sys.stderr)
         return error.exit_code
@@ -77,7 +69,7 @@ def main(argv: list[str] | None = None) -> int:
         checks = [dataclasses.asdict(result) for result in results]
         print(json.dumps({"ok": ok, "stack": stack_name, "hardware": dataclasses.asdict(hardware), "checks": checks}))
     else:
-        show(results, stack_name, Console())
+        show(results, stack_name)
     return 0 if ok else 1
 
 
@@ -97,35 +89,15 @@ def point_at_pins(results: list[Result]) -> None:
             result.fix = pins.fix or REPRODUCE.get(result.name, "bash scripts/setup_h100.sh --recreate")
 
 
-def show(results: list[Result], stack_name: str, console: Console) -> None:
-    """The table, failures last; below it every fix in full, unwrapped, to be copied."""
-    order: tuple[Status, ...] = ("skip", "pass", "warn", "fail")
-    rules = [result for result in results if result.name.startswith("rule:") and result.status == "pass"]
-    rows = [result for result in results if result not in rules]
-    if rules:
-        rows.append(Result("rules", "pass", f"{len(rules)} version rules hold"))
-    table = Table(box=None, pad_edge=False, padding=(0, 2, 0, 0), show_header=False)
-    table.add_column(no_wrap=True)
-    table.add_column(no_wrap=True)
-    table.add_column(overflow="fold")
-    table.add_column(no_wrap=True, justify="right")
-    for result in sorted(rows, key=lambda row: order.index(row.status)):
-        took = f"{result.seconds:.1f} s" if result.seconds >= 0.05 else ""
-        table.add_row(
-            Text(result.status, STYLES[result.status]), Text(result.name), Text(result.detail), Text(took, "dim")
-        )
-    console.print(table)
-    for result in sorted(results, key=lambda row: order.index(row.status)):
-        if result.fix and result.status in ("warn", "fail"):
-            console.print(
-                Text.assemble("\n", (f"{result.status} {result.name}: ", STYLES[result.status]), "mend it with")
-            )
-            console.print(Text(f"  {result.fix}"), soft_wrap=True)
-    count = Counter(result.status for result in results)
-    summary = ", ".join(f"{count[status]} {status}" for status in reversed(order) if count[status])
-    ok = not count["fail"]
-    verdict = ("This environment works" if ok else "This environment is broken", "bold green" if ok else "bold red")
-    console.print(Text.assemble("\n", verdict, f" (stack {stack_name}): {summary}"))
+def show(results: list[Result], stack_name: str) -> None:
+    """The table; plain lines where rich itself is what is missing."""
+    try:
+        from fasttune.checks import table
+    except ImportError:
+        for result in results:
+            print(f"{result.status}  {result.name}  {result.detail}" + (f"\n      {result.fix}" if result.fix else ""))
+    else:
+        table.show(results, stack_name, table.Console())
 
 
 def progress() -> Callable[[str], None]:
@@ -133,10 +105,6 @@ def progress() -> Callable[[str], None]:
     if not sys.stderr.isatty():
         return lambda text: None
     return lambda text: print(f"\r\033[K{text}", end="", file=sys.stderr, flush=True)
-
-
-def _interrupted(number: int, frame: FrameType | None) -> Any:
-    raise KeyboardInterrupt
 
 
 if __name__ == "__main__":

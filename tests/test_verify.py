@@ -18,7 +18,7 @@ import pytest
 from rich.console import Console
 
 from fasttune import stack, verify
-from fasttune.checks import Result, facts, parity, runner, symptoms, training
+from fasttune.checks import Result, facts, parity, runner, symptoms, table, training
 from fasttune.hardware import Gpu, Hardware
 from fasttune.rules import RULES
 
@@ -54,6 +54,12 @@ def test_quick_names_facts_pins_and_rules_without_torch() -> None:
     assert set(seen) == {"ok", "stack", "hardware", "checks"}
     assert all(set(check) == {"name", "status", "detail", "fix", "seconds"} for check in seen["checks"])
     assert torch_imported == "False"
+
+
+def test_without_rich_the_answer_is_still_given() -> None:
+    code = "import sys; sys.modules['rich.console'] = None; from fasttune import verify; verify.main(['--quick'])"
+    done = subprocess.run([sys.executable, "-c", code], cwd=ROOT, capture_output=True, text=True, check=True)
+    assert "  pins  " in done.stdout
 
 
 @pytest.mark.slow
@@ -232,12 +238,12 @@ def test_the_table_fits_and_a_fix_is_one_line_after_all_else(width: int) -> None
     fix = "python -m pip install " + "package==1.0 " * 20
     results = [Result("pins", "fail", "bad " * 60, fix), Result("gpu", "skip", "none"), Result("rule:a", "pass", "why")]
     out = io.StringIO()
-    verify.show(results, "cpu", Console(file=out, width=width))
+    table.show(results, "cpu", Console(file=out, width=width))
     lines = out.getvalue().splitlines()
     assert f"  {fix.strip()}" in [line.rstrip() for line in lines]
     assert all(len(line) <= width for line in lines if fix.strip() not in line)
-    table = [line.split()[0] for line in lines if line and not line.startswith(" ")]
-    assert table.index("skip") < table.index("pass") < table.index("fail")
+    order = [line.split()[0] for line in lines if line and not line.startswith(" ")]
+    assert order.index("skip") < order.index("pass") < order.index("fail")
 
 
 # ---- arithmetic checks can fail

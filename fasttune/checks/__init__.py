@@ -7,6 +7,7 @@
     parity.py      Unsloth against plain transformers + PEFT (plain.py is the other side)
     training.py    two real steps of `fasttune train`, and what it wrote and connected to (probe.py watches inside)
     online.py      hub and token, only with --online
+    table.py       the results on the terminal
     guard.py       blocks and records connections
     symptoms.py    what an error text means and the command that mends it
     runner.py      the child processes: two at a time, with time limits

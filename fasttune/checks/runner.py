@@ -9,7 +9,7 @@ import subprocess
 import sys
 import tempfile
 import time
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Literal
@@ -47,12 +47,17 @@ class Child:
         self.folder.cleanup()
 
 
-def run_jobs(jobs: tuple[Job, ...], announce: Callable[[str], None]) -> list[Result]:
-    """Every job in processes of its own, PARALLEL at a time; the results in the order of `jobs`."""
+def run_jobs(jobs: tuple[Job, ...], announce: Callable[[str], None], stop: Sequence[int] = ()) -> list[Result]:
+    """Every job in processes of its own, PARALLEL at a time; the results in the order of `jobs`.
+
+    Once `stop` holds something all children are killed; raises KeyboardInterrupt.
+    """
     waiting, running = list(jobs), list[Child]()
     results: dict[str, list[Result]] = {name: [] for job in jobs for name in job.names}
     try:
         while waiting or running:
+            if stop:
+                raise KeyboardInterrupt
             while waiting and len(running) < PARALLEL:
                 running.append(start(waiting.pop(0)))
                 announce(
