@@ -2,7 +2,7 @@
 
 import json
 import os
-import platform
+import re
 import shutil
 import signal
 import subprocess
@@ -66,6 +66,20 @@ def losses(folder: Path) -> list[float]:
 
 def command(*arguments: str) -> list[str]:
     return [sys.executable, "-m", "fasttune.cli", "train", *arguments]
+
+
+def machine_kind() -> str:
+    """What fp32 sums depend on: the chip (family, model, stepping), its vector width, threads and torch."""
+    import torch
+
+    text = Path("/proc/cpuinfo").read_text()
+    chip = [
+        found[1]
+        for key in ("vendor_id", "cpu family", "model", "stepping")
+        if (found := re.search(rf"^{key}\s*: (.+)$", text, re.M))
+    ]
+    vector = torch.backends.cpu.get_cpu_capability()
+    return f"{' '.join(chip)}, {vector}, {torch.get_num_threads()} threads, torch {torch.__version__}"
 
 
 @pytest.fixture(scope="module")
@@ -174,14 +188,8 @@ def test_golden_losses(tmp_path: Path) -> None:
 
     Changed on purpose? Run with FASTTUNE_RECORD_GOLDEN=1 and say why in the commit.
     """
-    import torch
-
-    result = train(tmp_path / "run", train={"max_steps": 20})
-    seen = losses(tmp_path / "run")
-    cpu = (
-        f"{result.hardware['cpu_model']}, {torch.backends.cpu.get_cpu_capability()}, {torch.get_num_threads()} threads"
-    )
-    machine = f"{cpu}, torch {torch.__version__}, {platform.machine()}"
+    train(tmp_path / "run", train={"max_steps": 20})
+    seen, machine = losses(tmp_path / "run"), machine_kind()
     if os.environ.get("FASTTUNE_RECORD_GOLDEN"):
         GOLDEN.parent.mkdir(exist_ok=True)
         GOLDEN.write_text(json.dumps({"machine": machine, "losses": seen}, indent=1) + "\n")
