@@ -27,6 +27,9 @@ def main(argv: list[str] | None = None) -> int:
     options = parser().parse_args(arguments)
     try:
         return train(options)
+    except KeyboardInterrupt:
+        print("fasttune: interrupted before the first step; nothing was trained", file=sys.stderr)
+        return 128 + signal.SIGINT
     except FasttuneError as error:
         if options.debug:
             raise
