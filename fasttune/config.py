@@ -20,11 +20,21 @@ FAMILIAR = {
     "r": "lora.rank",
     "batch_size": "train.batch_rows",
     "per_device_train_batch_size": "train.micro_batch_rows",
+    "train_on_responses_only": "data.train_on",
     "num_train_epochs": "train.epochs",
     "max_seq_length": "model.max_length",
     "load_in_4bit": "model.quantization",
     "dataset": "data.train",
 }
+FORMATS = (
+    "messages",
+    "conversations",
+    "question_answer",
+    "query_response",
+    "prompt_completion",
+    "alpaca",
+    "text",
+)
 SEVEN_PROJECTIONS = ["q_proj", "k_proj", "v_proj", "o_proj", "gate_proj", "up_proj", "down_proj"]
 
 
@@ -59,15 +69,40 @@ class LoraConfig(Section):
 class DataConfig(Section):
     """Rows to train on and rows to look at."""
 
-    train: str = Field(
-        min_length=1, description="JSONL, Parquet or CSV file, hub id owner/name[:subset], or builtin:arithmetic"
+    train: str | dict[str, float] = Field(
+        description="JSONL, JSON, CSV (each also .gz, .zst) or Parquet file, hub id owner/name[:subset], "
+        "builtin:arithmetic; or several of them as {source: how often a row is seen in an epoch}"
     )
     eval: str | None = Field(None, description="held-out rows for the samples before and after")
+    eval_share: float = Field(0.0, ge=0, lt=1, description="share of the training rows to hold out instead")
     split: str = Field("train", description="split of a hub data set")
+    streaming: bool = Field(False, description="read a hub data set without downloading all of it first")
+    format: Literal["auto", *FORMATS] = Field("auto", description="auto: by the keys of the first row")  # type: ignore[valid-type]
     columns: dict[str, str] = Field(default_factory=dict, description="canonical name → name in the file")
-    max_rows: int | None = Field(None, ge=1, description="only the first rows")
-    train_on: Literal["assistant", "all"] = "assistant"
-    too_long: Literal["truncate", "drop"] = "truncate"
+    max_rows: int | None = Field(None, ge=1, description="only the first rows of each source")
+    train_on: Literal["assistant", "last", "all"] = Field(
+        "assistant", description="every answer, only the last one of a conversation, or every token"
+    )
+    too_long: Literal["truncate", "drop", "split"] = "truncate"
+
+    @property
+    def sources(self) -> dict[str, float]:
+        """Source → how often each of its rows is seen in an epoch."""
+        return {self.train: 1.0} if isinstance(self.train, str) else self.train
+
+    @model_validator(mode="after")
+    def _sources_and_hold_out(self) -> "DataConfig":
+        if not self.sources or not all(self.sources):
+            raise ValueError("train: name at least one data set")
+        if any(weight <= 0 for weight in self.sources.values()):
+            raise ValueError(
+                "train: a weight is how often a row is seen in an epoch, above 0; leave the set out instead"
+            )
+        if self.eval is not None and self.eval_share:
+            raise ValueError("eval_share would be ignored beside data.eval: remove one of them")
+        if self.streaming and not any(looks_like_hub(source) for source in self.sources):
+            raise ValueError("streaming would be ignored: it is for hub data sets, files are never read whole")
+        return self
 
 
 class TrainConfig(Section):
@@ -85,6 +120,7 @@ class TrainConfig(Section):
     max_grad_norm: float = Field(1.0, gt=0)
     optimizer: Literal["auto", "adamw_torch_fused", "adamw_8bit"] = "auto"
     gradient_checkpointing: Literal["auto", "none", "full", "unsloth"] = "auto"
+    packing: bool | Literal["auto"] = Field("auto", description="rows end to end without padding, where that is exact")
 
     @model_validator(mode="after")
     def _micro_divides_batch(self) -> "TrainConfig":
@@ -117,9 +153,14 @@ class Config(Section):
             raise ValueError("model.quantization=nf4 cannot be trained in full: set train.method=lora")
         if self.lora.init == "pissa" and self.model.quantization != "none":
             raise ValueError("lora.init=pissa splits the base weights, which nf4 has not: set lora.init=default")
-        if self.samples and self.data.eval is None:
-            raise ValueError("samples needs data.eval: name held-out rows, or set samples=0")
+        if self.samples and self.data.eval is None and not self.data.eval_share:
+            raise ValueError("samples needs held-out rows: set data.eval or data.eval_share, or samples=0")
         return self
+
+
+def looks_like_hub(source: str) -> bool:
+    """Whether a source that is no file would be taken for a hub id, owner/name."""
+    return not source.startswith(("builtin:", ".", "/", "~")) and source.count("/") == 1 and not Path(source).exists()
 
 
 def load(path: str | Path, overrides: list[str] | None = None) -> Config:

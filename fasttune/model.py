@@ -12,16 +12,15 @@ import warnings
 from pathlib import Path
 from typing import Any
 
-from fasttune import builtin, cache, metrics
+from fasttune import cache, pretrained
 from fasttune.config import LoraConfig, ModelConfig
 from fasttune.errors import ModelError
-from fasttune.metrics import Flops
 
 # Before the import: no usage statistics, no telemetry, no unsloth_compiled_cache/ in the current folder.
 os.environ["UNSLOTH_DISABLE_STATISTICS"] = "1"
 os.environ["HF_HUB_DISABLE_TELEMETRY"] = "1"
 os.environ.setdefault("UNSLOTH_COMPILE_LOCATION", str(cache.root() / "unsloth_compiled_cache"))
-os.environ.setdefault("TOKENIZERS_PARALLELISM", "false")
+os.environ.setdefault("TOKENIZERS_PARALLELISM", "false")  # else tokenizers warns at every later fork
 logging.getLogger("torch.utils._pytree").setLevel(logging.ERROR)  # torchao's registrations warn at every import
 
 from unsloth import FastLanguageModel
@@ -33,29 +32,9 @@ import transformers
 transformers.utils.logging.disable_progress_bar()
 
 
-def locate(config: ModelConfig) -> str:
-    """Folder or hub id to load from. A built-in model is made at its first use. Raises ModelError."""
-    if config.name.startswith("builtin:"):
-        return str(builtin.path(config.name))
-    folder = Path(config.name).expanduser()
-    return str(folder) if folder.is_dir() else config.name
-
-
-def read_architecture(config: ModelConfig) -> Any:
-    """The model's transformers config, without its weights. Raises ModelError with the remedy."""
-    source = locate(config)
-    try:
-        found = transformers.AutoConfig.from_pretrained(
-            source, revision=config.revision, trust_remote_code=config.trust_remote_code
-        )
-    except (OSError, ValueError) as error:
-        raise _explain(config.name, error) from error
-    return getattr(found, "get_text_config", lambda: found)()
-
-
 def load(config: ModelConfig, dtype: str, gradient_checkpointing: str, full: bool, seed: int) -> tuple[Any, Any]:
     """Weights and tokenizer through Unsloth, in `dtype` (bfloat16 | float32); nothing swapped or quantized unasked."""
-    source = locate(config)
+    source = pretrained.locate(config)
     try:
         model, tokenizer = FastLanguageModel.from_pretrained(
             model_name=source,
@@ -70,7 +49,7 @@ def load(config: ModelConfig, dtype: str, gradient_checkpointing: str, full: boo
             random_state=seed,
         )
     except (OSError, ValueError, RuntimeError, safetensors.SafetensorError) as error:
-        raise _explain(config.name, error) from error
+        raise pretrained.explain(config.name, error) from error
     quantized = bool(getattr(model, "is_loaded_in_4bit", False))
     if quantized != (config.quantization == "nf4"):
         raise ModelError(
@@ -133,6 +112,14 @@ def for_training(model: Any, gradient_checkpointing: str) -> None:
     FastLanguageModel.for_training(model, use_gradient_checkpointing=gradient_checkpointing != "none")
 
 
+def enable_packed_kernels(model: Any, trainer: Any) -> None:
+    """Unsloth's own switches for packed rows on a GPU: no length limit of a single row, variable-length kernels."""
+    if torch.cuda.is_available():
+        from unsloth.utils.packing import enable_sample_packing  # its modules are not made for a CPU-only import
+
+        enable_sample_packing(model, trainer)
+
+
 def patched_layers(model: Any) -> int:
     """How many decoder layers run Unsloth's code: its attention forward or its fused LoRA projections (live model)."""
     return sum(_is_patched(layer) for layer in decoder_layers(model))
@@ -163,39 +150,6 @@ def _is_patched(layer: Any) -> bool:
 
 def _unsloth_checkpointing(policy: str) -> bool | str:
     return "unsloth" if policy == "unsloth" else policy == "full"
-
-
-def _explain(name: str, error: Exception) -> ModelError:
-    """One line for the usual failures of a load; the original error stays as its cause."""
-    text = " ".join(str(error).split())
-    if "gated" in text or "401" in text or "403" in text:
-        return ModelError(f"model.name: {name} is gated: accept its licence on its page, then `hf auth login`")
-    if any(
-        sign in text for sign in ("connect", "offline", "resolve", "Max retries", "couldn't find them in the cached")
-    ):
-        return ModelError(
-            f"model.name: {name} is neither a local folder nor in the hub's cache, and the hub cannot be reached; "
-            "check the name and the network, or download it elsewhere and give the folder"
-        )
-    if "not a valid model identifier" in text or "404" in text or "Unrecognized model" in text:
-        return ModelError(f"model.name: {name} is no model folder and no hub id that can be read; check the spelling")
-    return ModelError(f"model.name: {name} cannot be loaded: {text[:300]}")
-
-
-def count_flops(model: Any) -> Flops:
-    """FLOPs per token of a training step of this live model (see metrics.count_flops); not for quantized weights."""
-    head = model.get_output_embeddings()
-    linear = [m for m in model.modules() if isinstance(m, torch.nn.Linear) and m is not head]
-    config = getattr(model.config, "get_text_config", lambda: model.config)()
-    width = getattr(config, "head_dim", None) or config.hidden_size // config.num_attention_heads
-    return metrics.count_flops(
-        linear_weights=sum(module.weight.numel() for module in linear),
-        trained_weights=sum(module.weight.numel() for module in linear if module.weight.requires_grad),
-        head_weights=head.weight.numel(),
-        head_trained=head.weight.requires_grad,
-        layers=config.num_hidden_layers,
-        attention_width=config.num_attention_heads * width,
-    )
 
 
 def trained_gib(model: Any) -> float:

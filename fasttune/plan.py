@@ -48,6 +48,7 @@ class Plan:
     micro_batch_rows: int
     gradient_checkpointing: str
     optimizer: str
+    packed: bool  # as wished; prepare.py asks the live model whether it can
     settings: list[Setting]
 
     def apply(self, config: Config) -> Config:
@@ -56,6 +57,7 @@ class Plan:
             "micro_batch_rows": self.micro_batch_rows,
             "gradient_checkpointing": self.gradient_checkpointing,
             "optimizer": self.optimizer,
+            "packing": self.packed,
         }
         return config.model_copy(
             update={
@@ -78,13 +80,21 @@ def resolve(config: Config, hardware: Hardware, shape: Shape) -> Plan:
         Setting("dtype", dtype, dtype_reason),
         Setting("quantization", config.model.quantization),
         Setting("max length", f"{config.model.max_length:,} tokens"),
-        Setting("batch", f"{micro} rows × {train.batch_rows // micro} = {train.batch_rows} a step", micro_reason),
+        _batch(config, micro, micro_reason),
         Setting("checkpointing", policy, policy_reason),
         Setting("optimizer", f"{optimizer}, lr {train.learning_rate:g}, {train.scheduler}", optimizer_reason),
     ]
     if train.method == "lora" and lora.dropout:
         settings.append(Setting("lora dropout", f"{lora.dropout:g}"))
-    return Plan(shape, dtype, micro, policy, optimizer, settings)
+    return Plan(shape, dtype, micro, policy, optimizer, train.packing is not False, settings)
+
+
+def _batch(config: Config, micro: int, reason: str | None) -> Setting:
+    train = config.train
+    if train.packing is False:
+        return Setting("batch", f"{micro} rows × {train.batch_rows // micro} = {train.batch_rows} a step", reason)
+    tokens = micro * config.model.max_length
+    return Setting("batch", f"{train.batch_rows} rows a step, up to {tokens:,} tokens at once", reason)
 
 
 def _method(config: Config) -> str:

@@ -8,9 +8,10 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, Protocol
 
-from fasttune import builtin, hardware, output, plan
-from fasttune.config import Config
-from fasttune.data import sources, tokens
+from fasttune import builtin, hardware, output, plan, pretrained
+from fasttune.config import Config, looks_like_hub
+from fasttune.data import chat, load, sources
+from fasttune.data.batches import Batches
 from fasttune.hardware import Hardware
 from fasttune.metrics import Setting, StepMetrics
 from fasttune.plan import Plan
@@ -21,6 +22,7 @@ class Reporter(Protocol):
     """What a run tells the person; terminal.Reporter prints it."""
 
     def note(self, text: str) -> None: ...
+    def progress(self, what: str, share: float) -> None: ...
     def start(
         self,
         title: str,
@@ -44,18 +46,21 @@ class Job:
     plan: Plan
     model: Any
     tokenizer: Any
-    data: tokens.Tokenized
+    data: Batches
     problems: list[Any]
     total_steps: int
     usd_per_hour: float | None
     settings: list[Setting]
+    warnings: list[str]
 
 
 def preflight(config: Config) -> Path:
     """Everything that can be refused without importing torch. Returns the output folder, not yet made."""
     folder = output.choose(config)
-    for source in filter(None, (config.data.train, config.data.eval)):
+    for source in (*config.data.sources, *filter(None, [config.data.eval])):
         sources.check(source, config.data.split)
+        if not looks_like_hub(source):
+            load.form_of(config, source)
     if config.model.name.startswith("builtin:"):
         builtin.check(config.model.name)
     return folder
@@ -64,25 +69,27 @@ def preflight(config: Config) -> Path:
 def prepare(config: Config, folder: Path, reporter: Reporter) -> Job:
     """Plan, model and data, ready to train. Writes nothing."""
     reporter.note("importing unsloth and torch …")
-    from fasttune import model as models, samples
+    from fasttune import model as models, packed as packing, samples
 
     take_over_loggers()
+    warnings: list[str] = []
     machine = hardware.detect(folder)
-    chosen = plan.resolve(config, machine, plan.Shape.of(models.read_architecture(config.model)))
+    chosen = plan.resolve(config, machine, plan.Shape.of(pretrained.read_architecture(config.model)))
     config = chosen.apply(config)
     reporter.note(f"loading {config.model.name} …")
     policy, full = chosen.gradient_checkpointing, config.train.method == "full"
     model, tokenizer = models.load(config.model, chosen.dtype, policy, full, config.seed)
     model = model if full else models.add_lora(model, config.lora, policy, config.seed)
     settings = list(chosen.settings)
-    if tokens.ensure_template(tokenizer):
-        settings.append(Setting("chat template", "plain headings", "the tokenizer brings none"))
-    reporter.note(f"reading {config.data.train} …")
-    rows = sources.read(config.data.train, "train", config.data.split, config.data.max_rows)
-    data = tokens.tokenize(
-        rows, tokenizer, config.model.max_length, config.data.columns, config.data.train_on, config.data.too_long
-    )
-    settings.append(Setting("data", f"{config.data.train}: {data.summary()}"))
+    packed = config.train.packing is not False
+    if packed and (reason := packing.enable(model, config.model.max_length)):
+        packed = False
+        config = config.model_copy(update={"train": config.train.model_copy(update={"packing": False})})
+        warnings.append(f"rows are padded, not packed: {reason}")
+    settings.append(_packing(config, packed))
+    settings += [Setting("chat template", what, why) for what, why in chat.complete(tokenizer)]
+    data = load.encode(config, tokenizer, packed, reporter.progress)
+    settings += [Setting("data", line) for line in load.describe(data)]
     output.check_space(folder, models.trained_gib(model) * (2 if config.lora.init == "pissa" else 1))
     usd_per_hour, price = price_of(config, machine)
     settings += [price] if price else []
@@ -94,18 +101,19 @@ def prepare(config: Config, folder: Path, reporter: Reporter) -> Job:
         model=model,
         tokenizer=tokenizer,
         data=data,
-        problems=samples.read(config, tokenizer),
-        total_steps=count_steps(config, len(data)),
+        problems=samples.read(config, tokenizer, data),
+        total_steps=config.train.max_steps or math.ceil(config.train.epochs * data.steps_per_epoch),
         usd_per_hour=usd_per_hour,
         settings=settings,
+        warnings=warnings,
     )
 
 
-def count_steps(config: Config, rows: int) -> int:
-    """Optimizer steps of the run: max_steps, or whole epochs with their last, smaller batch."""
-    if config.train.max_steps is not None:
-        return config.train.max_steps
-    return math.ceil(config.train.epochs * math.ceil(rows / config.train.batch_rows))
+def _packing(config: Config, packed: bool) -> Setting:
+    if packed:
+        return Setting("packing", "on", "proved on this model: rows in a pack do not see each other")
+    wished = config.train.packing is not False
+    return Setting("packing", "off", None if wished else "rows are padded to the longest of a micro-batch")
 
 
 def price_of(config: Config, machine: Hardware) -> tuple[float | None, Setting | None]:

@@ -1,5 +1,6 @@
 """Held-out problems, answered greedily: what a person compares before and after training."""
 
+from collections.abc import Iterator
 from dataclasses import dataclass
 from typing import Any
 
@@ -8,7 +9,9 @@ from fasttune import model as models  # first: it imports unsloth
 import torch
 
 from fasttune.config import Config
-from fasttune.data import formats, sources, tokens
+from fasttune.data import chat, formats, sources
+from fasttune.data.batches import Batches
+from fasttune.data.formats import Row
 
 MAX_NEW_TOKENS = 128
 
@@ -22,19 +25,37 @@ class Problem:
     reference: str
 
 
-def read(config: Config, tokenizer: Any) -> list[Problem]:
+def read(config: Config, tokenizer: Any, batches: Batches) -> list[Problem]:
     """The first `config.samples` held-out conversations; plain text rows have no question and are left out."""
-    if not config.samples or config.data.eval is None:
-        return []
     problems = []
-    for number, row in enumerate(sources.read(config.data.eval, "test", config.data.split, config.samples), 1):
-        messages = formats.conversation(formats.rename(row, config.data.columns), number)
-        if isinstance(messages, str):
+    for place, row in _held_out(config, batches):
+        row = formats.rename(row, config.data.columns, place)
+        form = config.data.format if config.data.format != "auto" else formats.detect(row, place)
+        try:
+            conversation = formats.convert(row, form, place)
+        except formats.Unusable:
             continue
-        last = max(index for index, message in enumerate(messages) if message["role"] == "assistant")
-        question = messages[last - 1]["content"] if last else ""
-        problems.append(Problem(question, tokens.prompt_text(messages, tokenizer), messages[last]["content"]))
+        if isinstance(conversation, str):
+            continue
+        messages, last = conversation.messages, conversation.answers[-1]
+        question = messages[last - 1]["content"]
+        problems.append(Problem(question, chat.prompt(messages, tokenizer), messages[last]["content"]))
     return problems
+
+
+def _held_out(config: Config, batches: Batches) -> Iterator[tuple[str, Row]]:
+    """(place, row): the first rows of data.eval, or the first that data.eval_share holds out of the first data set."""
+    data = config.data
+    if not config.samples:
+        return
+    if data.eval is not None:
+        for _, place, row in sources.first_rows(data.eval, "test", data.split, config.samples):
+            yield place, row
+        return
+    part, held_out = batches.parts[0], batches.split[0][1]
+    wanted = set(part.numbers[held_out[: config.samples]].tolist())
+    rows = sources.first_rows(part.source, "train", data.split, max(wanted, default=0))
+    yield from ((place, row) for number, place, row in rows if number in wanted)
 
 
 def answer(model: Any, tokenizer: Any, problems: list[Problem], checkpointing: str) -> list[str]:

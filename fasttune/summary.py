@@ -25,28 +25,28 @@ class Outcome:
     warnings: list[str] = field(default_factory=list)
 
 
-def broken_promises(job: Job, trainer: Any, live: metrics.Backend) -> list[str]:
+def broken_promises(job: Job, trainer: Any, ran: metrics.Backend) -> list[str]:
     """What was asked for and is not what runs: a setting is never ignored in silence."""
     found = []
     optimizer = getattr(trainer.args.optim, "value", trainer.args.optim)
     if optimizer != job.plan.optimizer:
         found.append(f"train.optimizer={job.plan.optimizer} was replaced: {optimizer} runs on this machine")
-    if live.gradient_checkpointing != job.plan.gradient_checkpointing:
+    if ran.gradient_checkpointing != job.plan.gradient_checkpointing:
         asked = job.plan.gradient_checkpointing
-        found.append(f"train.gradient_checkpointing={asked} was replaced: {live.gradient_checkpointing} runs")
+        found.append(f"train.gradient_checkpointing={asked} was replaced: {ran.gradient_checkpointing} runs")
     if job.plan.dtype == "bfloat16" and not trainer.args.bf16:
         found.append("model.dtype=bfloat16: this CPU has no native bf16, so it is emulated and slow; set float32")
-    if job.machine.gpus and live.patched_layers < job.plan.shape.layers:
+    if job.machine.gpus and ran.patched_layers < job.plan.shape.layers:
         found.append(
-            f"Unsloth patched {live.patched_layers} of {job.plan.shape.layers} layers: the rest runs plain transformers"
+            f"Unsloth patched {ran.patched_layers} of {job.plan.shape.layers} layers: the rest runs plain transformers"
         )
     return found
 
 
 def summarize(job: Job, outcome: Outcome, trainer: Any, started: float) -> RunResult:
     """Every number of run.json, from the steps that were measured and the objects that ran."""
-    from fasttune import model as models
-    from fasttune.trainer import backend, peak_memory_gib
+    from fasttune import live
+    from fasttune.trainer import backend
 
     steps, steady = outcome.steps, metrics.steady(outcome.steps)
     tokens_seen = sum(step.tokens for step in steps)
@@ -54,7 +54,7 @@ def summarize(job: Job, outcome: Outcome, trainer: Any, started: float) -> RunRe
     speed = metrics.median_rate(steps)
     achieved = matmul = None
     if steady and job.config.model.quantization == "none":
-        flops = models.count_flops(job.model)
+        flops = live.count_flops(job.model)
         rows = job.config.train.batch_rows
         achieved = statistics.median(flops.of_step(s.tokens, s.loss_tokens, rows) / s.seconds for s in steady) / 1e12
         matmul = measured_matmul_tflops(job)
@@ -76,7 +76,7 @@ def summarize(job: Job, outcome: Outcome, trainer: Any, started: float) -> RunRe
         steady_steps=len(steady),
         seconds_to_first_step=trainer.first_step_done - started if steps else None,
         wall_s=wall_s,
-        peak_memory_gib=peak_memory_gib(),
+        peak_memory_gib=live.peak_memory_gib(),
         mfu=achieved / peak if achieved and peak and job.plan.dtype == "bfloat16" else None,
         fraction_of_measured_matmul=achieved / matmul if achieved and matmul else None,
         measured_matmul_tflops=matmul,
@@ -94,11 +94,11 @@ def summarize(job: Job, outcome: Outcome, trainer: Any, started: float) -> RunRe
 
 
 def measured_matmul_tflops(job: Job) -> float:
-    """This machine's matmul rate at the run's own shape: tokens of a micro-batch × hidden × MLP width."""
+    """This machine's matmul rate at the run's own shape: tokens of a micro-batch of step 1 × hidden × MLP width."""
     architecture = job.model.config
-    mean_length = sum(map(len, job.data.input_ids)) // len(job.data)
     width = getattr(architecture, "intermediate_size", None) or 4 * architecture.hidden_size
-    shape = (job.plan.micro_batch_rows * mean_length, architecture.hidden_size, width)
+    tokens = sum(batch["input_ids"].size for batch in job.data.micro_batches(0)) // len(job.data.micro_batches(0))
+    shape = (tokens, architecture.hidden_size, width)
     device = "cuda" if job.machine.gpus else "cpu"
     return hardware.measure_matmul_tflops(device, job.plan.dtype, [shape], MATMUL_SECONDS)[shape]
 

@@ -12,7 +12,7 @@ from pathlib import Path
 from rich.console import Console, Group, RenderableType
 from rich.padding import Padding
 from rich.panel import Panel
-from rich.progress import BarColumn, Progress, TaskID, TextColumn
+from rich.progress import BarColumn, Progress, TaskID, TextColumn, TimeRemainingColumn
 from rich.rule import Rule
 from rich.table import Table
 from rich.text import Text
@@ -52,6 +52,28 @@ class Reporter:
         """One pale line: what is being done now."""
         if not self._quiet:
             self._line(Text(_plain(text), style="dim"))
+
+    def progress(self, what: str, share: float) -> None:
+        """How far a long preparation is, 0 to 1: a bar, or without a terminal a line every PLAIN_LINE_EVERY_S."""
+        if self._quiet:
+            return
+        if self._live and 0 < share < 1:
+            if self._progress is None:
+                self._progress = Progress(
+                    TextColumn("{task.percentage:>3.0f} %"),
+                    BarColumn(),
+                    TimeRemainingColumn(),
+                    console=self._console,
+                    transient=True,
+                )
+                self._task = self._progress.add_task("", total=1.0)
+                self._progress.start()
+            self._progress.update(self._task, completed=share)
+        elif share >= 1:
+            self.stop()
+        elif share == 0 or time.monotonic() - self._last_line_s >= PLAIN_LINE_EVERY_S:
+            self._last_line_s = time.monotonic()
+            self.note(f"{what} …" + (f" {share:.0%}" if share else ""))
 
     def warn(self, text: str) -> None:
         """A warning, above the bar; the final report repeats it."""

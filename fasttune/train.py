@@ -68,7 +68,9 @@ def train(job: Job, trainer: Any, reporter: Reporter) -> Outcome:
     """All optimizer steps, one line of metrics.jsonl each, flushed as they come."""
     from fasttune.trainer import StepRecorder, backend
 
-    outcome = Outcome()
+    outcome = Outcome(warnings=list(job.warnings))
+    for text in job.warnings:
+        reporter.warn(text)
     lines = (job.folder / "metrics.jsonl").open("w", encoding="utf-8")
 
     def on_step(step: StepMetrics) -> None:
@@ -133,7 +135,9 @@ def _portable(config: Config) -> Config:
         path = Path(name).expanduser() if name and not name.startswith("builtin:") else None
         return str(path.resolve()) if path and path.exists() else name
 
-    data = config.data.model_copy(update={"train": absolute(config.data.train), "eval": absolute(config.data.eval)})
+    train = config.data.train
+    named = absolute(train) if isinstance(train, str) else {absolute(name): weight for name, weight in train.items()}
+    data = config.data.model_copy(update={"train": named, "eval": absolute(config.data.eval)})
     model = config.model.model_copy(update={"name": absolute(config.model.name)})
     return config.model_copy(update={"data": data, "model": model, "output_dir": None, "overwrite": False})
 

@@ -6,6 +6,7 @@ Shapes: B rows of a micro-batch, T tokens of the longest row (or of the whole pa
 import signal
 import time
 from collections.abc import Callable
+from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
@@ -16,43 +17,73 @@ import transformers
 import trl
 from datasets import Dataset
 
-from fasttune.data.tokens import IGNORE
+from fasttune.data.batches import Batches
 from fasttune.metrics import Backend, StepMetrics
+from fasttune.live import AttentionSeen, count_tokens, dtypes, peak_memory_gib, synchronize
 from fasttune.prepare import Job
-from fasttune.quiet import native_stderr_closed
-
-ATTENTION_OPERATORS = ("scaled_dot_product", "fmha", "flash_attn", "flash_fwd", "varlen_attn", "cudnn_attention")
 
 
 class MeasuredTrainer(trl.SFTTrainer):
-    """Counts tokens in the very tensors that are trained on, and profiles the first micro-batch for its attention."""
+    """Counts tokens in the very tensors that are trained on, and profiles the first micro-batch for its attention.
+
+    A batch of its data loader is a whole optimizer step, a list of micro-batches: how many there are depends on how
+    the step's rows fit together.
+    """
 
     counts: dict[str, int]
+    rows_seen: int = 0  # of the last step, and in how many micro-batches
+    micro_batches_seen: int = 0
+    packed_seen: bool = False
     attention_seen: str | None = None
     started: float = 0.0  # of the present step
     first_step_done: float = 0.0
 
     def get_batch_samples(self, epoch_iterator: Any, num_batches: int, device: torch.device) -> Any:
-        """All micro-batches of one optimizer step; the step's clock starts before they are fetched."""
+        """The micro-batches of one optimizer step and how many tokens it learns: the loss is their mean over all of it.
+
+        The step's clock starts before they are made.
+        """
         synchronize()
         self.started = time.perf_counter()
-        samples, items = super().get_batch_samples(epoch_iterator, num_batches, device)
-        self.counts = count_tokens(samples)
-        return samples, items
+        steps = [step for _, step in zip(range(num_batches), epoch_iterator, strict=False)]
+        micro_batches = [batch for step in steps for batch in step]
+        if micro_batches:
+            self.counts = count_tokens(micro_batches)
+            self.packed_seen = all("packed_seq_lengths" in batch for batch in micro_batches)
+            self.micro_batches_seen = len(micro_batches)
+            self.rows_seen = sum(len(batch.get("packed_seq_lengths", batch["input_ids"])) for batch in micro_batches)
+            return steps, torch.tensor(self.counts["loss_tokens"], device=device)
+        return steps, None
 
-    def training_step(self, *args: Any, **kwargs: Any) -> torch.Tensor:
+    def training_step(self, model: Any, inputs: list[dict[str, Any]], num_items_in_batch: Any = None) -> torch.Tensor:
+        """Forward and backward of every micro-batch of a step; returns their summed loss."""
+        losses = [self._micro_step(model, batch, num_items_in_batch) for batch in inputs]
+        return torch.stack(losses).sum()
+
+    def _micro_step(self, model: Any, batch: dict[str, Any], learned: Any) -> torch.Tensor:
         if self.attention_seen is not None:
-            return super().training_step(*args, **kwargs)
-        profile = torch.profiler.profile(activities=[torch.profiler.ProfilerActivity.CPU])
-        with native_stderr_closed():  # torch 2.13's profiler prints its start and stop
-            profile.start()
-        try:
-            loss = super().training_step(*args, **kwargs)
-        finally:
-            with native_stderr_closed():
-                profile.stop()
-        self.attention_seen = attention_operator({event.key for event in profile.key_averages()})
+            return super().training_step(model, batch, learned)
+        with AttentionSeen() as seen:
+            loss = super().training_step(model, batch, learned)
+        self.attention_seen = seen.operators
         return loss
+
+    def _get_train_sampler(self, train_dataset: Any = None) -> Any:
+        return torch.utils.data.SequentialSampler(train_dataset or self.train_dataset)  # Batches has shuffled
+
+
+@dataclass
+class StepCollator:
+    """[{"step": i}] → the micro-batches of step i, as tensors."""
+
+    batches: Batches
+
+    def __call__(self, examples: list[dict[str, int]]) -> list[dict[str, torch.Tensor]]:
+        (example,) = examples
+        made = self.batches.micro_batches(example["step"])
+        return [{name: torch.from_numpy(array) for name, array in batch.items()} for batch in made]
+
+    torch_call = __call__  # Unsloth looks for TRL's name
 
 
 class StepRecorder(transformers.TrainerCallback):
@@ -101,8 +132,8 @@ def build(job: Job, scratch: Path) -> MeasuredTrainer:
     config, plan, train = job.config, job.plan, job.config.train
     arguments = trl.SFTConfig(
         output_dir=str(scratch),
-        per_device_train_batch_size=plan.micro_batch_rows,
-        gradient_accumulation_steps=train.batch_rows // plan.micro_batch_rows,
+        per_device_train_batch_size=1,  # one step: its micro-batches are the collator's
+        gradient_accumulation_steps=1,
         max_steps=job.total_steps,
         learning_rate=train.learning_rate,
         lr_scheduler_type=train.scheduler,
@@ -115,6 +146,7 @@ def build(job: Job, scratch: Path) -> MeasuredTrainer:
         max_length=config.model.max_length,
         packing=False,
         dataset_kwargs={"skip_prepare_dataset": True},
+        remove_unused_columns=False,
         seed=config.seed,
         data_seed=config.seed,
         logging_steps=1,
@@ -124,67 +156,32 @@ def build(job: Job, scratch: Path) -> MeasuredTrainer:
         report_to="none",
         use_cpu=not torch.cuda.is_available(),
     )
-    rows = Dataset.from_dict({"input_ids": job.data.input_ids, "labels": job.data.labels})
-    trainer = MeasuredTrainer(model=job.model, args=arguments, train_dataset=rows, processing_class=job.tokenizer)
+    trainer = MeasuredTrainer(
+        model=job.model,
+        args=arguments,
+        train_dataset=Dataset.from_dict({"step": range(job.total_steps)}),
+        data_collator=StepCollator(job.data),
+        processing_class=job.tokenizer,
+    )
     trainer.remove_callback(transformers.PrinterCallback)
+    if job.data.packed:
+        fasttune_model.enable_packed_kernels(job.model, trainer)
     return trainer
 
 
 def backend(trainer: MeasuredTrainer) -> Backend:
     """What ran, from the live model and trainer."""
     model = trainer.model
-    collator = trainer.data_collator
-    weights = {parameter.dtype for parameter in model.parameters() if not parameter.requires_grad}
-    trained = {parameter.dtype for parameter in model.parameters() if parameter.requires_grad}
-    dtypes = [f"{_names(trained)} trained"] + ([f"{_names(weights)} frozen"] if weights else [])
-    autocast = "bf16 autocast" if trainer.args.bf16 else "no autocast"
-    padding_free = bool(getattr(collator, "padding_free", False)) or getattr(trainer.args, "packing", False)
     return Backend(
         library="unsloth + trl" if torch.cuda.is_available() else "unsloth (CPU backend) + trl",
         attention=trainer.attention_seen or "not seen",
-        packing="padding-free" if padding_free else "padded",
+        packing=_packing(trainer),
         patched_layers=fasttune_model.patched_layers(model),
         gradient_checkpointing=fasttune_model.checkpointing(model),
-        dtype=f"{', '.join(dtypes)}, {autocast}",
+        dtype=dtypes(model, trainer.args.bf16),
     )
 
 
-def count_tokens(batches: list[dict[str, torch.Tensor]]) -> dict[str, int]:
-    """Tokens, trained tokens and padding of the micro-batches of a step. input_ids, labels: (B, T).
-
-    Without an attention mask nothing is padded. The first label of a row is never a target (causal shift).
-    """
-    tokens = sum(
-        int(batch["attention_mask"].sum()) if "attention_mask" in batch else batch["input_ids"].numel()
-        for batch in batches
-    )
-    cells = sum(batch["input_ids"].numel() for batch in batches)
-    loss_tokens = sum(int((batch["labels"][:, 1:] != IGNORE).sum()) for batch in batches)
-    return {"tokens": tokens, "loss_tokens": loss_tokens, "padding_tokens": cells - tokens}
-
-
-def attention_operator(names: set[str]) -> str:
-    """The innermost attention operators among profiled names, e.g. aten::_flash_attention_forward."""
-    found = sorted(
-        name for name in names if any(part in name for part in ATTENTION_OPERATORS) and not name.endswith("_backward")
-    )
-    inner = [name for name in found if name != "aten::scaled_dot_product_attention" and "Backward" not in name]
-    return ", ".join(inner or found) or "no fused attention operator"
-
-
-def synchronize() -> None:
-    if torch.cuda.is_available():
-        torch.cuda.synchronize()
-
-
-def peak_memory_gib() -> float:
-    """Peak of the GPU's allocated memory, or of this process's resident memory on a CPU."""
-    if torch.cuda.is_available():
-        return torch.cuda.max_memory_allocated() / 2**30
-    import resource
-
-    return resource.getrusage(resource.RUSAGE_SELF).ru_maxrss / 2**20  # KiB on Linux
-
-
-def _names(dtypes: set[torch.dtype]) -> str:
-    return "/".join(sorted(str(dtype).removeprefix("torch.") for dtype in dtypes))
+def _packing(trainer: MeasuredTrainer) -> str:
+    form = "packed" if trainer.packed_seen else "padded"
+    return f"{form}: {trainer.rows_seen} rows in {trainer.micro_batches_seen} micro-batches (last step)"

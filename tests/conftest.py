@@ -6,6 +6,8 @@ import warnings
 from collections.abc import Iterator
 from typing import Any
 
+import hypothesis
+import hypothesis.configuration
 import pytest
 
 _CACHE = tempfile.TemporaryDirectory(prefix="fasttune-tests-")
@@ -14,6 +16,10 @@ os.environ |= {
     "HF_HOME": _CACHE.name,
     "HF_HUB_OFFLINE": "1",
 }
+# The same examples each time, and none kept in the checkout.
+hypothesis.configuration.set_hypothesis_home_dir(_CACHE.name)
+hypothesis.settings.register_profile("tests", database=None, deadline=None, derandomize=True)
+hypothesis.settings.load_profile("tests")
 
 
 def pytest_unconfigure() -> None:
@@ -34,3 +40,13 @@ def tiny_tokenizer(unsloth: None) -> Iterator[Any]:
     from fasttune import builtin, model
 
     yield model.transformers.AutoTokenizer.from_pretrained(builtin.path("builtin:tiny"))
+
+
+@pytest.fixture(scope="session")
+def tiny_recipe(unsloth: None) -> Any:
+    """What encodes `messages` for builtin:tiny; tests change a field with dataclasses.replace."""
+    from fasttune import builtin, model
+    from fasttune.data import tokens
+
+    tokenizer = model.transformers.AutoTokenizer.from_pretrained(builtin.path("builtin:tiny"))
+    return tokens.recipe_of(tokenizer, "messages", {}, "assistant", 512, "truncate")

@@ -14,18 +14,19 @@ LAYERS = [
     {"cache", "hardware", "metrics", "quiet"},
     {"config", "plots", "stack"},
     {"builtin", "data", "output", "plan", "report", "rules"},
-    {"model", "terminal"},
-    {"samples"},
-    {"prepare"},
+    {"live", "pretrained", "terminal"},
+    {"model"},
+    {"packed", "samples", "view"},
+    {"prepare", "view_page"},
     {"trainer"},
     {"summary"},
-    {"train"},
+    {"bench", "train"},
     {"checks"},
     {"verify"},
     {"cli"},
 ]
 LEVEL = {name: level for level, names in enumerate(LAYERS) for name in names}
-LIGHT = ["errors", "config", "stack", "cli", "hardware", "terminal", "verify", "prepare", "train"]
+LIGHT = ["errors", "config", "stack", "cli", "hardware", "terminal", "verify", "prepare", "train", "view_page"]
 HEAVY = {"torch", "transformers", "unsloth", "trl", "peft", "datasets", "matplotlib", "jinja2"}
 
 

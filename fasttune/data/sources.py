@@ -1,16 +1,20 @@
-"""Where rows come from: a JSONL, Parquet or CSV file, a hub data set (owner/name or owner/name:subset), or
-builtin:arithmetic → list of dicts.
+"""Where rows come from: JSONL, JSON, CSV (each plain, .gz or .zst) and Parquet files, hub data sets (owner/name or
+owner/name:subset) and builtin:arithmetic → chunks of rows. Nothing here holds more than one chunk in memory.
 """
 
+import hashlib
+import json
+from collections.abc import Iterator
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
-from fasttune.data import arithmetic
+from fasttune.data import arithmetic, files
+from fasttune.data.files import Chunk, first_line, grouped
+from fasttune.data.formats import Row
 from fasttune.errors import DataError
 
-Row = dict[str, Any]
-
-READERS = {".jsonl": "json", ".ndjson": "json", ".json": "json", ".parquet": "parquet", ".csv": "csv"}
+BUILTIN_ROWS: dict[arithmetic.Part, int] = {"train": 2000, "test": 40}
 
 
 def check(source: str, split: str = "train") -> None:
@@ -23,64 +27,106 @@ def check(source: str, split: str = "train") -> None:
     if path.is_file():
         if split != "train":
             raise DataError(f"data.split={split} would be ignored: {source} is a file, it has no splits; remove it")
-        if path.suffix.lower() not in READERS:
-            raise DataError(f"data: {source} has an unknown ending; use {', '.join(READERS)}")
+        if files.kind(path) is None:
+            raise DataError(
+                f"data: {source} has an unknown ending; use {', '.join(files.KINDS)} (all but the last also .gz, .zst)"
+            )
         if path.stat().st_size == 0:
             raise DataError(f"data: {source} is empty")
     elif path.is_dir():
         raise DataError(f"data: {source} is a folder; name one file of it")
-    elif path.suffix.lower() in READERS or source.startswith((".", "/", "~")) or source.count("/") != 1:
+    elif files.kind(path) or source.startswith((".", "/", "~")) or source.count("/") != 1:
         raise DataError(
             f"data: no file {source} (looked in {Path.cwd()}); check the path, or give a hub id, owner/name"
         )
 
 
-def read(source: str, part: arithmetic.Part, split: str = "train", max_rows: int | None = None) -> list[Row]:
-    """All rows of a source, in its order. `part` is of a built-in set (train or held-out), `split` of a hub set."""
+def read(
+    source: str, part: arithmetic.Part, split: str = "train", max_rows: int | None = None, streaming: bool = False
+) -> Iterator[Chunk]:
+    """The rows of a source in its order, chunk by chunk. `part` is of a built-in set (train or held-out), `split` of a
+    hub set, which `streaming` reads without downloading all of it first. Raises DataError with the place.
+    """
     check(source, split)
+    left = max_rows
+    for chunk in _chunks(source, part, split, max_rows, streaming):
+        if left is not None:
+            chunk, left = _at_most(chunk, left)
+        yield chunk
+        if left == 0:
+            return
+
+
+def first_rows(source: str, part: arithmetic.Part, split: str, rows: int) -> Iterator[tuple[int, str, Row]]:
+    """The first rows of a source, as Chunk.numbered gives them."""
+    for chunk in read(source, part, split, rows):
+        yield from chunk.numbered()
+
+
+def _at_most(chunk: Chunk, rows: int) -> tuple[Chunk, int]:
+    """The chunk's first rows, and how many are wanted after them. Blank lines are no rows."""
+    if chunk.lines is None:
+        kept = (chunk.rows or [])[:rows]
+        return replace(chunk, rows=kept), rows - len(kept)
+    filled = [at for at, line in enumerate(chunk.lines) if line.strip()][:rows]
+    lines = chunk.lines[: filled[-1] + 1] if len(filled) == rows else chunk.lines
+    return replace(chunk, lines=lines), rows - len(filled)
+
+
+def fingerprint(source: str, part: arithmetic.Part, split: str, streaming: bool) -> str:
+    """Hash of a source's content (of a file's bytes, or of a hub data set's revision): what a cache is keyed by."""
     if source == "builtin:arithmetic":
-        return list(arithmetic.generate(part, rows=max_rows or (2000 if part == "train" else 40)))
-    rows = _load(source, split)
-    rows = rows.select(range(min(max_rows, len(rows)))) if max_rows else rows
-    if not len(rows):
-        raise DataError(f"data: {source} holds no rows")
-    return rows.to_list()
+        return hashlib.sha256(json.dumps(arithmetic.generate(part, rows=BUILTIN_ROWS[part])).encode()).hexdigest()
+    path = Path(source).expanduser()
+    if not path.is_file():
+        return _hub_fingerprint(source, split, streaming)
+    try:
+        with path.open("rb") as file:
+            return hashlib.file_digest(file, "sha256").hexdigest()
+    except OSError as error:
+        raise DataError(f"data: {source} cannot be read: {error.strerror}") from error
 
 
-def _load(source: str, split: str) -> Any:
+def _chunks(source: str, part: arithmetic.Part, split: str, max_rows: int | None, streaming: bool) -> Iterator[Chunk]:
+    if source == "builtin:arithmetic":
+        yield from grouped(source, iter(arithmetic.generate(part, rows=max_rows or BUILTIN_ROWS[part])))
+        return
+    path = Path(source).expanduser()
+    if not path.is_file():
+        yield from _hub(source, split, streaming)
+        return
+    yield from files.read(source, path)
+
+
+def _hub(source: str, split: str, streaming: bool) -> Iterator[Chunk]:
+    import datasets
+
+    rows = _load_hub(source, split, streaming)
+    total = None if isinstance(rows, datasets.IterableDataset) else len(rows)
+    yield from grouped(source, iter(rows), total)
+
+
+def _load_hub(source: str, split: str, streaming: bool) -> Any:
     import datasets
     from datasets.exceptions import DatasetGenerationError
 
     datasets.disable_progress_bars()
-    path = Path(source).expanduser()
+    name, _, subset = source.partition(":")
     try:
-        if path.is_file():
-            kind = READERS[path.suffix.lower()]
-            return datasets.load_dataset(kind, data_files=str(path), split="train")
-        name, _, subset = source.partition(":")
-        return datasets.load_dataset(name, subset or None, split=split)
-    except DatasetGenerationError as error:
-        cause = str(error.__cause__ or error).splitlines()[0]
-        raise DataError(f"data: {source} cannot be parsed ({cause}); {_first_bad_line(path)}") from error
-    except (OSError, ValueError) as error:
-        reason = str(error).splitlines()[0]
+        return datasets.load_dataset(name, subset or None, split=split, streaming=streaming)
+    except (OSError, ValueError, DatasetGenerationError) as error:
         raise DataError(
-            f"data: {source} cannot be loaded ({reason}); check the id and split, `hf auth login` for a gated set, "
-            "or download it and give the file"
+            f"data: {source} cannot be loaded ({first_line(error)}); check the id and split, `hf auth login` for a "
+            "gated set, or download it and give the file"
         ) from error
 
 
-def _first_bad_line(path: Path) -> str:
-    """Names the first line of a JSONL file that is no JSON object."""
-    import json
+def _hub_fingerprint(source: str, split: str, streaming: bool) -> str:
+    """The commit where the hub answers, else what `datasets` calls its local copy."""
+    import huggingface_hub
 
-    if path.suffix.lower() not in (".jsonl", ".ndjson"):
-        return "check that every row has the same columns"
-    with path.open(encoding="utf-8", errors="replace") as lines:
-        for number, line in enumerate(lines, 1):
-            try:
-                if line.strip() and not isinstance(json.loads(line), dict):
-                    return f"line {number} is no JSON object"
-            except json.JSONDecodeError as error:
-                return f"line {number} is no valid JSON: {error.msg}"
-    return "every line is JSON, but the columns change their type between rows"
+    try:
+        commit = huggingface_hub.HfApi().dataset_info(source.partition(":")[0], timeout=10).sha
+    except Exception:  # offline, gated or a mirror without this call: load_dataset will say what is wrong
+        commit = getattr(_load_hub(source, split, streaming), "_fingerprint", None)
+    return f"{source} {split} {commit}"

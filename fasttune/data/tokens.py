@@ -1,179 +1,182 @@
-"""Conversations → token ids and labels. Labels come from the structure of the conversation: the text is rendered turn
-by turn, each character is marked as trained or not, and a token is trained when its first character is.
+"""Texts with learned spans → token ids and labels. A token is learned when its first character lies in a learned span.
 
-A tokenizer is a transformers fast tokenizer; this module imports neither torch nor transformers.
+Works on a plain `tokenizers` tokenizer, so that worker processes need neither torch nor transformers' classes.
 """
 
+from bisect import bisect_left
+from collections import Counter
 from dataclasses import dataclass, field
 from typing import Any
 
-from fasttune.data import formats
-from fasttune.data.formats import Message
-from fasttune.data.sources import Row
-from fasttune.errors import DataError
+import numpy as np
+
+from fasttune.data import chat, formats
+from fasttune.data.chat import Span, Template
+from fasttune.data.files import Chunk
 
 IGNORE = -100  # label of a token that is read, but not learned
-MAX_UNTRAINABLE_SHARE = 0.05
+SHOWN_CHARACTERS = 160  # of a row in an error
 
-# For base models that come without a template: role headings, the answer closed by EOS. BOS is added where the
-# tokenizer adds one to plain text.
-PLAIN_TEMPLATE = (
-    "{{ bos_token if add_bos else '' }}"
-    "{% for m in messages %}"
-    "### {{ m['role'] | capitalize }}:\n{{ m['content'] }}"
-    "{{ eos_token if m['role'] == 'assistant' else '' }}\n\n"
-    "{% endfor %}"
-    "{% if add_generation_prompt %}### Assistant:\n{% endif %}"
-)
+
+@dataclass(frozen=True)
+class Recipe:
+    """Everything, beside the rows, that decides their tokens and labels; it can be pickled and hashed."""
+
+    tokenizer_json: str
+    template: Template
+    form: str  # a key of formats.COLUMNS
+    columns: tuple[tuple[str, str], ...]
+    train_on: str  # assistant | last | all
+    max_length: int
+    too_long: str  # truncate | drop | split
 
 
 @dataclass
-class Tokenized:
-    """Rows ready to train on, and what happened to the rest.
+class Block:
+    """Encoded rows, laid end to end. ids: int32 (tokens,); learned: bool (tokens,); lengths, numbers: (rows,).
 
-    input_ids, labels: one list per row, equal lengths; labels are IGNORE where the token is not trained.
+    numbers: the line or row of the source each row came from. counts: what happened to which rows, by name; examples:
+    the start of one row for each reason to drop it.
     """
 
-    input_ids: list[list[int]] = field(default_factory=list)
-    labels: list[list[int]] = field(default_factory=list)
-    truncated: int = 0
-    too_long_dropped: int = 0
-    unlabelled_dropped: int = 0
-
-    def __len__(self) -> int:
-        return len(self.input_ids)
-
-    def summary(self) -> str:
-        """One line: rows, tokens, mean length and what was cut or dropped."""
-        tokens = sum(map(len, self.input_ids))
-        trained = sum(label != IGNORE for row in self.labels for label in row)
-        parts = [f"{len(self):,} rows, {tokens:,} tokens ({tokens / len(self):.0f} a row), {trained:,} trained"]
-        parts += [f"{self.truncated:,} truncated"] if self.truncated else []
-        parts += [f"{self.too_long_dropped:,} too long, dropped"] if self.too_long_dropped else []
-        parts += [f"{self.unlabelled_dropped:,} without a label, dropped"] if self.unlabelled_dropped else []
-        return "; ".join(parts)
+    ids: np.ndarray
+    learned: np.ndarray
+    lengths: np.ndarray
+    numbers: np.ndarray
+    counts: Counter[str]
+    examples: dict[str, str] = field(default_factory=dict)
 
 
-def ensure_template(tokenizer: Any) -> bool:
-    """Give a tokenizer without a chat template the plain one (so that it is saved with the adapter). True if it did."""
-    if tokenizer.chat_template:
-        return False
-    bos = tokenizer.bos_token_id
-    add_bos = bos is not None and tokenizer("x").input_ids[:1] == [bos]
-    tokenizer.chat_template = PLAIN_TEMPLATE.replace("bos_token if add_bos else ''", "bos_token" if add_bos else "''")
-    return True
+class Encoder:
+    """Encodes chunks of rows by one recipe."""
 
+    def __init__(self, recipe: Recipe):
+        from tokenizers import Tokenizer
 
-def render(messages: list[Message], tokenizer: Any, number: int) -> list[tuple[str, bool]]:
-    """A conversation as (text, trained) segments: everything up to an assistant's answer, the answer, and so on.
+        self.recipe = recipe
+        self.tokenizer = Tokenizer.from_str(recipe.tokenizer_json)
+        self.tokenizer.no_padding()
+        self.tokenizer.no_truncation()
 
-    Raises DataError when the template does not render prefixes consistently (a later turn changes earlier text), since
-    then no label could be trusted.
-    """
-    segments: list[tuple[str, bool]] = []
-    done = ""
-    whole = tokenizer.apply_chat_template(messages, tokenize=False)
-    for index, message in enumerate(messages):
-        if message["role"] != "assistant":
-            continue
-        before = tokenizer.apply_chat_template(messages[:index], tokenize=False, add_generation_prompt=True)
-        after = tokenizer.apply_chat_template(messages[: index + 1], tokenize=False)
-        if not (before.startswith(done) and after.startswith(before) and whole.startswith(after)):
-            raise DataError(
-                f"data: row {number}: the chat template does not render prefixes consistently (turn {index + 1} "
-                "changes earlier text), so labels cannot be placed; use a template that only appends"
-            )
-        answer, rest = _close_turn(after[len(before) :], tokenizer.eos_token)
-        segments += [(before[len(done) :], False), (answer, True), (rest, False)]
-        done = after
-    return [segment for segment in [*segments, (whole[len(done) :], False)] if segment[0]]
+    def encode(self, chunk: Chunk) -> Block:
+        """All rows of a chunk; one that teaches nothing is dropped and counted. Raises DataError for a wrong form."""
+        counts: Counter[str] = Counter()
+        examples: dict[str, str] = {}
+        texts, spans, numbers = self._texts(chunk, counts, examples)
+        ids: list[int] = []
+        lengths: list[int] = []
+        kept: list[int] = []
+        learned: list[Span] = []  # of tokens, in `ids`
+        encodings = self.tokenizer.encode_batch(texts, add_special_tokens=False)
+        for encoding, text, row_spans, number in zip(encodings, texts, spans, numbers, strict=True):
+            row = encoding.ids
+            token_spans = [span for span in _token_spans(encoding, len(row), len(text), row_spans) if span[0] < span[1]]
+            pieces = self._fit(len(row), token_spans, counts)
+            for start, end, inside in pieces:
+                learned += [(len(ids) + a, len(ids) + b) for a, b in inside]
+                ids += row[start:end] if (start, end) != (0, len(row)) else row
+                lengths.append(end - start)
+                kept.append(number)
+            if not pieces and len(row) <= self.recipe.max_length:
+                _drop("no learned token", text, counts, examples)
+            elif not pieces and self.recipe.too_long != "drop":
+                _drop(f"no learned token within model.max_length={self.recipe.max_length}", text, counts, examples)
+        mask = np.zeros(len(ids), bool)
+        for start, end in learned:
+            mask[start:end] = True
+        return Block(
+            np.array(ids, np.int32), mask, np.array(lengths, np.int32), np.array(kept, np.int64), counts, examples
+        )
 
-
-def _close_turn(answer: str, eos: str | None) -> tuple[str, str]:
-    """Split off what the template writes after the end-of-turn token (usually a line break): it is not learned."""
-    stripped = answer.rstrip()
-    return (stripped, answer[len(stripped) :]) if eos and stripped.endswith(eos) else (answer, "")
-
-
-def prompt_text(messages: list[Message], tokenizer: Any) -> str:
-    """What the model is given before its last answer, ready to generate from."""
-    last = max(index for index, message in enumerate(messages) if message["role"] == "assistant")
-    return tokenizer.apply_chat_template(messages[:last], tokenize=False, add_generation_prompt=True)
-
-
-def tokenize(
-    rows: list[Row],
-    tokenizer: Any,
-    max_length: int,
-    columns: dict[str, str] | None = None,
-    train_on: str = "assistant",
-    too_long: str = "truncate",
-) -> Tokenized:
-    """All rows as ids and labels; rows without a label are dropped and counted.
-
-    Raises DataError when nothing is left, or when over MAX_UNTRAINABLE_SHARE of the rows have no label (one is shown).
-    """
-    texts, spans = [], []
-    for number, row in enumerate(rows, 1):
-        text, trained = _row_text(formats.rename(row, columns or {}), tokenizer, train_on, number)
-        texts.append(text)
-        spans.append(trained)
-    encoded = tokenizer(texts, add_special_tokens=False, return_offsets_mapping=True)
-
-    result = Tokenized()
-    unlabelled = []
-    for ids, offsets, trained, text in zip(encoded["input_ids"], encoded["offset_mapping"], spans, texts, strict=True):
-        labels = _labels(ids, offsets, trained)
-        if len(ids) > max_length:
-            if too_long == "drop":
-                result.too_long_dropped += 1
+    def _texts(
+        self, chunk: Chunk, counts: Counter[str], examples: dict[str, str]
+    ) -> tuple[list[str], list[list[Span]], list[int]]:
+        recipe, columns = self.recipe, dict(self.recipe.columns)
+        texts, spans, numbers = [], [], []
+        for number, place, row in chunk.numbered():
+            counts["rows"] += 1
+            row = formats.rename(row, columns, place) if columns else row
+            try:
+                conversation = formats.convert(row, recipe.form, place)
+                text, learned = recipe.template.text(conversation, recipe.train_on, place)
+            except formats.Unusable as reason:
+                _drop(str(reason), str(row), counts, examples)
                 continue
-            ids, labels = ids[:max_length], labels[:max_length]
-            result.truncated += 1
-        if all(label == IGNORE for label in labels[1:]):  # the first token has nothing to be predicted from
-            unlabelled.append(text)
-            continue
-        result.input_ids.append(ids)
-        result.labels.append(labels)
-    result.unlabelled_dropped = len(unlabelled)
-    _check_left(result, unlabelled, len(rows), max_length)
-    return result
+            texts.append(text)
+            spans.append(learned)
+            numbers.append(number)
+        return texts, spans, numbers
+
+    def _fit(self, length: int, learned: list[Span], counts: Counter[str]) -> list[tuple[int, int, list[Span]]]:
+        """Pieces (start, end, learned spans inside, relative to start) of a row of `length` tokens.
+
+        What follows the last learned token teaches nothing and is cut off. A split row's pieces overlap by one token,
+        because the first token of a piece cannot be learned: there is nothing to predict it from.
+        """
+        limit = self.recipe.max_length
+        if length <= limit:
+            return _pieces([(0, length)], learned)
+        counts[{"drop": "dropped_too_long", "truncate": "truncated", "split": "split"}[self.recipe.too_long]] += 1
+        if self.recipe.too_long == "drop":
+            return []
+        if self.recipe.too_long == "truncate":
+            return _pieces([(0, limit)], learned)
+        return _pieces([(start, min(start + limit, length)) for start in range(0, length - 1, limit - 1)], learned)
 
 
-def _row_text(row: Row, tokenizer: Any, train_on: str, number: int) -> tuple[str, list[tuple[int, int]]]:
-    """Text of a row and its trained character spans [start, end)."""
-    content = formats.conversation(row, number)
-    if isinstance(content, str):
-        bos = tokenizer.bos_token if tokenizer("x").input_ids[:1] == [tokenizer.bos_token_id] else ""
-        text = (bos or "") + content + (tokenizer.eos_token or "")
-        return text, [(0, len(text))]
-    text, trained = "", []
-    for segment, learned in render(content, tokenizer, number):
-        if learned or train_on == "all":
-            trained.append((len(text), len(text) + len(segment)))
-        text += segment
-    return text, trained
+def recipe_of(
+    tokenizer: Any, form: str, columns: dict[str, str], train_on: str, max_length: int, too_long: str
+) -> Recipe:
+    """The Recipe of a transformers fast tokenizer, whose template is `chat.complete`."""
+    return Recipe(
+        tokenizer.backend_tokenizer.to_str(),
+        chat.template_of(tokenizer),
+        form,
+        tuple(sorted(columns.items())),
+        train_on,
+        max_length,
+        too_long,
+    )
 
 
-def _labels(ids: list[int], offsets: list[tuple[int, int]], trained: list[tuple[int, int]]) -> list[int]:
-    """A token is learned when its first character lies in a trained span."""
-    labels, spans = [], iter(trained)
-    start, end = next(spans, (0, 0))
-    for token, (first, _) in zip(ids, offsets, strict=True):
-        while first >= end and end:
-            start, end = next(spans, (0, 0))
-        labels.append(token if start <= first < end else IGNORE)
-    return labels
+def labels(ids: np.ndarray, learned: np.ndarray) -> np.ndarray:
+    """int64 labels of one row: its ids where learned, else IGNORE; never its first token, which nothing predicts."""
+    out = np.where(learned, ids, IGNORE).astype(np.int64)
+    out[:1] = IGNORE
+    return out
 
 
-def _check_left(result: Tokenized, unlabelled: list[str], rows: int, max_length: int) -> None:
-    if len(unlabelled) > MAX_UNTRAINABLE_SHARE * rows:
-        shown = unlabelled[0] if len(unlabelled[0]) < 160 else unlabelled[0][:160] + "…"
-        raise DataError(
-            f"data: {len(unlabelled):,} of {rows:,} rows have no trained token within model.max_length={max_length}; "
-            f"raise it or drop long rows (data.too_long=drop). One of them: {shown!r}"
-        )
-    if not len(result):
-        raise DataError(
-            f"data: no row is left of {rows:,}; all are longer than model.max_length={max_length}: raise it"
-        )
+def _pieces(ranges: list[Span], learned: list[Span]) -> list[tuple[int, int, list[Span]]]:
+    pieces = []
+    for start, end in ranges:
+        # nothing predicts the first token of a piece
+        inside = [(max(a, start + 1) - start, min(b, end) - start) for a, b in learned if a < end and b > start + 1]
+        if inside:
+            pieces.append((start, start + inside[-1][1], inside))
+    return pieces
+
+
+def _token_spans(encoding: Any, tokens: int, characters: int, spans: list[Span]) -> list[Span]:
+    """Character spans → spans of the tokens whose first character lies in them."""
+    if spans == [(0, characters)]:
+        return [(0, tokens)]
+    bounds = [_first_token_from(encoding, tokens, characters, at) for span in spans for at in span]
+    if None in bounds:  # a character no token covers, e.g. a blank trimmed from the offsets
+        starts = [start for start, _ in encoding.offsets]
+        return [(bisect_left(starts, start), bisect_left(starts, end)) for start, end in spans]
+    return list(zip(bounds[::2], bounds[1::2], strict=True))  # type: ignore[arg-type]
+
+
+def _first_token_from(encoding: Any, tokens: int, characters: int, at: int) -> int | None:
+    """Index of the first token that begins at character `at` or later; None if that takes the full list of offsets."""
+    if at == characters:
+        return tokens
+    token = encoding.char_to_token(at)
+    if token is None:
+        return None
+    return token if encoding.token_to_chars(token)[0] >= at else token + 1
+
+
+def _drop(reason: str, text: str, counts: Counter[str], examples: dict[str, str]) -> None:
+    counts[f"dropped: {reason}"] += 1
+    examples.setdefault(reason, text if len(text) <= SHOWN_CHARACTERS else text[:SHOWN_CHARACTERS] + "…")

@@ -1,0 +1,260 @@
+"""The arms: what each is, and how it runs one repeat in its own process. Nothing is imported before an arm asks for it,
+because unsloth patches transformers, trl and peft for the whole process.
+
+All start from the same weights and adapter, see the same rows in the same order, and learn with the same settings.
+"""
+
+# isort: skip_file
+import time
+from pathlib import Path
+from typing import Any
+
+from fasttune.bench.result import Repeat
+from fasttune.config import Config
+
+PROCESS_STARTED = time.perf_counter()
+WHAT = {
+    "fasttune": "what `fasttune train` does",
+    "vanilla": "transformers.Trainer + PEFT as documented: padded rows, default attention and optimizer",
+    "hf-tuned": "the same, tuned: rows end to end (DataCollatorWithFlattening), no recomputation, fused AdamW",
+    "unsloth-notebook": "Unsloth as its examples use it: SFTTrainer, padded rows, its own recomputation",
+}
+ADAPTER = "adapter.pt"
+
+
+def run(arm: str, config: Config, steps: int, shared: Path, scratch: Path) -> Repeat:
+    """One repeat of an arm. `shared` holds what `share` wrote."""
+    if arm == "fasttune":
+        return _fasttune(config, shared, scratch)
+    if arm == "unsloth-notebook":
+        return _notebook(config, steps, shared, scratch)
+    return _hugging_face(config, steps, shared, scratch, tuned=arm == "hf-tuned")
+
+
+def share(config: Config, shared: Path, scratch: Path) -> dict[str, Any]:
+    """Write what all arms start from: the adapter, and every step's rows. Returns facts of the job for the report."""
+    import json
+
+    job = _prepare(config, scratch)
+    import torch
+
+    if config.train.method == "lora":
+        torch.save({n: p.detach().cpu() for n, p in job.model.named_parameters() if p.requires_grad}, shared / ADAPTER)
+    rows = [[job.data.parts[p].row(r) for p, r in job.data.rows_of(step)] for step in range(job.total_steps)]
+    plain = [[(ids.tolist(), learned.tolist()) for ids, learned in step] for step in rows]
+    (shared / "rows.json").write_text(json.dumps(plain), encoding="utf-8")
+    (shared / "config.json").write_text(job.config.model_dump_json(), encoding="utf-8")
+    data = job.data
+    mean_tokens = sum(part.counts["tokens"] for part in data.parts) / sum(map(len, data.parts))
+    return {
+        "tokens_per_epoch": round(mean_tokens * data.rows_per_epoch),
+        "steps_per_epoch": data.steps_per_epoch,
+        "full_steps_per_epoch": data.rows_per_epoch // data.batch_rows,
+    }
+
+
+def _prepare(config: Config, scratch: Path) -> Any:
+    from fasttune import prepare, terminal
+    from fasttune.quiet import library_log
+
+    with library_log():
+        return prepare.prepare(config, scratch / "run", terminal.Reporter(None, quiet=True))
+
+
+def _fasttune(config: Config, shared: Path, scratch: Path) -> Repeat:
+    job = _prepare(config, scratch)
+    from fasttune import trainer as trainers
+    from fasttune.bench.clock import Clock, Counter, repeat
+
+    if config.train.method == "lora":
+        _same_start(job.model, shared)
+    trainer = trainers.build(job, scratch)
+    clock, counter = Clock(PROCESS_STARTED), Counter(trainer.data_collator, per_step=1)
+    trainer.data_collator = counter
+    trainer.add_callback(clock)
+    trainer.train()
+    return repeat(clock, counter, job.model, config.train.batch_rows, trainers.backend(trainer))
+
+
+def _notebook(config: Config, steps: int, shared: Path, scratch: Path) -> Repeat:
+    from fasttune import model as models
+    import torch
+    import trl
+    from datasets import Dataset
+
+    from fasttune import live
+    from fasttune.bench.clock import Clock, Counter, repeat
+    from fasttune.metrics import Backend
+
+    full = config.train.method == "full"
+    model, tokenizer = models.load(config.model, config.model.dtype, "unsloth", full, config.seed)
+    if not full:
+        model = models.add_lora(model, config.lora, "unsloth", config.seed)
+        _same_start(model, shared)
+    rows = _rows(shared)
+    at_once, accumulation = micro(config)
+    arguments = trl.SFTConfig(
+        **_arguments(config, steps, scratch),
+        per_device_train_batch_size=at_once,
+        gradient_accumulation_steps=accumulation,
+        gradient_checkpointing=True,
+        optim=config.train.optimizer,
+        max_length=config.model.max_length,
+        packing=False,
+        dataset_kwargs={"skip_prepare_dataset": True},
+        shuffle_dataset=False,
+    )
+    data = Dataset.from_dict({key: [row[key] for row in rows] for key in ("input_ids", "labels")})
+
+    trainer = _watched(trl.SFTTrainer)(model=model, args=arguments, train_dataset=data, processing_class=tokenizer)
+    clock, counter = Clock(PROCESS_STARTED), Counter(trainer.data_collator, accumulation)
+    trainer.data_collator = counter
+    trainer.add_callback(clock)
+    trainer.train()
+    backend = Backend(
+        library="unsloth + trl" if torch.cuda.is_available() else "unsloth (CPU backend) + trl",
+        attention=trainer.attention_seen or "not seen",
+        packing=counter.layout,
+        patched_layers=models.patched_layers(model),
+        gradient_checkpointing=models.checkpointing(model),
+        dtype=live.dtypes(model, trainer.args.bf16),
+    )
+    return repeat(clock, counter, model, config.train.batch_rows, backend)
+
+
+def _hugging_face(config: Config, steps: int, shared: Path, scratch: Path, tuned: bool) -> Repeat:
+    import torch
+    import transformers
+
+    from fasttune import live, pretrained
+    from fasttune.bench.clock import Clock, Counter, repeat
+    from fasttune.metrics import Backend
+
+    source = pretrained.locate(config.model)
+    tokenizer = transformers.AutoTokenizer.from_pretrained(source)
+    model = transformers.AutoModelForCausalLM.from_pretrained(source, dtype=getattr(torch, config.model.dtype))
+    if config.train.method == "lora":
+        model = _plain_lora(model, config)
+        _same_start(model, shared)
+    at_once, accumulation = micro(config)
+    arguments = transformers.TrainingArguments(
+        **_arguments(config, steps, scratch),
+        per_device_train_batch_size=at_once,
+        gradient_accumulation_steps=accumulation,
+        **({"optim": "adamw_torch_fused"} if tuned else {}),
+    )
+    padded = transformers.DataCollatorForSeq2Seq(tokenizer, padding=True)
+    collator = transformers.DataCollatorWithFlattening() if tuned else padded
+    counter, clock = Counter(collator, accumulation), Clock(PROCESS_STARTED)
+
+    trainer = _watched(transformers.Trainer)(
+        model=model, args=arguments, train_dataset=_rows(shared), data_collator=counter, callbacks=[clock]
+    )
+    trainer.remove_callback(transformers.PrinterCallback)
+    trainer.train()
+    backend = Backend(
+        library="transformers + peft" if config.train.method == "lora" else "transformers",
+        attention=trainer.attention_seen or "not seen",
+        packing=counter.layout,
+        patched_layers=0,
+        gradient_checkpointing="full" if model.is_gradient_checkpointing else "none",
+        dtype=live.dtypes(model, trainer.args.bf16),
+    )
+    return repeat(clock, counter, model, config.train.batch_rows, backend)
+
+
+def _watched(base: Any) -> Any:
+    """A trainer class that takes the rows in their order, and notes which attention runs in its first micro-batch."""
+    import torch
+
+    from fasttune import live
+
+    class Watched(base):  # type: ignore[misc]
+        attention_seen: str | None = None
+
+        def _get_train_sampler(self, dataset: Any = None) -> Any:
+            return torch.utils.data.SequentialSampler(dataset or self.train_dataset)
+
+        def training_step(self, *args: Any, **kwargs: Any) -> Any:
+            if self.attention_seen is not None:
+                return super().training_step(*args, **kwargs)
+            with live.AttentionSeen() as seen:
+                loss = super().training_step(*args, **kwargs)
+            self.attention_seen = seen.operators
+            return loss
+
+    return Watched
+
+
+def _plain_lora(model: Any, config: Config) -> Any:
+    import peft
+
+    lora = config.lora
+    return peft.get_peft_model(
+        model,
+        peft.LoraConfig(
+            r=lora.rank,
+            lora_alpha=lora.alpha,
+            lora_dropout=lora.dropout,
+            target_modules=lora.targets,
+            use_rslora=lora.rslora,
+            task_type="CAUSAL_LM",
+        ),
+    )
+
+
+def _arguments(config: Config, steps: int, scratch: Path) -> dict[str, Any]:
+    """What every Hugging Face trainer is told: the job's own settings."""
+    import torch
+
+    train = config.train
+    return {
+        "output_dir": str(scratch / "trainer"),
+        "max_steps": steps,
+        "learning_rate": train.learning_rate,
+        "lr_scheduler_type": train.scheduler,
+        "warmup_steps": round(train.warmup_ratio * steps),
+        "weight_decay": train.weight_decay,
+        "max_grad_norm": train.max_grad_norm,
+        "bf16": config.model.dtype == "bfloat16",
+        "seed": config.seed,
+        "logging_steps": 1,
+        "logging_nan_inf_filter": False,
+        "disable_tqdm": True,
+        "save_strategy": "no",
+        "report_to": "none",
+        "remove_unused_columns": False,
+        "use_cpu": not torch.cuda.is_available(),
+    }
+
+
+def micro(config: Config) -> tuple[int, int]:
+    """Rows at once and how often, for trainers that take so many rows at a time."""
+    rows = config.train.batch_rows if config.train.micro_batch_rows == "auto" else config.train.micro_batch_rows
+    return rows, config.train.batch_rows // rows
+
+
+def _rows(shared: Path) -> list[dict[str, list[int]]]:
+    import json
+
+    import numpy as np
+
+    from fasttune.data.tokens import labels
+
+    return [
+        {"input_ids": ids, "labels": labels(np.array(ids), np.array(learned)).tolist()}
+        for step in json.loads((shared / "rows.json").read_text(encoding="utf-8"))
+        for ids, learned in step
+    ]
+
+
+def _same_start(model: Any, shared: Path) -> None:
+    """Give the model the adapter that all arms start from; every trained parameter must be in it."""
+    import torch
+
+    start = torch.load(shared / ADAPTER, weights_only=True)
+    trained = {name: parameter for name, parameter in model.named_parameters() if parameter.requires_grad}
+    assert set(start) == set(trained), "an arm trains other parameters than the others"
+    with torch.no_grad():
+        for name, parameter in trained.items():
+            parameter.copy_(start[name])

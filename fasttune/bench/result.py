@@ -1,0 +1,197 @@
+"""What a benchmark measures and says: the contract of bench.json. Pure data and statistics, no torch.
+
+A *repeat* is one arm run once, in a fresh process; an *arm* is all its repeats.
+"""
+
+import random
+import statistics
+from dataclasses import asdict, dataclass, field
+from typing import Any
+
+from fasttune.metrics import Backend
+
+BASELINE = "vanilla"
+FASTEST = "fasttune"
+MIN_REPEATS = 5  # fewer are shown, but are no claim
+WARMUP_STEPS = 1  # of a repeat, left out of its speed: kernels are chosen and memory is fetched in the first step
+BOOTSTRAP_DRAWS = 10_000
+# Largest relative difference of a step's loss between two arms. fp32 arms differ by the order of their sums (1e-5 was
+# seen between two cross entropies alone); bf16 keeps 8 bits. A wrong label or learning rate shows as percents.
+LOSS_TOLERANCE = {"float32": 1e-3, "bfloat16": 2e-2}
+
+
+@dataclass(frozen=True)
+class Repeat:
+    """One arm, once. Lists have one entry a step. Tokens count no padding; seconds are device-synchronised.
+
+    rows_digest: hash of every step's rows, read from the tensors that were trained on.
+    """
+
+    tokens: list[int]
+    loss_tokens: list[int]
+    padding_tokens: list[int]
+    seconds: list[float]
+    losses: list[float]
+    rows_digest: str
+    peak_memory_gib: float
+    seconds_to_first_step: float
+    flops_per_token: float
+    backend: Backend
+
+    @property
+    def tokens_per_s(self) -> float:
+        """Median over the steady steps."""
+        return statistics.median(n / s for n, s in list(zip(self.tokens, self.seconds, strict=True))[WARMUP_STEPS:])
+
+    @property
+    def loss_tokens_per_s(self) -> float:
+        pairs = list(zip(self.loss_tokens, self.seconds, strict=True))[WARMUP_STEPS:]
+        return statistics.median(n / s for n, s in pairs)
+
+    @property
+    def step_s(self) -> float:
+        return statistics.median(self.seconds[WARMUP_STEPS:])
+
+    @property
+    def padding_fraction(self) -> float:
+        return sum(self.padding_tokens) / max(sum(self.tokens) + sum(self.padding_tokens), 1)
+
+
+@dataclass
+class Arm:
+    """All repeats of an arm, or why there are none."""
+
+    name: str
+    what: str  # one line: what a person would call it
+    repeats: list[Repeat] = field(default_factory=list)
+    failure: str | None = None
+
+    def values(self, attribute: str) -> list[float]:
+        """An attribute of Repeat, of each repeat."""
+        return [getattr(repeat, attribute) for repeat in self.repeats]
+
+    def median(self, attribute: str) -> float | None:
+        return statistics.median(self.values(attribute)) if self.repeats else None
+
+
+@dataclass(frozen=True)
+class Comparison:
+    """One arm over another: ratio of the medians of tokens/s with a bootstrap 95 % interval.
+
+    invalid: why the two cannot be compared (they did not learn the same); None if they can.
+    """
+
+    arm: str
+    over: str
+    ratio: float
+    low: float
+    high: float
+    largest_loss_difference: float
+    tolerance: float
+    invalid: str | None
+
+
+@dataclass(frozen=True)
+class Limit:
+    """What the machine's matmuls allow: tokens/s if only the model's own matmuls took time, at their own shapes."""
+
+    tflops: float  # FLOPs of a token over the time its matmuls take
+    flops_per_token: float
+    tokens_per_s: float
+    formula: str
+    shapes: dict[str, float]  # "m x k x n" → measured TFLOP/s
+
+
+@dataclass
+class Bench:
+    """Everything that was measured and what follows from it."""
+
+    name: str
+    command: str
+    model: str
+    dtype: str
+    steps: int
+    batch_rows: int
+    max_length: int
+    job_tokens: int  # of the user's whole job, all epochs
+    arms: list[Arm]
+    limit: Limit | None
+    usd_per_hour: float | None
+    hardware: dict[str, Any]
+    versions: dict[str, str]
+    git: str
+    date: str
+    objections: list[str] = field(default_factory=list)  # why the numbers are no claim
+
+    def arm(self, name: str) -> Arm | None:
+        return next((arm for arm in self.arms if arm.name == name), None)
+
+    def comparisons(self) -> list[Comparison]:
+        """Every arm that ran against the baseline, and fasttune against every other."""
+        ran = [arm for arm in self.arms if arm.repeats]
+        return [
+            compare(arm, over, LOSS_TOLERANCE[self.dtype])
+            for over in ran
+            for arm in ran
+            if arm is not over and (over.name == BASELINE or arm.name == FASTEST)
+        ]
+
+    @property
+    def valid(self) -> bool:
+        return all(comparison.invalid is None for comparison in self.comparisons())
+
+    def as_dict(self) -> dict[str, Any]:
+        """bench.json."""
+        document = asdict(self)
+        for arm, plain in zip(self.arms, document["arms"], strict=True):
+            for name in ("tokens_per_s", "loss_tokens_per_s", "step_s", "peak_memory_gib", "seconds_to_first_step"):
+                plain[name] = spread(arm.values(name))
+            plain["padding_fraction"] = arm.median("padding_fraction")
+            plain["losses"] = arm.repeats[0].losses if arm.repeats else []
+            plain["backend"] = asdict(arm.repeats[-1].backend) if arm.repeats else None
+            speed = arm.median("tokens_per_s")
+            plain["share_of_limit"] = speed / self.limit.tokens_per_s if speed and self.limit else None
+            plain["usd_per_million_tokens"] = usd_per_million(speed, self.usd_per_hour)
+            plain["job_hours"] = self.job_tokens / speed / 3600 if speed else None
+        return document | {"comparisons": [asdict(c) for c in self.comparisons()], "valid": self.valid}
+
+
+def compare(arm: Arm, over: Arm, tolerance: float) -> Comparison:
+    """Ratio of medians of tokens/s; invalid if rows, tokens or losses of any two repeats differ."""
+    low, high = bootstrap_ratio(arm.values("tokens_per_s"), over.values("tokens_per_s"))
+    ratio = (arm.median("tokens_per_s") or 0) / (over.median("tokens_per_s") or 1)
+    pairs = [(a, b) for a in arm.repeats for b in over.repeats]
+    difference = max(abs(x - y) / max(abs(y), 1e-12) for a, b in pairs for x, y in zip(a.losses, b.losses, strict=True))
+    invalid = None
+    if any(a.rows_digest != b.rows_digest for a, b in pairs):
+        invalid = "they saw different rows"
+    elif any(a.tokens != b.tokens or a.loss_tokens != b.loss_tokens for a, b in pairs):
+        invalid = "they count tokens differently"
+    elif not difference <= tolerance:  # NaN too
+        invalid = f"their losses differ by {difference:.1%}, more than {tolerance:.1%}"
+    return Comparison(arm.name, over.name, ratio, low, high, difference, tolerance, invalid)
+
+
+def bootstrap_ratio(numerator: list[float], denominator: list[float], seed: int = 0) -> tuple[float, float]:
+    """95 % percentile interval of the ratio of medians, repeats drawn with replacement within each arm.
+
+    Source: Efron and Tibshirani, An Introduction to the Bootstrap, chapter 13.
+    """
+    rng = random.Random(seed)
+    ratios = sorted(
+        statistics.median(rng.choices(numerator, k=len(numerator)))
+        / statistics.median(rng.choices(denominator, k=len(denominator)))
+        for _ in range(BOOTSTRAP_DRAWS)
+    )
+    return ratios[round(0.025 * BOOTSTRAP_DRAWS)], ratios[round(0.975 * BOOTSTRAP_DRAWS) - 1]
+
+
+def spread(values: list[float]) -> dict[str, Any]:
+    """All values with their median and range."""
+    if not values:
+        return {"values": [], "median": None, "min": None, "max": None}
+    return {"values": values, "median": statistics.median(values), "min": min(values), "max": max(values)}
+
+
+def usd_per_million(tokens_per_s: float | None, usd_per_hour: float | None) -> float | None:
+    return usd_per_hour / 3600 / tokens_per_s * 1e6 if tokens_per_s and usd_per_hour is not None else None

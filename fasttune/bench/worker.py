@@ -1,0 +1,78 @@
+"""One measurement in a process of its own: python -m fasttune.bench.worker WHAT SHARED_FOLDER STEPS
+
+WHAT is an arm, `share` (write what all arms start from) or `limit` (the matmul rate at the model's own shapes).
+The last line of stdout is a JSON document; {"failure": …} says in one line why an arm cannot do the job.
+"""
+
+import json
+import sys
+import tempfile
+from dataclasses import asdict
+from pathlib import Path
+from typing import Any
+
+from fasttune.bench import arms
+from fasttune.config import Config
+
+LIMIT_SECONDS = 4.0
+
+
+def main() -> int:
+    what, shared, steps = sys.argv[1], Path(sys.argv[2]), int(sys.argv[3])
+    source = "job.json" if what == "share" else "config.json"
+    config = Config.model_validate_json((shared / source).read_text(encoding="utf-8"))
+    with tempfile.TemporaryDirectory() as scratch:
+        try:
+            result = _measure(what, config, steps, shared, Path(scratch))
+        except Exception as error:  # an arm that cannot do the job is a row of the table
+            result = {"failure": _one_line(error)}
+    print("\n" + json.dumps(result))
+    return 0
+
+
+def _measure(what: str, config: Config, steps: int, shared: Path, scratch: Path) -> dict[str, Any]:
+    if what == "share":
+        return arms.share(config, shared, scratch)
+    if what == "limit":
+        return limit(config, shared)
+    return asdict(arms.run(what, config, steps, shared, scratch))
+
+
+def limit(config: Config, shared: Path) -> dict[str, Any]:
+    """Matmul rates at the shapes of the model: T tokens at once × every linear layer, lm_head on their labels only.
+
+    tflops: the mean weighted by the FLOPs of each shape, that is, all FLOPs over the time that all of them take.
+    """
+    import torch
+    import transformers
+
+    from fasttune import hardware, pretrained
+
+    with torch.device("meta"):
+        model = transformers.AutoModelForCausalLM.from_config(pretrained.read_architecture(config.model))
+    rows = [row for step in json.loads((shared / "rows.json").read_text(encoding="utf-8")) for row in step]
+    at_once = arms.micro(config)[0]
+    tokens = at_once * sum(len(ids) for ids, _ in rows) // len(rows)
+    labels = at_once * sum(sum(learned) for _, learned in rows) // len(rows)
+    head = model.get_output_embeddings()
+    flops: dict[tuple[int, int, int], float] = {}
+    for module in model.modules():
+        if isinstance(module, torch.nn.Linear):
+            shape = (labels if module is head else tokens, module.in_features, module.out_features)
+            flops[shape] = flops.get(shape, 0.0) + 2.0 * shape[0] * shape[1] * shape[2]
+    device = "cuda" if torch.cuda.is_available() else "cpu"
+    rates = hardware.measure_matmul_tflops(device, config.model.dtype, list(flops), LIMIT_SECONDS / len(flops))
+    seconds = sum(flops[shape] / rates[shape] for shape in flops)
+    return {
+        "tflops": sum(flops.values()) / seconds,
+        "shapes": {" x ".join(map(str, shape)): rate for shape, rate in rates.items()},
+    }
+
+
+def _one_line(error: Exception) -> str:
+    text = next((line for line in str(error).splitlines() if line.strip()), "")
+    return f"{type(error).__name__}: {text}"[:300]
+
+
+if __name__ == "__main__":
+    sys.exit(main())

@@ -1,0 +1,114 @@
+"""Steps of a run: which rows each learns from, and their micro-batches as arrays. A step depends on the seed and its
+number alone, so any step can be made at any time, by any process.
+"""
+
+import math
+from dataclasses import dataclass
+from functools import cached_property
+from typing import Any
+
+import numpy as np
+
+from fasttune.data import packing
+from fasttune.data.store import Rows
+from fasttune.data.tokens import IGNORE, labels
+
+MicroBatch = dict[str, Any]  # arrays by the names a transformers model takes them
+HOLD_OUT_STREAM = 1 << 32  # keeps the hold-out draw apart from the epochs' shuffles
+
+
+@dataclass
+class Batches:
+    """All steps of a run. `parts` are the data sets, with `weights` (see packing.epoch_order).
+
+    eval_share: share of each set's rows that is held out and never trained on.
+    batch_rows: rows of a step. micro_rows: full rows (of max_length tokens) that fit at once.
+    """
+
+    parts: list[Rows]
+    weights: list[float]
+    seed: int
+    eval_share: float
+    batch_rows: int
+    micro_rows: int
+    max_length: int
+    packed: bool
+    pad_id: int
+
+    @cached_property
+    def split(self) -> list[tuple[np.ndarray, np.ndarray]]:
+        """(trained, held-out) row indexes of each part, both in the order of the file.
+
+        The pieces of a split row share its number and stay together.
+        """
+        found = []
+        for part, rows in enumerate(self.parts):
+            numbers = np.unique(rows.numbers)
+            shuffled = np.random.default_rng([self.seed, HOLD_OUT_STREAM, part]).permutation(numbers)
+            held = np.isin(rows.numbers, shuffled[: round(self.eval_share * len(numbers))])
+            found.append((np.flatnonzero(~held), np.flatnonzero(held)))
+        return found
+
+    @cached_property
+    def sizes(self) -> list[int]:
+        return [len(trained) for trained, _ in self.split]
+
+    @property
+    def rows_per_epoch(self) -> int:
+        return packing.rows_per_epoch(self.sizes, self.weights)
+
+    @property
+    def steps_per_epoch(self) -> int:
+        """The last step of an epoch may hold fewer rows."""
+        return math.ceil(self.rows_per_epoch / self.batch_rows)
+
+    def rows_of(self, step: int) -> list[tuple[int, int]]:
+        """(part, row) of every row of a step, from 0."""
+        epoch, within = divmod(step, self.steps_per_epoch)
+        if epoch != getattr(self, "_epoch", None):
+            self._epoch, self._order = epoch, packing.epoch_order(self.sizes, self.weights, self.seed, epoch)
+        chosen = self._order[within * self.batch_rows : (within + 1) * self.batch_rows]
+        ends = np.cumsum(self.sizes)
+        parts = np.searchsorted(ends, chosen, side="right")
+        return [
+            (int(p), int(self.split[p][0][i - (ends[p] - self.sizes[p])])) for p, i in zip(parts, chosen, strict=True)
+        ]
+
+    def micro_batches(self, step: int) -> list[MicroBatch]:
+        """A step as micro-batches: flat packs (1, T), or padded rectangles (B, T) of a model that cannot be packed."""
+        rows = [self.parts[part].row(row) for part, row in self.rows_of(step)]
+        lengths = [len(ids) for ids, _ in rows]
+        if self.packed:
+            groups = packing.best_fit(lengths, self.micro_rows * self.max_length)
+            return [flat([rows[i] for i in group]) for group in groups]
+        groups = packing.rectangles(lengths, self.micro_rows)
+        return [padded([rows[i] for i in group], self.pad_id) for group in groups]
+
+
+def flat(rows: list[tuple[np.ndarray, np.ndarray]]) -> MicroBatch:
+    """Rows end to end, nothing padded: input_ids, labels, position_ids (1, T) and packed_seq_lengths (rows,).
+
+    Positions restart with each row, and no row's first token is learned, so that rows never see each other.
+    """
+    lengths = [len(ids) for ids, _ in rows]
+    return {
+        "input_ids": np.concatenate([ids for ids, _ in rows]).astype(np.int64)[None],
+        "labels": np.concatenate([labels(ids, learned) for ids, learned in rows])[None],
+        "position_ids": np.concatenate([np.arange(length) for length in lengths])[None],
+        "packed_seq_lengths": np.array(lengths, np.int32),
+    }
+
+
+def padded(rows: list[tuple[np.ndarray, np.ndarray]], pad_id: int) -> MicroBatch:
+    """Rows below each other, as long as the longest: input_ids, labels, attention_mask (B, T)."""
+    shape = (len(rows), max(len(ids) for ids, _ in rows))
+    batch = {
+        "input_ids": np.full(shape, pad_id, np.int64),
+        "labels": np.full(shape, IGNORE, np.int64),
+        "attention_mask": np.zeros(shape, np.int64),
+    }
+    for at, (ids, learned) in enumerate(rows):
+        batch["input_ids"][at, : len(ids)] = ids
+        batch["labels"][at, : len(ids)] = labels(ids, learned)
+        batch["attention_mask"][at, : len(ids)] = 1
+    return batch

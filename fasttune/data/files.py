@@ -1,0 +1,201 @@
+"""Rows of a file, chunk by chunk: JSONL, JSON and CSV (each plain, .gz or .zst) and Parquet.
+
+Never more than one chunk in memory, except of a JSON array; every DataError names the file and the line.
+"""
+
+import csv
+import io
+import json
+from collections.abc import Iterator
+from contextlib import contextmanager
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+from fasttune.data.formats import Row
+from fasttune.errors import DataError
+
+KINDS = {".jsonl": "jsonl", ".ndjson": "jsonl", ".json": "json", ".csv": "csv", ".parquet": "parquet"}
+COMPRESSIONS = {".gz": "gzip", ".zst": "zstd"}
+BOM = b"\xef\xbb\xbf"
+BLOCK_BYTES = 1 << 20  # of a JSONL file read at once
+MAX_LINE_BYTES = 64 << 20
+CHUNK_ROWS = 1000
+
+
+@dataclass(frozen=True)
+class Chunk:
+    """Some rows on their way to a worker: unparsed JSONL lines, or rows.
+
+    first: line (JSONL) or row number of the first one, from 1. done: how much of the source is read by its end, 0 to 1.
+    """
+
+    source: str
+    first: int
+    done: float
+    lines: list[bytes] | None = None
+    rows: list[Row] | None = None
+
+    def __len__(self) -> int:
+        return len(self.lines if self.lines is not None else self.rows or [])
+
+    def numbered(self) -> Iterator[tuple[int, str, Row]]:
+        """(number, place for an error, row) of each row; blank lines are passed over. Raises DataError."""
+        if self.rows is not None:
+            for number, row in enumerate(self.rows, self.first):
+                yield number, f"{self.source} row {number}", row
+            return
+        for number, line in enumerate(self.lines or [], self.first):
+            if line.strip():
+                place = f"{self.source} line {number}"
+                yield number, place, _parse(line, place)
+
+
+def read(source: str, path: Path) -> Iterator[Chunk]:
+    """All rows of a file whose `kind` is known. Raises DataError."""
+    try:
+        yield from {"jsonl": _jsonl, "json": _json, "csv": _csv, "parquet": _parquet}[kind(path) or ""](source, path)
+    except OSError as error:
+        what = f"cannot be read: {error.strerror}" if error.strerror else _damaged(error)  # pyarrow's has no strerror
+        raise DataError(f"data: {source} {what}") from error
+
+
+def kind(path: Path) -> str | None:
+    """jsonl, json, csv or parquet; None for any other ending. Parquet compresses by itself."""
+    suffixes = [suffix.lower() for suffix in path.suffixes[-2:]]
+    if suffixes and suffixes[-1] in COMPRESSIONS:
+        kind = KINDS.get(suffixes[0]) if len(suffixes) == 2 else None
+        return None if kind == "parquet" else kind
+    return KINDS.get(suffixes[-1]) if suffixes else None
+
+
+def grouped(source: str, rows: Iterator[Row], total: int | None = None) -> Iterator[Chunk]:
+    """Rows as chunks; `total` rows are expected, for the progress."""
+    first, group = 1, []
+    for row in rows:
+        group.append(row)
+        if len(group) == CHUNK_ROWS:
+            yield Chunk(source, first, (first + len(group)) / total if total else 0.0, rows=group)
+            first, group = first + len(group), []
+    if group:
+        yield Chunk(source, first, 1.0, rows=group)
+
+
+def _jsonl(source: str, path: Path) -> Iterator[Chunk]:
+    size, number, rest = path.stat().st_size, 1, b""
+    with path.open("rb") as raw, _decompressed(raw, path) as stream:
+        while block := _next_block(stream, source, number):
+            head, newline, tail = block.rpartition(b"\n")
+            if not newline:
+                rest += tail
+                if len(rest) > MAX_LINE_BYTES:
+                    raise DataError(f"data: {source} line {number} is over {MAX_LINE_BYTES >> 20} MiB: is it JSONL?")
+                continue
+            lines = (rest + head).split(b"\n")
+            rest = tail
+            yield Chunk(source, number, raw.tell() / size, lines=_without_bom(lines, number))
+            number += len(lines)
+        if rest.strip():
+            yield Chunk(source, number, 1.0, lines=_without_bom([rest], number))
+
+
+def _next_block(stream: Any, source: str, number: int) -> bytes:
+    try:
+        return stream.read(BLOCK_BYTES)
+    except (OSError, EOFError) as error:
+        raise DataError(f"data: {source} after line {number - 1} {_damaged(error)}") from error
+
+
+def _json(source: str, path: Path) -> Iterator[Chunk]:
+    """One JSON array of rows; a .json file that begins with an object is JSONL under another name."""
+    with path.open("rb") as raw, _decompressed(raw, path) as stream:
+        data = stream.read()
+    if not data.removeprefix(BOM).lstrip().startswith(b"["):
+        yield from _jsonl(source, path)
+        return
+    rows = _parse(data, source, list)
+    for number, row in enumerate(rows, 1):
+        if not isinstance(row, dict):
+            raise DataError(f"data: {source} row {number} is no JSON object, it is {type(row).__name__}")
+    yield from grouped(source, iter(rows))
+
+
+def _csv(source: str, path: Path) -> Iterator[Chunk]:
+    csv.field_size_limit(MAX_LINE_BYTES)
+    with path.open("rb") as raw, _decompressed(raw, path) as stream:
+        reader = csv.DictReader(io.TextIOWrapper(stream, "utf-8-sig", newline=""), strict=True)
+        yield from grouped(source, _csv_rows(source, reader))
+
+
+def _csv_rows(source: str, reader: Any) -> Iterator[Row]:
+    try:
+        for row in reader:
+            if None in row or None in row.values():
+                found = len(row[None]) + len(row) - 1 if None in row else sum(v is not None for v in row.values())
+                raise DataError(
+                    f"data: {source} line {reader.line_num} has {found} fields, the header has "
+                    f"{len(reader.fieldnames or [])}: quote fields that hold a comma or a line break"
+                )
+            yield row
+    except csv.Error as error:  # DictReader's own line number is that of the row before
+        raise DataError(f"data: {source} line {reader.reader.line_num} is no valid CSV: {error}") from error
+    except UnicodeDecodeError as error:
+        raise DataError(f"data: {source} after line {reader.reader.line_num} is {_not_utf8(error)}") from error
+
+
+def _parquet(source: str, path: Path) -> Iterator[Chunk]:
+    import pyarrow
+    import pyarrow.parquet
+
+    try:
+        file = pyarrow.parquet.ParquetFile(path)
+        batches = file.iter_batches(batch_size=CHUNK_ROWS)
+        yield from grouped(source, (row for batch in batches for row in batch.to_pylist()), file.metadata.num_rows)
+    except pyarrow.ArrowException as error:
+        raise DataError(f"data: {source} {_damaged(error)}") from error
+
+
+def _parse(line: bytes, place: str, kind: type = dict) -> Any:
+    try:
+        value = json.loads(line)
+    except UnicodeDecodeError as error:
+        raise DataError(f"data: {place} is {_not_utf8(error)}") from error
+    except (json.JSONDecodeError, RecursionError) as error:
+        what = getattr(error, "msg", "nested too deeply")
+        column = f" at column {error.colno}" if isinstance(error, json.JSONDecodeError) else ""
+        raise DataError(f"data: {place} is no valid JSON: {what}{column} (is the file cut off there?)") from error
+    if not isinstance(value, kind):
+        raise DataError(f"data: {place} is no JSON object, it is {type(value).__name__}: a row is {{…}}")
+    return value
+
+
+def _damaged(error: BaseException) -> str:
+    return f"is cut off or damaged ({first_line(error)}): copy it again"
+
+
+def _not_utf8(error: UnicodeDecodeError) -> str:
+    byte = error.object[error.start]
+    return f"not UTF-8 (byte 0x{byte:02x}): convert it, e.g. iconv -f latin1 -t utf-8 OLD > NEW"
+
+
+def _without_bom(lines: list[bytes], number: int) -> list[bytes]:
+    if number == 1 and lines[0].startswith(BOM):
+        lines[0] = lines[0].removeprefix(BOM)
+    return lines
+
+
+@contextmanager
+def _decompressed(raw: Any, path: Path) -> Iterator[Any]:
+    compression = COMPRESSIONS.get(path.suffix.lower())
+    if compression is None:
+        yield raw
+        return
+    import pyarrow
+
+    with pyarrow.CompressedInputStream(pyarrow.PythonFile(raw, "r"), compression) as stream:
+        yield stream
+
+
+def first_line(error: BaseException) -> str:
+    """The first line that says something of an error's text."""
+    return next((line for line in str(error).splitlines() if line.strip()), type(error).__name__)

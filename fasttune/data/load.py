@@ -1,0 +1,79 @@
+"""Config and tokenizer → Batches: every data set recognised, encoded (or taken from the cache) and split."""
+
+from collections.abc import Callable, Iterator
+from typing import Any
+
+from fasttune.config import Config
+from fasttune.data import formats, sources, store, tokens
+from fasttune.data.batches import Batches
+from fasttune.data.files import Chunk
+from fasttune.data.store import Rows
+from fasttune.errors import DataError
+
+Progress = Callable[[str, float], None]  # what is being done, and the share of it that is
+
+
+def encode(config: Config, tokenizer: Any, packed: bool, progress: Progress) -> Batches:
+    """All data sets as steps to train on, from the cache where they are there already. Raises DataError."""
+    data = config.data
+    parts = [_encode_one(config, source, tokenizer, progress) for source in data.sources]
+    batches = Batches(
+        parts=parts,
+        weights=list(data.sources.values()),
+        seed=config.seed,
+        eval_share=data.eval_share,
+        batch_rows=config.train.batch_rows,
+        micro_rows=config.train.micro_batch_rows
+        if config.train.micro_batch_rows != "auto"
+        else config.train.batch_rows,
+        max_length=config.model.max_length,
+        packed=packed,
+        pad_id=tokenizer.pad_token_id or 0,
+    )
+    if not batches.rows_per_epoch:
+        raise DataError(f"data.eval_share={data.eval_share:g} leaves no row to train on: lower it")
+    return batches
+
+
+def _encode_one(config: Config, source: str, tokenizer: Any, progress: Progress) -> Rows:
+    data = config.data
+    what = f"reading and tokenising {source}"
+    progress(what, 0.0)
+    form = form_of(config, source)
+    recipe = tokens.recipe_of(tokenizer, form, data.columns, data.train_on, config.model.max_length, data.too_long)
+    content = sources.fingerprint(source, "train", data.split, data.streaming)
+
+    def chunks() -> Iterator[Chunk]:
+        return sources.read(source, "train", data.split, data.max_rows, data.streaming)
+
+    rows = store.load(source, f"{content} {data.max_rows}", recipe, chunks, lambda share: progress(what, share))
+    progress(what, 1.0)
+    return rows
+
+
+def form_of(config: Config, source: str) -> str:
+    """The format of a source: as the config says, or by its first row. Raises DataError."""
+    if config.data.format != "auto":
+        return config.data.format
+    for _, place, row in sources.first_rows(source, "train", config.data.split, 1):
+        return formats.detect(formats.rename(row, config.data.columns, place), place)
+    raise DataError(f"data: {source} holds no rows")
+
+
+def describe(data: Batches) -> list[str]:
+    """One line a data set: what is learned from it, and what was cut, split or dropped and why."""
+    found = []
+    for rows, weight, (_, held_out) in zip(data.parts, data.weights, data.split, strict=True):
+        counts = rows.counts
+        mean = counts["tokens"] / len(rows)
+        text = f"{rows.source}: {len(rows):,} rows, {counts['tokens']:,} tokens ({mean:.0f} a row), "
+        text += f"{counts['learned']:,} learned"
+        text += f"; {weight:g} × an epoch" if weight != 1 else ""
+        text += f"; {len(held_out):,} held out" if len(held_out) else ""
+        for name in sorted(counts):
+            if name in ("truncated", "split", "dropped_too_long"):
+                text += f"; {counts[name]:,} {name.replace('dropped_too_long', 'dropped: too long')}"
+            elif name.startswith("dropped: "):
+                text += f"; {counts[name]:,} {name}"
+        found.append(text)
+    return found

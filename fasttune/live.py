@@ -1,0 +1,98 @@
+"""What really runs, read from live objects: tokens of a batch, attention operators, dtypes, memory.
+
+Needs torch only, so that arms without Unsloth are measured by the same code.
+Shapes: B rows of a micro-batch, T tokens of the longest row (or of the whole packed row).
+"""
+
+from typing import Any
+
+import torch
+
+from fasttune import metrics
+from fasttune.data.tokens import IGNORE
+from fasttune.metrics import Flops
+from fasttune.quiet import native_stderr_closed
+
+ATTENTION_OPERATORS = ("scaled_dot_product", "fmha", "flash_attn", "flash_fwd", "varlen_attn", "cudnn_attention")
+
+
+class AttentionSeen:
+    """Profiles what is done inside `with` for its attention: `operators` are the innermost ones that ran."""
+
+    operators: str | None = None
+
+    def __enter__(self) -> "AttentionSeen":
+        self._profile = torch.profiler.profile(activities=[torch.profiler.ProfilerActivity.CPU])
+        with native_stderr_closed():  # torch 2.13's profiler prints its start and stop
+            self._profile.start()
+        return self
+
+    def __exit__(self, *_: object) -> None:
+        with native_stderr_closed():
+            self._profile.stop()
+        self.operators = attention_operator({event.key for event in self._profile.key_averages()})
+
+
+def count_tokens(batches: list[dict[str, torch.Tensor]]) -> dict[str, int]:
+    """Tokens, trained tokens and padding of the micro-batches of a step. input_ids, labels: (B, T).
+
+    Without an attention mask nothing is padded. The first label of a sequence is never a target (causal shift).
+    """
+    tokens = sum(
+        int(batch["attention_mask"].sum()) if "attention_mask" in batch else batch["input_ids"].numel()
+        for batch in batches
+    )
+    cells = sum(batch["input_ids"].numel() for batch in batches)
+    loss_tokens = sum(int((batch["labels"][:, 1:] != IGNORE).sum()) for batch in batches)
+    return {"tokens": tokens, "loss_tokens": loss_tokens, "padding_tokens": cells - tokens}
+
+
+def attention_operator(names: set[str]) -> str:
+    """The innermost attention operators among profiled names, e.g. aten::_flash_attention_forward."""
+    found = sorted(
+        name for name in names if any(part in name for part in ATTENTION_OPERATORS) and not name.endswith("_backward")
+    )
+    inner = [name for name in found if name != "aten::scaled_dot_product_attention" and "Backward" not in name]
+    return ", ".join(inner or found) or "no fused attention operator"
+
+
+def synchronize() -> None:
+    if torch.cuda.is_available():
+        torch.cuda.synchronize()
+
+
+def peak_memory_gib() -> float:
+    """Peak of the GPU's allocated memory, or of this process's resident memory on a CPU."""
+    if torch.cuda.is_available():
+        return torch.cuda.max_memory_allocated() / 2**30
+    import resource
+
+    return resource.getrusage(resource.RUSAGE_SELF).ru_maxrss / 2**20  # KiB on Linux
+
+
+def dtypes(model: Any, autocast: bool) -> str:
+    """Dtypes of the live parameters, e.g. "float32 trained, bfloat16 frozen, bf16 autocast"."""
+    weights = {parameter.dtype for parameter in model.parameters() if not parameter.requires_grad}
+    trained = {parameter.dtype for parameter in model.parameters() if parameter.requires_grad}
+    found = [f"{_names(trained)} trained"] + ([f"{_names(weights)} frozen"] if weights else [])
+    return ", ".join([*found, "bf16 autocast" if autocast else "no autocast"])
+
+
+def count_flops(model: Any) -> Flops:
+    """FLOPs per token of a training step of this live model (see metrics.count_flops); not for quantized weights."""
+    head = model.get_output_embeddings()
+    linear = [m for m in model.modules() if isinstance(m, torch.nn.Linear) and m is not head]
+    config = getattr(model.config, "get_text_config", lambda: model.config)()
+    width = getattr(config, "head_dim", None) or config.hidden_size // config.num_attention_heads
+    return metrics.count_flops(
+        linear_weights=sum(module.weight.numel() for module in linear),
+        trained_weights=sum(module.weight.numel() for module in linear if module.weight.requires_grad),
+        head_weights=head.weight.numel(),
+        head_trained=head.weight.requires_grad,
+        layers=config.num_hidden_layers,
+        attention_width=config.num_attention_heads * width,
+    )
+
+
+def _names(dtypes: set[torch.dtype]) -> str:
+    return "/".join(sorted(str(dtype).removeprefix("torch.") for dtype in dtypes))

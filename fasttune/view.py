@@ -1,0 +1,264 @@
+"""`fasttune data`: the rows of a config as they will be trained, as figures. Loads no weights.
+
+    figures = look(config.load("configs/quickstart.yaml"), rows=3, reporter=terminal.Reporter(None))
+    figures.as_dict()            # what --json prints: every key below, by its name; view_page.py has the page
+
+Tokens count as learned where the loss is taken: never the first token of a row, which nothing predicts.
+"""
+
+import math
+from dataclasses import asdict, dataclass, replace
+from itertools import pairwise
+from typing import Any
+
+import numpy as np
+
+from fasttune import builtin, pretrained, terminal
+from fasttune.config import Config
+from fasttune.data import chat, load, packing, sources
+from fasttune.data.batches import Batches
+from fasttune.data.store import Rows
+from fasttune.data.tokens import IGNORE, labels
+from fasttune.quiet import library_log
+
+MEASURED_STEPS, MEASURED_TOKENS = 200, 20_000_000  # padding is measured until the first of them is reached
+PACKED_ROWS = 100_000  # best-fit packs are made of so many rows at most, evenly spread: packing is one process's work
+BARS = 7  # of the histogram, and one for the longest rows where they are far out
+
+
+@dataclass(frozen=True)
+class DataSet:
+    """What became of one source. Rows are kept as trained: a row that was split counts as its pieces."""
+
+    source: str
+    weight: float  # how often a row is seen in an epoch
+    rows_read: int
+    rows_kept: int
+    rows_held_out: int  # of the kept ones, by data.eval_share
+    rows_truncated: int  # longer than max_length_tokens: its beginning is trained
+    rows_split: int  # longer: trained in pieces
+    rows_too_long: int  # longer: dropped
+    rows_dropped: dict[str, int]  # reason → rows that teach nothing
+    tokens: int  # of the kept rows
+    learned_tokens: int
+
+
+@dataclass(frozen=True)
+class Bin:
+    """Rows of a length from `from_tokens` to `to_tokens`, both included."""
+
+    from_tokens: int
+    to_tokens: int
+    rows: int
+
+
+@dataclass(frozen=True)
+class Lengths:
+    """Tokens a kept row has, over all data sets."""
+
+    shortest_tokens: int
+    median_tokens: float
+    mean_tokens: float
+    p95_tokens: float
+    longest_tokens: int
+    histogram: list[Bin]
+
+
+@dataclass(frozen=True)
+class Layout:
+    """Micro-batches of real steps, in one of the two layouts. padding_share: of the positions that are computed."""
+
+    micro_batches: int
+    positions: int
+    padding_share: float
+
+
+@dataclass(frozen=True)
+class PaddingFigures:
+    """The same first steps of the run, padded and packed."""
+
+    steps: int
+    rows_at_once: int  # of a padded micro-batch; of a pack: how many rows of max_length_tokens fit
+    rows_at_once_assumed: bool  # train.micro_batch_rows is auto, which only the machine decides: a whole step is taken
+    tokens: int
+    padded: Layout
+    packed: Layout
+
+
+@dataclass(frozen=True)
+class Packs:
+    """Best-fit packs of `rows` kept rows. fill: share of the packs' capacity that holds tokens."""
+
+    rows: int
+    capacity_tokens: int
+    packs: int
+    fill: float
+
+
+@dataclass(frozen=True)
+class Row:
+    """One row as it is trained. number: its line of a JSONL file, else its row. pieces: (text, learned), in order."""
+
+    source: str
+    number: int
+    tokens: int
+    learned_tokens: int
+    pieces: list[tuple[str, bool]]
+
+
+@dataclass(frozen=True)
+class Figures:
+    """Everything the page shows. *_share and fill: 0 to 1."""
+
+    name: str
+    model: str
+    max_length_tokens: int
+    train_on: str
+    too_long: str
+    packing: bool | str  # train.packing
+    template_changes: list[tuple[str, str]]  # (what, why)
+    data_sets: list[DataSet]
+    rows: int  # kept, over all data sets, like the next two
+    tokens: int
+    learned_tokens: int
+    rows_per_step: int
+    rows_per_epoch: int
+    steps_per_epoch: int
+    lengths: Lengths
+    padding: PaddingFigures
+    packs: Packs
+    shown: list[Row]
+
+    def as_dict(self) -> dict[str, Any]:
+        """A JSON document, keys as above."""
+        return asdict(self)
+
+
+def look(config: Config, rows: int, reporter: terminal.Reporter) -> Figures:
+    """Encode the data of a config (or take it from the cache) and measure it; `rows` of them are decoded.
+
+    Raises DataError and ModelError.
+    """
+    for source in config.data.sources:
+        sources.check(source, config.data.split)
+    if config.model.name.startswith("builtin:"):
+        builtin.check(config.model.name)
+    try:
+        with library_log():
+            reporter.note(f"reading the tokenizer of {config.model.name} …")
+            tokenizer = pretrained.read_tokenizer(config.model)
+            changes = chat.complete(tokenizer)
+            data = load.encode(config, tokenizer, True, reporter.progress)
+    finally:
+        reporter.stop()
+    return measure(config, tokenizer, changes, data, rows)
+
+
+def measure(config: Config, tokenizer: Any, changes: list[tuple[str, str]], data: Batches, rows: int) -> Figures:
+    """The figures of encoded data."""
+    sets = [
+        _data_set(part, weight, len(held))
+        for part, weight, (_, held) in zip(data.parts, data.weights, data.split, strict=True)
+    ]
+    lengths = np.concatenate([part.lengths for part in data.parts])
+    steps = config.train.max_steps or math.ceil(config.train.epochs * data.steps_per_epoch)
+    return Figures(
+        name=config.name,
+        model=config.model.name,
+        max_length_tokens=data.max_length,
+        train_on=config.data.train_on,
+        too_long=config.data.too_long,
+        packing=config.train.packing,
+        template_changes=changes,
+        data_sets=sets,
+        rows=len(lengths),
+        tokens=sum(each.tokens for each in sets),
+        learned_tokens=sum(each.learned_tokens for each in sets),
+        rows_per_step=data.batch_rows,
+        rows_per_epoch=data.rows_per_epoch,
+        steps_per_epoch=data.steps_per_epoch,
+        lengths=_lengths(lengths),
+        padding=_padding(data, min(steps, MEASURED_STEPS), config.train.micro_batch_rows == "auto"),
+        packs=_packs(lengths, data.max_length),
+        shown=_first_rows(data, tokenizer, min(rows, data.rows_per_epoch)),
+    )
+
+
+def _data_set(rows: Rows, weight: float, held_out: int) -> DataSet:
+    counts = rows.counts
+    return DataSet(
+        source=rows.source,
+        weight=weight,
+        rows_read=counts["rows"],
+        rows_kept=len(rows),
+        rows_held_out=held_out,
+        rows_truncated=counts["truncated"],
+        rows_split=counts["split"],
+        rows_too_long=counts["dropped_too_long"],
+        rows_dropped={name[9:]: n for name, n in sorted(counts.items()) if name.startswith("dropped: ")},
+        tokens=counts["tokens"],
+        learned_tokens=counts["learned"],
+    )
+
+
+def _lengths(lengths: np.ndarray) -> Lengths:
+    median, p95, p99 = np.percentile(lengths, [50, 95, 99])
+    low, high, top = int(lengths.min()), int(lengths.max()), int(p99)
+    width = math.ceil((top - low + 1) / BARS)
+    step = max(1, 10 ** (len(str(width)) - 1) // 2)
+    width = math.ceil(width / step) * step
+    edges = np.arange(low // width * width, top + 1 + width, width)
+    if edges[-1] <= high:  # the longest hundredth, however far it reaches
+        edges = np.append(edges, high + 1)
+    counts, _ = np.histogram(lengths, edges)
+    bins = [Bin(int(a), int(b) - 1, int(n)) for (a, b), n in zip(pairwise(edges), counts, strict=True)]
+    return Lengths(low, float(median), float(lengths.mean()), float(p95), high, bins)
+
+
+def _padding(data: Batches, steps: int, assumed: bool) -> PaddingFigures:
+    """Counted in the very micro-batches that would be trained on."""
+    layouts = {packed: replace(data, packed=packed) for packed in (False, True)}
+    batches, positions = dict.fromkeys(layouts, 0), dict.fromkeys(layouts, 0)
+    tokens = done = 0
+    while done < steps and tokens < MEASURED_TOKENS:
+        for packed, layout in layouts.items():
+            for batch in layout.micro_batches(done):
+                batches[packed] += 1
+                positions[packed] += batch["input_ids"].size
+                tokens += 0 if packed else int(batch["attention_mask"].sum())
+        done += 1
+    counted = {key: Layout(batches[key], positions[key], 1 - tokens / positions[key]) for key in layouts}
+    return PaddingFigures(done, data.micro_rows, assumed, tokens, padded=counted[False], packed=counted[True])
+
+
+def _packs(lengths: np.ndarray, capacity: int) -> Packs:
+    if len(lengths) > PACKED_ROWS:
+        lengths = lengths[np.linspace(0, len(lengths) - 1, PACKED_ROWS).astype(int)]
+    listed = lengths.tolist()
+    packs = packing.best_fit(listed, capacity)
+    return Packs(len(listed), capacity, len(packs), packing.fill(listed, packs, capacity))
+
+
+def _first_rows(data: Batches, tokenizer: Any, wanted: int) -> list[Row]:
+    """The first rows of the run, in the order they are trained."""
+    found: list[Row] = []
+    for step in range(math.ceil(wanted / data.batch_rows)):
+        for part, index in data.rows_of(step)[: wanted - len(found)]:
+            rows = data.parts[part]
+            ids, mask = rows.row(index)
+            learned = labels(ids, mask) != IGNORE
+            pieces = _pieces(tokenizer, ids.tolist(), learned)
+            found.append(Row(rows.source, int(rows.numbers[index]), len(ids), int(learned.sum()), pieces))
+    return found
+
+
+def _pieces(tokenizer: Any, ids: list[int], learned: np.ndarray) -> list[tuple[str, bool]]:
+    """Text of each run of equal `learned`. Decoded with all before it: alone, some tokenizers lose its first blank."""
+    edges = [0, *(np.flatnonzero(np.diff(learned)) + 1).tolist(), len(ids)]
+    pieces, before = [], ""
+    for start, end in pairwise(edges):
+        text = tokenizer.decode(ids[:end], skip_special_tokens=False, clean_up_tokenization_spaces=False)
+        alone = None if text.startswith(before) else tokenizer.decode(ids[start:end], skip_special_tokens=False)
+        pieces.append((text[len(before) :] if alone is None else alone, bool(learned[start])))
+        before = text
+    return pieces

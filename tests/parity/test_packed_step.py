@@ -1,0 +1,119 @@
+"""How rows are laid out changes nothing that is learned: packed, padded, in one micro-batch or in eight."""
+
+from collections.abc import Callable
+from dataclasses import replace
+from pathlib import Path
+from typing import Any
+
+import pytest
+
+from fasttune import config as configuration
+
+ROWS = 8
+RELATIVE = 1e-5
+Layout = tuple[bool, int]  # packed?, full rows at once
+
+Step = tuple[float, dict[str, Any]]  # loss, gradient of every trained parameter
+
+
+def settings(tmp_path: Path, **train: Any) -> configuration.Config:
+    return configuration.parse(
+        {
+            "model": {"name": "builtin:tiny", "max_length": 256},
+            "data": {"train": "builtin:arithmetic", "max_rows": 64},
+            "train": {"batch_rows": ROWS, "max_steps": 1, **train},
+            "output_dir": str(tmp_path / "run"),
+        }
+    )
+
+
+@pytest.fixture(scope="module", params=["lora", "full"])
+def step(
+    request: pytest.FixtureRequest, unsloth: None, tmp_path_factory: pytest.TempPathFactory
+) -> Callable[..., Step]:
+    """Loss and gradients of step 3 in a given layout, through the live trainer."""
+    import torch
+
+    from fasttune import prepare, terminal, trainer as trainers
+
+    folder = tmp_path_factory.mktemp(request.param)
+    job = prepare.prepare(settings(folder, method=request.param), folder / "run", terminal.Reporter(None, quiet=True))
+    trainer = trainers.build(job, folder)
+    with torch.no_grad():  # B is zero at the start, which would hide A's gradient
+        generator = torch.Generator().manual_seed(1)
+        for parameter in job.model.parameters():
+            if parameter.requires_grad:
+                parameter += 0.05 * torch.randn(parameter.shape, generator=generator)
+
+    def run(packed: bool, micro_rows: int) -> Step:
+        collator = trainers.StepCollator(replace(job.data, packed=packed, micro_rows=micro_rows))
+        batches = collator([{"step": 3}])
+        _, learned = trainer.get_batch_samples(iter([batches]), 1, torch.device("cpu"))
+        job.model.zero_grad()
+        loss = trainer.training_step(job.model, batches, learned)
+        named = job.model.named_parameters()
+        return float(loss), {name: p.grad.clone() for name, p in named if p.requires_grad and p.grad is not None}
+
+    return run
+
+
+@pytest.mark.parametrize("layout", [(True, 8), (True, 1), (True, 2), (False, 1), (False, 2), (False, 4)], ids=str)
+def test_every_layout_gives_the_same_step(step: Callable[..., Step], layout: Layout) -> None:
+    import torch
+
+    loss, gradients = step(False, ROWS)  # the reference: all rows in one padded rectangle
+    other_loss, other = step(*layout)
+    assert other_loss == pytest.approx(loss, rel=RELATIVE)
+    assert len(gradients) > 10
+    assert set(other) == set(gradients)
+    for name, expected in gradients.items():
+        assert expected.abs().max() > 0, name
+        difference = torch.linalg.vector_norm(other[name] - expected) / torch.linalg.vector_norm(expected)
+        assert difference < RELATIVE, f"{name} {difference:.1e}"
+
+
+def test_a_model_whose_rows_see_each_other_is_not_packed(unsloth: None, monkeypatch: pytest.MonkeyPatch) -> None:
+    from fasttune import config, model as models, packed
+
+    wanted = config.ModelConfig(name="builtin:tiny", max_length=64, dtype="float32")
+    model, _ = models.load(wanted, "float32", "none", False, 0)
+    assert packed.enable(model, 64) is None
+    assert packed.packing_error(model) < 1e-5
+
+    def forgetful(*args: Any, packed_seq_lengths: Any = None, **kwargs: Any) -> Any:
+        return packed.sdpa_attention_forward(*args, **kwargs)
+
+    monkeypatch.setattr(packed, "rows_attention", forgetful)
+    assert "see each other" in (packed.enable(model, 64) or "")
+    model.config.sliding_window = 16
+    assert "looks back 16 tokens" in (packed.enable(model, 64) or "")
+
+
+def test_such_a_model_trains_padded_with_a_warning(
+    unsloth: None, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    from fasttune import packed, terminal, train as training
+
+    monkeypatch.setattr(packed, "enable", lambda model, max_length: "it has a memory")
+    result = training.run(settings(tmp_path), terminal.Reporter(None, quiet=True))
+    assert result.status == "completed"
+    assert result.backend.packing.startswith("padded")
+    assert result.warnings == ["rows are padded, not packed: it has a memory"]
+    assert "packing: false" in (tmp_path / "run" / "config.yaml").read_text()
+
+
+def test_generation_with_padded_prompts_is_unchanged(unsloth: None) -> None:
+    """The model that was made ready for packs answers a padded batch like a plain one."""
+    import torch
+
+    from fasttune import config, model as models, packed
+
+    wanted = config.ModelConfig(name="builtin:tiny", max_length=64, dtype="float32")
+    model, _ = models.load(wanted, "float32", "none", False, 0)
+    ids = torch.randint(3, 250, (3, 12), generator=torch.Generator().manual_seed(0))
+    mask = torch.ones_like(ids)
+    mask[0, :5] = 0  # left padding
+    plain = model.generate(input_ids=ids, attention_mask=mask, max_new_tokens=8, do_sample=False)
+    assert packed.enable(model, 64) is None
+    assert model.config._attn_implementation == packed.NAME
+    assert torch.equal(model.generate(input_ids=ids, attention_mask=mask, max_new_tokens=8, do_sample=False), plain)

@@ -1,0 +1,30 @@
+"""builtin:arithmetic: the answers are right, and no held-out sum is ever trained on."""
+
+import pytest
+
+from fasttune.data import arithmetic
+
+
+def test_rows_are_seeded_and_their_answers_are_right() -> None:
+    rows = arithmetic.generate("train", seed=3, rows=500)
+    assert rows == arithmetic.generate("train", seed=3, rows=500) != arithmetic.generate("train", seed=4, rows=500)
+    for row in rows:
+        left, right = next(line for line in row["answer"].splitlines() if "=" in line).split(" = ")
+        assert eval(left) == int(right) == int(arithmetic.final_number(row["answer"]) or "x")
+
+
+def test_parts_share_no_sum() -> None:
+    def sums(part: arithmetic.Part, seed: int) -> set[str]:
+        return {row["answer"].splitlines()[1] for row in arithmetic.generate(part, seed=seed, rows=3000)}
+
+    held_out = sums("test", 0) | sums("test", 1)
+    assert len(held_out) > 100
+    assert not held_out & (sums("train", 0) | sums("train", 1))
+
+
+@pytest.mark.parametrize(
+    ("text", "number"),
+    [("so\n#### 1,234", "1234"), ("#### 5.", "5"), ("#### -3 dollars", "-3"), ("7", None), ("####", None)],
+)
+def test_final_number(text: str, number: str | None) -> None:
+    assert arithmetic.final_number(text) == number

@@ -1,0 +1,175 @@
+"""Rows → conversations: forms are recognised by their keys; a wrong row is named, a useless one is dropped and why."""
+
+from typing import Any
+
+import pytest
+
+from fasttune.data import formats
+from fasttune.data.formats import Conversation, Unusable
+from fasttune.errors import DataError
+
+PLACE = "rows.jsonl line 7"
+TOOL = {"type": "function", "function": {"name": "add", "parameters": {}}}
+CALL = [{"type": "function", "function": {"name": "add", "arguments": {"a": 1}}}]
+
+
+def turn(role: str, content: str, **more: Any) -> dict[str, Any]:
+    return {"role": role, "content": content, **more}
+
+
+def convert(row: dict[str, Any]) -> Conversation | str:
+    return formats.convert(row, formats.detect(row, PLACE), PLACE)
+
+
+QUESTION, ANSWER = turn("user", "q"), turn("assistant", "a")
+SYSTEM, PAIR = turn("system", "s"), [QUESTION, ANSWER]
+
+
+@pytest.mark.parametrize(
+    ("row", "messages", "answers"),
+    [
+        ({"question": "q", "answer": "a"}, PAIR, [1]),
+        ({"query": "q", "response": "a", "type": "t", "original_question": "o"}, PAIR, [1]),
+        ({"prompt": "q", "completion": "a"}, PAIR, [1]),
+        ({"prompt": [*PAIR, QUESTION], "completion": [ANSWER]}, PAIR * 2, [3]),  # the prompt is only read
+        ({"instruction": "q", "output": "a"}, PAIR, [1]),
+        ({"instruction": "q", "input": None, "output": "a", "system": "", "history": None}, PAIR, [1]),
+        ({"instruction": "q", "input": " ", "output": "a", "history": []}, PAIR, [1]),
+        ({"instruction": "q", "input": "more", "output": "a"}, [turn("user", "q\n\nmore"), ANSWER], [1]),
+        (
+            {"instruction": "q", "output": "a", "system": "s", "history": [["q1", "a1"], ["q2", "a2"]]},
+            [SYSTEM, turn("user", "q1"), turn("assistant", "a1"), turn("user", "q2"), turn("assistant", "a2"), *PAIR],
+            [2, 4, 6],
+        ),
+        (
+            {
+                "conversations": [
+                    {"from": "system", "value": "s"},
+                    {"from": "human", "value": "q"},
+                    {"from": "gpt", "value": "a"},
+                    {"from": "observation", "value": "seen"},
+                    {"from": "function_call", "value": "f"},
+                ]
+            },
+            [SYSTEM, *PAIR, turn("tool", "seen"), turn("assistant", "f")],
+            [2, 4],
+        ),
+        ({"messages": [SYSTEM, *PAIR, *PAIR]}, [SYSTEM, *PAIR, *PAIR], [2, 4]),
+        ({"messages": [turn("developer", "d"), *PAIR]}, [turn("developer", "d"), *PAIR], [2]),
+        ({"messages": [QUESTION, ANSWER | {"weight": 0}, QUESTION, ANSWER | {"weight": 1}]}, PAIR * 2, [3]),
+        (
+            {"messages": [QUESTION | {"name": None}, {"role": "assistant", "content": None, "tool_calls": CALL}]},
+            [QUESTION, turn("assistant", "", tool_calls=CALL)],
+            [1],
+        ),
+        (
+            {"messages": [QUESTION, turn("assistant", "", tool_calls=CALL), turn("tool", "2", name="add"), ANSWER]},
+            [QUESTION, turn("assistant", "", tool_calls=CALL), turn("tool", "2", name="add"), ANSWER],
+            [1, 3],
+        ),
+        (
+            {"messages": [{"role": "user", "content": [{"type": "text", "text": t} for t in ("q", "", "r")]}, ANSWER]},
+            [turn("user", "qr"), ANSWER],
+            [1],
+        ),
+    ],
+)
+def test_each_form_is_recognised_and_becomes_turns(
+    row: dict[str, Any], messages: list[dict[str, Any]], answers: list[int]
+) -> None:
+    found = convert(row)
+    assert isinstance(found, Conversation)
+    assert (found.messages, found.answers, found.tools) == (messages, answers, None)
+
+
+def test_text_stays_text() -> None:
+    assert convert({"text": " once upon a time\n", "id": 3}) == " once upon a time\n"
+
+
+@pytest.mark.parametrize("tools", [[TOOL], '[{"type": "function", "function": {"name": "add", "parameters": {}}}]'])
+def test_tools_are_kept(tools: Any) -> None:
+    found = convert({"messages": PAIR, "tools": tools})
+    assert isinstance(found, Conversation)
+    assert found.tools == [TOOL]
+
+
+def test_columns_are_renamed() -> None:
+    row = formats.rename({"problem": "q", "solution": "a"}, {"question": "problem", "answer": "solution"}, PLACE)
+    assert formats.detect(row, PLACE) == "question_answer"
+    found = formats.convert(row, "question_answer", PLACE)
+    assert isinstance(found, Conversation)
+    assert found.messages == PAIR
+    with pytest.raises(DataError, match=f"data.columns: {PLACE} has no solution; it has problem"):
+        formats.rename({"problem": "q"}, {"question": "problem", "answer": "solution"}, PLACE)
+
+
+@pytest.mark.parametrize(
+    ("row", "told"),
+    [
+        ({"a": 1, "b": 2}, "has the columns a, b; expected one of messages | .*map yours with data.columns"),
+        ({"question": "q"}, "has the columns question; expected"),
+        ({"question": 3, "answer": "a"}, "question is int 3, expected text"),
+        ({"question": ["q"], "answer": "a"}, "question is list"),
+        ({"text": 3}, "text is int 3"),
+        ({"prompt": PAIR, "completion": "a"}, "expected a list of turns, found str 'a'"),
+        ({"messages": "hello"}, "expected a list of turns, found str"),
+        ({"messages": []}, "expected a list of turns, found list"),
+        ({"messages": ["hello"]}, "a turn needs a role .*found str 'hello'"),
+        ({"messages": [turn("robot", "x")]}, "a turn needs a role .*robot"),
+        ({"messages": [turn("user", "x"), {"role": ["assistant"]}]}, "a turn needs a role"),
+        ({"messages": [{"role": "user", "content": [{"type": "image_url", "image_url": "x"}]}, ANSWER]}, "images"),
+        ({"messages": [{"role": "user", "content": 3}, ANSWER]}, "content is int 3"),
+        ({"messages": PAIR, "tools": "no json"}, "tools is str 'no json'"),
+        ({"messages": PAIR, "tools": ["add"]}, "tools is list"),
+        ({"conversations": [{"from": "alien", "value": "x"}]}, "a turn needs `from` .*alien"),
+        ({"conversations": [{"from": ["human"], "value": "x"}]}, "a turn needs `from`"),
+        ({"conversations": [{"from": "human", "value": None}]}, "a turn needs `from`"),
+        ({"conversations": ["hello"]}, "a turn needs `from`"),
+        ({"instruction": "q", "output": "a", "history": "h"}, "history is str 'h'"),
+        ({"instruction": "q", "output": "a", "history": [["q"]]}, "history is list"),
+        ({"instruction": "q", "output": "a", "history": [[None, "a"]]}, "history is list"),
+        ({"instruction": "q", "input": 3, "output": "a"}, "input is int 3"),
+    ],
+)
+def test_a_wrong_row_is_named(row: dict[str, Any], told: str) -> None:
+    with pytest.raises(DataError, match=f"^data: {PLACE}:? .*{told}") as caught:
+        convert(row)
+    assert "\n" not in str(caught.value)
+
+
+def test_mixed_forms_are_named() -> None:
+    with pytest.raises(
+        DataError, match=rf"{PLACE} has no query and no response .*question, answer.*one format"
+    ):
+        formats.convert({"question": "q", "answer": "a"}, "query_response", PLACE)
+
+
+def test_a_long_value_is_cut_in_the_message() -> None:
+    with pytest.raises(DataError) as caught:
+        convert({"messages": ["x" * 10_000]})
+    assert len(str(caught.value)) < 300
+
+
+@pytest.mark.parametrize(
+    ("row", "reason"),
+    [
+        ({"messages": [QUESTION]}, "no assistant turn"),
+        ({"messages": [SYSTEM, ANSWER, QUESTION, ANSWER]}, "begins with the assistant"),
+        ({"conversations": [{"from": "gpt", "value": "a"}]}, "begins with the assistant"),
+        ({"messages": [QUESTION, turn("assistant", " \n")]}, "empty answer"),
+        ({"messages": [QUESTION, {"role": "assistant", "content": None}]}, "empty answer"),
+        ({"messages": [*PAIR, QUESTION, turn("assistant", "")]}, "empty answer"),
+        ({"conversations": [{"from": "human", "value": "q"}, {"from": "gpt", "value": ""}]}, "empty answer"),
+        ({"question": "q", "answer": ""}, "empty answer"),
+        ({"question": "q", "answer": None}, "empty answer"),
+        ({"instruction": "q", "output": " "}, "empty answer"),
+        ({"instruction": "q", "output": "a", "history": [["q", ""]]}, "empty answer"),
+        ({"query": "q", "response": ""}, "empty answer"),
+        ({"prompt": "q", "completion": ""}, "empty answer"),
+        ({"question": " ", "answer": "a"}, "empty question"),
+        ({"text": "\n"}, "empty text"),
+    ],
+)
+def test_a_row_that_teaches_nothing_says_why(row: dict[str, Any], reason: str) -> None:
+    with pytest.raises(Unusable, match=f"^{reason}$"):
+        convert(row)

@@ -1,0 +1,202 @@
+"""Order, packs and micro-batches: nothing is lost, doubled or leaked; a step has the same rows in every layout."""
+
+from collections import Counter
+from typing import Any
+
+import numpy as np
+import pytest
+from hypothesis import given, strategies as st
+
+from fasttune.data import packing
+from fasttune.data.batches import Batches, flat, padded
+from fasttune.data.store import Rows
+from fasttune.data.tokens import IGNORE
+
+LENGTHS = st.lists(st.integers(1, 300), min_size=1, max_size=120)
+SIZES_AND_WEIGHTS = st.lists(st.tuples(st.integers(0, 40), st.sampled_from([0.1, 0.5, 1.0, 1.7, 2.0])), min_size=1)
+
+
+def rows(lengths: list[int], seed: int = 0, numbers: list[int] | None = None) -> Rows:
+    """Rows of random tokens, about half of them learned; every row learns its last token."""
+    rng = np.random.default_rng(seed)
+    total = sum(lengths)
+    starts = np.concatenate([[0], np.cumsum(lengths, dtype=np.int64)])
+    learned = rng.random(total) < 0.5
+    learned[starts[1:] - 1] = True
+    ids = rng.integers(3, 1000, total, dtype=np.int32)
+    found = np.array(numbers if numbers is not None else range(1, len(lengths) + 1), np.int64)
+    return Rows("rows.jsonl", ids, learned, starts, found, Counter())
+
+
+def batches(parts: list[Rows], **changed: Any) -> Batches:
+    settings: dict[str, Any] = {
+        "weights": [1.0] * len(parts),
+        "seed": 7,
+        "eval_share": 0.0,
+        "batch_rows": 4,
+        "micro_rows": 2,
+        "max_length": 64,
+        "packed": True,
+        "pad_id": 0,
+    }
+    return Batches(parts, **(settings | changed))
+
+
+def learned_rows(micro_batches: list[dict[str, Any]]) -> Counter[tuple[tuple[int, ...], tuple[int, ...]]]:
+    """(ids, labels) of every row in a step, whatever its layout."""
+    found = []
+    for batch in micro_batches:
+        if "packed_seq_lengths" in batch:
+            ends = np.cumsum(batch["packed_seq_lengths"])[:-1]
+            found += zip(np.split(batch["input_ids"][0], ends), np.split(batch["labels"][0], ends), strict=True)
+        else:
+            kept = [mask.astype(bool) for mask in batch["attention_mask"]]
+            found += [(i[k], at[k]) for i, at, k in zip(batch["input_ids"], batch["labels"], kept, strict=True)]
+    return Counter((tuple(map(int, ids)), tuple(map(int, labels))) for ids, labels in found)
+
+
+@given(LENGTHS, st.integers(50, 400))
+def test_best_fit_holds_every_row_once_and_never_too_much(lengths: list[int], capacity: int) -> None:
+    packs = packing.best_fit(lengths, capacity)
+    assert sorted(index for pack in packs for index in pack) == list(range(len(lengths)))
+    assert all(len(pack) == 1 or sum(lengths[i] for i in pack) <= capacity for pack in packs)
+    assert packs == packing.best_fit(list(lengths), capacity)
+    sizes = [sum(lengths[i] for i in pack) for pack in packs]
+    smallest, second = sorted([*sizes, capacity, capacity])[:2]
+    assert len(packs) == 1 or smallest + second > capacity  # no two packs could be one
+
+
+def test_best_fit_takes_the_fullest_pack_with_room() -> None:
+    assert packing.best_fit([60, 50, 40, 50], 100) == [[0, 2], [1, 3]]
+    assert packing.best_fit([7, 6, 3, 4, 10, 11], 10) == [[5], [4], [0, 2], [1, 3]]
+
+
+def test_packs_of_lengths_like_gsm8k_are_97_percent_full() -> None:
+    rng = np.random.default_rng(0)
+    drawn = np.clip(rng.lognormal(np.log(204), 0.34, 7473), 60, 512).astype(int).tolist()
+    assert 212 < np.mean(drawn) < 220
+    assert packing.fill(drawn, packing.best_fit(drawn, 2048), 2048) >= 0.97
+
+
+def test_fill_counts_empty_room() -> None:
+    assert packing.fill([60, 40, 50], [[0, 1], [2]], 100) == 0.75
+
+
+@given(st.integers(1, 200), st.integers(1, 17))
+def test_rectangles_keep_the_order(count: int, size: int) -> None:
+    groups = packing.rectangles([5] * count, size)
+    assert [index for group in groups for index in group] == list(range(count))
+    assert {len(group) for group in groups[:-1]} <= {size}
+    assert 1 <= len(groups[-1]) <= size
+
+
+@given(SIZES_AND_WEIGHTS, st.integers(0, 2**32), st.integers(0, 5))
+def test_each_row_is_seen_as_often_as_its_weight(sets: list[tuple[int, float]], seed: int, epoch: int) -> None:
+    sizes, weights = [size for size, _ in sets], [weight for _, weight in sets]
+    order = packing.epoch_order(sizes, weights, seed, epoch)
+    assert len(order) == packing.rows_per_epoch(sizes, weights)
+    seen, first = Counter(order.tolist()), 0
+    for size, weight in sets:
+        times = [seen.pop(row, 0) for row in range(first, first + size)]
+        assert all(int(weight) <= count <= int(weight) + (weight % 1 > 0) for count in times)
+        assert sum(times) == size * int(weight) + round(size * (weight % 1))
+        first += size
+    assert not seen
+
+
+def test_the_order_is_seeded_and_new_in_each_epoch() -> None:
+    def order(seed: int, epoch: int) -> list[int]:
+        return packing.epoch_order([40, 60], [0.5, 1.0], seed, epoch).tolist()
+
+    assert order(1, 0) == order(1, 0)
+    assert len({tuple(order(seed, epoch)) for seed in (1, 2) for epoch in (0, 1)}) == 4
+    assert set(order(1, 0)) != set(order(1, 1))  # another half of the first set
+    assert order(1, 0) != sorted(order(1, 0))
+
+
+@given(
+    st.lists(st.lists(st.integers(2, 64), min_size=1, max_size=30), min_size=1, max_size=3),
+    st.integers(1, 9),
+    st.integers(1, 9),
+    st.integers(0, 99),
+)
+def test_an_epoch_has_every_row_once_packed_or_padded(
+    parts: list[list[int]], batch_rows: int, micro_rows: int, seed: int
+) -> None:
+    made = [rows(lengths, part) for part, lengths in enumerate(parts)]
+    packed = batches(made, batch_rows=batch_rows, micro_rows=micro_rows, seed=seed)
+    other = batches(made, batch_rows=batch_rows, micro_rows=micro_rows, seed=seed, packed=False)
+    chosen = [packed.rows_of(step) for step in range(packed.steps_per_epoch)]
+    everything = [(part, row) for part, lengths in enumerate(parts) for row in range(len(lengths))]
+    assert sorted(pair for step in chosen for pair in step) == everything
+    assert {len(step) for step in chosen[:-1]} <= {batch_rows}
+    for step in range(packed.steps_per_epoch):
+        flats, rectangles = packed.micro_batches(step), other.micro_batches(step)
+        assert all(batch["input_ids"].shape[1] <= micro_rows * 64 for batch in flats)
+        assert all(len(batch["input_ids"]) <= micro_rows for batch in rectangles)
+        assert learned_rows(flats) == learned_rows(rectangles)
+        assert learned_rows(flats).total() == len(chosen[step])
+
+
+def test_the_learned_tokens_of_a_step_are_those_of_its_rows() -> None:
+    part = rows([5, 9, 3])
+    (batch,) = batches([part], micro_rows=4).micro_batches(0)
+    expected = Counter()
+    for index in range(3):
+        ids, learned = part.row(index)
+        target = [int(i) if on and at else IGNORE for at, (i, on) in enumerate(zip(ids, learned, strict=True))]
+        expected[tuple(map(int, ids)), tuple(target)] += 1
+    assert learned_rows([batch]) == expected
+
+
+def test_a_step_does_not_depend_on_the_steps_before() -> None:
+    part = rows([5] * 30)
+    forward, backward = batches([part]), batches([part])
+    steps = list(range(3 * forward.steps_per_epoch))
+    in_order = {step: forward.rows_of(step) for step in steps}
+    assert {step: backward.rows_of(step) for step in reversed(steps)} == in_order
+    assert batches([part], seed=8).rows_of(0) != in_order[0]
+    first, second = (sorted(pair for step in range(8) for pair in in_order[e * 8 + step]) for e in (0, 1))
+    assert first == second
+    assert in_order[0] != in_order[8]
+
+
+@given(st.lists(st.integers(1, 60), min_size=1, max_size=3), st.sampled_from([0.0, 0.1, 0.5, 0.9]), st.integers(0, 99))
+def test_held_out_rows_are_never_trained(sizes: list[int], eval_share: float, seed: int) -> None:
+    parts = [rows([3] * size) for size in sizes]
+    made = batches(parts, eval_share=eval_share, seed=seed)
+    trained = {pair for step in range(2 * made.steps_per_epoch) for pair in made.rows_of(step)}
+    for part, (kept, held) in enumerate(made.split):
+        assert sorted([*kept, *held]) == list(range(sizes[part]))
+        assert len(held) == round(eval_share * sizes[part])
+        assert {row for p, row in trained if p == part} == set(kept.tolist())
+
+
+def test_the_pieces_of_a_split_row_are_held_out_together() -> None:
+    part = rows([3] * 60, numbers=[number for number in range(1, 21) for _ in range(3)])
+    kept, held = batches([part], eval_share=0.25).split[0]
+    assert len(held) == 15
+    assert not set(part.numbers[kept]) & set(part.numbers[held])
+
+
+def test_flat_restarts_positions_and_learns_no_first_token() -> None:
+    first = (np.array([5, 6, 7], np.int32), np.array([True, True, False]))
+    second = (np.array([8, 9], np.int32), np.array([True, True]))
+    batch = flat([first, second])
+    assert {name: array.tolist() for name, array in batch.items()} == {
+        "input_ids": [[5, 6, 7, 8, 9]],
+        "labels": [[IGNORE, 6, IGNORE, IGNORE, 9]],
+        "position_ids": [[0, 1, 2, 0, 1]],
+        "packed_seq_lengths": [3, 2],
+    }
+    assert {name: array.tolist() for name, array in padded([first, second], 0).items()} == {
+        "input_ids": [[5, 6, 7], [8, 9, 0]],
+        "labels": [[IGNORE, 6, IGNORE], [IGNORE, 9, IGNORE]],
+        "attention_mask": [[1, 1, 1], [1, 1, 0]],
+    }
+
+
+@pytest.mark.parametrize("packed", [True, False])
+def test_a_row_longer_than_a_pack_still_trains(packed: bool) -> None:
+    made = batches([rows([300, 4])], micro_rows=1, packed=packed)
+    assert sum(learned_rows(made.micro_batches(0)).values()) == 2

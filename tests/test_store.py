@@ -1,0 +1,294 @@
+"""Encoded rows on disk: made once for each content, never used when torn, the same from any number of processes."""
+
+import json
+import multiprocessing
+import os
+import signal
+from collections.abc import Callable, Iterator
+from dataclasses import replace
+from pathlib import Path
+from typing import Any
+
+import pytest
+
+from fasttune import config
+from fasttune.data import arithmetic, files, load, sources, store
+from fasttune.data.files import Chunk
+from fasttune.data.tokens import Recipe
+from fasttune.errors import DataError
+
+GOOD = {"question": "q", "answer": "a"}
+EMPTY = {"question": "an empty one", "answer": ""}
+
+
+@pytest.fixture
+def recipe(tiny_recipe: Recipe) -> Recipe:
+    return replace(tiny_recipe, form="question_answer")
+
+
+@pytest.fixture
+def cache(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
+    """An empty cache; returns where its entries are."""
+    monkeypatch.setenv("FASTTUNE_CACHE", str(tmp_path / "cache"))
+    return tmp_path / "cache" / "data"
+
+
+@pytest.fixture
+def encoded(monkeypatch: pytest.MonkeyPatch) -> list[int]:
+    """Rows of every chunk that is encoded in this process."""
+    seen: list[int] = []
+    encode = store.Encoder.encode
+
+    def counting(self: Any, chunk: Chunk) -> Any:
+        seen.append(len(chunk))
+        return encode(self, chunk)
+
+    monkeypatch.setattr(store.Encoder, "encode", counting)
+    return seen
+
+
+def write(path: Path, rows: list[dict[str, Any]]) -> str:
+    path.write_text("".join(json.dumps(row) + "\n" for row in rows))
+    return str(path)
+
+
+def stored(recipe: Recipe, source: str) -> store.Rows:
+    key = sources.fingerprint(source, "train", "train", False)
+    return store.load(source, key, recipe, lambda: sources.read(source, "train"), lambda share: None)
+
+
+def contents(rows: store.Rows) -> tuple[list[int], ...]:
+    return tuple(array.tolist() for array in (rows.ids, rows.learned, rows.starts, rows.numbers))
+
+
+def entries(cache: Path) -> list[str]:
+    return sorted(path.name for path in cache.iterdir()) if cache.exists() else []
+
+
+def test_rows_come_back_as_they_were_encoded(tmp_path: Path, cache: Path, recipe: Recipe) -> None:
+    rows = arithmetic.generate("train", rows=50)
+    source = write(tmp_path / "rows.jsonl", [*rows[:20], EMPTY, *rows[20:]])
+    found = stored(recipe, source)
+    block = store.Encoder(recipe).encode(Chunk(source, 1, 1.0, rows=[*rows[:20], EMPTY, *rows[20:]]))
+    assert len(found) == 50
+    assert found.lengths.tolist() == block.lengths.tolist()
+    assert (found.ids.tolist(), found.learned.tolist()) == (block.ids.tolist(), block.learned.tolist())
+    assert found.numbers.tolist() == [*range(1, 21), *range(22, 52)]
+    start = int(block.lengths[:3].sum())
+    ids, learned = found.row(3)
+    assert (ids == block.ids[start : start + block.lengths[3]]).all()
+    assert (learned == block.learned[start : start + block.lengths[3]]).all()
+    assert found.counts == {
+        "rows": 51,
+        "kept": 50,
+        "tokens": len(block.ids),
+        "learned": int(block.learned.sum()),
+        "dropped: empty answer": 1,
+    }
+
+
+def test_the_second_time_nothing_is_encoded(tmp_path: Path, cache: Path, recipe: Recipe, encoded: list[int]) -> None:
+    source = write(tmp_path / "rows.jsonl", arithmetic.generate("train", rows=50))
+    first = stored(recipe, source)
+    assert sum(encoded) == 50
+    encoded.clear()
+    second = stored(recipe, write(tmp_path / "copy.jsonl", arithmetic.generate("train", rows=50)))
+    assert encoded == []
+    assert contents(first) == contents(second)
+    assert (second.counts, second.source) == (first.counts, str(tmp_path / "copy.jsonl"))
+    assert len(entries(cache)) == 1
+
+
+CHANGES: list[Callable[[Recipe], Recipe]] = [
+    lambda r: replace(r, train_on="all"),
+    lambda r: replace(r, max_length=r.max_length - 1),
+    lambda r: replace(r, too_long="split"),
+    lambda r: replace(r, template=replace(r.template, source="{# #}" + r.template.source)),
+    lambda r: replace(r, template=replace(r.template, special={**r.template.special, "eos_token": "x"})),
+    lambda r: replace(r, columns=(("question", "question"),)),
+    lambda r: replace(r, tokenizer_json=r.tokenizer_json + " "),
+]
+
+
+@pytest.mark.parametrize("change", CHANGES)
+def test_another_setting_makes_another_entry(
+    tmp_path: Path, cache: Path, recipe: Recipe, encoded: list[int], change: Callable[[Recipe], Recipe]
+) -> None:
+    source = write(tmp_path / "rows.jsonl", [GOOD] * 3)
+    stored(recipe, source)
+    stored(change(recipe), source)
+    assert len(entries(cache)) == 2
+    assert sum(encoded) == 6
+
+
+def test_a_changed_file_makes_another_entry(tmp_path: Path, cache: Path, recipe: Recipe) -> None:
+    stored(recipe, write(tmp_path / "rows.jsonl", [GOOD] * 3))
+    assert len(stored(recipe, write(tmp_path / "rows.jsonl", [GOOD] * 4))) == 4
+    assert len(entries(cache)) == 2
+
+
+def flip(path: Path) -> None:
+    content = bytearray(path.read_bytes())
+    content[len(content) // 2] ^= 1
+    path.write_bytes(content)
+
+
+def shorten(path: Path) -> None:
+    path.write_bytes(path.read_bytes()[:-4])
+
+
+@pytest.mark.parametrize("name", [*store.ARRAYS, "manifest.json"])
+@pytest.mark.parametrize("tear", [flip, shorten, Path.unlink, lambda path: path.write_bytes(b"")])
+def test_a_torn_entry_is_made_again(
+    tmp_path: Path, cache: Path, recipe: Recipe, encoded: list[int], name: str, tear: Callable[[Path], None]
+) -> None:
+    source = write(tmp_path / "rows.jsonl", arithmetic.generate("train", rows=20))
+    whole = contents(stored(recipe, source))
+    (entry,) = entries(cache)
+    tear(cache / entry / name)
+    encoded.clear()
+    assert contents(stored(recipe, source)) == whole
+    if not (name == "manifest.json" and tear is flip):  # a bit of the name of the source may flip: nothing is torn
+        assert sum(encoded) == 20
+    encoded.clear()
+    stored(recipe, source)
+    assert encoded == []
+
+
+def test_a_failed_build_leaves_nothing(tmp_path: Path, cache: Path, recipe: Recipe) -> None:
+    source = write(tmp_path / "rows.jsonl", [GOOD] * 5000)
+    with (tmp_path / "rows.jsonl").open("a") as file:
+        file.write('{"question": "cut o')
+    with pytest.raises(DataError, match="line 5001 is no valid JSON"):
+        stored(recipe, source)
+    assert entries(cache) == []
+
+
+def test_an_interrupted_build_leaves_nothing(tmp_path: Path, cache: Path, recipe: Recipe) -> None:
+    source = write(tmp_path / "rows.jsonl", [GOOD] * 5)
+
+    def interrupted() -> Iterator[Chunk]:
+        yield from sources.read(source, "train")
+        raise KeyboardInterrupt
+
+    with pytest.raises(KeyboardInterrupt):
+        store.load(source, "key", recipe, interrupted, lambda share: None)
+    assert entries(cache) == []
+
+
+def test_over_5_percent_of_useless_rows_is_an_error_that_shows_one(tmp_path: Path, cache: Path, recipe: Recipe) -> None:
+    assert len(stored(recipe, write(tmp_path / "few.jsonl", [GOOD] * 95 + [EMPTY] * 5))) == 95
+    source = write(tmp_path / "many.jsonl", [GOOD] * 94 + [EMPTY] * 5 + [{"question": "", "answer": "a"}])
+    told = r"6 of 100 rows of .*many.jsonl teach nothing \(5 empty answer, 1 empty question\).*an empty one"
+    with pytest.raises(DataError, match=told) as caught:
+        stored(recipe, source)
+    assert "\n" not in str(caught.value)
+    assert len(entries(cache)) == 1
+
+
+def test_nothing_left_is_an_error(tmp_path: Path, cache: Path, recipe: Recipe) -> None:
+    with pytest.raises(DataError, match="blank.jsonl holds no rows"):
+        stored(recipe, _blank(tmp_path))
+    source = write(tmp_path / "long.jsonl", [{"question": "q" * 600, "answer": "a"}] * 3)
+    with pytest.raises(DataError, match=r"all 3 are longer than model.max_length=512: raise it, or set data.too_long"):
+        stored(replace(recipe, too_long="drop"), source)
+    assert entries(cache) == []
+
+
+def _blank(tmp_path: Path) -> str:
+    (tmp_path / "blank.jsonl").write_text("\n\n")
+    return str(tmp_path / "blank.jsonl")
+
+
+def test_progress_rises_to_the_end(
+    tmp_path: Path, cache: Path, recipe: Recipe, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(files, "BLOCK_BYTES", 4000)
+    source = write(tmp_path / "rows.jsonl", arithmetic.generate("train", rows=200))
+    shares: list[float] = []
+    store.load(source, "key", recipe, lambda: sources.read(source, "train"), shares.append)
+    assert len(shares) > 5
+    assert shares == sorted(shares)
+    assert shares[-1] == 1.0
+
+
+def test_workers_give_the_same_bytes_as_one_process(
+    tmp_path: Path, cache: Path, recipe: Recipe, encoded: list[int], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(files, "BLOCK_BYTES", 4000)
+    source = write(tmp_path / "rows.jsonl", [*arithmetic.generate("train", rows=300), EMPTY])
+    alone = contents(stored(recipe, source))
+    assert sum(encoded) == 301
+    encoded.clear()
+    monkeypatch.setenv("FASTTUNE_CACHE", str(tmp_path / "other"))
+    monkeypatch.setattr(store, "POOL_FROM_CHUNKS", 2)
+    monkeypatch.setattr(os, "sched_getaffinity", lambda _: {0, 1})
+    assert contents(stored(recipe, source)) == alone
+    assert encoded == []  # not here
+    bad = write(tmp_path / "bad.jsonl", [*arithmetic.generate("train", rows=300), {"question": 3, "answer": "a"}])
+    with pytest.raises(DataError, match="bad.jsonl line 301: question is int 3"):
+        stored(recipe, bad)
+    assert multiprocessing.active_children() == []
+
+
+def test_a_killed_worker_is_a_clear_error(
+    tmp_path: Path, cache: Path, recipe: Recipe, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(store, "POOL_FROM_CHUNKS", 2)
+    monkeypatch.setattr(os, "sched_getaffinity", lambda _: {0, 1})
+
+    def chunks() -> Iterator[Chunk]:
+        for number in range(1, 60):
+            for child in multiprocessing.active_children():
+                assert child.pid is not None
+                os.kill(child.pid, signal.SIGKILL)
+            yield Chunk("rows.jsonl", number, 0.5, rows=[GOOD])
+
+    with pytest.raises(DataError, match="ended from outside, most likely for memory"):
+        store.load("rows.jsonl", "key", recipe, chunks, lambda share: None)
+    assert entries(cache) == []
+    assert multiprocessing.active_children() == []
+
+
+def settings(train: Any, **data: Any) -> config.Config:
+    return config.parse({"model": {"name": "builtin:tiny", "max_length": 512}, "data": {"train": train, **data}})
+
+
+def encode(tokenizer: Any, train: Any, **data: Any) -> Any:
+    return load.encode(settings(train, **data), tokenizer, True, lambda what, share: None)
+
+
+def test_the_config_decides_what_is_read(tmp_path: Path, cache: Path, tiny_tokenizer: Any) -> None:
+    first = write(tmp_path / "a.jsonl", arithmetic.generate("train", rows=40))
+    second = write(tmp_path / "b.jsonl", [{"text": "once upon a time"}] * 10)
+    made = encode(tiny_tokenizer, {first: 1.0, second: 2.0}, eval_share=0.1)
+    assert made.sizes == [36, 9]
+    assert made.rows_per_epoch == 36 + 18
+    assert "40 rows" in load.describe(made)[0]
+    assert "4 held out" in load.describe(made)[0]
+    assert "2 × an epoch; 1 held out" in load.describe(made)[1]
+    limited = encode(tiny_tokenizer, first, max_rows=7)
+    assert limited.parts[0].numbers.tolist() == list(range(1, 8))
+    renamed = write(tmp_path / "c.jsonl", [{"problem": "q", "solution": "a"}])
+    assert len(encode(tiny_tokenizer, renamed, columns={"question": "problem", "answer": "solution"}).parts[0]) == 1
+    said = load.describe(encode(tiny_tokenizer, write(tmp_path / "d.jsonl", [GOOD] * 99 + [EMPTY])))
+    assert said[0].endswith("1 dropped: empty answer")
+
+
+@pytest.mark.parametrize(
+    ("rows", "data", "told"),
+    [
+        ([{"a": 1}], {}, "line 1 has the columns a"),
+        ([GOOD, {"text": "x"}], {}, "line 2 has no question and no answer"),
+        ([GOOD], {"format": "text"}, "line 1 has no text"),
+        ([GOOD], {"columns": {"question": "problem"}}, "line 1 has no problem"),
+        ([GOOD], {"eval_share": 0.9}, "leaves no row to train on"),
+        ([GOOD] * 3 + [EMPTY], {}, "1 of 4 rows"),
+    ],
+)
+def test_a_wrong_file_is_one_clear_line(
+    tmp_path: Path, cache: Path, tiny_tokenizer: Any, rows: list[dict[str, Any]], data: dict[str, Any], told: str
+) -> None:
+    with pytest.raises(DataError, match=told) as caught:
+        encode(tiny_tokenizer, write(tmp_path / "rows.jsonl", rows), **data)
+    assert "\n" not in str(caught.value)

@@ -1,0 +1,126 @@
+"""Every form of a row trains end to end from a file of that form, and bad files are one line that names the place."""
+
+import gzip
+import json
+import subprocess
+import sys
+from pathlib import Path
+from typing import Any
+
+import pytest
+
+from fasttune import config, terminal
+from fasttune.errors import DataError
+
+QUESTION, ANSWER = "How much is 3 + 4?", "3 + 4 = 7\n#### 7"
+TURNS = [{"role": "user", "content": QUESTION}, {"role": "assistant", "content": ANSWER}]
+SHAREGPT = [{"from": "human", "value": QUESTION}, {"from": "gpt", "value": ANSWER}]
+ROWS: dict[str, dict[str, Any]] = {
+    "messages": {"messages": [{"role": "system", "content": "Be brief."}, *TURNS]},
+    "conversations": {"conversations": SHAREGPT * 2},
+    "question_answer": {"question": QUESTION, "answer": ANSWER},
+    "query_response": {"query": QUESTION, "response": ANSWER, "type": "MATH"},
+    "prompt_completion": {"prompt": QUESTION, "completion": ANSWER},
+    "prompt_completion of messages": {"prompt": TURNS[:1], "completion": TURNS[1:]},
+    "alpaca": {"instruction": "Add.", "input": "3 + 4", "output": ANSWER, "history": [["Hi", "Hello"]]},
+    "text": {"text": QUESTION + "\n" + ANSWER},
+}
+
+
+def tree(file: Path, **data: Any) -> dict[str, Any]:
+    return {
+        "model": {"name": "builtin:tiny", "max_length": 256},
+        "data": {"train": str(file), **data},
+        "train": {"batch_rows": 4, "max_steps": 1},
+        "output_dir": str(file.parent / "run"),
+    }
+
+
+def train(file: Path, **data: Any) -> Any:
+    from fasttune import train as training
+
+    return training.run(config.parse(tree(file, **data)), terminal.Reporter(None, quiet=True))
+
+
+def write(path: Path, rows: list[dict[str, Any]]) -> Path:
+    """Rows in the kind of file that the name of the path says."""
+    if path.suffix == ".parquet":
+        import pyarrow
+        import pyarrow.parquet
+
+        pyarrow.parquet.write_table(pyarrow.Table.from_pylist(rows), path)
+        return path
+    text = "".join(json.dumps(row) + "\n" for row in rows)
+    path.write_bytes(gzip.compress(text.encode()) if path.suffix == ".gz" else text.encode())
+    return path
+
+
+NESTED = [(form, ending) for form in ("messages", "alpaca") for ending in ("jsonl.gz", "parquet")]
+
+
+@pytest.mark.parametrize(("form", "ending"), [*((form, "jsonl") for form in ROWS), *NESTED])
+def test_a_file_of_every_form_trains(unsloth: None, tmp_path: Path, form: str, ending: str) -> None:
+    result = train(write(tmp_path / f"rows.{ending}", [ROWS[form]] * 8))
+    assert (result.status, result.steps) == ("completed", 1)
+    assert result.backend.packing.startswith("packed: 4 rows")
+    answers = 2 if form in ("conversations", "alpaca") else 1
+    learned = 4 * (answers * (len(ANSWER) + 1))  # byte tokens and the end of each turn
+    if form == "alpaca":
+        learned = 4 * (len("Hello") + 1 + len(ANSWER) + 1)
+    elif form == "text":
+        learned = 4 * len(QUESTION + "\n" + ANSWER)  # EOS too, but the first token is predicted from nothing
+    assert result.loss_tokens == learned
+
+
+GOOD = json.dumps(ROWS["question_answer"])
+
+
+@pytest.mark.parametrize(
+    ("content", "told"),
+    [
+        (GOOD + '\n{"question": "x", "answ', r"rows.jsonl line 2 is no valid JSON.*cut off"),
+        (GOOD + "\n[1, 2]\n", "line 2 is no JSON object"),
+        (GOOD + '\n{"question": "x"}\n', r"line 2 has no answer \(it has question\).*one format a file"),
+        (GOOD + '\n{"text": "x"}\n', "line 2 has no question and no answer"),
+        (GOOD + '\n{"question": 3, "answer": "x"}\n', "line 2: question is int 3, expected text"),
+        ('{"a": 1}\n', "line 1 has the columns a; expected one of messages"),
+        ("\n\n", "holds no rows"),
+        (GOOD.encode() + b'\n{"question": "\xff", "answer": "x"}\n', "line 2 is not UTF-8 .byte 0xff"),
+        (GOOD + '\n{"question": "x", "answer": " "}\n', r"1 of 2 rows of .* teach nothing \(1 empty answer\)"),
+    ],
+)
+def test_a_bad_file_is_named_and_nothing_is_written(
+    unsloth: None, tmp_path: Path, content: str | bytes, told: str
+) -> None:
+    file = tmp_path / "rows.jsonl"
+    file.write_bytes(content if isinstance(content, bytes) else content.encode())
+    with pytest.raises(DataError, match=told) as caught:
+        train(file)
+    assert "\n" not in str(caught.value)
+    assert not (tmp_path / "run").exists()
+
+
+def test_the_command_says_it_in_one_line_before_anything_is_loaded(tmp_path: Path) -> None:
+    file = write(tmp_path / "rows.jsonl", [{"a": 1}])
+    config_file = tmp_path / "c.yaml"
+    config_file.write_text(json.dumps(tree(file)))
+    done = subprocess.run(
+        [sys.executable, "-m", "fasttune.cli", "train", str(config_file)], capture_output=True, text=True, check=False
+    )
+    assert done.returncode == 2
+    assert done.stdout == ""
+    (line,) = done.stderr.splitlines()
+    assert line.startswith("fasttune: data: ") and "line 1 has the columns a" in line
+
+
+def test_several_sets_with_weights_and_a_hold_out(unsloth: None, tmp_path: Path) -> None:
+    from fasttune import prepare
+
+    files = [write(tmp_path / f"{name}.jsonl", [ROWS[name]] * 20) for name in ("messages", "text")]
+    settings = config.parse(
+        tree(files[0], train={str(files[0]): 2, str(files[1]): 0.5}, eval_share=0.1) | {"samples": 1}
+    )
+    job = prepare.prepare(settings, tmp_path / "run", terminal.Reporter(None, quiet=True))
+    assert job.data.sizes == [18, 18]
+    assert job.data.rows_per_epoch == 2 * 18 + 9
+    assert [problem.question for problem in job.problems] == [QUESTION]
