@@ -1,6 +1,6 @@
 """The command line: imports one module when its command is asked for, so that --help answers at once.
 
-fasttune train CONFIG [key=value …]     fasttune data CONFIG [key=value …]     fasttune verify
+fasttune train | data | bench CONFIG [key=value …]     fasttune verify
 Exit codes: 0 fine, 1 a run or check failed, 2 wrong input.
 """
 
@@ -15,8 +15,14 @@ EXAMPLES = """examples:
   fasttune train configs/quickstart.yaml
   fasttune train configs/smollm2_135m_gsm8k.yaml data.train=rows.jsonl train.max_steps=20
   fasttune data configs/quickstart.yaml --rows 5
+  fasttune bench configs/smollm2_135m_gsm8k.yaml data.train=rows.jsonl --repeats 5
   fasttune verify --quick
 """
+INTERRUPTED = {
+    "bench": "; what was measured is kept: the same command goes on from there",
+    "data": "",
+    "train": " before the first step; nothing was trained",
+}
 
 
 def main(argv: list[str] | None = None) -> int:
@@ -31,10 +37,9 @@ def main(argv: list[str] | None = None) -> int:
         parser().error(f"unrecognized arguments: {' '.join(rest)}")
     options.overrides += rest  # argparse takes no key=value that stands behind an option
     try:
-        return data(options) if options.command == "data" else train(options)
+        return {"bench": bench, "data": data, "train": train}[options.command](options)
     except KeyboardInterrupt:
-        done = "" if options.command == "data" else " before the first step; nothing was trained"
-        print(f"fasttune: interrupted{done}", file=sys.stderr)
+        print(f"fasttune: interrupted{INTERRUPTED[options.command]}", file=sys.stderr)
         return 128 + signal.SIGINT
     except FasttuneError as error:
         if options.debug:
@@ -60,6 +65,13 @@ def parser() -> argparse.ArgumentParser:
     command = _with_config(commands.add_parser("data", help="show the rows as they will be trained; trains nothing"))
     command.add_argument("--rows", type=int, default=3, metavar="N", help="rows to print (default 3)")
     command.add_argument("--json", action="store_true", help="print all figures as the last line of stdout")
+    command = _with_config(commands.add_parser("bench", help="the same job on several arms, with the losses compared"))
+    command.add_argument("--arms", help="comma-separated; default: fasttune,vanilla,hf-tuned,unsloth-notebook")
+    command.add_argument("--repeats", type=int, default=5, metavar="N", help="of each arm, interleaved (default 5)")
+    command.add_argument("--steps", type=int, metavar="N", help="optimizer steps of a repeat (default 6; 20 on a GPU)")
+    command.add_argument("--usd-per-hour", type=float, metavar="X", help="price of this machine")
+    command.add_argument("--output", metavar="DIR", help="default runs/bench-NAME; one that was interrupted goes on")
+    command.add_argument("--json", action="store_true", help="print bench.json as the last line of stdout")
     return top
 
 
@@ -85,6 +97,29 @@ def train(options: argparse.Namespace) -> int:
     if result.status == "interrupted":
         return 128 + (signal.SIGTERM if "SIGTERM" in (result.error or "") else signal.SIGINT)
     return 0 if result.status == "completed" else 1
+
+
+def bench(options: argparse.Namespace) -> int:
+    """`fasttune bench`: 0, or 1 when the arms cannot be compared (INVALID)."""
+    from pathlib import Path
+
+    from fasttune import config
+    from fasttune.bench import page, report, run
+
+    price = [] if options.usd_per_hour is None else [f"usd_per_hour={options.usd_per_hour}"]
+    settings = config.load(options.config, [*options.overrides, *price])
+    names = run.check(settings, options.arms, options.repeats, options.steps)
+    folder = Path(options.output or f"runs/bench-{settings.name}")
+    command = " ".join(["fasttune bench", options.config, *options.overrides])
+    with page.Progress() as progress:
+        result = run.run(settings, names, options.repeats, options.steps, folder, command, progress.told)
+    report.write(result, folder)
+    page.show(result, folder)
+    if options.json:
+        from fasttune.report import to_json_line
+
+        print(to_json_line(result.as_dict()))
+    return 0 if result.valid else 1
 
 
 def data(options: argparse.Namespace) -> int:

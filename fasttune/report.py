@@ -119,7 +119,8 @@ def write_json(path: Path | str, data: Mapping[str, Any]) -> None:
 
     Raises OutputError where the file cannot be written, TypeError for a value that JSON cannot hold.
     """
-    _replace(Path(path), json.dumps(_finite(data), indent=2, ensure_ascii=False, allow_nan=False) + "\n")
+    text = json.dumps(_finite(data), indent=2, ensure_ascii=False, allow_nan=False) + "\n"
+    write_bytes(Path(path), _encode(text))
 
 
 def to_json_line(data: Mapping[str, Any]) -> str:
@@ -132,8 +133,23 @@ def write_html(path: Path | str, result: RunResult, steps: list[StepMetrics]) ->
 
     Raises OutputError where the file cannot be written.
     """
-    import jinja2  # with matplotlib about a second of imports that only this function needs
     from markupsafe import Markup
+
+    write_page(
+        path,
+        "report.html.j2",
+        result=result,
+        figures=key_figures(result),
+        what_ran=what_ran(result),
+        facts=[(name.replace("_", " "), readable(value)) for name, value in result.hardware.items()],
+        plots=[(title, note, Markup(svg)) for title, note, svg in plots.of_run(steps)],
+        drawn_every=plots.stride(steps),
+    )
+
+
+def write_page(path: Path | str, template: str, **values: Any) -> None:
+    """Fill a template of this folder, every value escaped, and write it atomically. Raises OutputError."""
+    import jinja2  # with matplotlib about a second of imports that only pages need
 
     environment = jinja2.Environment(
         loader=jinja2.FileSystemLoader(Path(__file__).parent),
@@ -142,15 +158,7 @@ def write_html(path: Path | str, result: RunResult, steps: list[StepMetrics]) ->
         trim_blocks=True,
         lstrip_blocks=True,
     )
-    html = environment.get_template("report.html.j2").render(
-        result=result,
-        figures=key_figures(result),
-        what_ran=what_ran(result),
-        facts=[(name.replace("_", " "), readable(value)) for name, value in result.hardware.items()],
-        plots=[(title, note, Markup(svg)) for title, note, svg in plots.of_run(steps)],
-        drawn_every=plots.stride(steps),
-    )
-    _replace(Path(path), html)
+    write_bytes(Path(path), _encode(environment.get_template(template).render(values)))
 
 
 def readable(value: Any) -> str:
@@ -178,12 +186,17 @@ def _finite(value: Any) -> Any:
     return str(value) if isinstance(value, Path) else value
 
 
-def _replace(path: Path, text: str) -> None:
-    """The whole text or the old file: never half a file. A lone surrogate (odd file names) becomes its \\u escape."""
+def _encode(text: str) -> bytes:
+    """UTF-8; a lone surrogate (odd file names) becomes its \\u escape."""
+    return text.encode("utf-8", errors="backslashreplace")
+
+
+def write_bytes(path: Path, content: bytes) -> None:
+    """The whole content or the old file: never half a file. Raises OutputError."""
     temporary = path.with_name(f".{path.name}.{os.getpid()}.tmp")
     try:
-        with temporary.open("w", encoding="utf-8", errors="backslashreplace") as file:
-            file.write(text)
+        with temporary.open("wb") as file:
+            file.write(content)
             file.flush()
             os.fsync(file.fileno())
         os.replace(temporary, path)

@@ -138,9 +138,7 @@ def test_a_wrong_row_is_named(row: dict[str, Any], told: str) -> None:
 
 
 def test_mixed_forms_are_named() -> None:
-    with pytest.raises(
-        DataError, match=rf"{PLACE} has no query and no response .*question, answer.*one format"
-    ):
+    with pytest.raises(DataError, match=rf"{PLACE} has no query and no response .*question, answer.*one format"):
         formats.convert({"question": "q", "answer": "a"}, "query_response", PLACE)
 
 

