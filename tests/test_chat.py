@@ -288,3 +288,32 @@ def test_a_conversation_the_template_cannot_show_is_unusable(template: str, reas
 def test_the_prompt_ends_where_the_learned_answer_begins(tiny_tokenizer: Any) -> None:
     text, spans = chat.template_of(tiny_tokenizer).text(TWO_ANSWERS, "last", "row 1")
     assert chat.prompt(MESSAGES, tiny_tokenizer) == text[: spans[0][0]]
+
+
+def test_templates_render_as_transformers_renders_them() -> None:
+    """Every chat template that trl ships, with tools, a tool call and a generation prompt."""
+    from transformers.utils.chat_template_utils import render_jinja_template
+
+    call = {"type": "function", "function": {"name": "add", "arguments": {"a": 1, "b": "zwei ä <"}}}
+    tools = [
+        {"type": "function", "function": {"name": "add", "description": "a < b", "parameters": {"type": "object"}}}
+    ]
+    plain = [{"role": "user", "content": "Hi ä"}, {"role": "assistant", "content": "Hello <b>"}]
+    called = [*plain[:1], {"role": "assistant", "content": "", "tool_calls": [call]}, {"role": "tool", "content": "3"}]
+    special = {"bos_token": "<s>", "eos_token": "</s>", "pad_token": "<p>"}
+    rendered = 0
+    for path in sorted((Path(importlib.util.find_spec("trl").origin).parent / "chat_templates").glob("*.jinja")):
+        template = Template(path.read_text(encoding="utf-8"), special, adds_bos=False)
+        for messages, given in ((plain, None), (called, tools)):
+            for ask in (False, True):
+                try:
+                    (expected,), _ = render_jinja_template(
+                        [messages], tools=given, chat_template=template.source, add_generation_prompt=ask, **special
+                    )
+                except Exception:
+                    with pytest.raises(Unusable):
+                        template.render(messages, given, ask)
+                    continue
+                assert template.render(messages, given, ask) == expected, path.name
+                rendered += 1
+    assert rendered > 100

@@ -5,10 +5,12 @@ A *repeat* is one arm run once, in a fresh process; an *arm* is all its repeats.
 
 import math
 import random
+import re
 import statistics
 from dataclasses import asdict, dataclass, field
 from typing import Any
 
+from fasttune import hardware
 from fasttune.metrics import Backend
 
 BASELINE = "vanilla"
@@ -141,6 +143,18 @@ class Bench:
     def valid(self) -> bool:
         return all(comparison.invalid is None for comparison in self.comparisons())
 
+    def mfu(self, arm: Arm) -> float | None:
+        """Model FLOPs (metrics.FLOPS_FORMULA) over the dense bf16 peak of the datasheet.
+
+        None for another dtype, quantised weights or an unknown chip.
+        """
+        peak = hardware.peak_bf16_tflops(self.hardware["gpus"][0]["name"]) if self.hardware["gpus"] else None
+        if not arm.repeats or not peak or self.dtype != "bfloat16":
+            return None
+        if re.search("int|float8", arm.repeats[-1].backend.dtype):  # quantised
+            return None
+        return statistics.median(repeat.tokens_per_s * repeat.flops_per_token for repeat in arm.repeats) / peak / 1e12
+
     def as_dict(self) -> dict[str, Any]:
         """bench.json."""
         document = asdict(self)
@@ -151,6 +165,7 @@ class Bench:
             plain["losses"] = arm.repeats[0].losses if arm.repeats else []
             plain["backend"] = asdict(arm.repeats[-1].backend) if arm.repeats else None
             speed = arm.median("tokens_per_s")
+            plain["mfu"] = self.mfu(arm)
             plain["share_of_limit"] = speed / self.limit.tokens_per_s if speed and self.limit else None
             plain["usd_per_million_tokens"] = usd_per_million(speed, self.usd_per_hour)
             plain["job_hours"] = self.job_tokens / speed / 3600 if speed else None

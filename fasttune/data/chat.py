@@ -5,6 +5,7 @@ Imports neither torch nor the tokenizer classes of transformers, so that workers
 """
 
 from dataclasses import dataclass
+from functools import lru_cache
 from typing import Any
 
 from fasttune.data.formats import Conversation, Message, Unusable
@@ -44,15 +45,13 @@ class Template:
     def render(self, messages: list[Message], tools: list[Any] | None = None, ask: bool = False) -> str:
         """The text of the turns; `ask`: ready for the assistant to answer. Raises Unusable if the template refuses."""
         import jinja2
-        from transformers.utils.chat_template_utils import render_jinja_template
 
         try:
-            texts, _ = render_jinja_template(
-                [messages], tools=tools, chat_template=self.source, add_generation_prompt=ask, **self.special
+            return _compiled(self.source).render(
+                messages=messages, tools=tools, documents=None, add_generation_prompt=ask, **self.special
             )
         except (jinja2.TemplateError, TypeError, KeyError) as error:
             raise Unusable(f"refused by the chat template ({error})") from error
-        return texts[0]
 
     def text(self, conversation: Conversation | str, train_on: str, place: str) -> tuple[str, list[Span]]:
         """Text and learned spans of a row. `train_on`: assistant (every answer), last, or all.
@@ -128,6 +127,36 @@ def prompt(messages: list[Message], tokenizer: Any) -> str:
     """What the model is given before its last answer, ready to generate from."""
     last = max(index for index, message in enumerate(messages) if message["role"] == "assistant")
     return template_of(tokenizer).render(messages[:last], ask=True)
+
+
+@lru_cache
+def _compiled(source: str) -> Any:
+    """A template as transformers compiles it; tests compare the two. Importing that here costs every worker seconds."""
+    import json
+    from datetime import datetime
+
+    import jinja2
+    from jinja2.ext import Extension, loopcontrols
+    from jinja2.sandbox import ImmutableSandboxedEnvironment
+
+    class Generation(Extension):
+        """{% generation %}, which marks answers in some templates: nothing but what is inside."""
+
+        tags = {"generation"}  # noqa: RUF012
+
+        def parse(self, parser: Any) -> Any:
+            next(parser.stream)
+            return parser.parse_statements(("name:endgeneration",), drop_needle=True)
+
+    def refuse(message: str) -> None:
+        raise jinja2.TemplateError(message)
+
+    environment = ImmutableSandboxedEnvironment(
+        trim_blocks=True, lstrip_blocks=True, extensions=[Generation, loopcontrols]
+    )
+    environment.filters["tojson"] = lambda value, **options: json.dumps(value, **{"ensure_ascii": False, **options})
+    environment.globals |= {"raise_exception": refuse, "strftime_now": lambda form: datetime.now().strftime(form)}
+    return environment.from_string(source)
 
 
 def _end_of_turn(answer: str, content: str | None, start: int) -> tuple[bool, int]:
