@@ -88,6 +88,7 @@ def prepare(config: Config, folder: Path, reporter: Reporter) -> Job:
         warnings.append(f"rows are padded, not packed: {reason}")
     settings.append(_packing(config, packed))
     settings += [Setting("chat template", what, why) for what, why in chat.complete(tokenizer)]
+    config = load.with_format(config)
     data = load.encode(config, tokenizer, packed, reporter.progress)
     settings += [Setting("data", line) for line in load.describe(data)]
     output.check_space(folder, models.trained_gib(model) * (2 if config.lora.init == "pissa" else 1))

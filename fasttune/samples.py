@@ -35,7 +35,7 @@ def read(config: Config, tokenizer: Any, batches: Batches) -> list[Problem]:
             conversation = formats.convert(row, form, place)
         except formats.Unusable:
             continue
-        if isinstance(conversation, str):
+        if isinstance(conversation, str) or not conversation.answers:
             continue
         messages, last = conversation.messages, conversation.answers[-1]
         question = messages[last - 1]["content"]

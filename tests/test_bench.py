@@ -102,7 +102,7 @@ def shared(unsloth: None, tmp_path_factory: pytest.TempPathFactory) -> Path:
 def measure(arm: str, shared: Path, scratch: Path, **train: Any) -> Repeat:
     from fasttune.bench import arms
 
-    settings = config.Config.model_validate_json((shared / "config.json").read_text())
+    settings = config.load(shared / "config.yaml")
     settings = settings.model_copy(update={"train": settings.train.model_copy(update=train)})
     return arms.run(arm, settings, STEPS, shared, scratch)
 

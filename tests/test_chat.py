@@ -317,3 +317,9 @@ def test_templates_render_as_transformers_renders_them() -> None:
                 assert template.render(messages, given, ask) == expected, path.name
                 rendered += 1
     assert rendered > 100
+
+
+def test_an_unclosed_answer_gets_its_end_when_everything_is_learned_too() -> None:
+    text, spans = Template(UNCLOSED, {"eos_token": "</s>"}, adds_bos=False).text(TWO_ANSWERS, "all", "x line 1")
+    assert text.count("</s>") == 2 and "Hello.</s>" in text
+    assert spans == [(0, len(text))]

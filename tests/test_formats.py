@@ -171,3 +171,12 @@ def test_a_long_value_is_cut_in_the_message() -> None:
 def test_a_row_that_teaches_nothing_says_why(row: dict[str, Any], reason: str) -> None:
     with pytest.raises(Unusable, match=f"^{reason}$"):
         convert(row)
+
+
+def test_tool_arguments_as_json_text_become_an_object() -> None:
+    call = {"type": "function", "function": {"name": "add", "arguments": '{"a": 1}'}}
+    row = {"messages": [{"role": "user", "content": "q"}, {"role": "assistant", "content": None, "tool_calls": [call]}]}
+    found = formats.convert(row, "messages", "x line 1")
+    assert isinstance(found, formats.Conversation)
+    assert found.messages[1]["tool_calls"][0]["function"]["arguments"] == {"a": 1}
+    assert call["function"]["arguments"] == '{"a": 1}', "the row itself is left alone"

@@ -265,3 +265,10 @@ def test_the_fingerprint_is_of_the_content(tmp_path: Path) -> None:
         return sources.fingerprint(write(tmp_path / name, jsonl(rows)), "train", "train", False)
 
     assert fingerprint("a.jsonl", ROWS) == fingerprint("b.jsonl", ROWS) != fingerprint("a.jsonl", ROWS[:-1])
+
+
+def test_a_csv_column_named_twice_is_refused(tmp_path: Path) -> None:
+    path = tmp_path / "rows.csv"
+    path.write_text("question,answer,answer\na,b,c\n")
+    with pytest.raises(DataError, match="line 1 names a column twice"):
+        list(sources.read(str(path), "train"))

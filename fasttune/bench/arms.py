@@ -9,6 +9,7 @@ import time
 from pathlib import Path
 from typing import Any
 
+from fasttune import config as configuration
 from fasttune.bench.result import Repeat
 from fasttune.config import Config
 
@@ -43,7 +44,7 @@ def share(config: Config, shared: Path, scratch: Path) -> dict[str, Any]:
     rows = [[job.data.parts[p].row(r) for p, r in job.data.rows_of(step)] for step in range(job.total_steps)]
     plain = [[(ids.tolist(), learned.tolist()) for ids, learned in step] for step in rows]
     (shared / "rows.json").write_text(json.dumps(plain), encoding="utf-8")
-    (shared / "config.json").write_text(job.config.model_dump_json(), encoding="utf-8")
+    (shared / "config.yaml").write_text(configuration.dump(job.config), encoding="utf-8")
     data = job.data
     mean_tokens = sum(part.counts["tokens"] for part in data.parts) / sum(map(len, data.parts))
     return {

@@ -16,7 +16,7 @@ from datetime import UTC, datetime
 from pathlib import Path
 from typing import Any
 
-from fasttune import hardware, metrics, prepare, summary
+from fasttune import config as configuration, hardware, metrics, prepare, summary
 from fasttune.bench.arms import WHAT
 from fasttune.bench.result import MIN_REPEATS, WARMUP_STEPS, Arm, Bench, Limit, Repeat
 from fasttune.config import Config
@@ -59,7 +59,7 @@ def run(
     objections = busy(machine)
     with tempfile.TemporaryDirectory() as shared:
         facts = share(config, Path(shared), steps)
-        resolved = Config.model_validate_json((Path(shared) / "config.json").read_text(encoding="utf-8"))
+        resolved = configuration.load(Path(shared) / "config.yaml")
         measured = Measurements(folder, resolved, steps)
         plan = [(name, number) for number in range(repeats) for name in [*arms, "limit"]]
         for done, (name, number) in enumerate(plan):
@@ -94,7 +94,7 @@ def share(config: Config, shared: Path, steps: int) -> dict[str, Any]:
     train = config.train.model_copy(update={"max_steps": steps})
     data = config.data.model_copy(update={"eval": None})
     job = config.model_copy(update={"train": train, "data": data, "samples": 0, "output_dir": None})
-    (shared / "job.json").write_text(job.model_dump_json(), encoding="utf-8")
+    (shared / "job.yaml").write_text(configuration.dump(job), encoding="utf-8")
     facts = fresh_process("share", shared, steps)
     if "failure" in facts:
         kind, _, text = facts["failure"].partition(": ")

@@ -11,6 +11,7 @@ from dataclasses import asdict
 from pathlib import Path
 from typing import Any
 
+from fasttune import config as configuration
 from fasttune.bench import arms
 from fasttune.config import Config
 
@@ -19,8 +20,7 @@ LIMIT_SECONDS = 4.0
 
 def main() -> int:
     what, shared, steps = sys.argv[1], Path(sys.argv[2]), int(sys.argv[3])
-    source = "job.json" if what == "share" else "config.json"
-    config = Config.model_validate_json((shared / source).read_text(encoding="utf-8"))
+    config = configuration.load(shared / ("job.yaml" if what == "share" else "config.yaml"))
     with tempfile.TemporaryDirectory() as scratch:
         try:
             result = _measure(what, config, steps, shared, Path(scratch))

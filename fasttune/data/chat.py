@@ -5,7 +5,7 @@ Imports neither torch nor the tokenizer classes of transformers, so that workers
 """
 
 from dataclasses import dataclass
-from functools import lru_cache
+from functools import cached_property, lru_cache
 from typing import Any
 
 from fasttune.data.formats import Conversation, Message, Unusable
@@ -33,6 +33,14 @@ class Template:
     source: str
     special: dict[str, Any]
     adds_bos: bool  # the tokenizer puts BOS before a plain text
+
+    @cached_property
+    def closes(self) -> bool:
+        """Whether something is written after an answer, from which its end is learned."""
+        try:
+            return bool(self.render(PROBE).rpartition(PROBE[1]["content"])[2].strip())
+        except Unusable:
+            return True  # its rows will be refused one by one
 
     @property
     def eos(self) -> str:
@@ -64,7 +72,7 @@ class Template:
             return text, [(0, len(text))]
         messages, tools = conversation.messages, conversation.tools
         whole = self.render(messages, tools)
-        if train_on == "all":
+        if train_on == "all" and self.closes:
             return whole, [(0, len(whole))]
         answers = conversation.answers[-1:] if train_on == "last" else conversation.answers
         spans, gaps = [], []
@@ -76,7 +84,8 @@ class Template:
             closed, end = _end_of_turn(whole[start:end], content, start)
             spans.append((start, end))
             gaps += [] if closed else [end]
-        return _insert(whole, spans, gaps, self.eos)
+        text, spans = _insert(whole, spans, gaps, self.eos)
+        return text, [(0, len(text))] if train_on == "all" else spans
 
     def _answer(self, whole: str, messages: list[Message], index: int, tools: Any, place: str) -> Span:
         before = self.render(messages[:index], tools, ask=True)
@@ -110,7 +119,7 @@ def complete(tokenizer: Any) -> list[tuple[str, str]]:
     if template.bos and not text.startswith(template.bos):
         tokenizer.chat_template = BOS_FIRST + tokenizer.chat_template
         changes.append(("BOS put in front", "the tokenizer adds it to every text, the template does not"))
-    if template.eos and not text.rpartition(PROBE_ANSWER)[2].strip():
+    if template.eos and not template.closes:
         changes.append(("EOS put after each answer", "the template never closes one, so the end would not be learned"))
     return changes
 

@@ -124,7 +124,19 @@ def _csv(source: str, path: Path) -> Iterator[Chunk]:
     csv.field_size_limit(MAX_LINE_BYTES)
     with path.open("rb") as raw, _decompressed(raw, path) as stream:
         reader = csv.DictReader(io.TextIOWrapper(stream, "utf-8-sig", newline=""), strict=True)
+        names = _csv_header(source, reader)
+        if len(set(names)) < len(names):
+            raise DataError(f"data: {source} line 1 names a column twice ({', '.join(names)}): rename one")
         yield from grouped(source, _csv_rows(source, reader))
+
+
+def _csv_header(source: str, reader: Any) -> list[str]:
+    try:
+        return list(reader.fieldnames or [])
+    except csv.Error as error:
+        raise DataError(f"data: {source} line 1 is no valid CSV: {error}") from error
+    except UnicodeDecodeError as error:
+        raise DataError(f"data: {source} line 1 is {_not_utf8(error)}") from error
 
 
 def _csv_rows(source: str, reader: Any) -> Iterator[Row]:

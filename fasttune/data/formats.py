@@ -116,8 +116,21 @@ def _messages(value: Any, place: str) -> list[Message]:
         if not isinstance(turn, dict) or turn.get("role") not in ROLES:
             raise DataError(f"data: {place}: a turn needs a role ({', '.join(ROLES)}), found {_short(turn)}")
         kept = {key: part for key, part in turn.items() if part is not None}  # Parquet fills absent keys with null
-        turns.append({**kept, "content": _text_of(turn.get("content"), place)})
+        calls = [_with_object(call) for call in turn.get("tool_calls") or []]
+        called = {"tool_calls": calls} if calls else {}
+        turns.append({**kept, **called, "content": _text_of(turn.get("content"), place)})
     return turns
+
+
+def _with_object(call: Any) -> Any:
+    """OpenAI keeps a call's arguments as JSON text; templates want the object, which they write as JSON themselves."""
+    function = call.get("function") if isinstance(call, dict) else None
+    if not isinstance(function, dict) or not isinstance(function.get("arguments"), str):
+        return call
+    try:
+        return {**call, "function": {**function, "arguments": json.loads(function["arguments"])}}
+    except ValueError:
+        return call
 
 
 def _text_of(content: Any, place: str) -> str:

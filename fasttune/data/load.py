@@ -60,6 +60,14 @@ def form_of(config: Config, source: str) -> str:
     raise DataError(f"data: {source} holds no rows")
 
 
+def with_format(config: Config) -> Config:
+    """The config with the recognised format written out, where all data sets have the same one."""
+    forms = {form_of(config, source) for source in config.data.sources}
+    if len(forms) > 1:
+        return config
+    return config.model_copy(update={"data": config.data.model_copy(update={"format": forms.pop()})})
+
+
 def describe(data: Batches) -> list[str]:
     """One line a data set: what is learned from it, and what was cut, split or dropped and why."""
     found = []
