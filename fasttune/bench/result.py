@@ -8,6 +8,7 @@ import random
 import re
 import statistics
 from dataclasses import asdict, dataclass, field
+from functools import lru_cache
 from typing import Any
 
 from fasttune import hardware
@@ -112,6 +113,7 @@ class Bench:
     name: str
     command: str
     model: str
+    method: str  # LoRA | full fine-tuning
     dtype: str
     steps: int
     batch_rows: int
@@ -148,10 +150,10 @@ class Bench:
 
         None for another dtype, quantised weights or an unknown chip.
         """
-        peak = hardware.peak_bf16_tflops(self.hardware["gpus"][0]["name"]) if self.hardware["gpus"] else None
-        if not arm.repeats or not peak or self.dtype != "bfloat16":
+        if not arm.repeats or self.dtype != "bfloat16" or not self.hardware["gpus"]:
             return None
-        if re.search("int|float8", arm.repeats[-1].backend.dtype):  # quantised
+        peak = hardware.peak_bf16_tflops(self.hardware["gpus"][0]["name"])
+        if not peak or re.search("int|float8", arm.repeats[-1].backend.dtype):  # integers: quantised
             return None
         return statistics.median(repeat.tokens_per_s * repeat.flops_per_token for repeat in arm.repeats) / peak / 1e12
 
@@ -169,6 +171,10 @@ class Bench:
             plain["share_of_limit"] = speed / self.limit.tokens_per_s if speed and self.limit else None
             plain["usd_per_million_tokens"] = usd_per_million(speed, self.usd_per_hour)
             plain["job_hours"] = self.job_tokens / speed / 3600 if speed else None
+        cost = {
+            arm["name"]: {key: arm[key] for key in ("usd_per_million_tokens", "job_hours")} for arm in document["arms"]
+        }
+        document["cost"] = {"usd_per_hour": self.usd_per_hour, "job_tokens": self.job_tokens, "arms": cost}
         return document | {"comparisons": [asdict(c) for c in self.comparisons()], "valid": self.valid}
 
 
@@ -178,13 +184,15 @@ def compare(arm: Arm, over: Arm, tolerance: float) -> Comparison:
     ratio = (arm.median("tokens_per_s") or 0) / (over.median("tokens_per_s") or 1)
     pairs = [(a, b) for a in arm.repeats for b in over.repeats]
     finite = all(math.isfinite(loss) for pair in pairs for repeat in pair for loss in repeat.losses)
-    losses = [both for a, b in pairs for both in zip(a.losses, b.losses, strict=True)]
+    losses = [both for a, b in pairs for both in zip(a.losses, b.losses, strict=False)]
     difference = max(abs(x - y) / max(abs(y), 1e-12) for x, y in losses) if finite else math.inf
     invalid = None
     if any(a.rows_digest != b.rows_digest for a, b in pairs):
         invalid = "they saw different rows"
     elif any(a.tokens != b.tokens or a.loss_tokens != b.loss_tokens for a, b in pairs):
         invalid = "they count tokens differently"
+    elif len({len(repeat.losses) for pair in pairs for repeat in pair}) > 1:
+        invalid = "they logged different numbers of losses"
     elif not finite:
         invalid = "a loss is not finite"
     elif difference > tolerance:
@@ -193,6 +201,12 @@ def compare(arm: Arm, over: Arm, tolerance: float) -> Comparison:
 
 
 def bootstrap_ratio(numerator: list[float], denominator: list[float], seed: int = 0) -> tuple[float, float]:
+    """The interval of `_bootstrap`, which is drawn once for the same values."""
+    return _bootstrap(tuple(numerator), tuple(denominator), seed)
+
+
+@lru_cache
+def _bootstrap(numerator: tuple[float, ...], denominator: tuple[float, ...], seed: int) -> tuple[float, float]:
     """95 % percentile interval of the ratio of medians, repeats drawn with replacement within each arm.
 
     Source: Efron and Tibshirani, An Introduction to the Bootstrap, chapter 13.

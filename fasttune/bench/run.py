@@ -63,8 +63,8 @@ def run(
         measured = Measurements(folder, resolved, steps)
         plan = [(name, number) for number in range(repeats) for name in [*arms, "limit"]]
         for done, (name, number) in enumerate(plan):
-            told(f"repeat {number + 1} of {repeats}: {name}", done / len(plan))
             if measured.get(name, number) is None and not measured.failed(name):
+                told(f"repeat {number + 1} of {repeats}: {name}", done / len(plan))
                 measured.add(name, number, fresh_process(name, Path(shared), steps))
     objections += throttled(machine)
     if repeats < MIN_REPEATS:
@@ -73,6 +73,7 @@ def run(
         name=config.name,
         command=command,
         model=config.model.name,
+        method="LoRA" if config.train.method == "lora" else "full fine-tuning",
         dtype=resolved.model.dtype,
         steps=steps,
         batch_rows=config.train.batch_rows,

@@ -1,0 +1,176 @@
+"""The page of `fasttune bench` and its progress, on stderr. Names and reasons are never read as markup."""
+
+import time
+from pathlib import Path
+
+from rich import progress
+from rich.console import Console, Group, RenderableType
+from rich.padding import Padding
+from rich.rule import Rule
+from rich.table import Table
+from rich.text import Text
+
+from fasttune import terminal
+from fasttune.bench import report
+from fasttune.bench.result import Bench
+from fasttune.report import steps_text, usd
+from fasttune.terminal import _plain as plain, clock
+
+FIRST_COLUMNS = 5  # of the upper table, where all columns in one would be too wide
+MEASURED_S = 0.5  # a measurement that was in the folder already takes less, and says nothing of the time left
+
+
+class Progress:
+    """How far a benchmark is and the time left, as a bar; without a terminal a line a measurement.
+
+    The time left is known once a measurement has ended: all of them cost much the same, because arms are interleaved.
+    """
+
+    def __init__(self, console: Console = terminal.console):
+        self._console = console
+        live = console.is_interactive and console.file.isatty()
+        columns = (
+            progress.TextColumn("{task.description}"),
+            progress.BarColumn(),
+            _Left(self),
+            progress.TextColumn(""),
+        )
+        self._bar = progress.Progress(*columns, console=console, transient=True) if live else None
+        self._task = self._bar.add_task("starting", total=1.0) if self._bar else None
+        self._share = self._measured_share = self._measured_s = 0.0
+        self._told_s: float | None = None
+
+    def __enter__(self) -> "Progress":
+        if self._bar:
+            self._bar.start()
+        return self
+
+    def __exit__(self, *_: object) -> None:
+        if self._bar:
+            self._bar.stop()
+
+    def told(self, what: str, share: float) -> None:
+        """What is measured now, and the share, 0 to 1, of all that is done."""
+        now = time.monotonic()
+        if self._told_s is not None and now - self._told_s >= MEASURED_S:
+            self._measured_s += now - self._told_s
+            self._measured_share += share - self._share
+        self._share, self._told_s = share, now
+        if self._bar and self._task is not None:
+            self._bar.update(self._task, description=plain(what), completed=share)
+        else:
+            left = "" if self.left_s() is None else f" · {self.left()} left"
+            self._console.print(Text(f"{plain(what)} · {share:.0%} done{left}", style="dim"), soft_wrap=True)
+
+    def left_s(self) -> float | None:
+        """Seconds left, counted down while a measurement runs; None while it cannot be known."""
+        if not self._measured_share or self._told_s is None:
+            return None
+        left_s = (1 - self._share) * self._measured_s / self._measured_share
+        return max(0.0, left_s - (time.monotonic() - self._told_s))
+
+    def left(self) -> str:
+        left_s = self.left_s()
+        return "time left not known yet" if left_s is None else clock(left_s)
+
+
+class _Left(progress.ProgressColumn):
+    """The time left. rich's own column forgets what is longer ago than half a minute; a measurement lasts longer."""
+
+    def __init__(self, of: Progress):
+        super().__init__()
+        self._of = of
+
+    def render(self, task: progress.Task) -> Text:
+        known = self._of.left_s() is not None
+        return Text(f"{task.percentage:.0f} % · {self._of.left()}{' left' if known else ''}", style="cyan")
+
+
+def show(bench: Bench, folder: Path, console: Console = terminal.console) -> None:
+    """Print the page: the table, what ran, parity, objections, the quote, and where the files are."""
+    title = Text.assemble(("bench ", "bold"), plain(bench.name), (f"  {plain(report.machine(bench))}", "dim"))
+    console.print(Rule(title, align="left", style="dim"))
+    console.print(Padding(Text(f"{plain(bench.model)} · {report.job(bench)}", style="dim"), (0, 2)))
+    for part in (_tables(bench, console), _failures(bench), _ran(bench), _parity(bench), _verdict(bench)):
+        if part:
+            console.print(Padding(Group(*part), (1, 2, 0, 2)))
+    console.print()
+    for name in ("bench.html", "bench.png", "bench.json"):  # a path must stay in one piece to be copied
+        console.print(
+            Text.assemble((f"{name.partition('.')[2]:<6}", "bold"), plain(str(folder / name))), soft_wrap=True
+        )
+
+
+def _tables(bench: Bench, console: Console) -> list[RenderableType]:
+    table = report.table(bench)
+    whole = _columns(table, range(len(table.headings)))
+    shown: list[RenderableType] = [whole]
+    if console.measure(whole).maximum > console.width - 4:
+        cut = [range(FIRST_COLUMNS), range(FIRST_COLUMNS, len(table.headings))]
+        shown = [_columns(table, cut[0]), Text(), _columns(table, cut[1])]
+    note = "speeds count no padding; second line: range of the repeats, 95 % interval of a ratio"
+    if bench.usd_per_hour is not None:
+        note += f"; whole job: {bench.job_tokens:,} tokens at {usd(bench.usd_per_hour)} per hour"
+    return [*shown, Text(note, style="dim")]
+
+
+def _columns(table: report.Table, which: range) -> Table:
+    made = Table(box=None, padding=(0, 1, 0, 0), header_style="dim", pad_edge=False)
+    made.add_column("", no_wrap=True)
+    for i in which:
+        heading = table.headings[i].rsplit(" ", 1)
+        made.add_column("\n".join(heading), justify="right", vertical="top", no_wrap=True)
+    for arm, cells in table.rows:
+        values = [
+            Text.assemble((cells[i].value, "bold red" if cells[i].bad else ""), (f"\n{cells[i].note}", "dim"))
+            if cells[i].note
+            else Text(cells[i].value, style="bold red" if cells[i].bad else "")
+            for i in which
+        ]
+        made.add_row(Text(plain(arm.name), style="bold"), *values)
+    return made
+
+
+def _failures(bench: Bench) -> list[RenderableType]:
+    return [
+        Text.assemble((f"{plain(arm.name)} failed: ", "bold red"), plain(arm.failure))
+        for arm in bench.arms
+        if arm.failure
+    ]
+
+
+def _ran(bench: Bench) -> list[RenderableType]:
+    grid = Table.grid(padding=(0, 2))
+    grid.add_column(style="bold", no_wrap=True)
+    grid.add_column(overflow="fold")
+    for arm in bench.arms:
+        if arm.repeats:
+            ran = arm.repeats[-1].backend
+            parts = [ran.library, f"attention {ran.attention}", ran.packing, f"{ran.patched_layers} layers patched"]
+            parts += [f"checkpointing {ran.gradient_checkpointing}", ran.dtype]
+            grid.add_row(Text(plain(arm.name)), Text(plain(" · ".join(parts))))
+    return [Text("what ran", style="bold underline"), grid] if grid.row_count else []
+
+
+def _parity(bench: Bench) -> list[RenderableType]:
+    """One line where all agree, else one for each comparison that does not."""
+    comparisons = bench.comparisons()
+    if not comparisons:
+        return []
+    if bad := [each for each in comparisons if each.invalid]:
+        return [
+            Text.assemble(("INVALID ", "bold red"), f"{plain(each.arm)} against {plain(each.over)}: {each.invalid}")
+            for each in bad
+        ]
+    largest = max(each.largest_loss_difference for each in comparisons)
+    agree = f"agree within {report.difference(largest)} over {steps_text(bench.steps)}"
+    tolerance = f"  tolerance {report.difference(comparisons[0].tolerance)}; same rows and tokens in every step"
+    return [Text.assemble(("losses  ", "bold"), (agree, "green"), (tolerance, "dim"))]
+
+
+def _verdict(bench: Bench) -> list[RenderableType]:
+    objections: list[RenderableType] = [
+        Text.assemble(("objection: ", "bold yellow"), plain(text)) for text in bench.objections
+    ]
+    style = "bold red" if not bench.valid else "bold yellow" if report.reasons_against(bench) else "bold"
+    return [*objections, *([Text()] if objections else []), Text(plain(report.quote(bench)), style=style)]

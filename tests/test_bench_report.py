@@ -1,0 +1,357 @@
+"""How a benchmark is shown: bench.json, bench.html, bench.png, the quote and the page on the terminal."""
+
+import dataclasses
+import html
+import io
+import json
+import re
+import struct
+from pathlib import Path
+from typing import Any
+
+import pytest
+from rich.console import Console
+
+from fasttune import metrics
+from fasttune.bench import page, picture, report
+from fasttune.bench.result import Arm, Bench, Limit, Repeat
+from fasttune.hardware import Gpu, Hardware
+from fasttune.metrics import Backend
+
+CPU = Hardware("linux", "x86_64", "2.36", "3.11.2", "Some CPU", 2, 23.4, 100.0)
+H100 = dataclasses.replace(CPU, gpus=(Gpu("NVIDIA H100 80GB HBM3", (9, 0), 79.6),), driver="580.1")
+RAN = Backend("transformers", "aten::sdpa", "padded", 28, "none", "float32 trained, float32 frozen, no autocast")
+
+
+def make_repeat(speed: float, **changes: Any) -> Repeat:
+    """A slow first step, then three of 100 tokens at `speed`."""
+    repeat = Repeat(
+        tokens=[100] * 4,
+        loss_tokens=[40] * 4,
+        padding_tokens=[25] * 4,
+        seconds=[100.0, *[100 / speed] * 3],
+        losses=[2.0, 1.5, 1.25, 1.0],
+        rows_digest="same",
+        peak_memory_gib=3.25,
+        seconds_to_first_step=12.5,
+        flops_per_token=1e9,
+        backend=RAN,
+    )
+    return dataclasses.replace(repeat, **changes)
+
+
+def make_arm(name: str, *speeds: float, failure: str | None = None, **changes: Any) -> Arm:
+    return Arm(name, f"what {name} is", [make_repeat(speed, **changes) for speed in speeds], failure)
+
+
+def make_bench(*arms: Arm, machine: Hardware = CPU, **changes: Any) -> Bench:
+    fast = make_arm("fasttune", 198, 199, 200, 201, 202, losses=[2.0, 1.5, 1.2502, 1.0])
+    plain = make_arm("vanilla", 98, 99, 100, 101, 102)
+    bench = Bench(
+        name="gsm8k",
+        command="fasttune bench c.yaml",
+        model="some/model-135M",
+        method="LoRA",
+        dtype="float32",
+        steps=4,
+        batch_rows=8,
+        max_length=1024,
+        job_tokens=720_000,
+        arms=list(arms) or [fast, plain],
+        limit=Limit(0.4, 1e9, 400.0, metrics.FLOPS_FORMULA, {"64 x 576 x 576": 0.4}),
+        usd_per_hour=None,
+        hardware=dataclasses.asdict(machine),
+        versions={"torch": "2.13.0"},
+        git="abc1234",
+        date="2026-11-20",
+    )
+    return dataclasses.replace(bench, **changes)
+
+
+def shown(bench: Bench, width: int = 120, **options: Any) -> str:
+    console = Console(file=io.StringIO(), width=width, **options)
+    page.show(bench, Path("runs/bench"), console)
+    return console.file.getvalue()  # type: ignore[attr-defined]
+
+
+def html_of(bench: Bench, folder: Path) -> str:
+    report.write(bench, folder)
+    return (folder / "bench.html").read_text(encoding="utf-8")
+
+
+# the quote
+
+
+def test_quote_with_all_its_conditions() -> None:
+    assert report.quote(make_bench(usd_per_hour=0.36)) == (
+        "fasttune trains some/model-135M (LoRA, float32, max length 1,024, 8 rows a step) at 200 tokens/s on Some CPU "
+        "(2 cores, no GPU), 2.00× plain Hugging Face (95 % interval 1.96 to 2.04, 5 repeats), 50.0 % of the measured "
+        "matmul limit, $0.50 per million tokens at $0.36 an hour; losses agree within 0.016 %"
+    )
+
+
+def test_quote_says_nothing_of_what_is_not_known_and_names_a_gpu() -> None:
+    assert report.quote(make_bench(machine=H100, limit=None)) == (
+        "fasttune trains some/model-135M (LoRA, float32, max length 1,024, 8 rows a step) at 200 tokens/s on NVIDIA "
+        "H100 80GB HBM3 (80 GiB), 2.00× plain Hugging Face (95 % interval 1.96 to 2.04, 5 repeats); "
+        "losses agree within 0.016 %"
+    )
+
+
+def test_quote_says_a_slower_fasttune_as_it_is() -> None:
+    bench = make_bench(make_arm("fasttune", *[80.0] * 5), make_arm("vanilla", *[100.0] * 5))
+    assert "0.80× plain Hugging Face (95 % interval 0.80 to 0.80" in report.quote(bench)
+
+
+def test_quote_of_full_fine_tuning() -> None:
+    bench = make_bench(method="full fine-tuning")
+    assert "(full fine-tuning, float32," in report.quote(bench)
+
+
+@pytest.mark.parametrize(
+    ("changes", "why"),
+    [
+        ({"objections": ["the GPU was throttled (x)"]}, "the GPU was throttled (x)"),
+        ({"arms": [make_arm("fasttune", *[9.0] * 5)]}, "vanilla was not measured"),
+        (
+            {"arms": [make_arm("fasttune", failure="no [memory]"), make_arm("vanilla", *[9.0] * 5)]},
+            "fasttune failed: no [memory]",
+        ),
+        (
+            {
+                "arms": [make_arm("fasttune", *[9.0] * 5), make_arm("vanilla", 9, 9)],
+                "objections": ["2 repeats, fewer than 5", "busy"],
+            },
+            "2 repeats, fewer than 5; busy",
+        ),
+        (
+            {"arms": [make_arm("fasttune", *[9.0] * 5, losses=[2.0, 1.5, 1.5, 1.0]), make_arm("vanilla", *[8.0] * 5)]},
+            "INVALID: fasttune against vanilla: their losses differ by 20.0%, more than 0.1%",
+        ),
+        (
+            {
+                "arms": [
+                    make_arm("fasttune", *[9.0] * 5),
+                    make_arm("vanilla", *[8.0] * 5),
+                    make_arm("hf-tuned", *[8.0] * 5, rows_digest="x"),
+                ]
+            },
+            "INVALID: hf-tuned against vanilla: they saw different rows; "
+            "INVALID: fasttune against hf-tuned: they saw different rows",
+        ),
+    ],
+)
+def test_quote_makes_no_claim(changes: dict[str, Any], why: str) -> None:
+    assert report.quote(make_bench(**changes)) == f"not a claim: {why}"
+
+
+@pytest.mark.parametrize(
+    ("relative", "text"),
+    [(0.0, "0 %"), (1e-9, "under 0.0001 %"), (1.234e-5, "0.0012 %"), (0.02, "2 %"), (0.123, "12 %")],
+)
+def test_difference(relative: float, text: str) -> None:
+    assert report.difference(relative) == text
+
+
+# bench.json
+
+
+def test_json_holds_the_contract(tmp_path: Path) -> None:
+    bench = make_bench(machine=H100, dtype="bfloat16", usd_per_hour=2.5)
+    report.write(bench, tmp_path)
+    assert {path.name for path in tmp_path.iterdir()} == {"bench.json", "bench.html", "bench.png"}
+    data = json.loads((tmp_path / "bench.json").read_text(encoding="utf-8"))
+    assert set(data) >= {"arms", "comparisons", "limit", "usd_per_hour", "hardware", "versions", "valid", "objections"}
+    arm = data["arms"][0]
+    for name in ("tokens_per_s", "loss_tokens_per_s", "step_s", "peak_memory_gib", "seconds_to_first_step"):
+        assert set(arm[name]) == {"values", "median", "min", "max"} and len(arm[name]["values"]) == 5
+    assert arm["tokens_per_s"]["median"] == pytest.approx(200)
+    assert arm["losses"] == [2.0, 1.5, 1.2502, 1.0] and arm["backend"] == dataclasses.asdict(RAN)
+    assert arm["share_of_limit"] == pytest.approx(0.5) and arm["mfu"] == pytest.approx(200 * 1e9 / 989e12)
+    assert arm["usd_per_million_tokens"] == pytest.approx(2.5 / 3600 / 200 * 1e6)
+    assert set(data["comparisons"][0]) >= {"ratio", "low", "high", "largest_loss_difference", "tolerance", "invalid"}
+    assert set(data["limit"]) == {"tflops", "flops_per_token", "tokens_per_s", "formula", "shapes"}
+
+
+@pytest.mark.parametrize(
+    ("machine", "dtype", "ran", "known"),
+    [
+        (H100, "bfloat16", "float32 trained, bfloat16 frozen, bf16 autocast", True),
+        (H100, "bfloat16", "float32 trained, bfloat16/uint8 frozen, bf16 autocast", False),
+        (H100, "float32", "float32 trained, float32 frozen, no autocast", False),
+        (CPU, "bfloat16", "float32 trained, bfloat16 frozen, bf16 autocast", False),
+        (dataclasses.replace(H100, gpus=(Gpu("New X1", (12, 0), 80.0),)), "bfloat16", "bfloat16 trained", False),
+    ],
+)
+def test_mfu_only_for_bf16_on_a_known_chip(machine: Hardware, dtype: str, ran: str, known: bool) -> None:
+    arm = make_arm("fasttune", 200, backend=dataclasses.replace(RAN, dtype=ran))
+    assert (make_bench(arm, machine=machine, dtype=dtype).mfu(arm) is not None) == known
+
+
+# bench.html
+
+
+def test_page_loads_nothing_and_holds_everything(tmp_path: Path) -> None:
+    broken = make_arm("unsloth-notebook", failure="out of memory")
+    fine = make_bench()
+    bench = dataclasses.replace(fine, arms=[*fine.arms, broken], usd_per_hour=2.5)
+    text = html_of(bench, tmp_path)
+    assert not re.search(r"<(script|link|iframe|img|object|embed|base)\b|@import|@font-face|url\((?!#)", text)
+    assert set(re.findall(r"https?://[^\s\"<]+", text)) <= {
+        "http://www.w3.org/1999/xlink",
+        "http://www.w3.org/2000/svg",
+    }
+    assert "default-src 'none'" in text and "prefers-color-scheme: dark" in text and "#00000" not in text
+    seen = " ".join(html.unescape(re.sub(r"<[^>]+>", " ", text)).split())
+    for part in (
+        report.quote(bench),
+        "failed out of memory",
+        metrics.FLOPS_FORMULA,
+        "what vanilla is",
+        "64 x 576 x 576: 0.4 TFLOP/s",
+        "measured matmul limit 400",
+        "losses agree within 0.016 %",
+        "1 h 00 min $2.50",
+        "abc1234",
+        "aten::sdpa",
+        "2.13.0",
+    ):
+        assert part in seen, part
+    assert text.count('class="dot"') == 10
+
+
+def test_page_escapes_every_name(tmp_path: Path) -> None:
+    evil = "<img src=x onerror=alert(1)>"
+    fields = {name: evil + name for name in ("name", "command", "model", "git", "date")}
+    backend = dataclasses.replace(RAN, library=evil + "library", attention=evil + "attention", packing=evil + "packing")
+    bench = make_bench(
+        make_arm(evil + "arm", 9, backend=backend),
+        make_arm("vanilla", failure=evil + "failure"),
+        objections=[evil + "objection"],
+        versions={evil + "package": evil + "version"},
+        **fields,
+    )
+    text = html_of(bench, tmp_path)
+    assert "<img" not in text
+    for word in [*fields, *"library attention packing arm failure objection package version".split()]:
+        assert html.escape(evil) + word in text, word
+
+
+@pytest.mark.parametrize(
+    "bench",
+    [
+        make_bench(make_arm("fasttune", failure="x"), make_arm("vanilla", failure="y"), limit=None),
+        make_bench(make_arm("fasttune", 9, failure="stopped later"), limit=None),
+        make_bench(make_arm("fasttune", 9, losses=[1.0] * 3 + [float("nan")]), make_arm("vanilla", 9)),
+        make_bench(limit=Limit(40.0, 1e9, 40_000.0, metrics.FLOPS_FORMULA, {})),
+    ],
+    ids=["nothing ran", "one repeat", "not finite", "limit far away"],
+)
+def test_all_files_and_the_page_of_any_outcome(bench: Bench, tmp_path: Path) -> None:
+    text = html_of(bench, tmp_path) + shown(bench)
+    assert "nan" not in re.sub(r"[Ff]inance", "", text)
+    for arm in bench.arms:
+        assert (arm.failure or arm.name) in text
+    json.loads((tmp_path / "bench.json").read_text(encoding="utf-8"), parse_constant=lambda name: pytest.fail(name))
+
+
+# bench.png
+
+
+def test_picture_has_the_size_of_a_preview(tmp_path: Path) -> None:
+    report.write(make_bench(), tmp_path)
+    data = (tmp_path / "bench.png").read_bytes()
+    assert data[:8] == b"\x89PNG\r\n\x1a\n" and struct.unpack(">II", data[16:24]) == (1200, 630)
+
+
+def test_a_limit_far_away_leaves_the_bars_readable() -> None:
+    near, far = (make_bench(limit=Limit(1.0, 1e9, limit, "", {})) for limit in (400.0, 40_000.0))
+    assert picture.bars(near).limit_in_view and picture.bars(near).share(400.0) > 90
+    assert not picture.bars(far).limit_in_view and picture.bars(far).share(202.0) > 90
+
+
+# the terminal
+
+
+def flat(text: str) -> str:
+    return " ".join(text.split())
+
+
+@pytest.mark.parametrize("width", [80, 120])
+def test_terminal_shows_every_arm_and_every_figure(width: int) -> None:
+    fine = make_bench()
+    bench = dataclasses.replace(
+        fine, arms=[*fine.arms, make_arm("unsloth-notebook", failure="out of [memory]\x1b[2J")], usd_per_hour=2.5
+    )
+    text = shown(bench, width)
+    assert all(len(line) <= width for line in text.splitlines())
+    for part in (
+        r"fasttune +200 +2\.00 +80\.0 +0\.5 +20\.0 %",
+        r"198–202 +1\.96–2\.04",
+        r"vanilla +100 +1 +40\.0 +1 +20\.0 %",
+        r"3\.25 +12\.5 +50\.0 % +\$3\.47 +1 h 00 min",
+        r"unsloth-notebook +failed",
+    ):
+        assert re.search(part, text), part
+    for part in (
+        "unsloth-notebook failed: out of [memory]�[2J",
+        "28 layers patched",
+        "losses agree within 0.016 % over 4 steps tolerance 0.1 %",
+        report.quote(bench),
+        "runs/bench/bench.html",
+    ):
+        assert part in flat(text), part
+    assert "MFU" not in text  # there is none on a CPU
+
+
+def test_terminal_says_invalid_in_red_and_shows_no_ratio() -> None:
+    bench = make_bench(make_arm("fasttune", *[9.0] * 5, rows_digest="x"), make_arm("vanilla", *[3.0] * 5))
+    text = shown(bench, color_system="standard", force_terminal=True)
+    assert "\x1b[1;31mINVALID \x1b[0mfasttune against vanilla: they saw different rows" in text
+    assert text.count("INVALID") == 3 and "3.00" not in text  # table, parity, quote
+
+
+def test_terminal_shows_objections_and_a_failure_after_some_repeats() -> None:
+    arms = [make_arm("fasttune", *[9.0] * 5), make_arm("vanilla", 9, 9, 9, failure="killed")]
+    text = flat(shown(make_bench(*arms, objections=["other programs ran beside it"])))
+    assert "vanilla failed: killed" in text and "objection: other programs ran beside it" in text
+    assert "not a claim: 3 repeats, fewer than 5; other programs ran beside it" in text
+
+
+def test_without_a_price_there_is_no_column_of_dollars() -> None:
+    assert "$" not in shown(make_bench()) and "whole job" not in shown(make_bench())
+
+
+# progress
+
+
+def test_progress_lines_know_the_time_left_from_real_measurements_only(monkeypatch: pytest.MonkeyPatch) -> None:
+    now_s = [0.0]
+    monkeypatch.setattr(page.time, "monotonic", lambda: now_s[0])
+    console = Console(file=io.StringIO(), width=40)
+    with page.Progress(console) as progress:
+        for share, took_s in ((0.0, 0.01), (0.1, 0.01), (0.2, 30.0), (0.3, 40.0), (0.4, 0.0)):
+            progress.told(f"repeat [1] at {share}", share)
+            now_s[0] += took_s
+    assert console.file.getvalue().splitlines() == [  # type: ignore[attr-defined]
+        "repeat [1] at 0.0 · 0% done",
+        "repeat [1] at 0.1 · 10% done",
+        "repeat [1] at 0.2 · 20% done",
+        "repeat [1] at 0.3 · 30% done · 3:30 left",
+        "repeat [1] at 0.4 · 40% done · 3:30 left",
+    ]
+
+
+class Terminal(io.StringIO):
+    def isatty(self) -> bool:
+        return True
+
+
+def test_progress_bar_in_a_terminal_is_closed_after_an_exception() -> None:
+    file = Terminal()
+    with pytest.raises(RuntimeError), page.Progress(Console(file=file, force_terminal=True, width=80)) as progress:
+        progress.told("repeat 1 of 5: vanilla", 0.25)
+        raise RuntimeError
+    text = file.getvalue()
+    assert "repeat 1 of 5: vanilla" in text and "━" in text and "time left not known yet" in text
+    assert text.count("\x1b[?25l") == text.count("\x1b[?25h") == 1
