@@ -110,7 +110,9 @@ def bench(options: argparse.Namespace) -> int:
     settings = config.load(options.config, [*options.overrides, *price])
     names = run.check(settings, options.arms, options.repeats, options.steps)
     folder = Path(options.output or f"runs/bench-{settings.name}")
-    command = " ".join(["fasttune bench", options.config, *options.overrides])
+    said = [f"--repeats {options.repeats}"] + ([f"--steps {options.steps}"] if options.steps else [])
+    said += [f"--arms {options.arms}"] if options.arms else []
+    command = " ".join(["fasttune bench", options.config, *options.overrides, *said])
     with page.Progress() as progress:
         result = run.run(settings, names, options.repeats, options.steps, folder, command, progress.told)
     report.write(result, folder)

@@ -6,6 +6,7 @@ OUTPUT_DIR/  job.json  measurements.jsonl (one line as each ends; an interrupted
 
 import json
 import os
+import shutil
 import subprocess
 import sys
 import tempfile
@@ -216,11 +217,9 @@ def _smi(query: str) -> list[str]:
 
 
 def _git() -> str:
-    done = subprocess.run(
-        ["git", "describe", "--always", "--dirty"],
-        capture_output=True,
-        text=True,
-        check=False,
-        cwd=Path(__file__).parent,
-    )
+    """The revision of the checkout this runs from; an installed package has none."""
+    if shutil.which("git") is None:
+        return "not a checkout"
+    command = ["git", "describe", "--always", "--dirty"]
+    done = subprocess.run(command, capture_output=True, text=True, check=False, cwd=Path(__file__).parent)
     return done.stdout.strip() or "not a checkout"

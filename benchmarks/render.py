@@ -1,0 +1,153 @@
+#!/usr/bin/env python3
+"""results/*.jsonl → the tables in benchmarks/README.md and the measured sentences in README.md:
+
+    python benchmarks/render.py [--check]
+
+Text between the markers is written here and nowhere else. --check writes nothing; it exits 1 if the rows say otherwise.
+"""
+
+import argparse
+import json
+import statistics
+import sys
+from pathlib import Path
+from typing import Any
+
+ROOT = Path(__file__).resolve().parent.parent
+# What README.md quotes: the newest row of each.
+CPU_FILE = "smollm2-135m-gsm8k.jsonl"
+GPU_FILE = "lora-r64-2048-gsm8k.jsonl"
+KEY_VERSIONS = ("torch", "transformers", "peft", "trl", "unsloth")
+
+
+def main(argv: list[str] | None = None) -> int:
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("--check", action="store_true")
+    parser.add_argument("--root", type=Path, default=ROOT, help=argparse.SUPPRESS)
+    options = parser.parse_args(argv)
+    rows = read(options.root / "benchmarks" / "results")
+    stale = []
+    for path, marker, text in (
+        (options.root / "benchmarks" / "README.md", "results", tables(rows)),
+        (options.root / "README.md", "measured", sentences(rows)),
+    ):
+        old = path.read_text(encoding="utf-8")
+        new = between(old, marker, text, path)
+        if new != old:
+            stale.append(path.relative_to(options.root).as_posix())
+            if not options.check:
+                path.write_text(new, encoding="utf-8")
+    if options.check and stale:
+        print(f"{', '.join(stale)}: not what results/ says; run python benchmarks/render.py", file=sys.stderr)
+        return 1
+    print(f"{'written' if stale else 'up to date'}: {sum(map(len, rows.values()))} rows", file=sys.stderr)
+    return 0
+
+
+def read(folder: Path) -> dict[str, list[dict[str, Any]]]:
+    """File name → its rows, oldest first."""
+    found = {}
+    for path in sorted(folder.glob("*.jsonl")):
+        found[path.name] = [json.loads(line) for line in path.read_text(encoding="utf-8").splitlines()]
+        if unknown := [row for row in found[path.name] if row.get("benchmark") != "bench"]:
+            raise SystemExit(f"render: {path.name}: no table is known for rows of {unknown[0].get('benchmark')}")
+    return found
+
+
+def between(page: str, marker: str, text: str, path: Path) -> str:
+    """The page with other text between `<!-- marker -->` and `<!-- /marker -->`."""
+    begin, end = f"<!-- {marker} -->", f"<!-- /{marker} -->"
+    if page.count(begin) != 1 or page.count(end) != 1 or page.index(end) < page.index(begin):
+        raise SystemExit(f"render: {path.name} must hold {begin} … {end} once")
+    return page[: page.index(begin) + len(begin)] + f"\n{text}\n" + page[page.index(end) :]
+
+
+def tables(rows: dict[str, list[dict[str, Any]]]) -> str:
+    """All measurements, the newest of each file first."""
+    if not rows:
+        return "Nothing has been measured yet."
+    parts = []
+    for name, measured in rows.items():
+        parts.append(f"### {name.removesuffix('.jsonl')}")
+        parts += [measurement(row) for row in reversed(measured)]
+    return "\n\n".join(parts)
+
+
+def measurement(row: dict[str, Any]) -> str:
+    """A row as its conditions and a table with a line for every arm."""
+    versions = ", ".join(f"{name} {row['versions'][name]}" for name in KEY_VERSIONS if name in row["versions"])
+    lines = [
+        f"{row['date']}, revision `{row['git']}`, {machine(row['hardware'])}; {versions}  ",
+        f"`{row['command']}`, {row['steps']} steps a repeat  ",
+        f"{verdict(row)}",
+        "",
+        "| arm | tokens/s, median (range) | over vanilla (95 % interval) | of the limit | peak GiB | padding | ran |",
+        "| --- | --- | --- | --- | --- | --- | --- |",
+    ]
+    return "\n".join(lines + [f"| {' | '.join(arm_cells(row, arm))} |" for arm in row["arms"]])
+
+
+def arm_cells(row: dict[str, Any], arm: dict[str, Any]) -> list[str]:
+    speeds = arm["tokens_per_s"]
+    if not speeds:
+        return [arm["name"], f"failed: {arm['failure']}".replace("|", "/"), "", "", "", "", ""]
+    ratio = compared(row, arm["name"])
+    share = arm["share_of_limit"]
+    ran = arm["backend"]
+    return [
+        arm["name"],
+        f"{number(statistics.median(speeds))} ({number(min(speeds))} to {number(max(speeds))}, {len(speeds)} repeats)",
+        f"{ratio['ratio']:.2f} ({ratio['low']:.2f} to {ratio['high']:.2f})" if ratio else "",
+        f"{share:.0%}" if share is not None else "",
+        f"{statistics.median(arm['peak_memory_gib']):.1f}",
+        f"{arm['padding_fraction']:.0%}",
+        f"{ran['attention']}; {ran['packing']}; checkpointing {ran['gradient_checkpointing']}; {ran['dtype']}",
+    ]
+
+
+def verdict(row: dict[str, Any]) -> str:
+    """What stands against the numbers, and how well the losses agree."""
+    worst = max((c["largest_loss_difference"] for c in row["comparisons"]), default=None)
+    parity = f"Losses agree within {worst:.1e}." if worst is not None else "One arm: no losses to compare."
+    return f"**Not a claim**: {'; '.join(row['objections'])}. {parity}" if row["objections"] else parity
+
+
+def sentences(rows: dict[str, list[dict[str, Any]]]) -> str:
+    """README.md's measured sentences, with their conditions."""
+    cpu = [sentence(rows[CPU_FILE][-1], CPU_FILE)] if rows.get(CPU_FILE) else []
+    gpu = [sentence(rows[GPU_FILE][-1], GPU_FILE)] if rows.get(GPU_FILE) else []
+    return "\n\n".join(cpu + (gpu or ["No speed has been measured on a GPU yet."]))
+
+
+def sentence(row: dict[str, Any], file: str) -> str:
+    """One measurement in words: numbers, command, hardware, date, file."""
+    arms = {arm["name"]: arm for arm in row["arms"] if arm["tokens_per_s"]}
+    parts = [f"**{name}** {number(statistics.median(arm['tokens_per_s']))}" for name, arm in arms.items()]
+    text = f"On {machine(row['hardware'])}, tokens/s without padding: {', '.join(parts)}"
+    if ratio := compared(row, "fasttune"):
+        repeats = len(arms["fasttune"]["tokens_per_s"])
+        text += f"; fasttune is **{ratio['ratio']:.2f}×** plain Hugging Face"
+        text += f" (95 % interval {ratio['low']:.2f} to {ratio['high']:.2f}, {repeats} repeats)"
+    share = arms.get("fasttune", {}).get("share_of_limit")
+    text += f" and runs at {share:.0%} of the measured matmul limit" if share is not None else ""
+    source = f"`{row['command']}`, {row['date']}, [{file}](benchmarks/results/{file})"
+    return f"{text}. {verdict(row)} {source}."
+
+
+def compared(row: dict[str, Any], arm: str) -> dict[str, Any] | None:
+    """An arm over the plain Hugging Face baseline."""
+    return next((c for c in row["comparisons"] if (c["arm"], c["over"]) == (arm, "vanilla")), None)
+
+
+def machine(hardware: dict[str, Any]) -> str:
+    if hardware["gpus"]:
+        return f"{hardware['gpus'][0]['name']} (driver {hardware['driver']})"
+    return f"{hardware['cpu_model']} ({hardware['cores']} cores, no GPU)"
+
+
+def number(value: float) -> str:
+    return f"{value:,.0f}" if value >= 100 else f"{value:.1f}"
+
+
+if __name__ == "__main__":
+    sys.exit(main())

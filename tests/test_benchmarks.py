@@ -1,0 +1,218 @@
+"""The benchmarks folder: what is quoted comes from the rows, no row is unfit, and the GPU battery runs on a CPU."""
+
+import json
+import subprocess
+import sys
+from pathlib import Path
+from typing import Any
+
+import pytest
+
+from fasttune.bench.result import Arm, Bench, Limit, Repeat
+from fasttune.metrics import Backend
+
+ROOT = Path(__file__).resolve().parent.parent
+FOLDER = ROOT / "benchmarks"
+
+
+def script(name: str, *arguments: object) -> subprocess.CompletedProcess[str]:
+    command = [sys.executable, str(FOLDER / name), *map(str, arguments)]
+    return subprocess.run(command, capture_output=True, text=True, check=False)
+
+
+def bench(**changes: Any) -> dict[str, Any]:
+    """A bench.json with two arms of five repeats, fasttune twice as fast, and one arm that failed."""
+
+    def repeat(second: float, loss: float) -> Repeat:
+        backend = Backend("unsloth", "aten::_flash_attention_forward", "packed", 2, "none", "float32 trained")
+        return Repeat([90] * 3, [40] * 3, [10] * 3, [second] * 3, [loss] * 3, "digest", 1.5, 9.0, 1e9, backend)
+
+    shift = changes.pop("shift", 0.0)
+    fast = Arm("fasttune", "ours", [repeat(0.5 + 0.001 * i, 2.0 + shift) for i in range(5)])
+    plain = Arm("vanilla", "theirs", [repeat(1.0 + 0.002 * i, 2.0) for i in range(5)])
+    failed = Arm("hf-tuned", "theirs", [], "OutOfMemoryError: /home/me/models/llama needs more")
+    hardware = {
+        "cpu_model": "Some CPU",
+        "cores": 2,
+        "memory_gib": 8.0,
+        "gpus": [],
+        "driver": None,
+        "disk_free_gib": 7.0,
+    }
+    made = Bench(
+        name="smollm2-135m-gsm8k",
+        command="fasttune bench configs/smollm2_135m_gsm8k.yaml data.train=/home/me/gsm8k/train.jsonl",
+        model="~/models/smollm2",
+        method="LoRA",
+        dtype="float32",
+        steps=3,
+        batch_rows=4,
+        max_length=64,
+        job_tokens=1000,
+        arms=[fast, plain, failed],
+        limit=Limit(1.0, 1e9, 400.0, "formula", {"1 x 2 x 3": 1.0}),
+        usd_per_hour=None,
+        hardware=hardware,
+        versions={"torch": "2.13.0"},
+        git="abc1234",
+        date="2026-11-21",
+    )
+    return made.as_dict() | changes
+
+
+@pytest.fixture
+def repository(tmp_path: Path) -> Path:
+    """The two pages, and no results yet."""
+    (tmp_path / "benchmarks" / "results").mkdir(parents=True)
+    for page, marker in (("README.md", "measured"), ("benchmarks/README.md", "results")):
+        (tmp_path / page).write_text(f"before\n<!-- {marker} -->\n<!-- /{marker} -->\nafter\n")
+    return tmp_path
+
+
+def add(repository: Path, document: dict[str, Any]) -> subprocess.CompletedProcess[str]:
+    path = repository / "bench.json"
+    path.write_text(json.dumps(document))
+    return script("add_result.py", path, "--results", repository / "benchmarks" / "results")
+
+
+def test_what_is_quoted_is_what_the_rows_say() -> None:
+    done = script("render.py", "--check")
+    assert done.returncode == 0, done.stderr
+
+
+def test_a_result_becomes_a_row_a_table_and_a_sentence(repository: Path) -> None:
+    done = add(repository, bench())
+    assert done.returncode == 0, done.stderr
+    text = (repository / "benchmarks" / "results" / "smollm2-135m-gsm8k.jsonl").read_text()
+    row = json.loads(text)
+    assert row["arms"][0]["tokens_per_s"] == pytest.approx([90 / (0.5 + 0.001 * i) for i in range(5)])
+    assert row["git"] == "abc1234" and row["comparisons"][0]["low"] <= 2.0 <= row["comparisons"][0]["high"]
+    assert row["command"] == "fasttune bench configs/smollm2_135m_gsm8k.yaml data.train=train.jsonl"
+    assert row["model"] == "smollm2" and row["arms"][2]["failure"] == "OutOfMemoryError: llama needs more"
+    assert "/home" not in text and "disk_free" not in text
+
+    assert script("render.py", "--check", "--root", repository).returncode == 1
+    assert script("render.py", "--root", repository).returncode == 0
+    assert script("render.py", "--check", "--root", repository).returncode == 0
+    table = (repository / "benchmarks" / "README.md").read_text()
+    assert "| fasttune | 179 (179 to 180, 5 repeats) | 2.00 (" in table and "| hf-tuned | failed: OutOfMemory" in table
+    page = (repository / "README.md").read_text()
+    assert "**fasttune** 179, **vanilla** 89.6; fasttune is **2.00×** plain Hugging Face" in page
+    assert "at 45% of the measured matmul limit" in page and "Some CPU (2 cores, no GPU)" in page
+    assert "2026-11-21, [smollm2-135m-gsm8k.jsonl](benchmarks/results/smollm2-135m-gsm8k.jsonl)" in page
+    assert "No speed has been measured on a GPU yet." in page
+    assert page.startswith("before\n") and page.endswith("after\n")
+
+    (repository / "README.md").write_text(page.replace("2.00×", "3.00×"))
+    assert script("render.py", "--check", "--root", repository).returncode == 1
+
+
+def test_rows_are_only_added_and_each_once(repository: Path) -> None:
+    add(repository, bench())
+    first = (repository / "benchmarks" / "results" / "smollm2-135m-gsm8k.jsonl").read_text()
+    assert add(repository, bench()).returncode == 2
+    assert add(repository, bench(date="2026-11-22", objections=["2 repeats, fewer than 5"])).returncode == 0
+    both = (repository / "benchmarks" / "results" / "smollm2-135m-gsm8k.jsonl").read_text()
+    assert both.startswith(first) and len(both.splitlines()) == 2
+    script("render.py", "--root", repository)
+    assert "**Not a claim**: 2 repeats, fewer than 5." in (repository / "README.md").read_text()
+
+
+@pytest.mark.parametrize(
+    ("changes", "why"),
+    [
+        ({"shift": 0.1}, "INVALID: their losses differ"),
+        ({"git": "not a checkout"}, "no git revision"),
+        ({"git": ""}, "no git revision"),
+    ],
+)
+def test_what_proves_nothing_is_refused(repository: Path, changes: dict[str, Any], why: str) -> None:
+    done = add(repository, bench(**changes))
+    assert done.returncode == 2 and why in done.stderr and len(done.stderr.splitlines()) == 1
+    assert not list((repository / "benchmarks" / "results").iterdir())
+
+
+@pytest.mark.parametrize(
+    ("text", "cut"),
+    [
+        ("data.train=../shared/gsm8k/train.jsonl x=1", "data.train=train.jsonl x=1"),
+        ("model.name=/models/llama/", "model.name=llama"),
+        ("~/x/y.json, ~me/z", "y.json, z"),
+        (
+            "configs/a.yaml and https://host/a/b.json at 3 TFLOP/s",
+            "configs/a.yaml and https://host/a/b.json at 3 TFLOP/s",
+        ),
+    ],
+)
+def test_no_folder_of_a_machine_is_kept(monkeypatch: pytest.MonkeyPatch, text: str, cut: str) -> None:
+    monkeypatch.syspath_prepend(str(FOLDER))
+    import add_result
+
+    assert add_result.portable({"k": [text]}) == {"k": [cut]}
+
+
+def test_the_battery_names_a_revision_by_its_sources(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
+    monkeypatch.syspath_prepend(str(FOLDER))
+    import add_result
+    import battery
+
+    for path in subprocess.check_output(["git", "ls-files", "fasttune"], cwd=ROOT, text=True).splitlines():
+        (tmp_path / path).parent.mkdir(parents=True, exist_ok=True)
+        (tmp_path / path).write_bytes(subprocess.check_output(["git", "show", f"HEAD:{path}"], cwd=ROOT))
+    assert battery.source_digest(tmp_path) == add_result.digest_of("HEAD")
+    with (tmp_path / "fasttune" / "cli.py").open("a") as file:
+        file.write("#")
+    assert battery.source_digest(tmp_path) != add_result.digest_of("HEAD")
+
+
+def dry_run(out: Path, *arguments: str) -> tuple[subprocess.CompletedProcess[str], dict[str, dict[str, Any]]]:
+    command = ["bash", str(FOLDER / "gpu_battery.sh"), "--dry-run", "--out", str(out), *arguments]
+    environment = {"PYTHON": sys.executable, "PATH": "/usr/bin:/bin", "HOME": str(out)}
+    done = subprocess.run(command, capture_output=True, text=True, check=False, env=environment, cwd=out.parent)
+    results = out / "results.jsonl"
+    rows = results.read_text().splitlines() if results.exists() else []
+    return done, {row["stage"]: row for row in map(json.loads, rows)}
+
+
+def test_the_battery_keeps_what_is_done_and_says_what_is_not(tmp_path: Path) -> None:
+    out = tmp_path / "out"
+    done, rows = dry_run(out, "--stages", "verify,ceilings,fp8-1024", "--minutes", "5")
+    assert done.returncode == 1 and rows["verify"]["status"] == "not run", done.stderr
+    assert rows["ceilings"]["status"] == "ok" and rows["ceilings"]["result"]["copy_gb_per_s"] > 0
+    assert rows["fp8-1024"]["status"] == "skipped" and "load_in_fp8" in rows["fp8-1024"]["reason"]
+    before = (out / "results.jsonl").read_text()
+    done, _ = dry_run(out, "--stages", "ceilings,fp8-1024")
+    assert done.returncode == 0 and (out / "results.jsonl").read_text() == before
+    refused = script("add_result.py", out / "results.jsonl", "--stage", "ceilings")
+    assert refused.returncode == 2 and "is a dry run" in refused.stderr
+    assert dry_run(out, "--stages", "nonsense")[0].returncode == 2
+    assert dry_run(out, "--wheels", str(tmp_path))[0].returncode == 2  # none is there
+
+
+def test_a_stage_that_fails_is_recorded_and_one_that_lasts_is_stopped(
+    monkeypatch: pytest.MonkeyPatch, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    monkeypatch.syspath_prepend(str(FOLDER))
+    import battery
+    from stages import Stage
+
+    stages = [
+        Stage("bad", 1, "{python} -c 'import sys; sys.exit(\"it broke\")'"),
+        Stage("long", 0.01, "{python} -c 'import time; time.sleep(60)'"),
+        Stage("good", 1, "{python} -c 'print(7)'"),
+    ]
+    run = battery.Battery(battery.parse([]), tmp_path, tmp_path, [str(ROOT)])
+    run.run(stages)
+    rows = {row["stage"]: row for row in map(json.loads, (tmp_path / "results.jsonl").read_text().splitlines())}
+    assert {name: row["status"] for name, row in rows.items()} == {"bad": "failed", "long": "unfinished", "good": "ok"}
+    assert rows["bad"]["reason"] == "it broke" and rows["long"]["seconds"] < 30 and rows["good"]["result"] == 7
+    assert run.summary() == 1 and "2 of" not in capsys.readouterr().err
+
+
+@pytest.mark.slow
+def test_the_whole_battery_runs_on_a_cpu(tmp_path: Path) -> None:
+    done, rows = dry_run(tmp_path / "out")
+    assert done.returncode == 0, done.stderr + done.stdout
+    assert {row["status"] for row in rows.values()} == {"ok", "skipped"}
+    result = rows["lora-r16-4096"]["result"]
+    assert result["valid"] and all(arm["failure"] is None for arm in result["arms"]) and len(result["arms"]) == 4
