@@ -49,7 +49,7 @@ def read(folder: Path) -> dict[str, list[dict[str, Any]]]:
     found = {}
     for path in sorted(folder.glob("*.jsonl")):
         found[path.name] = [json.loads(line) for line in path.read_text(encoding="utf-8").splitlines()]
-        if unknown := [row for row in found[path.name] if row.get("benchmark") != "bench"]:
+        if unknown := [row for row in found[path.name] if row.get("benchmark") not in SHOWN]:
             raise SystemExit(f"render: {path.name}: no table is known for rows of {unknown[0].get('benchmark')}")
     return found
 
@@ -69,7 +69,7 @@ def tables(rows: dict[str, list[dict[str, Any]]]) -> str:
     parts = []
     for name, measured in rows.items():
         parts.append(f"### {name.removesuffix('.jsonl')}")
-        parts += [measurement(row) for row in reversed(measured)]
+        parts += [SHOWN[row["benchmark"]](row) for row in reversed(measured)]
     return "\n\n".join(parts)
 
 
@@ -85,6 +85,32 @@ def measurement(row: dict[str, Any]) -> str:
         "| --- | --- | --- | --- | --- | --- | --- |",
     ]
     return "\n".join(lines + [f"| {' | '.join(arm_cells(row, arm))} |" for arm in row["arms"]])
+
+
+def rate(row: dict[str, Any]) -> str:
+    """A row of `prepare_rows.py rate`: the whole way from rows to tokens, over the tokenizer alone."""
+    raw, whole = row["rows_per_s"]["raw"], row["rows_per_s"]["prepare"]
+    where = f"{row['date']}, revision `{row['git']}`, {row['hardware']}: {row['rows']:,} rows, {len(raw)} repeats."
+    alone = f"The tokenizer alone: {number(statistics.median(raw))} rows/s ({number(min(raw))} to {number(max(raw))})."
+    way = f"{number(statistics.median(whole))} ({number(min(whole))} to {number(max(whole))})"
+    return f"{where} {alone} From the file to the cache: {way}, **{row['prepare_over_raw']:.0%}** of it."
+
+
+def scale(row: dict[str, Any]) -> str:
+    """A row of `prepare_rows.py scale`: time and memory by number of rows."""
+    lines = [
+        f"{row['date']}, revision `{row['git']}`, {row['hardware']}",
+        "",
+        "| rows | MB | s | s from the cache | peak GiB |",
+        "| --- | --- | --- | --- | --- |",
+    ]
+    for size in row["sizes"]:
+        cells = [f"{size['rows']:,}", f"{size['bytes'] / 1e6:,.0f}", f"{size['seconds']:.1f}", f"{size['again_s']:.1f}"]
+        lines.append("| " + " | ".join([*cells, f"{size['peak_gib']:.2f}"]) + " |")
+    return "\n".join(lines)
+
+
+SHOWN = {"bench": measurement, "prepare_rows rate": rate, "prepare_rows scale": scale}
 
 
 def arm_cells(row: dict[str, Any], arm: dict[str, Any]) -> list[str]:

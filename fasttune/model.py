@@ -21,6 +21,9 @@ os.environ["UNSLOTH_DISABLE_STATISTICS"] = "1"
 os.environ["HF_HUB_DISABLE_TELEMETRY"] = "1"
 os.environ.setdefault("UNSLOTH_COMPILE_LOCATION", str(cache.root() / "unsloth_compiled_cache"))
 os.environ.setdefault("TOKENIZERS_PARALLELISM", "false")  # else tokenizers warns at every later fork
+# On a CPU torch asks the kernel for huge pages: a third of the page faults, a fifth more speed (docs/LOG.md).
+# Source: https://github.com/pytorch/pytorch/blob/main/c10/core/impl/alloc_cpu.cpp
+os.environ.setdefault("THP_MEM_ALLOC_ENABLE", "1")
 logging.getLogger("torch.utils._pytree").setLevel(logging.ERROR)  # torchao's registrations warn at every import
 
 from unsloth import FastLanguageModel

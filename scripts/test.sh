@@ -10,5 +10,5 @@ bin="$venv/bin"
 "$bin/ruff" check .
 "$bin/ruff" format --check .
 "$bin/python" -m mypy
-"$bin/shellcheck" scripts/*.sh .ci/run
+"$bin/shellcheck" scripts/*.sh benchmarks/*.sh .ci/run
 exec "$bin/python" -m pytest -q "$@" </dev/null

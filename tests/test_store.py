@@ -1,5 +1,6 @@
 """Encoded rows on disk: made once for each content, never used when torn, the same from any number of processes."""
 
+import contextlib
 import json
 import multiprocessing
 import os
@@ -241,7 +242,8 @@ def test_a_killed_worker_is_a_clear_error(
         for number in range(1, 60):
             for child in multiprocessing.active_children():
                 assert child.pid is not None
-                os.kill(child.pid, signal.SIGKILL)
+                with contextlib.suppress(ProcessLookupError):  # it may be gone by now
+                    os.kill(child.pid, signal.SIGKILL)
             yield Chunk("rows.jsonl", number, 0.5, rows=[GOOD])
 
     with pytest.raises(DataError, match="ended from outside, most likely for memory"):

@@ -5,6 +5,7 @@ All start from the same weights and adapter, see the same rows in the same order
 """
 
 # isort: skip_file
+import os
 import time
 from pathlib import Path
 from typing import Any
@@ -17,7 +18,7 @@ PROCESS_STARTED = time.perf_counter()
 WHAT = {
     "fasttune": "what `fasttune train` does",
     "vanilla": "transformers.Trainer + PEFT as documented: padded rows, default attention and optimizer",
-    "hf-tuned": "the same, tuned: rows end to end (DataCollatorWithFlattening), no recomputation, fused AdamW",
+    "hf-tuned": "the same, tuned: rows end to end (DataCollatorWithFlattening), fused AdamW, huge pages",
     "unsloth-notebook": "Unsloth as its examples use it: SFTTrainer, padded rows, its own recomputation",
 }
 ADAPTER = "adapter.pt"
@@ -124,6 +125,8 @@ def _notebook(config: Config, steps: int, shared: Path, scratch: Path) -> Repeat
 
 
 def _hugging_face(config: Config, steps: int, shared: Path, scratch: Path, tuned: bool) -> Repeat:
+    if tuned:
+        os.environ["THP_MEM_ALLOC_ENABLE"] = "1"  # as fasttune does: huge pages for a CPU's tensors
     import torch
     import transformers
 
