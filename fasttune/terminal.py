@@ -46,6 +46,7 @@ class Reporter:
         self._recent: deque[StepMetrics] = deque(maxlen=RECENT_STEPS)
         self._last_line_s = self._started_s
         self._progress: Progress | None = None
+        self._prepared = ""  # what `progress` has named last
         self._task = TaskID(0)
 
     def note(self, text: str) -> None:
@@ -71,8 +72,9 @@ class Reporter:
             self._progress.update(self._task, completed=share)
         elif share >= 1:
             self.stop()
-        elif share == 0 or time.monotonic() - self._last_line_s >= PLAIN_LINE_EVERY_S:
+        elif what != self._prepared or time.monotonic() - self._last_line_s >= PLAIN_LINE_EVERY_S:
             self._last_line_s = time.monotonic()
+            self._prepared = what
             self.note(f"{what} …" + (f" {share:.0%}" if share else ""))
 
     def warn(self, text: str) -> None:

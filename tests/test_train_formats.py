@@ -124,3 +124,15 @@ def test_several_sets_with_weights_and_a_hold_out(unsloth: None, tmp_path: Path)
     assert job.data.sizes == [18, 18]
     assert job.data.rows_per_epoch == 2 * 18 + 9
     assert [problem.question for problem in job.problems] == [QUESTION]
+
+
+def test_a_preparation_is_named_once_in_a_log() -> None:
+    import io
+
+    from rich.console import Console
+
+    out = io.StringIO()
+    reporter = terminal.Reporter(None, console=Console(file=out))
+    for share in (0.0, 0.0, 0.3, 0.6, 1.0):
+        reporter.progress("reading rows.jsonl", share)
+    assert out.getvalue() == "reading rows.jsonl …\n"

@@ -89,7 +89,8 @@ def fingerprint(source: str, part: arithmetic.Part, split: str, streaming: bool)
 
 def _chunks(source: str, part: arithmetic.Part, split: str, max_rows: int | None, streaming: bool) -> Iterator[Chunk]:
     if source == "builtin:arithmetic":
-        yield from grouped(source, iter(arithmetic.generate(part, rows=max_rows or BUILTIN_ROWS[part])))
+        rows = arithmetic.generate(part, rows=max_rows or BUILTIN_ROWS[part])
+        yield from grouped(source, iter(rows), len(rows))
         return
     path = Path(source).expanduser()
     if not path.is_file():
