@@ -81,3 +81,9 @@ def test_nothing_heavy_is_imported(module: str) -> None:
     code = f"import sys, fasttune.{module}; print(*{HEAVY!r} & set(sys.modules))"
     done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=True)
     assert done.stdout.strip() == ""
+
+
+def test_huge_pages_are_asked_for_before_torch_allocates() -> None:
+    """torch reads the switch once: it must stand in the environment before anything imports torch."""
+    text = (PACKAGE / "model.py").read_text()
+    assert 0 < text.index('"THP_MEM_ALLOC_ENABLE", "1"') < text.index("from unsloth import")
