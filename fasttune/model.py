@@ -12,7 +12,7 @@ import warnings
 from pathlib import Path
 from typing import Any
 
-from fasttune import cache, pretrained
+from fasttune import cache, memory, pretrained
 from fasttune.config import LoraConfig, ModelConfig
 from fasttune.errors import ModelError
 
@@ -21,9 +21,7 @@ os.environ["UNSLOTH_DISABLE_STATISTICS"] = "1"
 os.environ["HF_HUB_DISABLE_TELEMETRY"] = "1"
 os.environ.setdefault("UNSLOTH_COMPILE_LOCATION", str(cache.root() / "unsloth_compiled_cache"))
 os.environ.setdefault("TOKENIZERS_PARALLELISM", "false")  # else tokenizers warns at every later fork
-# On a CPU torch asks the kernel for huge pages: a third of the page faults, a fifth more speed (docs/LOG.md).
-# Source: https://github.com/pytorch/pytorch/blob/main/c10/core/impl/alloc_cpu.cpp
-os.environ.setdefault("THP_MEM_ALLOC_ENABLE", "1")
+memory.ask_for_huge_pages()
 logging.getLogger("torch.utils._pytree").setLevel(logging.ERROR)  # torchao's registrations warn at every import
 
 from unsloth import FastLanguageModel
@@ -38,6 +36,8 @@ transformers.utils.logging.disable_progress_bar()
 def load(config: ModelConfig, dtype: str, gradient_checkpointing: str, full: bool, seed: int) -> tuple[Any, Any]:
     """Weights and tokenizer through Unsloth, in `dtype` (bfloat16 | float32); nothing swapped or quantized unasked."""
     source = pretrained.locate(config)
+    if not torch.cuda.is_available():
+        memory.keep_freed()
     try:
         model, tokenizer = FastLanguageModel.from_pretrained(
             model_name=source,

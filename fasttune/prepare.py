@@ -69,7 +69,7 @@ def preflight(config: Config) -> Path:
 def prepare(config: Config, folder: Path, reporter: Reporter) -> Job:
     """Plan, model and data, ready to train. Writes nothing."""
     reporter.note("importing unsloth and torch …")
-    from fasttune import model as models, packed as packing, samples
+    from fasttune import fused_lora, model as models, packed as packing, samples
 
     take_over_loggers()
     warnings: list[str] = []
@@ -81,6 +81,8 @@ def prepare(config: Config, folder: Path, reporter: Reporter) -> Job:
     model, tokenizer = models.load(config.model, chosen.dtype, policy, full, config.seed)
     model = model if full else models.add_lora(model, config.lora, policy, config.seed)
     settings = list(chosen.settings)
+    if not full and (fused := fused_lora.enable(model)):
+        settings.append(Setting("LoRA", f"fused in {fused} layers", "no GPU for Unsloth's own fused kernels"))
     packed = config.train.packing is not False
     if packed and (reason := packing.enable(model, config.model.max_length)):
         packed = False

@@ -17,6 +17,7 @@ import transformers
 import trl
 from datasets import Dataset
 
+from fasttune import fused_lora
 from fasttune.data.batches import Batches
 from fasttune.metrics import Backend, StepMetrics
 from fasttune.live import AttentionSeen, count_tokens, dtypes, peak_memory_gib, synchronize
@@ -173,13 +174,20 @@ def backend(trainer: MeasuredTrainer) -> Backend:
     """What ran, from the live model and trainer."""
     model = trainer.model
     return Backend(
-        library="unsloth + trl" if torch.cuda.is_available() else "unsloth (CPU backend) + trl",
+        library=_library(model),
         attention=trainer.attention_seen or "not seen",
         packing=_packing(trainer),
         patched_layers=fasttune_model.patched_layers(model),
         gradient_checkpointing=fasttune_model.checkpointing(model),
         dtype=dtypes(model, trainer.args.bf16),
     )
+
+
+def _library(model: Any) -> str:
+    if torch.cuda.is_available():
+        return "unsloth + trl"
+    fused = fused_lora.live_layers(model)
+    return "unsloth (CPU backend) + trl" + (f", LoRA fused in {fused} layers" if fused else "")
 
 
 def _packing(trainer: MeasuredTrainer) -> str:

@@ -11,12 +11,12 @@ PACKAGE = Path("fasttune")
 # Lowest first. A module imports only from rows above its own.
 LAYERS = [
     {"errors"},
-    {"cache", "hardware", "metrics", "quiet"},
+    {"cache", "hardware", "memory", "metrics", "quiet"},
     {"config", "plots", "stack"},
     {"builtin", "data", "output", "plan", "report", "rules"},
     {"live", "pretrained", "terminal"},
     {"model"},
-    {"packed", "samples", "view"},
+    {"fused_lora", "packed", "samples", "view"},
     {"prepare", "view_page"},
     {"trainer"},
     {"summary"},
@@ -86,4 +86,4 @@ def test_nothing_heavy_is_imported(module: str) -> None:
 def test_huge_pages_are_asked_for_before_torch_allocates() -> None:
     """torch reads the switch once: it must stand in the environment before anything imports torch."""
     text = (PACKAGE / "model.py").read_text()
-    assert 0 < text.index('"THP_MEM_ALLOC_ENABLE", "1"') < text.index("from unsloth import")
+    assert 0 < text.index("memory.ask_for_huge_pages()") < text.index("from unsloth import")

@@ -5,7 +5,6 @@ All start from the same weights and adapter, see the same rows in the same order
 """
 
 # isort: skip_file
-import os
 import time
 from pathlib import Path
 from typing import Any
@@ -18,7 +17,7 @@ PROCESS_STARTED = time.perf_counter()
 WHAT = {
     "fasttune": "what `fasttune train` does",
     "vanilla": "transformers.Trainer + PEFT as documented: padded rows, default attention and optimizer",
-    "hf-tuned": "the same, tuned: rows end to end (DataCollatorWithFlattening), fused AdamW, huge pages",
+    "hf-tuned": "the same, tuned: rows end to end (DataCollatorWithFlattening), fused AdamW, huge and kept pages on a CPU",
     "unsloth-notebook": "Unsloth as its examples use it: SFTTrainer, padded rows, its own recomputation",
 }
 ADAPTER = "adapter.pt"
@@ -125,10 +124,15 @@ def _notebook(config: Config, steps: int, shared: Path, scratch: Path) -> Repeat
 
 
 def _hugging_face(config: Config, steps: int, shared: Path, scratch: Path, tuned: bool) -> Repeat:
+    from fasttune import memory
+
     if tuned:
-        os.environ["THP_MEM_ALLOC_ENABLE"] = "1"  # as fasttune does: huge pages for a CPU's tensors
+        memory.ask_for_huge_pages()
     import torch
     import transformers
+
+    if tuned and not torch.cuda.is_available():
+        memory.keep_freed()
 
     from fasttune import live, pretrained
     from fasttune.bench.clock import Clock, Counter, repeat
