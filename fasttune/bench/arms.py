@@ -17,7 +17,7 @@ PROCESS_STARTED = time.perf_counter()
 WHAT = {
     "fasttune": "what `fasttune train` does",
     "vanilla": "transformers.Trainer + PEFT as documented: padded rows, default attention and optimizer",
-    "hf-tuned": "the same, tuned: rows end to end (DataCollatorWithFlattening), fused AdamW, huge and kept pages on a CPU",
+    "hf-tuned": "the same, tuned: rows end to end (DataCollatorWithFlattening), fused AdamW, huge pages on a CPU",
     "unsloth-notebook": "Unsloth as its examples use it: SFTTrainer, padded rows, its own recomputation",
 }
 ADAPTER = "adapter.pt"
