@@ -13,7 +13,15 @@ from fasttune.data.tokens import IGNORE
 from fasttune.metrics import Flops
 from fasttune.quiet import native_stderr_closed
 
-ATTENTION_OPERATORS = ("scaled_dot_product", "fmha", "flash_attn", "flash_fwd", "varlen_attn", "cudnn_attention")
+ATTENTION_OPERATORS = (
+    "scaled_dot_product",
+    "fmha",
+    "flash_attn",
+    "flash_fwd",
+    "varlen_attn",
+    "cudnn_attention",
+    "RowsAttention",
+)
 
 
 class AttentionSeen:
@@ -34,17 +42,26 @@ class AttentionSeen:
 
 
 def count_tokens(batches: list[dict[str, torch.Tensor]]) -> dict[str, int]:
-    """Tokens, trained tokens and padding of the micro-batches of a step. input_ids, labels: (B, T).
+    """Tokens, trained tokens, padding of the micro-batches of a step; shared: tokens that were not computed again.
 
-    Without an attention mask nothing is padded. The first label of a sequence is never a target (causal shift).
+    input_ids, labels: (B, T). Without an attention mask nothing is padded. The first label of a sequence is never a
+    target (causal shift). A prefix that the rows of a pack share counts with every row, as it would in any layout.
     """
-    tokens = sum(
-        int(batch["attention_mask"].sum()) if "attention_mask" in batch else batch["input_ids"].numel()
-        for batch in batches
-    )
     cells = sum(batch["input_ids"].numel() for batch in batches)
+    padding = sum(int((batch["attention_mask"] == 0).sum()) for batch in batches if "attention_mask" in batch)
     loss_tokens = sum(int((batch["labels"][:, 1:] != IGNORE).sum()) for batch in batches)
-    return {"tokens": tokens, "loss_tokens": loss_tokens, "padding_tokens": cells - tokens}
+    shared = sum(int(batch["shared_prefix"]) * (rows_of(batch) - 1) for batch in batches if "shared_prefix" in batch)
+    return {
+        "tokens": cells - padding + shared,
+        "loss_tokens": loss_tokens,
+        "padding_tokens": padding,
+        "shared_tokens": shared,
+    }
+
+
+def rows_of(batch: dict[str, torch.Tensor]) -> int:
+    """How many rows a micro-batch holds (see data.batches)."""
+    return len(batch.get("packed_seq_lengths", batch["input_ids"])) - ("shared_prefix" in batch)
 
 
 def attention_operator(names: set[str]) -> str:

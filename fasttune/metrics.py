@@ -18,7 +18,10 @@ FLOPS_FORMULA = (
 
 @dataclass(frozen=True)
 class StepMetrics:
-    """One optimizer step, as one line of `metrics.jsonl`. Tokens count no padding; seconds are device-synchronised."""
+    """One optimizer step, as one line of `metrics.jsonl`. Tokens count no padding; seconds are device-synchronised.
+
+    shared_tokens: of `tokens`, those not computed again, because rows of a pack begin alike.
+    """
 
     step: int
     loss: float
@@ -27,6 +30,7 @@ class StepMetrics:
     tokens: int
     loss_tokens: int
     padding_tokens: int
+    shared_tokens: int
     seconds: float
     tokens_per_s: float
     peak_memory_gib: float

@@ -1,10 +1,12 @@
-"""Rows packed into one sequence that never see each other: the attention for the CPU, and the proof for any model.
+"""Rows packed into one sequence that never see each other, and the proof of it for any model.
 
 On a GPU Unsloth's own kernels take the row lengths (`packed_seq_lengths`). On the CPU, where Unsloth runs plain
-transformers, attention is run row by row: exact, and cheaper than a masked square of the whole pack.
+transformers, `RowsAttention` does; there a beginning that all rows of a pack share is computed once.
 """
 
 from typing import Any
+
+import numpy as np
 
 import fasttune.model  # noqa: F401  first: it imports unsloth
 
@@ -13,8 +15,11 @@ from transformers import AttentionInterface
 from transformers.integrations.sdpa_attention import sdpa_attention_forward
 from transformers.masking_utils import AttentionMaskInterface, sdpa_mask
 
+from fasttune.data.batches import flat
+from fasttune.rows_attention import RowsAttention
+
 NAME = "fasttune_rows"
-PROBE_LENGTHS = [5, 9, 3]
+PROBE_PREFIX, PROBE_LENGTHS = 20, [25, 29, 23]  # of three rows that begin alike
 TOLERANCE = {torch.float32: 1e-4, torch.bfloat16: 5e-2}  # relative; a row that sees another is off by its own size
 
 
@@ -25,6 +30,8 @@ def rows_attention(
     value: torch.Tensor,
     attention_mask: torch.Tensor | None,
     packed_seq_lengths: torch.Tensor | None = None,
+    shared_prefix: torch.Tensor | None = None,
+    scaling: float | None = None,
     **kwargs: Any,
 ) -> tuple[torch.Tensor, None]:
     """Causal attention of each row of a pack by itself. query (1, H, T, D); key, value (1, KV, T, D) → (1, T, H, D).
@@ -32,10 +39,10 @@ def rows_attention(
     Without `packed_seq_lengths` (generation, padded rows) it is transformers' own SDPA.
     """
     if packed_seq_lengths is None:
-        return sdpa_attention_forward(module, query, key, value, attention_mask, **kwargs)
-    lengths = packed_seq_lengths.tolist()
-    rows = zip(query.split(lengths, 2), key.split(lengths, 2), value.split(lengths, 2), strict=True)
-    return torch.cat([sdpa_attention_forward(module, q, k, v, None, **kwargs)[0] for q, k, v in rows], dim=1), None
+        return sdpa_attention_forward(module, query, key, value, attention_mask, scaling=scaling, **kwargs)
+    scale = query.shape[-1] ** -0.5 if scaling is None else scaling
+    prefix = 0 if shared_prefix is None else int(shared_prefix)
+    return RowsAttention.apply(query, key, value, scale, packed_seq_lengths.tolist(), prefix), None
 
 
 def rows_mask(*args: Any, attention_mask: torch.Tensor | None = None, **kwargs: Any) -> torch.Tensor | None:
@@ -45,10 +52,15 @@ def rows_mask(*args: Any, attention_mask: torch.Tensor | None = None, **kwargs: 
     return sdpa_mask(*args, attention_mask=attention_mask, **kwargs)
 
 
+def shares_prefix() -> bool:
+    """Whether `enable` makes a model take packs whose rows share a prefix: Unsloth's kernels for a GPU cannot."""
+    return not torch.cuda.is_available()
+
+
 def enable(model: Any, max_length: int) -> str | None:
     """Make a loaded model take packed rows; None, or the reason why it cannot be packed exactly (then it is unchanged).
 
-    Proved on the live model: hidden states of a small pack against those of its rows alone.
+    Proved on the live model: logits of small packs against those of their rows alone, in the model's own attention.
     """
     config = getattr(model.config, "get_text_config", lambda: model.config)()
     window = getattr(config, "sliding_window", None)
@@ -56,34 +68,57 @@ def enable(model: Any, max_length: int) -> str | None:
     reach = window if windowed else getattr(config, "attention_chunk_size", None)
     if reach is not None and reach < max_length:
         return f"its attention looks back {reach:,} tokens only, less than model.max_length={max_length:,}"
+    if getattr(config, "attention_dropout", 0.0):
+        return f"its attention drops out (attention_dropout={config.attention_dropout:g})"
     before = config._attn_implementation
-    if not torch.cuda.is_available():
+    alone = [_logits(model, {"input_ids": ids[None]}) for ids, _ in _probe_rows(model)]
+    if shares_prefix():
         AttentionInterface.register(NAME, rows_attention)
         AttentionMaskInterface.register(NAME, rows_mask)
         config._attn_implementation = NAME
-    error = packing_error(model)
+    error = packing_error(model, alone)
     if error <= TOLERANCE.get(next(model.parameters()).dtype, 5e-2):
         return None
     config._attn_implementation = before
-    return f"its rows see each other in a pack (hidden states differ by {error:.1%})"
+    return f"its rows see each other in a pack (logits differ by {error:.1%})"
+
+
+def packing_error(model: Any, alone: list[torch.Tensor]) -> float:
+    """Largest relative difference of the logits of packed rows from `alone`, those of the same rows by themselves."""
+    rows = _probe_rows(model)
+    try:
+        errors = [_difference(_logits(model, flat(rows)).split(PROBE_LENGTHS, 1), alone)]
+        if shares_prefix():
+            pack = flat(rows, share_prefix=True)
+            assert pack["shared_prefix"] == PROBE_PREFIX
+            _, *own = _logits(model, pack).split(pack["packed_seq_lengths"].tolist(), 1)
+            errors.append(_difference(own, [logits[:, PROBE_PREFIX:] for logits in alone]))
+    except (TypeError, ValueError, RuntimeError):  # a forward that does not know row lengths at all
+        return float("inf")
+    return max(errors)
+
+
+def _probe_rows(model: Any) -> list[tuple[np.ndarray, np.ndarray]]:
+    """(ids, learned) of random rows that begin alike; their last two tokens are learned."""
+    vocabulary = model.get_input_embeddings().weight.shape[0]
+    draw = np.random.default_rng(0).integers(vocabulary, size=(len(PROBE_LENGTHS), max(PROBE_LENGTHS)))
+    draw[:, :PROBE_PREFIX] = draw[0, :PROBE_PREFIX]
+    draw[:, PROBE_PREFIX] = range(len(PROBE_LENGTHS))  # and differ after it
+    return [(ids[:length], np.arange(length) >= length - 2) for ids, length in zip(draw, PROBE_LENGTHS, strict=True)]
 
 
 @torch.no_grad()
-def packing_error(model: Any) -> float:
-    """Largest relative difference of the logits of packed rows from those of the same rows alone."""
-    total = sum(PROBE_LENGTHS)
-    generator = torch.Generator().manual_seed(0)
-    device, vocabulary = model.device, model.get_input_embeddings().weight.shape[0]
-    ids = torch.randint(vocabulary, (1, total), generator=generator).to(device)  # (1, T)
-    positions = torch.cat([torch.arange(length) for length in PROBE_LENGTHS])[None].to(device)
-    lengths = torch.tensor(PROBE_LENGTHS, dtype=torch.int32)
+def _logits(model: Any, batch: dict[str, Any]) -> torch.Tensor:
+    """(1, T, V) of a micro-batch without its labels."""
+    given = {name: torch.from_numpy(array).to(model.device) for name, array in batch.items() if name != "labels"}
     was_training = model.training
     model.eval()
     try:
-        packed = model(input_ids=ids, position_ids=positions, packed_seq_lengths=lengths, use_cache=False).logits
-        alone = torch.cat([model(input_ids=row, use_cache=False).logits for row in ids.split(PROBE_LENGTHS, 1)], 1)
-    except (TypeError, ValueError, RuntimeError):  # a forward that does not know row lengths at all
-        return float("inf")
+        return model(**given, use_cache=False).logits
     finally:
         model.train(was_training)
-    return float((packed - alone).abs().max() / alone.abs().max())
+
+
+def _difference(packed: Any, alone: Any) -> float:
+    largest = max(float(logits.abs().max()) for logits in alone)
+    return max(float((a - b).abs().max()) for a, b in zip(packed, alone, strict=True)) / largest

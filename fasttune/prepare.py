@@ -92,6 +92,7 @@ def prepare(config: Config, folder: Path, reporter: Reporter) -> Job:
     settings += [Setting("chat template", what, why) for what, why in chat.complete(tokenizer)]
     config = load.with_format(config)
     data = load.encode(config, tokenizer, packed, reporter.progress)
+    data.share_prefix = packed and packing.shares_prefix()
     settings += [Setting("data", line) for line in load.describe(data)]
     output.check_space(folder, models.trained_gib(model) * (2 if config.lora.init == "pissa" else 1))
     usd_per_hour, price = price_of(config, machine)

@@ -56,7 +56,8 @@ def summarize(job: Job, outcome: Outcome, trainer: Any, started: float) -> RunRe
     if steady and job.config.model.quantization == "none":
         flops = live.count_flops(job.model)
         rows = job.config.train.batch_rows
-        achieved = statistics.median(flops.of_step(s.tokens, s.loss_tokens, rows) / s.seconds for s in steady) / 1e12
+        computed = ((step.tokens - step.shared_tokens, step) for step in steady)
+        achieved = statistics.median(flops.of_step(n, s.loss_tokens, rows) / s.seconds for n, s in computed) / 1e12
         matmul = measured_matmul_tflops(job)
     peak = hardware.peak_bf16_tflops(job.machine.gpus[0].name) if job.machine.gpus else None
     wall_s = time.perf_counter() - started

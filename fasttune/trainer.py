@@ -20,7 +20,7 @@ from datasets import Dataset
 from fasttune import fused_lora
 from fasttune.data.batches import Batches
 from fasttune.metrics import Backend, StepMetrics
-from fasttune.live import AttentionSeen, count_tokens, dtypes, peak_memory_gib, synchronize
+from fasttune.live import AttentionSeen, count_tokens, dtypes, peak_memory_gib, rows_of, synchronize
 from fasttune.prepare import Job
 
 
@@ -52,7 +52,7 @@ class MeasuredTrainer(trl.SFTTrainer):
             self.counts = count_tokens(micro_batches)
             self.packed_seen = all("packed_seq_lengths" in batch for batch in micro_batches)
             self.micro_batches_seen = len(micro_batches)
-            self.rows_seen = sum(len(batch.get("packed_seq_lengths", batch["input_ids"])) for batch in micro_batches)
+            self.rows_seen = sum(rows_of(batch) for batch in micro_batches)
             return steps, torch.tensor(self.counts["loss_tokens"], device=device)
         return steps, None
 
@@ -192,4 +192,6 @@ def _library(model: Any) -> str:
 
 def _packing(trainer: MeasuredTrainer) -> str:
     form = "packed" if trainer.packed_seen else "padded"
-    return f"{form}: {trainer.rows_seen} rows in {trainer.micro_batches_seen} micro-batches (last step)"
+    text = f"{form}: {trainer.rows_seen} rows in {trainer.micro_batches_seen} micro-batches"
+    shared = trainer.counts["shared_tokens"] if trainer.rows_seen else 0
+    return text + (f", {shared} tokens of a shared beginning not computed again" if shared else "") + " (last step)"

@@ -14,7 +14,7 @@ LAYERS = [
     {"cache", "hardware", "memory", "metrics", "quiet"},
     {"config", "plots", "stack"},
     {"builtin", "data", "output", "plan", "report", "rules"},
-    {"live", "pretrained", "terminal"},
+    {"live", "pretrained", "rows_attention", "terminal"},
     {"model"},
     {"fused_lora", "packed", "samples", "view"},
     {"prepare", "view_page"},

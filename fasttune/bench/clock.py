@@ -85,10 +85,14 @@ def rows_in(batch: dict[str, torch.Tensor]) -> list[bytes]:
     if "attention_mask" in batch:
         keep = [mask.bool() for mask in batch["attention_mask"]]
         pairs = [(row[k], label[k]) for row, label, k in zip(ids, labels, keep, strict=True)]
-    else:  # flat: positions restart with each row
-        starts = (batch["position_ids"][0] == 0).nonzero().flatten().tolist()
+    else:  # flat: positions restart with each row, behind a prefix that all may share
+        prefix = int(batch.get("shared_prefix", 0))
+        starts = (batch["position_ids"][0] == prefix).nonzero().flatten().tolist()
         ends = [*starts[1:], ids.shape[1]]
-        pairs = [(ids[0, a:b], labels[0, a:b]) for a, b in zip(starts, ends, strict=True)]
+        pairs = [
+            (torch.cat([ids[0, :prefix], ids[0, a:b]]), torch.cat([labels[0, :prefix], labels[0, a:b]]))
+            for a, b in zip(starts, ends, strict=True)
+        ]
     return [row.to(torch.int64).numpy().tobytes() + label[1:].to(torch.int64).numpy().tobytes() for row, label in pairs]
 
 
@@ -96,7 +100,8 @@ def repeat(clock: Clock, counter: Counter, model: Any, rows_per_step: int, backe
     """What was measured, as the result type."""
     steps = len(clock.seconds)
     tokens, learned = counter.per_steps("tokens", steps), counter.per_steps("loss_tokens", steps)
-    flops = live.count_flops(model).of_step(sum(tokens), sum(learned), rows_per_step * steps)
+    computed = sum(tokens) - sum(counter.per_steps("shared_tokens", steps))
+    flops = live.count_flops(model).of_step(computed, sum(learned), rows_per_step * steps)
     return Repeat(
         tokens=tokens,
         loss_tokens=learned,

@@ -73,8 +73,8 @@ def quote(bench: Bench) -> str:
         f"fasttune trains {bench.model} ({job(bench)}) at {rate(speed)} tokens/s on {machine(bench)}",
         f"{over.ratio:.2f}× plain Hugging Face (95 % interval {over.low:.2f} to {over.high:.2f}, {repeats} repeats)",
     ]
-    if bench.limit:
-        parts.append(f"{percent(speed / bench.limit.tokens_per_s)} of the measured matmul limit")
+    if share := bench.share_of_limit(arm):
+        parts.append(f"{percent(share)} of the measured matmul limit")
     price = usd_per_million(speed, bench.usd_per_hour)
     if price is not None and bench.usd_per_hour is not None:
         parts.append(f"{usd(price)} per million tokens at {usd(bench.usd_per_hour)} an hour")
@@ -126,7 +126,7 @@ def table(bench: Bench) -> Table:
         ("padding", lambda arm: _median(arm, "padding_fraction", percent)),
         ("peak GiB", lambda arm: _median(arm, "peak_memory_gib", lambda gib: f"{gib:,.2f}")),
         ("s to first step", lambda arm: _median(arm, "seconds_to_first_step", lambda s: f"{s:,.1f}")),
-        ("of limit", lambda arm: _share(arm, bench)),
+        ("of limit", lambda arm: _optional(bench.share_of_limit(arm), percent)),
         ("MFU", lambda arm: _optional(bench.mfu(arm), percent)),
         ("$ / M tokens", lambda arm: _optional(usd_per_million(arm.median("tokens_per_s"), bench.usd_per_hour), usd)),
         ("whole job", lambda arm: _job(arm, bench)),
@@ -179,11 +179,6 @@ def _ratio(arm: Arm, over: Comparison | None) -> Cell:
     if over.invalid:
         return Cell("INVALID", bad=True)
     return Cell(f"{over.ratio:.2f}", f"{over.low:.2f}–{over.high:.2f}")
-
-
-def _share(arm: Arm, bench: Bench) -> Cell:
-    speed = arm.median("tokens_per_s")
-    return _optional(speed / bench.limit.tokens_per_s if speed and bench.limit else None, percent)
 
 
 def _job(arm: Arm, bench: Bench) -> Cell:

@@ -155,7 +155,11 @@ class Bench:
         peak = hardware.peak_bf16_tflops(self.hardware["gpus"][0]["name"])
         if not peak or re.search("int|float8", arm.repeats[-1].backend.dtype):  # integers: quantised
             return None
-        return statistics.median(repeat.tokens_per_s * repeat.flops_per_token for repeat in arm.repeats) / peak / 1e12
+        return _tflops(arm) / peak
+
+    def share_of_limit(self, arm: Arm) -> float | None:
+        """Model FLOPs over the matmul rate that was measured in the same run."""
+        return _tflops(arm) / self.limit.tflops if arm.repeats and self.limit else None
 
     def as_dict(self) -> dict[str, Any]:
         """bench.json."""
@@ -168,7 +172,7 @@ class Bench:
             plain["backend"] = asdict(arm.repeats[-1].backend) if arm.repeats else None
             speed = arm.median("tokens_per_s")
             plain["mfu"] = self.mfu(arm)
-            plain["share_of_limit"] = speed / self.limit.tokens_per_s if speed and self.limit else None
+            plain["share_of_limit"] = self.share_of_limit(arm)
             plain["usd_per_million_tokens"] = usd_per_million(speed, self.usd_per_hour)
             plain["job_hours"] = self.job_tokens / speed / 3600 if speed else None
         cost = {
@@ -218,6 +222,11 @@ def _bootstrap(numerator: tuple[float, ...], denominator: tuple[float, ...], see
         for _ in range(BOOTSTRAP_DRAWS)
     )
     return ratios[round(0.025 * BOOTSTRAP_DRAWS)], ratios[round(0.975 * BOOTSTRAP_DRAWS) - 1]
+
+
+def _tflops(arm: Arm) -> float:
+    """Median of the model TFLOP/s of its repeats."""
+    return statistics.median(repeat.tokens_per_s * repeat.flops_per_token for repeat in arm.repeats) / 1e12
 
 
 def spread(values: list[float]) -> dict[str, Any]:

@@ -14,6 +14,7 @@ from fasttune.data.store import Rows
 from fasttune.data.tokens import IGNORE, labels
 
 MicroBatch = dict[str, Any]  # arrays by the names a transformers model takes them
+MIN_PREFIX = 8  # tokens; fewer cost more in small matmuls than they save
 HOLD_OUT_STREAM = 1 << 32  # keeps the hold-out draw apart from the epochs' shuffles
 
 
@@ -23,6 +24,7 @@ class Batches:
 
     eval_share: share of each set's rows that is held out and never trained on.
     batch_rows: rows of a step. micro_rows: full rows (of max_length tokens) that fit at once.
+    share_prefix: a beginning that all rows of a pack have in common lies in it once.
     """
 
     parts: list[Rows]
@@ -34,6 +36,7 @@ class Batches:
     max_length: int
     packed: bool
     pad_id: int
+    share_prefix: bool = False
 
     @cached_property
     def split(self) -> list[tuple[np.ndarray, np.ndarray]]:
@@ -80,23 +83,47 @@ class Batches:
         lengths = [len(ids) for ids, _ in rows]
         if self.packed:
             groups = packing.best_fit(lengths, self.micro_rows * self.max_length)
-            return [flat([rows[i] for i in group]) for group in groups]
+            return [flat([rows[i] for i in group], self.share_prefix) for group in groups]
         groups = packing.rectangles(lengths, self.micro_rows)
         return [padded([rows[i] for i in group], self.pad_id) for group in groups]
 
 
-def flat(rows: list[tuple[np.ndarray, np.ndarray]]) -> MicroBatch:
+def flat(rows: list[tuple[np.ndarray, np.ndarray]], share_prefix: bool = False) -> MicroBatch:
     """Rows end to end, nothing padded: input_ids, labels, position_ids (1, T) and packed_seq_lengths (rows,).
 
     Positions restart with each row, and no row's first token is learned, so that rows never see each other.
+    With a shared prefix of P tokens, they lie first and once, `packed_seq_lengths` is (P, the rest of each row …), the
+    rests' positions go on from P, and `shared_prefix` is P.
     """
-    lengths = [len(ids) for ids, _ in rows]
-    return {
-        "input_ids": np.concatenate([ids for ids, _ in rows]).astype(np.int64)[None],
-        "labels": np.concatenate([labels(ids, learned) for ids, learned in rows])[None],
-        "position_ids": np.concatenate([np.arange(length) for length in lengths])[None],
-        "packed_seq_lengths": np.array(lengths, np.int32),
+    prefix = common_prefix(rows) if share_prefix else 0
+    starts = [prefix] * len(rows)
+    if prefix:
+        (ids, learned), starts = rows[0], [0, *starts]
+        rows = [(ids[:prefix], learned[:prefix]), *rows]
+    ends = [len(ids) for ids, _ in rows]
+    batch = {
+        "input_ids": np.concatenate([ids[at:] for at, (ids, _) in zip(starts, rows, strict=True)]).astype(np.int64)[
+            None
+        ],
+        "labels": np.concatenate([labels(*row)[at:] for at, row in zip(starts, rows, strict=True)])[None],
+        "position_ids": np.concatenate([np.arange(at, end) for at, end in zip(starts, ends, strict=True)])[None],
+        "packed_seq_lengths": np.array([end - at for at, end in zip(starts, ends, strict=True)], np.int32),
     }
+    return batch | ({"shared_prefix": np.array(prefix)} if prefix else {})
+
+
+def common_prefix(rows: list[tuple[np.ndarray, np.ndarray]]) -> int:
+    """How many tokens all rows begin with, up to the last that predicts no learned one; 0 if it is not worth it."""
+    if len(rows) < 2:
+        return 0
+    shortest = min(len(ids) for ids, _ in rows)
+    ids = np.stack([ids[:shortest] for ids, _ in rows])
+    learned = np.stack([learned[:shortest] for _, learned in rows])
+    differs = (ids != ids[0]).any(0)
+    same = int(differs.argmax()) if differs.any() else shortest
+    before_learned = int(learned[:, 1:].any(0).argmax()) if learned[:, 1:].any() else shortest - 1
+    prefix = min(same, before_learned)
+    return prefix if prefix >= MIN_PREFIX else 0
 
 
 def padded(rows: list[tuple[np.ndarray, np.ndarray]], pad_id: int) -> MicroBatch:

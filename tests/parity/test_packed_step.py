@@ -1,5 +1,6 @@
 """How rows are laid out changes nothing that is learned: packed, padded, in one micro-batch or in eight."""
 
+import json
 from collections.abc import Callable
 from dataclasses import replace
 from pathlib import Path
@@ -11,16 +12,23 @@ from fasttune import config as configuration
 
 ROWS = 8
 RELATIVE = 1e-5
-Layout = tuple[bool, int]  # packed?, full rows at once
+Layout = tuple[bool, int] | tuple[bool, int, bool]  # packed?, full rows at once, common beginnings computed once?
 
 Step = tuple[float, dict[str, Any]]  # loss, gradient of every trained parameter
 
 
 def settings(tmp_path: Path, **train: Any) -> configuration.Config:
+    """A run on 64 short conversations of different lengths that begin with the same system turn."""
+    rows = tmp_path / "rows.jsonl"
+    with rows.open("w") as file:
+        for i in range(64):
+            contents = ["You are a patient teacher.", f"What is {i} plus {7 * i}?", f"It is {8 * i}." * (1 + i % 5)]
+            turns = zip(["system", "user", "assistant"], contents, strict=True)
+            file.write(json.dumps({"messages": [{"role": r, "content": c} for r, c in turns]}) + "\n")
     return configuration.parse(
         {
             "model": {"name": "builtin:tiny", "max_length": 256},
-            "data": {"train": "builtin:arithmetic", "max_rows": 64},
+            "data": {"train": str(rows)},
             "train": {"batch_rows": ROWS, "max_steps": 1, **train},
             "output_dir": str(tmp_path / "run"),
         }
@@ -45,9 +53,10 @@ def step(
             if parameter.requires_grad:
                 parameter += 0.05 * torch.randn(parameter.shape, generator=generator)
 
-    def run(packed: bool, micro_rows: int) -> Step:
-        collator = trainers.StepCollator(replace(job.data, packed=packed, micro_rows=micro_rows))
-        batches = collator([{"step": 3}])
+    def run(packed: bool, micro_rows: int, share_prefix: bool = False) -> Step:
+        layout = replace(job.data, packed=packed, micro_rows=micro_rows, share_prefix=share_prefix)
+        batches = trainers.StepCollator(layout)([{"step": 3}])
+        assert any("shared_prefix" in batch for batch in batches) == share_prefix
         _, learned = trainer.get_batch_samples(iter([batches]), 1, torch.device("cpu"))
         job.model.zero_grad()
         loss = trainer.training_step(job.model, batches, learned)
@@ -57,7 +66,11 @@ def step(
     return run
 
 
-@pytest.mark.parametrize("layout", [(True, 8), (True, 1), (True, 2), (False, 1), (False, 2), (False, 4)], ids=str)
+@pytest.mark.parametrize(
+    "layout",
+    [(True, 8), (True, 1), (True, 2), (True, 8, True), (True, 1, True), (False, 1), (False, 2), (False, 4)],
+    ids=str,
+)
 def test_every_layout_gives_the_same_step(step: Callable[..., Step], layout: Layout) -> None:
     import torch
 
@@ -78,13 +91,21 @@ def test_a_model_whose_rows_see_each_other_is_not_packed(unsloth: None, monkeypa
     wanted = config.ModelConfig(name="builtin:tiny", max_length=64, dtype="float32")
     model, _ = models.load(wanted, "float32", "none", False, 0)
     assert packed.enable(model, 64) is None
-    assert packed.packing_error(model) < 1e-5
 
-    def forgetful(*args: Any, packed_seq_lengths: Any = None, **kwargs: Any) -> Any:
+    def forgetful(*args: Any, packed_seq_lengths: Any = None, shared_prefix: Any = None, **kwargs: Any) -> Any:
         return packed.sdpa_attention_forward(*args, **kwargs)
 
-    monkeypatch.setattr(packed, "rows_attention", forgetful)
-    assert "see each other" in (packed.enable(model, 64) or "")
+    def unshared(*args: Any, shared_prefix: Any = None, **kwargs: Any) -> Any:
+        return rows_attention(*args, **kwargs)
+
+    rows_attention = packed.rows_attention
+    for broken in (forgetful, unshared):
+        monkeypatch.setattr(packed, "rows_attention", broken)
+        assert "see each other" in (packed.enable(model, 64) or ""), broken
+    monkeypatch.setattr(packed, "rows_attention", rows_attention)
+    model.config.attention_dropout = 0.1
+    assert "drops out" in (packed.enable(model, 64) or "")
+    model.config.attention_dropout = 0.0
     model.config.sliding_window = 16
     assert "looks back 16 tokens" in (packed.enable(model, 64) or "")
 
