@@ -50,7 +50,7 @@ def bench(**changes: Any) -> dict[str, Any]:
         max_length=64,
         job_tokens=1000,
         arms=[fast, plain, failed],
-        limit=Limit(1.0, 1e9, 400.0, "formula", {"1 x 2 x 3": 1.0}),
+        limit=Limit(0.4, 1e9, 400.0, "formula", {"1 x 2 x 3": 1.0}),
         usd_per_hour=None,
         hardware=hardware,
         versions={"torch": "2.13.0"},
@@ -209,10 +209,34 @@ def test_a_stage_that_fails_is_recorded_and_one_that_lasts_is_stopped(
     assert run.summary() == 1 and "2 of" not in capsys.readouterr().err
 
 
-@pytest.mark.slow
-def test_the_whole_battery_runs_on_a_cpu(tmp_path: Path) -> None:
-    done, rows = dry_run(tmp_path / "out")
+def test_the_battery_runs_on_a_cpu(tmp_path: Path) -> None:
+    """Each kind of stage once; that the others are jobs which could be measured too, the next test says."""
+    done, rows = dry_run(tmp_path / "out", "--stages", "gpu-tests,lora-r16-4096,full-1024")
     assert done.returncode == 0, done.stderr + done.stdout
-    assert {row["status"] for row in rows.values()} == {"ok", "skipped"}
+    assert {row["status"] for row in rows.values()} == {"ok"} and len(rows) == 3 + 2  # the rows and the model are made
     result = rows["lora-r16-4096"]["result"]
     assert result["valid"] and all(arm["failure"] is None for arm in result["arms"]) and len(result["arms"]) == 4
+
+
+@pytest.mark.parametrize("dry_run", [False, True])
+def test_every_measuring_stage_is_a_job_that_bench_takes(
+    monkeypatch: pytest.MonkeyPatch, tmp_path: Path, dry_run: bool
+) -> None:
+    monkeypatch.syspath_prepend(str(FOLDER))
+    from stages import STAGES
+
+    from fasttune import cli, config
+    from fasttune.bench import run
+
+    for name in ("full-4096", "full-1024", "gsm8k", "alpaca"):
+        (tmp_path / f"{name}.jsonl").write_text(json.dumps({"question": "1+1?", "answer": "2"}) + "\n")
+    places = {"python": "python", "out": "out", "rows": tmp_path, "model": "builtin:tiny"}
+    stages = [stage for stage in STAGES if " bench " in stage.command]
+    assert len(stages) >= 11
+    for stage in stages:
+        text = stage.command.format(**places, stage=stage.name) + (f" {stage.small}" if dry_run else "")
+        _, arguments = text.split("fasttune.cli ")
+        options, rest = cli.parser().parse_known_args(arguments.split())
+        settings = config.load(ROOT / options.config, [*options.overrides, *rest])
+        assert run.check(settings, options.arms, options.repeats, options.steps), stage.name
+        assert settings.model.max_length == 64 or not dry_run or "max_length=512" in stage.small, stage.name

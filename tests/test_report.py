@@ -21,7 +21,7 @@ SETTINGS = [Setting("model", "some/model"), Setting("dtype", "float32", "this [c
 
 
 def make_steps(count):
-    return [StepMetrics(i, 2.0 / i, 1e-3, 1.0, 1000, 400, 100, 0.5, 2000.0, 3.5) for i in range(1, count + 1)]
+    return [StepMetrics(i, 2.0 / i, 1e-3, 1.0, 1000, 400, 100, 0, 0.5, 2000.0, 3.5) for i in range(1, count + 1)]
 
 
 def make_result(output_dir, steps, **changes):

@@ -127,7 +127,7 @@ def test_the_numbers_are_those_of_the_steps(run: Path) -> None:
 
 def test_the_backend_is_what_ran(run: Path) -> None:
     backend = json.loads((run / "run.json").read_text())["backend"]
-    assert backend["attention"].startswith("aten::_scaled_dot_product")
+    assert backend["attention"] == "RowsAttention"
     assert backend["gradient_checkpointing"] == "none"
     assert backend["packing"] == "packed: 8 rows in 1 micro-batches (last step)"
 
