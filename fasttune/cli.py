@@ -62,6 +62,13 @@ def parser() -> argparse.ArgumentParser:
     commands.add_parser("verify", help="check this environment, with the command that fixes what is wrong")
     command = _with_config(commands.add_parser("train", help="fine-tune a model as a config says"))
     command.add_argument("--json", action="store_true", help="print run.json as the last line of stdout")
+    command.add_argument(
+        "--resume",
+        nargs="?",
+        const="",
+        metavar="RUN",
+        help="go on from the newest checkpoint of that folder (default: output_dir, or the newest runs/NAME-*)",
+    )
     command = _with_config(commands.add_parser("data", help="show the rows as they will be trained; trains nothing"))
     command.add_argument("--rows", type=int, default=3, metavar="N", help="rows to print (default 3)")
     command.add_argument("--json", action="store_true", help="print all figures as the last line of stdout")
@@ -83,19 +90,23 @@ def _with_config(command: argparse.ArgumentParser) -> argparse.ArgumentParser:
 
 
 def train(options: argparse.Namespace) -> int:
-    """`fasttune train`: 0 completed, 1 failed, 130 / 143 interrupted by SIGINT / SIGTERM."""
-    from fasttune import config, terminal, train as training
+    """`fasttune train`: 0 completed, 1 failed, 130 / 143 interrupted by SIGINT / SIGTERM (143 by max_hours too)."""
+    from fasttune import config, output, terminal, train as training
 
+    if options.resume and "=" in options.resume:  # argparse takes the setting behind a bare --resume for its value
+        options.overrides, options.resume = [*options.overrides, options.resume], ""
     settings = config.load(options.config, options.overrides)
+    resume = None if options.resume is None else output.to_resume(settings, options.resume)
     reporter = terminal.Reporter(None)
-    result = training.run(settings, reporter)
+    result = training.run(settings, reporter, resume)
     reporter.finish(result)
     if options.json:
         from fasttune import report
 
         print(report.to_json_line(result.as_dict()))
     if result.status == "interrupted":
-        return 128 + (signal.SIGTERM if "SIGTERM" in (result.error or "") else signal.SIGINT)
+        by_hand = result.error is not None and ("SIGINT" in result.error or "second signal" in result.error)
+        return 128 + (signal.SIGINT if by_hand else signal.SIGTERM)
     return 0 if result.status == "completed" else 1
 
 

@@ -6,11 +6,12 @@ All defaults live here. Units are in the names; `auto` is resolved by plan.py, w
 """
 
 import difflib
+import re
 from pathlib import Path
 from typing import Any, Literal
 
 import yaml
-from pydantic import BaseModel, ConfigDict, Field, ValidationError, model_validator
+from pydantic import BaseModel, ConfigDict, Field, ValidationError, field_validator, model_validator
 
 from fasttune.errors import ConfigError
 
@@ -121,12 +122,38 @@ class TrainConfig(Section):
     optimizer: Literal["auto", "adamw_torch_fused", "adamw_8bit"] = "auto"
     gradient_checkpointing: Literal["auto", "none", "full", "unsloth"] = "auto"
     packing: bool | Literal["auto"] = Field("auto", description="rows end to end without padding, where that is exact")
+    max_bad_steps: int = Field(
+        3, ge=0, description="in a row, whose loss or gradient is not finite: left out, then failed"
+    )
 
     @model_validator(mode="after")
     def _micro_divides_batch(self) -> "TrainConfig":
         if self.micro_batch_rows != "auto" and (self.micro_batch_rows < 1 or self.batch_rows % self.micro_batch_rows):
             raise ValueError(f"micro_batch_rows {self.micro_batch_rows} must divide batch_rows {self.batch_rows}")
         return self
+
+
+class CheckpointConfig(Section):
+    """When the state of a run goes to disk, so that a machine that vanishes costs only the steps since."""
+
+    every: str = Field("10 minutes", description="'50 steps', '10 minutes' or 'never'")
+    keep: int = Field(2, ge=1, description="the newest ones; older ones are removed")
+    max_hours: float | None = Field(None, gt=0, description="finish the step, save and stop after so long")
+
+    @field_validator("every", mode="after")
+    @classmethod
+    def _has_a_unit(cls, every: str) -> str:
+        if not re.fullmatch(r"never|[1-9]\d* steps?|\d*\.?\d+ minutes?", every):
+            raise ValueError(f"write '50 steps', '10 minutes' or 'never', not '{every}'")
+        return every
+
+    @property
+    def every_steps(self) -> int | None:
+        return int(self.every.split()[0]) if "step" in self.every else None
+
+    @property
+    def every_s(self) -> float | None:
+        return 60 * float(self.every.split()[0]) if "minute" in self.every else None
 
 
 class Config(Section):
@@ -144,6 +171,7 @@ class Config(Section):
     lora: LoraConfig = Field(default_factory=LoraConfig)
     data: DataConfig
     train: TrainConfig = Field(default_factory=TrainConfig)
+    checkpoint: CheckpointConfig = Field(default_factory=CheckpointConfig)
 
     @model_validator(mode="after")
     def _combinations(self) -> "Config":

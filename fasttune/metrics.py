@@ -103,6 +103,8 @@ class RunResult:
     samples: list[Sample] = field(default_factory=list)
     warnings: list[str] = field(default_factory=list)
     error: str | None = None
+    resumed_from_step: int | None = None
+    resume_command: str | None = None  # of a run that did not complete and has a checkpoint
 
     def as_dict(self) -> dict[str, Any]:
         return asdict(self)

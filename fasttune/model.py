@@ -39,17 +39,19 @@ def load(config: ModelConfig, dtype: str, gradient_checkpointing: str, full: boo
     if not torch.cuda.is_available():
         memory.keep_freed()
     try:
-        model, tokenizer = FastLanguageModel.from_pretrained(
-            model_name=source,
-            max_seq_length=config.max_length,
-            dtype=getattr(torch, dtype),
-            load_in_4bit=config.quantization == "nf4",
-            full_finetuning=full,
-            revision=config.revision,
-            trust_remote_code=config.trust_remote_code,
-            use_gradient_checkpointing=_unsloth_checkpointing(gradient_checkpointing),
-            use_exact_model_name=True,
-            random_state=seed,
+        model, tokenizer = pretrained.patiently(
+            lambda: FastLanguageModel.from_pretrained(
+                model_name=source,
+                max_seq_length=config.max_length,
+                dtype=getattr(torch, dtype),
+                load_in_4bit=config.quantization == "nf4",
+                full_finetuning=full,
+                revision=config.revision,
+                trust_remote_code=config.trust_remote_code,
+                use_gradient_checkpointing=_unsloth_checkpointing(gradient_checkpointing),
+                use_exact_model_name=True,
+                random_state=seed,
+            )
         )
     except (OSError, ValueError, RuntimeError, safetensors.SafetensorError) as error:
         raise pretrained.explain(config.name, error) from error

@@ -54,9 +54,9 @@ class Job:
     warnings: list[str]
 
 
-def preflight(config: Config) -> Path:
+def preflight(config: Config, resume: Path | None = None) -> Path:
     """Everything that can be refused without importing torch. Returns the output folder, not yet made."""
-    folder = output.choose(config)
+    folder = output.choose(config, resume)
     for source in (*config.data.sources, *filter(None, [config.data.eval])):
         sources.check(source, config.data.split)
         if not looks_like_hub(source):
@@ -94,7 +94,7 @@ def prepare(config: Config, folder: Path, reporter: Reporter) -> Job:
     data = load.encode(config, tokenizer, packed, reporter.progress)
     data.share_prefix = packed and packing.shares_prefix()
     settings += [Setting("data", line) for line in load.describe(data)]
-    output.check_space(folder, models.trained_gib(model) * (2 if config.lora.init == "pissa" else 1))
+    output.check_space(folder, needed_gib(config, models.trained_gib(model)))
     usd_per_hour, price = price_of(config, machine)
     settings += [price] if price else []
     return Job(
@@ -111,6 +111,12 @@ def prepare(config: Config, folder: Path, reporter: Reporter) -> Job:
         settings=settings,
         warnings=warnings,
     )
+
+
+def needed_gib(config: Config, trained_gib: float) -> float:
+    """Disk for what is saved at the end and the checkpoints: weights and two moments each, one while it is written."""
+    kept = 0 if config.checkpoint.every == "never" else 3 * (config.checkpoint.keep + 1)
+    return trained_gib * ((2 if config.lora.init == "pissa" else 1) + kept)
 
 
 def _packing(config: Config, packed: bool) -> Setting:

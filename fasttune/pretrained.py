@@ -3,12 +3,18 @@
 transformers is imported inside the functions: whoever trains has imported unsloth first (model.py says why).
 """
 
+import os
+import time
+from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
 from fasttune import builtin
 from fasttune.config import ModelConfig
 from fasttune.errors import ModelError
+
+PAUSES_S = (2, 5, 15)  # before the hub is asked again
+AGAIN = {429, 500, 502, 503, 504}  # HTTP: busy, or a fault of its own
 
 
 def locate(config: ModelConfig) -> str:
@@ -25,8 +31,10 @@ def read_architecture(config: ModelConfig) -> Any:
     import transformers
 
     try:
-        found = transformers.AutoConfig.from_pretrained(
-            source, revision=config.revision, trust_remote_code=config.trust_remote_code
+        found = patiently(
+            lambda: transformers.AutoConfig.from_pretrained(
+                source, revision=config.revision, trust_remote_code=config.trust_remote_code
+            )
         )
     except (OSError, ValueError) as error:
         raise explain(config.name, error) from error
@@ -38,13 +46,37 @@ def read_tokenizer(config: ModelConfig) -> Any:
     import transformers
 
     try:
-        tokenizer = transformers.AutoTokenizer.from_pretrained(
-            locate(config), revision=config.revision, trust_remote_code=config.trust_remote_code
+        tokenizer = patiently(
+            lambda: transformers.AutoTokenizer.from_pretrained(
+                locate(config), revision=config.revision, trust_remote_code=config.trust_remote_code
+            )
         )
     except (OSError, ValueError) as error:
         raise explain(config.name, error) from error
     check_fast(tokenizer, config.name)
     return tokenizer
+
+
+def patiently(ask: Callable[[], Any]) -> Any:
+    """`ask()`, and again after each of PAUSES_S while the hub is too slow or too busy to answer."""
+    for pause_s in PAUSES_S:
+        try:
+            return ask()
+        except Exception as error:
+            if os.environ.get("HF_HUB_OFFLINE") == "1" or not _is_passing(error):
+                raise
+            print(f"the hub does not answer ({type(error).__name__}): asking again in {pause_s} s")  # into library.log
+        time.sleep(pause_s)
+    return ask()
+
+
+def _is_passing(error: BaseException | None) -> bool:
+    """A time-out or an answer of AGAIN, at any depth: transformers wraps what the hub's library raises."""
+    while error is not None:
+        if "Timeout" in type(error).__name__ or getattr(getattr(error, "response", None), "status_code", None) in AGAIN:
+            return True
+        error = error.__cause__ or error.__context__
+    return False
 
 
 def check_fast(tokenizer: Any, name: str) -> None:
@@ -57,7 +89,9 @@ def explain(name: str, error: Exception) -> ModelError:
     """One line for the usual failures of a load; the original error stays as its cause."""
     text = " ".join(str(error).split())
     if "gated" in text or "401" in text or "403" in text:
-        return ModelError(f"model.name: {name} is gated: accept its licence on its page, then `hf auth login`")
+        return ModelError(
+            f"model.name: {name} is gated: accept its licence at https://huggingface.co/{name}, then `hf auth login`"
+        )
     if any(
         sign in text for sign in ("connect", "offline", "resolve", "Max retries", "couldn't find them in the cached")
     ):

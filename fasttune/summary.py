@@ -1,12 +1,15 @@
 """What ran and what it cost: every number of run.json, from measured steps and live objects, never from the request."""
 
 import importlib.metadata
+import shlex
 import statistics
 import time
 from dataclasses import asdict, dataclass, field
+from pathlib import Path
 from typing import Any, Literal
 
 from fasttune import hardware, metrics
+from fasttune.checkpoint import Checkpoint
 from fasttune.hardware import Hardware
 from fasttune.metrics import RunResult, StepMetrics
 from fasttune.prepare import Job
@@ -23,6 +26,14 @@ class Outcome:
     error: str | None = None
     steps: list[StepMetrics] = field(default_factory=list)
     warnings: list[str] = field(default_factory=list)
+    resumed_from_step: int | None = None
+    earlier_s: float = 0.0  # what the run had taken up to the checkpoint it goes on from
+    checkpoint: Path | None = None  # the last good one
+
+    def go_on(self, found: Checkpoint, steps: list[StepMetrics]) -> None:
+        """From a checkpoint, with the steps that lie before it."""
+        self.steps, self.checkpoint = steps, found.path
+        self.resumed_from_step, self.earlier_s = found.state["step"], found.state["wall_s"]
 
 
 def broken_promises(job: Job, trainer: Any, ran: metrics.Backend) -> list[str]:
@@ -60,7 +71,7 @@ def summarize(job: Job, outcome: Outcome, trainer: Any, started: float) -> RunRe
         achieved = statistics.median(flops.of_step(n, s.loss_tokens, rows) / s.seconds for n, s in computed) / 1e12
         matmul = measured_matmul_tflops(job)
     peak = hardware.peak_bf16_tflops(job.machine.gpus[0].name) if job.machine.gpus else None
-    wall_s = time.perf_counter() - started
+    wall_s = outcome.earlier_s + time.perf_counter() - started
     price = job.usd_per_hour
     return RunResult(
         status=outcome.status,
@@ -75,7 +86,7 @@ def summarize(job: Job, outcome: Outcome, trainer: Any, started: float) -> RunRe
         tokens_per_s=speed,
         loss_tokens_per_s=metrics.median_rate(steps, "loss_tokens"),
         steady_steps=len(steady),
-        seconds_to_first_step=trainer.first_step_done - started if steps else None,
+        seconds_to_first_step=trainer.first_step_done - started if trainer.first_step_done else None,
         wall_s=wall_s,
         peak_memory_gib=live.peak_memory_gib(),
         mfu=achieved / peak if achieved and peak and job.plan.dtype == "bfloat16" else None,
@@ -91,7 +102,16 @@ def summarize(job: Job, outcome: Outcome, trainer: Any, started: float) -> RunRe
         settings=job.settings,
         warnings=outcome.warnings,
         error=outcome.error,
+        resumed_from_step=outcome.resumed_from_step,
+        resume_command=_resume_command(job, outcome),
     )
+
+
+def _resume_command(job: Job, outcome: Outcome) -> str | None:
+    if outcome.status == "completed" or outcome.checkpoint is None:
+        return None
+    folder = shlex.quote(str(job.folder))
+    return f"fasttune train {shlex.quote(str(job.folder / 'config.yaml'))} --resume {folder}"
 
 
 def measured_matmul_tflops(job: Job) -> float:

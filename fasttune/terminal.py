@@ -239,6 +239,8 @@ def _files(result: RunResult) -> Iterator[tuple[str, str]]:
     for label, name in (("adapter", "adapter"), ("model", "model"), ("report", "report.html"), ("numbers", "run.json")):
         if (output / name).exists():
             yield label, str(output / name)
+    if result.resume_command:
+        yield "go on", result.resume_command
     if (output / "adapter").exists():
         yield "load it", f'peft.AutoPeftModelForCausalLM.from_pretrained("{output / "adapter"}")'
     elif (output / "model").exists():

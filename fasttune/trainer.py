@@ -3,6 +3,7 @@
 Shapes: B rows of a micro-batch, T tokens of the longest row (or of the whole packed row).
 """
 
+import math
 import signal
 import time
 from collections.abc import Callable
@@ -24,6 +25,9 @@ from fasttune.live import AttentionSeen, count_tokens, dtypes, peak_memory_gib, 
 from fasttune.prepare import Job
 
 
+MAX_HOURS = "checkpoint.max_hours"
+
+
 class MeasuredTrainer(trl.SFTTrainer):
     """Counts tokens in the very tensors that are trained on, and profiles the first micro-batch for its attention.
 
@@ -37,6 +41,8 @@ class MeasuredTrainer(trl.SFTTrainer):
     packed_seen: bool = False
     attention_seen: str | None = None
     started: float = 0.0  # of the present step
+    step_loss: float = 0.0
+    rows_at_once: int | None = None  # fewer than planned, since memory ran out
     first_step_done: float = 0.0
 
     def get_batch_samples(self, epoch_iterator: Any, num_batches: int, device: torch.device) -> Any:
@@ -57,9 +63,41 @@ class MeasuredTrainer(trl.SFTTrainer):
         return steps, None
 
     def training_step(self, model: Any, inputs: list[dict[str, Any]], num_items_in_batch: Any = None) -> torch.Tensor:
-        """Forward and backward of every micro-batch of a step; returns their summed loss."""
-        losses = [self._micro_step(model, batch, num_items_in_batch) for batch in inputs]
-        return torch.stack(losses).sum()
+        """Forward and backward of every micro-batch of a step; returns their summed loss.
+
+        Out of memory, once in a run: the same rows again, fewer at once.
+        """
+        if self.rows_at_once is not None:  # the loader may have made this step before that was known
+            inputs = self._made_again()
+        try:
+            return self._micro_steps(model, inputs, num_items_in_batch)
+        except torch.OutOfMemoryError:
+            if self.rows_at_once is not None or not self._halve():
+                raise
+        model.zero_grad(set_to_none=True)  # outside of `except`, whose traceback holds the activations
+        if torch.cuda.is_available():
+            torch.cuda.empty_cache()
+        return self._micro_steps(model, self._made_again(), num_items_in_batch)
+
+    def _micro_steps(self, model: Any, inputs: list[dict[str, Any]], learned: Any) -> torch.Tensor:
+        total = torch.stack([self._micro_step(model, batch, learned) for batch in inputs]).sum()
+        self.step_loss = float(total)
+        return total
+
+    def _halve(self) -> bool:
+        """Half as many rows at once, and half again until the present step falls into more pieces; False: it cannot."""
+        batches, step = self.data_collator.batches, self.state.global_step
+        before = len(batches.micro_batches(step))
+        while batches.micro_rows > 1 and self.rows_at_once is None:
+            batches.micro_rows //= 2
+            if len(batches.micro_batches(step)) > before:
+                self.rows_at_once = batches.micro_rows
+        return self.rows_at_once is not None
+
+    def _made_again(self) -> list[dict[str, Any]]:
+        micro_batches = self.data_collator([{"step": self.state.global_step}])
+        self.counts, self.micro_batches_seen = count_tokens(micro_batches), len(micro_batches)
+        return micro_batches
 
     def _micro_step(self, model: Any, batch: dict[str, Any], learned: Any) -> torch.Tensor:
         if self.attention_seen is not None:
@@ -88,25 +126,44 @@ class StepCollator:
 
 
 class StepRecorder(transformers.TrainerCallback):
-    """Turns the trainer's events into StepMetrics, and a signal into an orderly end after the current step."""
+    """Turns the trainer's events into StepMetrics, leaves bad steps out, and ends in order: signals, max_hours."""
 
-    def __init__(self, trainer: MeasuredTrainer, on_step: Callable[[StepMetrics], None]):
+    def __init__(
+        self,
+        trainer: MeasuredTrainer,
+        on_step: Callable[[StepMetrics], None],
+        after_step: Callable[[int, bool], None] = lambda step, stopping: None,
+        ends_at: float = math.inf,
+    ):
         self.trainer = trainer
         self.on_step = on_step
+        self.after_step = after_step  # step, whether it is the last before an early end
+        self.ends_at = ends_at  # perf_counter()
         self.seconds = 0.0
-        self.stopped_by: signal.Signals | None = None
+        self.stopped_by: str | None = None
+        self.bad_in_a_row = 0
 
     def stop(self, number: int, _frame: Any) -> None:
         """Signal handler: the first one ends the run after this step, a second one at once."""
         if self.stopped_by is not None:
             raise KeyboardInterrupt
-        self.stopped_by = signal.Signals(number)
+        self.stopped_by = signal.Signals(number).name
+
+    def on_pre_optimizer_step(self, args: Any, state: Any, control: Any, model: Any = None, **kwargs: Any) -> None:
+        """Without gradients the optimizer changes nothing: weights and moments stay as they were."""
+        gradients = [parameter.grad for parameter in model.parameters() if parameter.grad is not None]
+        finite = math.isfinite(self.trainer.step_loss) and bool(torch.nn.utils.get_total_norm(gradients).isfinite())
+        self.bad_in_a_row = 0 if finite else self.bad_in_a_row + 1
+        if not finite:
+            model.zero_grad(set_to_none=True)
 
     def on_step_end(self, args: Any, state: Any, control: Any, **kwargs: Any) -> None:
         synchronize()
         now = time.perf_counter()
         self.seconds = now - self.trainer.started
         self.trainer.first_step_done = self.trainer.first_step_done or now
+        if self.stopped_by is None and now >= self.ends_at and state.global_step < state.max_steps:
+            self.stopped_by = MAX_HOURS
         if self.stopped_by is not None:
             control.should_training_stop = True
 
@@ -126,10 +183,11 @@ class StepRecorder(transformers.TrainerCallback):
                 **counts,
             )
         )
+        self.after_step(state.global_step, self.stopped_by is not None)
 
 
-def build(job: Job, scratch: Path) -> MeasuredTrainer:
-    """The trainer of a prepared job. `scratch` is where TRL may write; nothing is saved by it."""
+def build(job: Job, scratch: Path, done: int = 0) -> MeasuredTrainer:
+    """The trainer of a prepared job whose first `done` steps are behind it. `scratch` is where TRL may write."""
     config, plan, train = job.config, job.plan, job.config.train
     arguments = trl.SFTConfig(
         output_dir=str(scratch),
@@ -160,7 +218,7 @@ def build(job: Job, scratch: Path) -> MeasuredTrainer:
     trainer = MeasuredTrainer(
         model=job.model,
         args=arguments,
-        train_dataset=Dataset.from_dict({"step": range(job.total_steps)}),
+        train_dataset=Dataset.from_dict({"step": range(done, job.total_steps)}),
         data_collator=StepCollator(job.data),
         processing_class=job.tokenizer,
     )

@@ -11,15 +11,15 @@ PACKAGE = Path("fasttune")
 # Lowest first. A module imports only from rows above its own.
 LAYERS = [
     {"errors"},
-    {"cache", "hardware", "memory", "metrics", "quiet"},
+    {"cache", "checkpoint", "hardware", "memory", "metrics", "quiet"},
     {"config", "plots", "stack"},
     {"builtin", "data", "output", "plan", "report", "rules"},
     {"live", "pretrained", "rows_attention", "terminal"},
     {"model"},
     {"fused_lora", "packed", "samples", "view"},
     {"prepare", "view_page"},
-    {"trainer"},
-    {"summary"},
+    {"state", "trainer"},
+    {"resume", "summary"},
     {"bench", "train"},
     {"checks"},
     {"verify"},

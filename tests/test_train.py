@@ -260,7 +260,7 @@ def test_a_setting_that_does_not_run_is_a_warning(tmp_path: Path) -> None:
 
 
 def test_a_loss_that_is_not_finite_fails_the_run(tmp_path: Path) -> None:
-    result = train(tmp_path / "run", train={"learning_rate": 1e30, "max_grad_norm": 1e30})
+    result = train(tmp_path / "run", train={"learning_rate": 1e30, "max_grad_norm": 1e30, "max_bad_steps": 0})
     assert result.status == "failed" and "learning_rate" in (result.error or "")
     assert not (tmp_path / "run" / "adapter").exists()
     assert json.loads((tmp_path / "run" / "run.json").read_text())["status"] == "failed"

@@ -77,6 +77,13 @@ class Batches:
             (int(p), int(self.split[p][0][i - (ends[p] - self.sizes[p])])) for p, i in zip(parts, chosen, strict=True)
         ]
 
+    def describe(self, step: int) -> str:
+        """The rows of a step as a person finds them: rows 12, 40 of rows.jsonl."""
+        found: dict[str, list[int]] = {}
+        for part, row in self.rows_of(step):
+            found.setdefault(self.parts[part].source, []).append(int(self.parts[part].numbers[row]))
+        return "; ".join(f"rows {', '.join(map(str, sorted(rows)))} of {source}" for source, rows in found.items())
+
     def micro_batches(self, step: int) -> list[MicroBatch]:
         """A step as micro-batches: flat packs (1, T), or padded rectangles (B, T) of a model that cannot be packed."""
         rows = [self.parts[part].row(row) for part, row in self.rows_of(step)]

@@ -55,9 +55,11 @@ class Template:
         import jinja2
 
         try:
-            return _compiled(self.source).render(
-                messages=messages, tools=tools, documents=None, add_generation_prompt=ask, **self.special
-            )
+            template = _compiled(self.source)
+            given = {"messages": messages, "tools": tools, "documents": None, "add_generation_prompt": ask}
+            # As template.render() does, but with one flat dict: its chain of them is a third of the time of a row.
+            context = template.new_context({**template.globals, **self.special, **given}, shared=True)
+            return "".join(template.root_render_func(context))
         except (jinja2.TemplateError, TypeError, KeyError) as error:
             raise Unusable(f"refused by the chat template ({error})") from error
 

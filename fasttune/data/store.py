@@ -46,6 +46,7 @@ class Rows:
     starts: np.ndarray
     numbers: np.ndarray
     counts: Counter[str]
+    checksum: str = ""  # of all arrays: the same rows have the same
 
     def __len__(self) -> int:
         return len(self.starts) - 1
@@ -193,6 +194,8 @@ def _crc32(path: Path) -> int:
 
 def _open(folder: Path, source: str) -> Rows:
     arrays: dict[str, Any] = {name: np.memmap(folder / name, dtype, mode="r") for name, dtype in ARRAYS.items()}
-    counts = Counter(json.loads((folder / "manifest.json").read_text(encoding="utf-8"))["counts"])
+    manifest = json.loads((folder / "manifest.json").read_text(encoding="utf-8"))
+    checksum = f"{zlib.crc32(json.dumps(manifest['crc32'], sort_keys=True).encode()):08x}"
     starts = np.concatenate([[0], np.cumsum(arrays["lengths.i32"], dtype=np.int64)])
-    return Rows(source, arrays["ids.i32"], arrays["learned.bool"], starts, arrays["numbers.i64"], counts)
+    counts = Counter(manifest["counts"])
+    return Rows(source, arrays["ids.i32"], arrays["learned.bool"], starts, arrays["numbers.i64"], counts, checksum)

@@ -1,0 +1,82 @@
+"""A resumed run on a GPU stays close to one that was not broken off, and a step that does not fit is done in pieces."""
+
+import json
+from pathlib import Path
+from typing import Any
+
+import pytest
+
+from fasttune import config as configuration
+
+torch = pytest.importorskip("torch")
+pytestmark = [
+    pytest.mark.gpu,
+    pytest.mark.skipif(not torch.cuda.is_available(), reason="needs an NVIDIA GPU"),
+    pytest.mark.usefixtures("unsloth"),
+]
+
+LOSS_RELATIVE = 5e-3  # bf16, and kernels that add in no fixed order
+STEPS = 8
+
+
+class Reporter:
+    def __init__(self, break_off_after: int | None = None) -> None:
+        self.break_off_after = break_off_after
+
+    def step(self, step: Any) -> None:
+        if step.step == self.break_off_after:
+            raise RuntimeError("the machine is gone")
+
+    def __getattr__(self, name: str) -> Any:
+        return lambda *arguments, **keywords: None
+
+
+def run(folder: Path, resume: bool = False, break_off_after: int | None = None, **train: Any) -> Any:
+    from fasttune import train as training
+
+    tree = {
+        "model": {"name": "builtin:tiny", "max_length": 512},
+        "data": {"train": "builtin:arithmetic", "max_rows": 64},
+        "train": {"batch_rows": 16, "max_steps": STEPS, "learning_rate": 1e-2} | train,
+        "checkpoint": {"every": "2 steps"},
+        "output_dir": str(folder),
+    }
+    return training.run(configuration.parse(tree), Reporter(break_off_after), folder if resume else None)
+
+
+def losses(folder: Path) -> list[float]:
+    return [json.loads(line)["loss"] for line in (folder / "metrics.jsonl").read_text().splitlines()]
+
+
+@pytest.mark.parametrize("optimizer", ["adamw_torch_fused", "adamw_8bit"])
+def test_a_resumed_run_is_close(tmp_path: Path, optimizer: str) -> None:
+    if optimizer == "adamw_8bit":
+        pytest.importorskip("bitsandbytes")
+    run(tmp_path / "whole", optimizer=optimizer)
+    run(tmp_path / "run", break_off_after=5, optimizer=optimizer)
+    result = run(tmp_path / "run", resume=True, optimizer=optimizer)
+    assert (result.status, result.resumed_from_step) == ("completed", 4)
+    assert losses(tmp_path / "run") == pytest.approx(losses(tmp_path / "whole"), rel=LOSS_RELATIVE)
+
+
+def test_out_of_memory_for_real(tmp_path: Path) -> None:
+    """The process is given half of the memory that all rows at once take more than two at once."""
+
+    def peak(folder: Path, rows: int) -> int:
+        torch.cuda.empty_cache()
+        torch.cuda.reset_peak_memory_stats()
+        run(folder, packing=False, micro_batch_rows=rows)
+        return int(torch.cuda.max_memory_reserved())
+
+    most, least = peak(tmp_path / "16", 16), peak(tmp_path / "2", 2)
+    if most < 1.2 * least:
+        pytest.skip(f"{most:,} against {least:,} bytes: the model is too small to tell")
+    torch.cuda.empty_cache()
+    torch.cuda.set_per_process_memory_fraction((most + least) / 2 / torch.cuda.mem_get_info()[1])
+    try:
+        result = run(tmp_path / "run", packing=False, micro_batch_rows=16)
+    finally:
+        torch.cuda.set_per_process_memory_fraction(1.0)
+    assert result.status == "completed"
+    assert any(warning.startswith("out of memory at step 1: from here on ") for warning in result.warnings)
+    assert losses(tmp_path / "run") == pytest.approx(losses(tmp_path / "16"), rel=LOSS_RELATIVE)
