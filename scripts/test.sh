@@ -1,6 +1,7 @@
 #!/usr/bin/env bash
 # Everything that must hold, from nothing:  bash scripts/test.sh [arguments for pytest]
-# Sets up what is missing, then lint, format, types and tests. Continuous integration calls this and nothing else.
+# Sets up what is missing, then lint, format, types, tests and the dry run of the GPU battery.
+# Continuous integration calls this and nothing else.
 set -euo pipefail
 cd "$(dirname "${BASH_SOURCE[0]}")/.."
 venv="${FASTTUNE_VENV:-$PWD/.venv}"
@@ -11,4 +12,17 @@ bin="$venv/bin"
 "$bin/ruff" format --check .
 "$bin/python" -m mypy
 "$bin/shellcheck" scripts/*.sh benchmarks/*.sh .ci/run
-exec "$bin/python" -m pytest -q "$@" </dev/null
+
+# The battery's dry run takes minutes, most of them imports: it runs beside the tests, unless only some are asked for.
+if [ $# -eq 0 ]; then
+    scratch="$(mktemp -d)"
+    trap 'kill "${battery:-}" 2>/dev/null || true; rm -rf "$scratch"' EXIT
+    PYTHON="$bin/python" bash benchmarks/gpu_battery.sh --dry-run --out "$scratch/out" --scratch "$scratch" \
+        >"$scratch/log" 2>&1 </dev/null &
+    battery=$!
+fi
+"$bin/python" -m pytest -q "$@" </dev/null
+if [ $# -eq 0 ]; then
+    wait "$battery" || { cat "$scratch/log" && exit 1; }
+    tail -n 20 "$scratch/log"
+fi
