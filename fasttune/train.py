@@ -115,10 +115,10 @@ def train(
         reporter.warn(text)
     write_metrics(job.folder, outcome.steps)
     lines = (job.folder / "metrics.jsonl").open("a", encoding="utf-8")
-    first = True
+    first, rows_at_once = True, None
 
     def on_step(step: StepMetrics) -> None:
-        nonlocal first
+        nonlocal first, rows_at_once
         outcome.steps.append(step)
         lines.write(report.to_json_line(asdict(step)) + "\n")
         lines.flush()
@@ -126,9 +126,10 @@ def train(
             for text in summary.broken_promises(job, trainer, backend(trainer)):
                 warn(text)
         first = False
-        if trainer.rows_at_once is not None and "memory" not in " ".join(outcome.warnings):
+        if trainer.rows_at_once != rows_at_once:
+            rows_at_once = trainer.rows_at_once
             warn(
-                f"out of memory at step {step.step}: from here on {trainer.rows_at_once} full rows at once; the batch "
+                f"out of memory at step {step.step}: from here on {rows_at_once} full rows at once; the batch "
                 f"stays {job.config.train.batch_rows} rows, so nothing that is learned changes"
             )
         reporter.step(step)
