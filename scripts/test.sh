@@ -13,16 +13,15 @@ bin="$venv/bin"
 "$bin/python" -m mypy
 "$bin/shellcheck" scripts/*.sh benchmarks/*.sh .ci/run
 
-# The battery's dry run takes minutes, most of them imports: it runs beside the tests, unless only some are asked for.
-if [ $# -eq 0 ]; then
-    scratch="$(mktemp -d)"
-    trap 'kill "${battery:-}" 2>/dev/null || true; rm -rf "$scratch"' EXIT
-    PYTHON="$bin/python" bash benchmarks/gpu_battery.sh --dry-run --out "$scratch/out" --scratch "$scratch" \
-        >"$scratch/log" 2>&1 </dev/null &
-    battery=$!
+if [ $# -gt 0 ]; then
+    exec "$bin/python" -m pytest -q "$@" </dev/null
 fi
-"$bin/python" -m pytest -q "$@" </dev/null
-if [ $# -eq 0 ]; then
-    wait "$battery" || { cat "$scratch/log" && exit 1; }
-    tail -n 20 "$scratch/log"
-fi
+# Most of the time goes into imports, on one core each: the tests in two processes, the battery's dry run beside them.
+scratch="$(mktemp -d)"
+trap 'kill "$battery" 2>/dev/null || true; rm -rf "$scratch"' EXIT
+PYTHON="$bin/python" bash benchmarks/gpu_battery.sh --dry-run --out "$scratch/out" --scratch "$scratch" \
+    >"$scratch/log" 2>&1 </dev/null &
+battery=$!
+"$bin/python" -m pytest -q -n 2 --dist loadfile </dev/null
+wait "$battery" || { cat "$scratch/log" && exit 1; }
+tail -n 20 "$scratch/log"

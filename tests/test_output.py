@@ -27,8 +27,8 @@ def test_a_folder_that_holds_a_run_is_refused_unless_told_otherwise(tmp_path: Pa
     (tmp_path / "notes.txt").write_text("mine")
     with pytest.raises(OutputError, match="already holds a run.*overwrite=true"):
         output.choose(settings(tmp_path))
-    output.create(output.choose(settings(tmp_path, overwrite=True)))
-    assert [path.name for path in tmp_path.iterdir()] == ["notes.txt"]
+    output.create(output.choose(settings(tmp_path, overwrite=True))).close()
+    assert sorted(path.name for path in tmp_path.iterdir()) == [output.LOCK, "notes.txt"]
 
 
 def test_a_file_is_no_folder(tmp_path: Path) -> None:

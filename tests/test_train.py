@@ -99,7 +99,7 @@ def run(tmp_path_factory: pytest.TempPathFactory) -> Path:
 
 def test_the_command_writes_the_contract(run: Path) -> None:
     written = {path.name for path in run.iterdir()} - {"stdout.txt"}
-    assert written == {"config.yaml", "metrics.jsonl", "run.json", "report.html", "adapter", "library.log"}
+    assert written == {"config.yaml", "metrics.jsonl", "run.json", "report.html", "adapter", "library.log", ".lock"}
     result = json.loads((run / "run.json").read_text())
     assert result.keys() >= CONTRACT
     assert result["status"] == "completed" and result["steps"] == 4
