@@ -210,10 +210,10 @@ def test_a_stage_that_fails_is_recorded_and_one_that_lasts_is_stopped(
 
 
 def test_the_battery_runs_on_a_cpu(tmp_path: Path) -> None:
-    """Each kind of stage once; that the others are jobs which could be measured too, the next test says."""
-    done, rows = dry_run(tmp_path / "out", "--stages", "gpu-tests,lora-r16-4096,full-1024")
+    """The stage with all arms; scripts/test.sh runs every stage."""
+    done, rows = dry_run(tmp_path / "out", "--stages", "lora-r16-4096")
     assert done.returncode == 0, done.stderr + done.stdout
-    assert {row["status"] for row in rows.values()} == {"ok"} and len(rows) == 3 + 2  # the rows and the model are made
+    assert {row["status"] for row in rows.values()} == {"ok"} and len(rows) == 1 + 2  # the rows and the model are made
     result = rows["lora-r16-4096"]["result"]
     assert result["valid"] and all(arm["failure"] is None for arm in result["arms"]) and len(result["arms"]) == 4
 
