@@ -1,10 +1,7 @@
 """Nothing lost: a run that was ended anywhere goes on to the very bits of one that was not."""
 
-import json
 import os
 import random
-import resource
-import shutil
 import signal
 import subprocess
 import sys
@@ -15,21 +12,13 @@ from pathlib import Path
 from typing import Any
 
 import pytest
+from tiny_run import STEPS, break_off_after, learned, losses, run, settings
 
-from fasttune import checkpoint, config, output
+from fasttune import checkpoint, output
 from fasttune.errors import OutputError
 
 pytestmark = pytest.mark.usefixtures("unsloth")
 
-STEPS = 8
-TREE: dict[str, Any] = {
-    "name": "tiny",
-    "model": {"name": "builtin:tiny", "max_length": 256},
-    "data": {"train": "builtin:arithmetic", "max_rows": 24},  # 3 steps an epoch
-    "lora": {"rank": 4, "alpha": 8},
-    "train": {"batch_rows": 8, "max_steps": STEPS, "learning_rate": 1e-2},
-    "checkpoint": {"every": "2 steps"},
-}
 KINDS: dict[str, dict[str, Any]] = {
     "lora": {},
     "padded, two at once": {"train": {"packing": False, "micro_batch_rows": 2}},
@@ -38,60 +27,6 @@ KINDS: dict[str, dict[str, Any]] = {
     "full": {"train": {"method": "full", "learning_rate": 1e-3}},
     "weighted data sets": {"data": {"train": {"builtin:arithmetic": 0.7}}},
 }
-
-
-class Reporter:
-    """Remembers what it is told, and does something after a step."""
-
-    def __init__(self, after: Callable[[int], None] = lambda step: None) -> None:
-        self.told: list[str] = []
-        self.after = after
-
-    def note(self, text: str) -> None:
-        self.told.append(text)
-
-    warn = note
-
-    def step(self, step: Any) -> None:
-        self.after(step.step)
-
-    def __getattr__(self, name: str) -> Any:
-        return lambda *arguments, **keywords: None
-
-
-def settings(folder: Path, changes: dict[str, Any] | None = None) -> config.Config:
-    tree = {key: dict(value) if isinstance(value, dict) else value for key, value in TREE.items()}
-    for section, values in (changes or {}).items():
-        tree[section] = tree[section] | values
-    if tree["train"].get("method") == "full":
-        del tree["lora"]
-    return config.parse(tree | {"output_dir": str(folder)})
-
-
-def run(folder: Path, changes: dict[str, Any] | None = None, resume: bool = False, **reporter: Any) -> Any:
-    from fasttune import train
-
-    told = Reporter(**reporter)
-    result = train.run(settings(folder, changes), told, folder if resume else None)
-    result.told = told.told
-    return result
-
-
-def break_off_after(step: int) -> Callable[[int], None]:
-    def end(now: int) -> None:
-        if now == step:
-            raise RuntimeError("the machine is gone")
-
-    return end
-
-
-def learned(folder: Path) -> dict[str, bytes]:
-    """The bytes of what the run saved."""
-    return {path.name: path.read_bytes() for path in sorted(folder.glob("*/*.safetensors"))}
-
-
-def losses(folder: Path) -> list[float]:
-    return [json.loads(line)["loss"] for line in (folder / "metrics.jsonl").read_text().splitlines()]
 
 
 @pytest.mark.parametrize("kind", KINDS)
@@ -237,17 +172,6 @@ def test_a_completed_run_is_left_as_it_is(copy: Path) -> None:
     assert learned(copy) == before
 
 
-def test_an_output_folder_that_is_removed_is_made_again(tmp_path: Path) -> None:
-    def after(step: int) -> None:
-        if step == 5:
-            shutil.rmtree(tmp_path / "run")
-
-    result = run(tmp_path / "run", after=after)
-    assert result.status == "completed" and result.steps == len(losses(tmp_path / "run")) == STEPS
-    assert any("was removed while the run wrote into it" in text for text in result.warnings)
-    assert learned(tmp_path / "run") and (tmp_path / "run" / "run.json").is_file()
-
-
 def test_the_folder_to_resume(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.chdir(tmp_path)
     named, unnamed = settings(tmp_path / "mine"), settings(tmp_path / "mine").model_copy(update={"output_dir": None})
@@ -266,31 +190,6 @@ def test_the_folder_to_resume(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -
         output.to_resume(unnamed, "runs/other")
 
 
-def test_a_full_disk_costs_a_checkpoint_and_not_the_run(tmp_path: Path) -> None:
-    """A limit on the size of a file stands for the full disk: reached in the weights, and gone again later."""
-    soft, hard = resource.getrlimit(resource.RLIMIT_FSIZE)
-
-    def after(step: int) -> None:
-        resource.setrlimit(resource.RLIMIT_FSIZE, (20_000 if step == 4 else soft, hard))
-
-    try:
-        result = run(tmp_path / "run", after=after)
-    finally:
-        resource.setrlimit(resource.RLIMIT_FSIZE, (soft, hard))
-    assert result.status == "completed"
-    (warning,) = result.warnings
-    assert warning.startswith("step 4: no checkpoint could be written (") and "step-2 is the last good one" in warning
-    assert [step for step, _ in checkpoint.steps(tmp_path / "run")] == [6, 2]
-    assert all(checkpoint.broken(path) is None for _, path in checkpoint.steps(tmp_path / "run"))
-    assert not list((tmp_path / "run" / "checkpoints").glob(".*")), "nothing half-written is left"
-
-
-def test_two_runs_cannot_share_a_folder(tmp_path: Path) -> None:
-    with output.create(tmp_path / "run"), pytest.raises(OutputError, match=f"in use by process {os.getpid()}"):
-        output.create(tmp_path / "run")
-    output.create(tmp_path / "run").close()  # free again
-
-
 def test_max_hours_saves_and_says_how_to_go_on(tmp_path: Path) -> None:
     run(tmp_path / "whole")
     result = run(tmp_path / "run", {"checkpoint": {"every": "never", "max_hours": 1e-9}})
@@ -300,40 +199,6 @@ def test_max_hours_saves_and_says_how_to_go_on(tmp_path: Path) -> None:
     assert learned(tmp_path / "run") == learned(tmp_path / "whole")
 
 
-def test_a_step_that_is_not_finite_changes_nothing(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    import torch
-
-    from fasttune import state, trainer as trainers
-
-    weights: dict[int, dict[str, Any]] = {}
-    step_of = trainers.MeasuredTrainer.training_step
-
-    def poisoned(self: Any, model: Any, inputs: Any, learned: Any = None) -> Any:
-        loss = step_of(self, model, inputs, learned)
-        weights[self.state.global_step] = {name: p.detach().clone() for name, p in state.trained(model).items()}
-        if self.state.global_step == 3:
-            next(iter(state.trained(model).values())).grad[0, 0] = float("inf")
-        return loss
-
-    monkeypatch.setattr(trainers.MeasuredTrainer, "training_step", poisoned)
-    result = run(tmp_path / "run")
-    assert result.status == "completed"
-    (warning,) = result.warnings
-    assert "step 4 was not applied: a gradient that is not finite; it had rows " in warning
-    assert warning.endswith(" of builtin:arithmetic")
-    for name, before in weights[3].items():
-        assert torch.equal(weights[4][name], before), name
-        assert not torch.equal(weights[3][name], weights[2][name]), name
-
-
-def test_too_many_of_them_end_the_run(tmp_path: Path) -> None:
-    changes = {"train": {"learning_rate": 1e30, "max_grad_norm": 1e30, "max_bad_steps": 2}}
-    result = run(tmp_path / "run", changes)
-    assert result.status == "failed" and result.steps < STEPS
-    assert "3 steps in a row could not be applied" in (result.error or "") and "of builtin:arithmetic" in result.error
-    assert not (tmp_path / "run" / "adapter").exists()
-
-
 KILLS = 50
 VICTIM = """
 import json, os, sys
@@ -341,7 +206,7 @@ os.environ["OMP_NUM_THREADS"] = "1"  # no thread pool: this process forks
 answers = os.fdopen(os.dup(1), "w")
 os.dup2(os.open(os.devnull, os.O_WRONLY), 1)  # unsloth greets
 sys.path.insert(0, sys.argv[2])
-from test_resume import run, TREE
+from tiny_run import run, TREE
 from pathlib import Path
 import fasttune.train, fasttune.model, fasttune.trainer, fasttune.resume
 folder = Path(sys.argv[1])
@@ -409,46 +274,4 @@ def test_fifty_kills_lose_nothing(tmp_path: Path) -> None:
     assert kills == KILLS and torn >= 5, f"{kills} kills, {torn} of them while a checkpoint was being written"
     assert losses(folder) == losses(tmp_path / "whole")
     assert learned(folder) == learned(tmp_path / "whole")
-
-
-@pytest.fixture
-def little_memory(monkeypatch: pytest.MonkeyPatch) -> Callable[[int], None]:
-    """A machine on which a micro-batch of more than so many rows does not fit."""
-    import torch
-
-    from fasttune import live, trainer as trainers
-
-    micro_step = trainers.MeasuredTrainer._micro_step
-
-    def fits(rows: int) -> None:
-        def limited(self: Any, model: Any, batch: Any, learned: Any) -> Any:
-            loss = micro_step(self, model, batch, learned)  # half of the gradients are there when memory runs out
-            if live.rows_of(batch) > rows:
-                raise torch.OutOfMemoryError("CUDA out of memory")
-            return loss
-
-        monkeypatch.setattr(trainers.MeasuredTrainer, "_micro_step", limited)
-
-    return fits
-
-
-@pytest.mark.parametrize("packing", [True, False])
-def test_out_of_memory_halves_what_is_computed_at_once(tmp_path: Path, little_memory: Any, packing: bool) -> None:
-    changes = {"train": {"packing": packing}}
-    run(tmp_path / "whole", changes)
-    little_memory(7)
-    result = run(tmp_path / "run", changes)
-    assert result.status == "completed"
-    (warning,) = result.warnings
-    assert warning.startswith("out of memory at step 1: from here on ") and "the batch stays 8 rows" in warning
-    assert losses(tmp_path / "run") == pytest.approx(losses(tmp_path / "whole"), rel=1e-4)
-
-
-def test_what_cannot_be_halved_names_the_settings_in_order(tmp_path: Path, little_memory: Any) -> None:
-    little_memory(0)
-    result = run(tmp_path / "run")
-    assert result.status == "failed" and result.steps == 0
-    assert (result.error or "").startswith(
-        "out of memory with the fewest rows at once; try, in this order: train.gradient_checkpointing=unsloth; "
-        "model.max_length below 256; model.quantization=nf4; a lower lora.rank"
-    )
+    assert not half_written(folder), "what the killed ones left is swept away"

@@ -1,0 +1,129 @@
+"""A full disk, a removed folder, bad steps and too little memory cost as little as they can."""
+
+import os
+import resource
+import shutil
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+import pytest
+from tiny_run import STEPS, learned, losses, run
+
+from fasttune import checkpoint, output
+from fasttune.errors import OutputError
+
+pytestmark = pytest.mark.usefixtures("unsloth")
+
+
+def test_an_output_folder_that_is_removed_is_made_again(tmp_path: Path) -> None:
+    def after(step: int) -> None:
+        if step == 5:
+            shutil.rmtree(tmp_path / "run")
+
+    result = run(tmp_path / "run", after=after)
+    assert result.status == "completed" and result.steps == len(losses(tmp_path / "run")) == STEPS
+    assert any("was removed while the run wrote into it" in text for text in result.warnings)
+    assert learned(tmp_path / "run") and (tmp_path / "run" / "run.json").is_file()
+
+
+def test_a_full_disk_costs_a_checkpoint_and_not_the_run(tmp_path: Path) -> None:
+    """A limit on the size of a file stands for the full disk: reached in the weights, and gone again later."""
+    soft, hard = resource.getrlimit(resource.RLIMIT_FSIZE)
+
+    def after(step: int) -> None:
+        resource.setrlimit(resource.RLIMIT_FSIZE, (20_000 if step == 4 else soft, hard))
+
+    try:
+        result = run(tmp_path / "run", after=after)
+    finally:
+        resource.setrlimit(resource.RLIMIT_FSIZE, (soft, hard))
+    assert result.status == "completed"
+    (warning,) = result.warnings
+    assert warning.startswith("step 4: no checkpoint could be written (") and "step-2 is the last good one" in warning
+    assert [step for step, _ in checkpoint.steps(tmp_path / "run")] == [6, 2]
+    assert all(checkpoint.broken(path) is None for _, path in checkpoint.steps(tmp_path / "run"))
+    assert not list((tmp_path / "run" / "checkpoints").glob(".*")), "nothing half-written is left"
+
+
+def test_two_runs_cannot_share_a_folder(tmp_path: Path) -> None:
+    with output.create(tmp_path / "run"), pytest.raises(OutputError, match=f"in use by process {os.getpid()}"):
+        output.create(tmp_path / "run")
+    output.create(tmp_path / "run").close()  # free again
+
+
+def test_a_step_that_is_not_finite_changes_nothing(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    import torch
+
+    from fasttune import state, trainer as trainers
+
+    weights: dict[int, dict[str, Any]] = {}
+    step_of = trainers.MeasuredTrainer.training_step
+
+    def poisoned(self: Any, model: Any, inputs: Any, learned: Any = None) -> Any:
+        loss = step_of(self, model, inputs, learned)
+        weights[self.state.global_step] = {name: p.detach().clone() for name, p in state.trained(model).items()}
+        if self.state.global_step == 3:
+            next(iter(state.trained(model).values())).grad[0, 0] = float("inf")
+        return loss
+
+    monkeypatch.setattr(trainers.MeasuredTrainer, "training_step", poisoned)
+    result = run(tmp_path / "run")
+    assert result.status == "completed"
+    (warning,) = result.warnings
+    assert "step 4 was not applied: a gradient that is not finite; it had rows " in warning
+    assert warning.endswith(" of builtin:arithmetic")
+    for name, before in weights[3].items():
+        assert torch.equal(weights[4][name], before), name
+        assert not torch.equal(weights[3][name], weights[2][name]), name
+
+
+def test_too_many_of_them_end_the_run(tmp_path: Path) -> None:
+    changes = {"train": {"learning_rate": 1e30, "max_grad_norm": 1e30, "max_bad_steps": 2}}
+    result = run(tmp_path / "run", changes)
+    assert result.status == "failed" and result.steps < STEPS
+    assert "3 steps in a row could not be applied" in (result.error or "") and "of builtin:arithmetic" in result.error
+    assert not (tmp_path / "run" / "adapter").exists()
+
+
+@pytest.fixture
+def little_memory(monkeypatch: pytest.MonkeyPatch) -> Callable[[int], None]:
+    """A machine on which a micro-batch of more than so many rows does not fit."""
+    import torch
+
+    from fasttune import live, trainer as trainers
+
+    micro_step = trainers.MeasuredTrainer._micro_step
+
+    def fits(rows: int) -> None:
+        def limited(self: Any, model: Any, batch: Any, learned: Any) -> Any:
+            loss = micro_step(self, model, batch, learned)  # half of the gradients are there when memory runs out
+            if live.rows_of(batch) > rows:
+                raise torch.OutOfMemoryError("CUDA out of memory")
+            return loss
+
+        monkeypatch.setattr(trainers.MeasuredTrainer, "_micro_step", limited)
+
+    return fits
+
+
+@pytest.mark.parametrize("packing", [True, False])
+def test_out_of_memory_halves_what_is_computed_at_once(tmp_path: Path, little_memory: Any, packing: bool) -> None:
+    changes = {"train": {"packing": packing}}
+    run(tmp_path / "whole", changes)
+    little_memory(7)
+    result = run(tmp_path / "run", changes)
+    assert result.status == "completed"
+    (warning,) = result.warnings
+    assert warning.startswith("out of memory at step 1: from here on ") and "the batch stays 8 rows" in warning
+    assert losses(tmp_path / "run") == pytest.approx(losses(tmp_path / "whole"), rel=1e-4)
+
+
+def test_what_cannot_be_halved_names_the_settings_in_order(tmp_path: Path, little_memory: Any) -> None:
+    little_memory(0)
+    result = run(tmp_path / "run")
+    assert result.status == "failed" and result.steps == 0
+    assert (result.error or "").startswith(
+        "out of memory with the fewest rows at once; try, in this order: train.gradient_checkpointing=unsloth; "
+        "model.max_length below 256; model.quantization=nf4; a lower lora.rank"
+    )

@@ -1,0 +1,72 @@
+"""A run of eight steps on the tiny model that can be broken off, for the tests of what survives."""
+
+import json
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+from fasttune import config
+
+STEPS = 8
+TREE: dict[str, Any] = {
+    "name": "tiny",
+    "model": {"name": "builtin:tiny", "max_length": 256},
+    "data": {"train": "builtin:arithmetic", "max_rows": 24},  # 3 steps an epoch
+    "lora": {"rank": 4, "alpha": 8},
+    "train": {"batch_rows": 8, "max_steps": STEPS, "learning_rate": 1e-2},
+    "checkpoint": {"every": "2 steps"},
+}
+
+
+class Reporter:
+    """Remembers what it is told, and does something after a step."""
+
+    def __init__(self, after: Callable[[int], None] = lambda step: None) -> None:
+        self.told: list[str] = []
+        self.after = after
+
+    def note(self, text: str) -> None:
+        self.told.append(text)
+
+    warn = note
+
+    def step(self, step: Any) -> None:
+        self.after(step.step)
+
+    def __getattr__(self, name: str) -> Any:
+        return lambda *arguments, **keywords: None
+
+
+def settings(folder: Path, changes: dict[str, Any] | None = None) -> config.Config:
+    tree = {key: dict(value) if isinstance(value, dict) else value for key, value in TREE.items()}
+    for section, values in (changes or {}).items():
+        tree[section] = tree[section] | values
+    if tree["train"].get("method") == "full":
+        del tree["lora"]
+    return config.parse(tree | {"output_dir": str(folder)})
+
+
+def run(folder: Path, changes: dict[str, Any] | None = None, resume: bool = False, **reporter: Any) -> Any:
+    from fasttune import train
+
+    told = Reporter(**reporter)
+    result = train.run(settings(folder, changes), told, folder if resume else None)
+    result.told = told.told
+    return result
+
+
+def break_off_after(step: int) -> Callable[[int], None]:
+    def end(now: int) -> None:
+        if now == step:
+            raise RuntimeError("the machine is gone")
+
+    return end
+
+
+def learned(folder: Path) -> dict[str, bytes]:
+    """The bytes of what the run saved."""
+    return {path.name: path.read_bytes() for path in sorted(folder.glob("*/*.safetensors"))}
+
+
+def losses(folder: Path) -> list[float]:
+    return [json.loads(line)["loss"] for line in (folder / "metrics.jsonl").read_text().splitlines()]
