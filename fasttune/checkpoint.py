@@ -67,7 +67,7 @@ def newest(run: Path) -> tuple[Checkpoint | None, list[str]]:
         if problem := broken(path):
             passed_over.append(f"{path.name}: {problem}")
         else:
-            return _read(path), passed_over
+            return read(path), passed_over
     return None, passed_over
 
 
@@ -90,10 +90,11 @@ def broken(path: Path) -> str | None:
     return None if STATE in files else f"{STATE} is not in {MANIFEST}"
 
 
-def prune(run: Path, keep: int) -> None:
-    """Remove all but the newest `keep` checkpoints."""
-    for _, path in steps(run)[keep:]:
-        shutil.rmtree(path, ignore_errors=True)
+def prune(run: Path, keep: int, best: int | None = None) -> None:
+    """Remove all but the newest `keep` checkpoints and that of step `best`."""
+    for step, path in steps(run)[keep:]:
+        if step != best:
+            shutil.rmtree(path, ignore_errors=True)
 
 
 def sweep(run: Path) -> None:
@@ -102,7 +103,8 @@ def sweep(run: Path) -> None:
         shutil.rmtree(path, ignore_errors=True)
 
 
-def _read(path: Path) -> Checkpoint:
+def read(path: Path) -> Checkpoint:
+    """One that is not `broken`."""
     from safetensors.torch import load_file
 
     files = [path / name for name in json.loads((path / MANIFEST).read_text(encoding="utf-8"))]

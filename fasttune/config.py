@@ -74,7 +74,7 @@ class DataConfig(Section):
         description="JSONL, JSON, CSV (each also .gz, .zst) or Parquet file, hub id owner/name[:subset], "
         "builtin:arithmetic; or several of them as {source: how often a row is seen in an epoch}"
     )
-    eval: str | None = Field(None, description="held-out rows for the samples before and after")
+    eval: str | None = Field(None, description="held-out rows: samples, and the loss before and after (eval.every)")
     eval_share: float = Field(0.0, ge=0, lt=1, description="share of the training rows to hold out instead")
     split: str = Field("train", description="split of a hub data set")
     streaming: bool = Field(False, description="read a hub data set without downloading all of it first")
@@ -156,6 +156,25 @@ class CheckpointConfig(Section):
         return 60 * float(self.every.split()[0]) if "minute" in self.every else None
 
 
+class EvalConfig(Section):
+    """Loss and token accuracy on held-out rows (data.eval or data.eval_share): nothing is learned from them."""
+
+    every: str = Field("start and end", description="that, or '50 steps' (start and end too), or 'never'")
+    rows: int = Field(64, ge=1, description="held-out rows that are looked at, at most")
+    keep_best: bool = Field(False, description="save the weights of the step with the lowest loss, not the last ones")
+
+    @field_validator("every", mode="after")
+    @classmethod
+    def _is_known(cls, every: str) -> str:
+        if not re.fullmatch(r"start and end|never|[1-9]\d* steps?", every):
+            raise ValueError(f"write '50 steps', 'start and end' or 'never', not '{every}'")
+        return every
+
+    @property
+    def every_steps(self) -> int | None:
+        return int(self.every.split()[0]) if self.every.endswith(("step", "steps")) else None
+
+
 class Config(Section):
     """One fine-tuning run."""
 
@@ -171,6 +190,7 @@ class Config(Section):
     lora: LoraConfig = Field(default_factory=LoraConfig)
     data: DataConfig
     train: TrainConfig = Field(default_factory=TrainConfig)
+    eval: EvalConfig = Field(default_factory=EvalConfig)
     checkpoint: CheckpointConfig = Field(default_factory=CheckpointConfig)
 
     @model_validator(mode="after")
@@ -181,8 +201,13 @@ class Config(Section):
             raise ValueError("model.quantization=nf4 cannot be trained in full: set train.method=lora")
         if self.lora.init == "pissa" and self.model.quantization != "none":
             raise ValueError("lora.init=pissa splits the base weights, which nf4 has not: set lora.init=default")
-        if self.samples and self.data.eval is None and not self.data.eval_share:
+        held_out = self.data.eval is not None or self.data.eval_share
+        if self.samples and not held_out:
             raise ValueError("samples needs held-out rows: set data.eval or data.eval_share, or samples=0")
+        if self.eval.every_steps and not held_out:
+            raise ValueError("eval.every needs held-out rows: set data.eval or data.eval_share")
+        if self.eval.keep_best and self.eval.every_steps is None:
+            raise ValueError("eval.keep_best compares steps: set eval.every, e.g. '50 steps'")
         return self
 
 

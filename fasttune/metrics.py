@@ -21,6 +21,7 @@ class StepMetrics:
     """One optimizer step, as one line of `metrics.jsonl`. Tokens count no padding; seconds are device-synchronised.
 
     shared_tokens: of `tokens`, those not computed again, because rows of a pack begin alike.
+    eval_*: on held-out rows, after the step; None where none was due. In no `seconds` of a step.
     """
 
     step: int
@@ -34,9 +35,32 @@ class StepMetrics:
     seconds: float
     tokens_per_s: float
     peak_memory_gib: float
+    eval_loss: float | None = None
+    eval_token_accuracy: float | None = None
 
     def as_dict(self) -> dict[str, Any]:
         return asdict(self)
+
+
+@dataclass(frozen=True)
+class Evaluation:
+    """After `step`, on the learned tokens of held-out rows: mean loss, and the share that is the first guess."""
+
+    step: int
+    loss: float
+    token_accuracy: float
+
+
+@dataclass(frozen=True)
+class HeldOut:
+    """The evaluations of a run. best: the lowest loss after a step; saved_step: whose weights are saved."""
+
+    rows: int
+    loss_tokens: int
+    before: Evaluation | None
+    after: Evaluation | None
+    best: Evaluation | None
+    saved_step: int | None
 
 
 @dataclass(frozen=True)
@@ -101,6 +125,7 @@ class RunResult:
     hardware: dict[str, Any]
     settings: list[Setting]
     samples: list[Sample] = field(default_factory=list)
+    held_out: HeldOut | None = None
     warnings: list[str] = field(default_factory=list)
     error: str | None = None
     resumed_from_step: int | None = None

@@ -6,7 +6,7 @@ import statistics
 from collections.abc import Sequence
 
 from fasttune import metrics
-from fasttune.metrics import StepMetrics
+from fasttune.metrics import HeldOut, StepMetrics
 
 MAX_POINTS = 1000  # of one plot: more cannot be told apart on a screen and makes the file heavy
 SMOOTH_FROM_STEPS = 20  # fewer points are readable as they are
@@ -20,8 +20,8 @@ def stride(steps: Sequence[StepMetrics]) -> int:
     return max(1, math.ceil(len(steps) / MAX_POINTS))
 
 
-def of_run(steps: Sequence[StepMetrics]) -> list[tuple[str, str, str]]:
-    """(title, note, svg) of loss, speed and memory over the optimizer steps; nothing where no step finished."""
+def of_run(steps: Sequence[StepMetrics], held_out: HeldOut | None = None) -> list[tuple[str, str, str]]:
+    """(title, note, svg) of losses, speed and memory over the optimizer steps; nothing where no step finished."""
     if not steps:
         return []
     number = [step.step for step in steps]
@@ -44,9 +44,21 @@ def of_run(steps: Sequence[StepMetrics]) -> list[tuple[str, str, str]]:
 
     return [
         ("Loss", loss_note, line_plot(x, thin(*loss_lines), width_in=9.0, height_in=3.0)),
+        *_held_out(steps, held_out),
         ("Speed", speed_note, line_plot(x, thin(speed, steady), from_zero=True)),
         ("Memory", "peak so far, GiB", line_plot(x, thin(memory), from_zero=True)),
     ]
+
+
+def _held_out(steps: Sequence[StepMetrics], held_out: HeldOut | None) -> list[tuple[str, str, str]]:
+    """The held-out loss where there is a curve: more than a start and an end."""
+    seen = [(step.step, step.eval_loss) for step in steps if step.eval_loss is not None]
+    if held_out is None or len(seen) < 2:
+        return []
+    if held_out.before:
+        seen.insert(0, (0, held_out.before.loss))
+    note = f"{held_out.rows:,} rows that are not trained on"
+    return [("Held-out loss", note, line_plot([x for x, _ in seen], [[y for _, y in seen]]))]
 
 
 def line_plot(

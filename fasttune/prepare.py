@@ -11,7 +11,7 @@ from typing import Any, Protocol
 from fasttune import builtin, hardware, output, plan, pretrained
 from fasttune.config import Config, looks_like_hub
 from fasttune.data import chat, load, sources
-from fasttune.data.batches import Batches
+from fasttune.data.batches import Batches, Encoded
 from fasttune.hardware import Hardware
 from fasttune.metrics import Setting, StepMetrics
 from fasttune.plan import Plan
@@ -47,6 +47,7 @@ class Job:
     model: Any
     tokenizer: Any
     data: Batches
+    held_out: list[Encoded]
     problems: list[Any]
     total_steps: int
     usd_per_hour: float | None
@@ -93,7 +94,10 @@ def prepare(config: Config, folder: Path, reporter: Reporter) -> Job:
     config = load.with_format(config)
     data = load.encode(config, tokenizer, packed, reporter.progress)
     data.share_prefix = packed and packing.shares_prefix()
+    held_out = load.held_out(config, tokenizer, data, reporter.progress)
     settings += [Setting("data", line) for line in load.describe(data)]
+    if held_out:
+        settings.append(Setting("held out", f"loss of {len(held_out):,} rows, {_when(config)}"))
     output.check_space(folder, needed_gib(config, models.trained_gib(model)))
     usd_per_hour, price = price_of(config, machine)
     settings += [price] if price else []
@@ -105,6 +109,7 @@ def prepare(config: Config, folder: Path, reporter: Reporter) -> Job:
         model=model,
         tokenizer=tokenizer,
         data=data,
+        held_out=held_out,
         problems=samples.read(config, tokenizer, data),
         total_steps=config.train.max_steps or math.ceil(config.train.epochs * data.steps_per_epoch),
         usd_per_hour=usd_per_hour,
@@ -115,8 +120,14 @@ def prepare(config: Config, folder: Path, reporter: Reporter) -> Job:
 
 def needed_gib(config: Config, trained_gib: float) -> float:
     """Disk for what is saved at the end and the checkpoints: weights and two moments each, one while it is written."""
-    kept = 0 if config.checkpoint.every == "never" else 3 * (config.checkpoint.keep + 1)
+    best = 3 if config.eval.every_steps else 0
+    kept = 0 if config.checkpoint.every == "never" else 3 * (config.checkpoint.keep + 1) + best
     return trained_gib * ((2 if config.lora.init == "pissa" else 1) + kept)
+
+
+def _when(config: Config) -> str:
+    on_the_way = config.eval.every_steps is not None
+    return f"at the start, every {config.eval.every} and at the end" if on_the_way else "at the start and at the end"
 
 
 def _packing(config: Config, packed: bool) -> Setting:

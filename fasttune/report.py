@@ -64,6 +64,7 @@ def key_figures(result: RunResult) -> list[Figure]:
     measured = result.measured_matmul_tflops
     return [
         _loss(result),
+        *_held_out(result),
         _known("speed", result.tokens_per_s, lambda v: f"{rate(v)} tokens/s", padding, "not enough steps to say"),
         Figure("peak memory", f"{result.peak_memory_gib:,.1f} GiB"),
         Figure("time", duration(result.wall_s), f"{steps_text(result.steps)}; from start to end, loading included"),
@@ -105,6 +106,22 @@ def _loss(result: RunResult) -> Figure:
     return Figure("loss", f"{result.first_loss:.3f} → {result.last_loss:.3f}", note)
 
 
+def _held_out(result: RunResult) -> list[Figure]:
+    """Nothing where no rows are held out."""
+    seen = result.held_out
+    if seen is None or seen.after is None:
+        return []
+    before, after, best = seen.before, seen.after, seen.best
+    note = f"{seen.rows:,} rows, not trained on; first guess right: "
+    note += f"{percent(before.token_accuracy)} → " if before else ""
+    note += f"{percent(after.token_accuracy)} of tokens"
+    if best and best.step != after.step:
+        note += f"; lowest {best.loss:.3f} at step {best.step:,}"
+    if seen.saved_step is not None and seen.saved_step != after.step:
+        note += f"; saved are the weights of step {seen.saved_step:,}"
+    return [Figure("held-out loss", (f"{before.loss:.3f} → " if before else "") + f"{after.loss:.3f}", note)]
+
+
 def _known(label: str, value: float | None, text: Callable[[float], str], note: str, why_not: str) -> Figure:
     return Figure(label, "not known", why_not) if value is None else Figure(label, text(value), note)
 
@@ -142,7 +159,7 @@ def write_html(path: Path | str, result: RunResult, steps: list[StepMetrics]) ->
         figures=key_figures(result),
         what_ran=what_ran(result),
         facts=[(name.replace("_", " "), readable(value)) for name, value in result.hardware.items()],
-        plots=[(title, note, Markup(svg)) for title, note, svg in plots.of_run(steps)],
+        plots=[(title, note, Markup(svg)) for title, note, svg in plots.of_run(steps, result.held_out)],
         drawn_every=plots.stride(steps),
     )
 

@@ -14,6 +14,7 @@ from fasttune.checkpoint import Checkpoint
 from fasttune.errors import OutputError
 from fasttune.prepare import Job
 from fasttune.state import restore_optimizer, restore_random
+from fasttune.validation import Validator
 
 
 def find(run: Path, identity: dict[str, str], note: Callable[[str], None]) -> Checkpoint | None:
@@ -68,8 +69,16 @@ class Resumed(transformers.TrainerCallback):
 class Keeper:
     """Writes a checkpoint when one is due. A disk that cannot take it is a warning: the run goes on and tries again."""
 
-    def __init__(self, job: Job, trainer: Any, identity: dict[str, str], started: float, warn: Callable[[str], None]):
-        self.job, self.trainer, self.identity = job, trainer, identity
+    def __init__(
+        self,
+        job: Job,
+        trainer: Any,
+        validator: Validator,
+        identity: dict[str, str],
+        started: float,
+        warn: Callable[[str], None],
+    ):
+        self.job, self.trainer, self.validator, self.identity = job, trainer, validator, identity
         self.started = started  # perf_counter() when the run, resumed ones included, would have begun
         self.warn = warn
         self.last: Path | None = None  # the last good one
@@ -83,6 +92,7 @@ class Keeper:
     def write(self, step: int) -> None:
         tensors, values = state.collect(self.trainer)
         values |= {"identity": self.identity, "wall_s": time.perf_counter() - self.started}
+        values["held_out"] = self.validator.state()
         self._last_s = time.perf_counter()
         try:
             self.last = checkpoints.save(self.job.folder, step, tensors, values)
@@ -90,12 +100,28 @@ class Keeper:
             kept = f"{self.last.name} is the last good one" if self.last else "there is none yet"
             self.warn(f"step {step}: no checkpoint could be written ({error.strerror or error}); {kept}")
         else:
-            checkpoints.prune(self.job.folder, self.job.config.checkpoint.keep)
+            best = self.validator.best
+            checkpoints.prune(self.job.folder, self.job.config.checkpoint.keep, best.step if best else None)
+
+    def bring_back_best(self, step: int) -> int:
+        """After the last step: with eval.keep_best the weights of the best one. Returns the step they are of."""
+        best = self.validator.best
+        if not self.job.config.eval.keep_best or best is None or best.step == step:
+            return step
+        path = self.job.folder / checkpoints.FOLDER / f"step-{best.step}"
+        if problem := checkpoints.broken(path):
+            self.warn(f"eval.keep_best: {path.name} does not hold ({problem}): the weights of the last step are saved")
+            return step
+        state.restore_weights(self.trainer.model, checkpoints.read(path))
+        return best.step
 
     def _due(self, step: int) -> bool:
         every = self.job.config.checkpoint
         if step == self.job.total_steps:
             return False  # what was learned is saved right after
+        best = self.validator.best
+        if best and best.step == step and (self.job.config.eval.keep_best or every.every != "never"):
+            return True
         if every.every_steps is not None:
             return step % every.every_steps == 0
         return every.every_s is not None and time.perf_counter() - self._last_s >= every.every_s

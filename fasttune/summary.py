@@ -29,11 +29,14 @@ class Outcome:
     resumed_from_step: int | None = None
     earlier_s: float = 0.0  # what the run had taken up to the checkpoint it goes on from
     checkpoint: Path | None = None  # the last good one
+    held_out: dict[str, Any] = field(default_factory=dict)  # what the checkpoint knows of it
+    saved_step: int | None = None  # whose weights are saved
 
     def go_on(self, found: Checkpoint, steps: list[StepMetrics]) -> None:
         """From a checkpoint, with the steps that lie before it."""
         self.steps, self.checkpoint = steps, found.path
         self.resumed_from_step, self.earlier_s = found.state["step"], found.state["wall_s"]
+        self.held_out = found.state.get("held_out", {})
 
 
 def broken_promises(job: Job, trainer: Any, ran: metrics.Backend) -> list[str]:

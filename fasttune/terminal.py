@@ -44,6 +44,7 @@ class Reporter:
         self._started_s = time.monotonic()
         self._total_steps = 0
         self._recent: deque[StepMetrics] = deque(maxlen=RECENT_STEPS)
+        self._held_out: float | None = None  # loss, as seen last
         self._last_line_s = self._started_s
         self._progress: Progress | None = None
         self._prepared = ""  # what `progress` has named last
@@ -123,13 +124,14 @@ class Reporter:
     def step(self, step: StepMetrics) -> None:
         """Show one finished optimizer step."""
         self._recent.append(step)
+        self._held_out = self._held_out if step.eval_loss is None else step.eval_loss
         if self._quiet:
             return
         figures = self._figures(step)
         if self._progress is not None:
             text = _fit(figures, self._console.width - 2 * len(f"{self._total_steps:,}") - 18)
             self._progress.update(self._task, completed=step.step, figures=text)
-        elif self._line_is_due(step.step):
+        elif self._line_is_due(step.step) or step.eval_loss is not None:
             self._last_line_s = time.monotonic()
             self._line(Text(" · ".join([f"step {step.step:,}/{self._total_steps:,}", *figures])))
 
@@ -167,6 +169,8 @@ class Reporter:
         speed = statistics.median(each.tokens_per_s for each in recent)
         left_s = statistics.median(each.seconds for each in recent) * (self._total_steps - step.step)
         figures = [f"loss {step.loss:.3f}", f"{rate(speed)} tokens/s", f"{clock(left_s)} left"]
+        if self._held_out is not None:
+            figures.insert(1, f"held out {self._held_out:.3f}")
         figures.append(f"{step.peak_memory_gib:,.1f} GiB")
         if self._usd_per_hour is not None:
             figures.append(usd(self._usd_per_hour * (time.monotonic() - self._started_s) / 3600))

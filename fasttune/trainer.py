@@ -23,6 +23,7 @@ from fasttune.data.batches import Batches
 from fasttune.metrics import Backend, StepMetrics
 from fasttune.live import AttentionSeen, count_tokens, dtypes, peak_memory_gib, rows_of, synchronize
 from fasttune.prepare import Job
+from fasttune.validation import Validator
 
 
 MAX_HOURS = "checkpoint.max_hours"
@@ -131,12 +132,14 @@ class StepRecorder(transformers.TrainerCallback):
     def __init__(
         self,
         trainer: MeasuredTrainer,
-        on_step: Callable[[StepMetrics], None],
+        on_step: Callable[[StepMetrics, int], None],
+        validator: Validator,
         after_step: Callable[[int, bool], None] = lambda step, stopping: None,
         ends_at: float = math.inf,
     ):
         self.trainer = trainer
-        self.on_step = on_step
+        self.on_step = on_step  # the step, and how many in a row were bad
+        self.validator = validator
         self.after_step = after_step  # step, whether it is the last before an early end
         self.ends_at = ends_at  # perf_counter()
         self.seconds = 0.0
@@ -170,20 +173,25 @@ class StepRecorder(transformers.TrainerCallback):
     def on_log(self, args: Any, state: Any, control: Any, logs: dict[str, Any] | None = None, **kwargs: Any) -> None:
         if not logs or "loss" not in logs:
             return
-        counts = self.trainer.counts
+        counts, step = self.trainer.counts, state.global_step
+        stopping = self.stopped_by is not None  # then the time is short
+        seen = self.validator.measure(step) if self.validator.due(step) and not stopping else None
         self.on_step(
             StepMetrics(
-                step=state.global_step,
+                step=step,
                 loss=float(logs["loss"]),
                 learning_rate=float(logs["learning_rate"]),
                 grad_norm=float(logs["grad_norm"]) if logs.get("grad_norm") is not None else None,
                 seconds=self.seconds,
                 tokens_per_s=counts["tokens"] / self.seconds,
                 peak_memory_gib=peak_memory_gib(),
+                eval_loss=seen.loss if seen else None,
+                eval_token_accuracy=seen.token_accuracy if seen else None,
                 **counts,
-            )
+            ),
+            self.bad_in_a_row,
         )
-        self.after_step(state.global_step, self.stopped_by is not None)
+        self.after_step(step, stopping)
 
 
 def build(job: Job, scratch: Path, done: int = 0) -> MeasuredTrainer:

@@ -17,6 +17,8 @@ if [ $# -gt 0 ]; then
     exec "$bin/python" -m pytest -q "$@" </dev/null
 fi
 # Most of the time goes into imports, on one core each: the tests in two processes, the battery's dry run beside them.
+# One thread each: threads that wait for each other on a core that another process holds burn most of it.
+export OMP_NUM_THREADS=1
 scratch="$(mktemp -d)"
 trap 'kill "$battery" 2>/dev/null || true; rm -rf "$scratch"' EXIT
 PYTHON="$bin/python" bash benchmarks/gpu_battery.sh --dry-run --out "$scratch/out" --scratch "$scratch" \

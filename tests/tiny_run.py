@@ -40,15 +40,16 @@ class Reporter:
 def settings(folder: Path, changes: dict[str, Any] | None = None) -> config.Config:
     tree = {key: dict(value) if isinstance(value, dict) else value for key, value in TREE.items()}
     for section, values in (changes or {}).items():
-        tree[section] = tree[section] | values
+        tree[section] = tree.get(section, {}) | values
     if tree["train"].get("method") == "full":
         del tree["lora"]
     return config.parse(tree | {"output_dir": str(folder)})
 
 
 def run(folder: Path, changes: dict[str, Any] | None = None, resume: bool = False, **reporter: Any) -> Any:
-    from fasttune import train
+    from fasttune import summary, train
 
+    summary.MATMUL_SECONDS = 0.01  # no test looks at that rate
     told = Reporter(**reporter)
     result = train.run(settings(folder, changes), told, folder if resume else None)
     result.told = told.told

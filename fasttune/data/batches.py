@@ -14,6 +14,7 @@ from fasttune.data.store import Rows
 from fasttune.data.tokens import IGNORE, labels
 
 MicroBatch = dict[str, Any]  # arrays by the names a transformers model takes them
+Encoded = tuple[np.ndarray, np.ndarray]  # ids and whether each is learned, both (T,)
 MIN_PREFIX = 8  # tokens; fewer cost more in small matmuls than they save
 HOLD_OUT_STREAM = 1 << 32  # keeps the hold-out draw apart from the epochs' shuffles
 
@@ -95,7 +96,7 @@ class Batches:
         return [padded([rows[i] for i in group], self.pad_id) for group in groups]
 
 
-def flat(rows: list[tuple[np.ndarray, np.ndarray]], share_prefix: bool = False) -> MicroBatch:
+def flat(rows: list[Encoded], share_prefix: bool = False) -> MicroBatch:
     """Rows end to end, nothing padded: input_ids, labels, position_ids (1, T) and packed_seq_lengths (rows,).
 
     Positions restart with each row, and no row's first token is learned, so that rows never see each other.
@@ -119,7 +120,7 @@ def flat(rows: list[tuple[np.ndarray, np.ndarray]], share_prefix: bool = False) 
     return batch | ({"shared_prefix": np.array(prefix)} if prefix else {})
 
 
-def common_prefix(rows: list[tuple[np.ndarray, np.ndarray]]) -> int:
+def common_prefix(rows: list[Encoded]) -> int:
     """How many tokens all rows begin with, up to the last that predicts no learned one; 0 if it is not worth it."""
     if len(rows) < 2:
         return 0
@@ -133,7 +134,7 @@ def common_prefix(rows: list[tuple[np.ndarray, np.ndarray]]) -> int:
     return prefix if prefix >= MIN_PREFIX else 0
 
 
-def padded(rows: list[tuple[np.ndarray, np.ndarray]], pad_id: int) -> MicroBatch:
+def padded(rows: list[Encoded], pad_id: int) -> MicroBatch:
     """Rows below each other, as long as the longest: input_ids, labels, attention_mask (B, T)."""
     shape = (len(rows), max(len(ids) for ids, _ in rows))
     batch = {

@@ -5,7 +5,8 @@ from typing import Any
 
 from fasttune.config import Config
 from fasttune.data import formats, sources, store, tokens
-from fasttune.data.batches import Batches
+from fasttune.data.arithmetic import Part
+from fasttune.data.batches import Batches, Encoded
 from fasttune.data.files import Chunk
 from fasttune.data.store import Rows
 from fasttune.errors import DataError
@@ -35,18 +36,38 @@ def encode(config: Config, tokenizer: Any, packed: bool, progress: Progress) -> 
     return batches
 
 
-def _encode_one(config: Config, source: str, tokenizer: Any, progress: Progress) -> Rows:
+def held_out(config: Config, tokenizer: Any, batches: Batches, progress: Progress) -> list[Encoded]:
+    """At most `eval.rows` rows that are never trained on, spread evenly over those of data.eval_share."""
+    if config.eval.every == "never":
+        return []
+    if config.data.eval is not None:
+        rows = _encode_one(config, config.data.eval, tokenizer, progress, "test", config.eval.rows)
+        return [rows.row(i) for i in range(min(len(rows), config.eval.rows))]
+    held = [(rows, i) for rows, (_, indexes) in zip(batches.parts, batches.split, strict=True) for i in indexes]
+    count = min(len(held), config.eval.rows)
+    return [rows.row(i) for rows, i in (held[at * len(held) // count] for at in range(count))]
+
+
+def _encode_one(
+    config: Config,
+    source: str,
+    tokenizer: Any,
+    progress: Progress,
+    part: Part = "train",
+    max_rows: int | None = None,
+) -> Rows:
     data = config.data
+    max_rows = max_rows or data.max_rows
     what = f"reading and tokenising {source}"
     progress(what, 0.0)
     form = form_of(config, source)
     recipe = tokens.recipe_of(tokenizer, form, data.columns, data.train_on, config.model.max_length, data.too_long)
-    content = sources.fingerprint(source, "train", data.split, data.streaming)
+    content = sources.fingerprint(source, part, data.split, data.streaming)
 
     def chunks() -> Iterator[Chunk]:
-        return sources.read(source, "train", data.split, data.max_rows, data.streaming)
+        return sources.read(source, part, data.split, max_rows, data.streaming)
 
-    rows = store.load(source, f"{content} {data.max_rows}", recipe, chunks, lambda share: progress(what, share))
+    rows = store.load(source, f"{content} {max_rows}", recipe, chunks, lambda share: progress(what, share))
     progress(what, 1.0)
     return rows
 

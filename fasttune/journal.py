@@ -1,0 +1,133 @@
+"""What a run writes down while it trains: config.yaml, and metrics.jsonl step by step."""
+
+import json
+import math
+from contextlib import suppress
+from dataclasses import asdict
+from pathlib import Path
+from typing import IO, Any
+
+from fasttune import checkpoint, config as configuration, output, report, summary
+from fasttune.config import Config
+from fasttune.errors import RunFailed
+from fasttune.metrics import StepMetrics
+from fasttune.prepare import Job, Reporter
+from fasttune.quiet import LibraryLog
+from fasttune.summary import Outcome
+
+METRICS = "metrics.jsonl"
+
+
+def begin(job: Job, log: LibraryLog, resumed: bool) -> IO[str]:
+    """Make the output folder and write the resolved config into it. Returns the lock on it."""
+    lock = output.create(job.folder, resumed)
+    checkpoint.sweep(job.folder)
+    log.move_to(job.folder / "library.log")
+    _write_config(job)
+    return lock
+
+
+def make_again(job: Job, outcome: Outcome) -> None:
+    """The output folder, which somebody has removed while the run wrote into it."""
+    outcome.warnings.append(f"{job.folder} was removed while the run wrote into it: made again")
+    job.folder.mkdir(parents=True, exist_ok=True)  # a checkpoint may have made it already
+    write_metrics(job.folder, outcome.steps)
+    _write_config(job)
+
+
+def read_metrics(folder: Path, step: int) -> list[StepMetrics]:
+    """The steps of a run up to `step`, from its metrics.jsonl, as far as its lines can be read."""
+    found = []
+    with suppress(OSError, ValueError, TypeError):  # the end of a process, or of a machine, may have torn a line
+        for line in (folder / METRICS).read_text(encoding="utf-8").splitlines()[:step]:
+            values = json.loads(line)
+            found.append(StepMetrics(**(values | {"loss": math.nan if values["loss"] is None else values["loss"]})))
+    return found
+
+
+def write_metrics(folder: Path, steps: list[StepMetrics]) -> None:
+    """metrics.jsonl with these steps, the old one until it is whole."""
+    made = folder / f".{METRICS}"
+    made.write_text("".join(_line(step) for step in steps), encoding="utf-8")
+    made.replace(folder / METRICS)
+
+
+class Journal:
+    """Told of every step that is done: writes its line, flushed, shows it, and warns of what it must."""
+
+    def __init__(self, job: Job, trainer: Any, reporter: Reporter, outcome: Outcome):
+        self.job, self.trainer, self.reporter, self.outcome = job, trainer, reporter, outcome
+        self._rows_at_once: int | None = None
+        self._first = True
+
+    def __enter__(self) -> "Journal":
+        write_metrics(self.job.folder, self.outcome.steps)
+        self._lines = (self.job.folder / METRICS).open("a", encoding="utf-8")
+        for text in self.job.warnings:
+            self.reporter.warn(text)
+        return self
+
+    def __exit__(self, *_: object) -> None:
+        self._lines.close()
+        self.reporter.stop()
+
+    def warn(self, text: str) -> None:
+        self.outcome.warnings.append(text)
+        self.reporter.warn(text)
+
+    def step(self, step: StepMetrics, bad_in_a_row: int) -> None:
+        """`bad_in_a_row`: this step, and those right before it, were not applied. Raises RunFailed for too many."""
+        self.outcome.steps.append(step)
+        self._lines.write(_line(step))
+        self._lines.flush()
+        self._what_runs(step)
+        self.reporter.step(step)
+        if not bad_in_a_row:
+            return
+        bad = "a gradient that is not finite" if math.isfinite(step.loss) else f"a loss of {step.loss}"
+        rows = self.job.data.describe(step.step - 1)
+        self.warn(f"step {step.step} was not applied: {bad}; it had {rows}")
+        if bad_in_a_row > self.job.config.train.max_bad_steps:
+            raise RunFailed(
+                f"{bad_in_a_row} steps in a row could not be applied, the last with {bad} on {rows}; "
+                "look at these rows, or lower train.learning_rate"
+            )
+
+    def _what_runs(self, step: StepMetrics) -> None:
+        """Warns where that is not what was asked for, or not any more."""
+        from fasttune.trainer import backend
+
+        if self._first:
+            for text in summary.broken_promises(self.job, self.trainer, backend(self.trainer)):
+                self.warn(text)
+        self._first = False
+        if self.trainer.rows_at_once != self._rows_at_once:
+            self._rows_at_once = self.trainer.rows_at_once
+            self.warn(
+                f"out of memory at step {step.step}: from here on {self._rows_at_once} full rows at once; the batch "
+                f"stays {self.job.config.train.batch_rows} rows, so nothing that is learned changes"
+            )
+
+
+def _line(step: StepMetrics) -> str:
+    return report.to_json_line(asdict(step)) + "\n"
+
+
+def _write_config(job: Job) -> None:
+    header = "# Resolved by fasttune; run it again with: fasttune train config.yaml\n"
+    text = configuration.dump(_portable(job.config), header)
+    (job.folder / "config.yaml").write_text(text, encoding="utf-8")
+
+
+def _portable(config: Config) -> Config:
+    """As config.yaml keeps it: local paths absolute, and no output folder, so that it can be run again as it is."""
+
+    def absolute(name: str | None) -> str | None:
+        path = Path(name).expanduser() if name and not name.startswith("builtin:") else None
+        return str(path.resolve()) if path and path.exists() else name
+
+    train = config.data.train
+    named = absolute(train) if isinstance(train, str) else {absolute(name): weight for name, weight in train.items()}
+    data = config.data.model_copy(update={"train": named, "eval": absolute(config.data.eval)})
+    model = config.model.model_copy(update={"name": absolute(config.model.name)})
+    return config.model_copy(update={"data": data, "model": model, "output_dir": None, "overwrite": False})

@@ -1,0 +1,137 @@
+"""Held-out rows: the right loss, a training that does not notice, and the best weights kept."""
+
+import json
+from pathlib import Path
+from typing import Any
+
+import pytest
+from tiny_run import STEPS, break_off_after, learned, losses, run, settings
+
+from fasttune import checkpoint, config
+from fasttune.errors import ConfigError
+
+pytestmark = pytest.mark.usefixtures("unsloth")
+
+HELD_OUT = {"data": {"eval": "builtin:arithmetic"}, "eval": {"every": "2 steps", "rows": 10}}
+
+
+def changed(**sections: dict[str, Any]) -> dict[str, Any]:
+    return {name: HELD_OUT.get(name, {}) | sections.get(name, {}) for name in {**HELD_OUT, **sections}}
+
+
+def reference(folder: Path) -> tuple[float, float, int]:
+    """Loss, token accuracy and learned tokens by plain transformers and peft, a row at a time, all logits."""
+    import peft
+    import torch
+
+    from fasttune import builtin, model
+    from fasttune.data import load, sources, tokens
+
+    base = model.transformers.AutoModelForCausalLM.from_pretrained(builtin.path("builtin:tiny"))
+    tuned = peft.PeftModel.from_pretrained(base, folder / "adapter").eval()
+    tokenizer = model.transformers.AutoTokenizer.from_pretrained(folder / "adapter")
+    settings = config.load(folder / "config.yaml")
+    form = load.form_of(settings, "builtin:arithmetic")
+    encoder = tokens.Encoder(tokens.recipe_of(tokenizer, form, {}, "assistant", 256, "truncate"))
+    (chunk,) = sources.read("builtin:arithmetic", "test", max_rows=10)
+    block = encoder.encode(chunk)
+    loss, right, count, at = 0.0, 0, 0, 0
+    for length in block.lengths:
+        ids, learned = block.ids[at : at + length], block.learned[at : at + length]
+        at += length
+        with torch.no_grad():
+            logits = tuned(torch.tensor(ids[None], dtype=torch.int64)).logits[0].double()
+        for t in range(1, length):
+            if learned[t]:
+                loss -= float(logits[t - 1].log_softmax(-1)[ids[t]])
+                right += int(logits[t - 1].argmax()) == ids[t]
+                count += 1
+    return loss / count, right / count, count
+
+
+@pytest.mark.parametrize("packing", [True, False])
+def test_loss_and_accuracy_are_those_of_plain_transformers(tmp_path: Path, packing: bool) -> None:
+    result = run(tmp_path / "run", changed(train={"packing": packing}))
+    loss, accuracy, count = reference(tmp_path / "run")
+    assert (result.held_out.rows, result.held_out.loss_tokens) == (10, count)
+    assert result.held_out.after.loss == pytest.approx(loss, rel=1e-5)
+    assert result.held_out.after.token_accuracy == pytest.approx(accuracy)
+    assert result.held_out.before.loss > 1.02 * loss and result.held_out.saved_step == STEPS
+
+
+def test_training_does_not_notice(tmp_path: Path) -> None:
+    """Not even with dropout, which draws random numbers."""
+    dropout = {"lora": {"dropout": 0.1}}
+    run(tmp_path / "never", changed(eval={"every": "never"}) | dropout)
+    run(tmp_path / "often", changed() | dropout)
+    assert losses(tmp_path / "often") == losses(tmp_path / "never")
+    assert learned(tmp_path / "often") == learned(tmp_path / "never")
+    lines = [json.loads(line) for line in (tmp_path / "often" / "metrics.jsonl").read_text().splitlines()]
+    assert [line["step"] for line in lines if line["eval_loss"] is not None] == [2, 4, 6, 8]
+    assert all((line["eval_loss"] is None) == (line["eval_token_accuracy"] is None) for line in lines)
+    page = (tmp_path / "often" / "report.html").read_text()
+    assert "Held-out loss" in page and "first guess right" in page
+    assert "Held-out loss" not in (tmp_path / "never" / "report.html").read_text()
+
+
+def test_held_out_share_is_looked_at_and_start_and_end_is_the_default(tmp_path: Path) -> None:
+    result = run(tmp_path / "run", {"data": {"eval_share": 0.25}, "train": {"max_steps": 2}})
+    assert result.held_out.rows == 6
+    assert (result.held_out.before.step, result.held_out.after.step) == (0, 2)
+    assert run(tmp_path / "none", {"train": {"max_steps": 1}}).held_out is None
+
+
+def losses_are(monkeypatch: pytest.MonkeyPatch, curve: dict[int, float]) -> None:
+    """Step → held-out loss."""
+    from fasttune import validation
+
+    measure = validation.Validator.measure
+
+    def scripted(self: Any, step: int) -> Any:
+        self._sums = lambda batch: (curve[step], 1.0, 1)
+        return measure(self, step)
+
+    monkeypatch.setattr(validation.Validator, "measure", scripted)
+
+
+def test_the_best_checkpoint_is_kept_and_its_weights_saved(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    import safetensors.torch
+
+    losses_are(monkeypatch, {0: 9, 2: 3, 4: 4, 6: 5, 8: 6})
+    kept = changed(checkpoint={"every": "1 steps", "keep": 1}, eval={"keep_best": True})
+    assert run(tmp_path / "run", kept, after=break_off_after(5)).status == "failed"
+    assert [step for step, _ in checkpoint.steps(tmp_path / "run")] == [4, 2]
+    result = run(tmp_path / "run", kept, resume=True)
+    assert (result.held_out.before.step, result.held_out.best.step, result.held_out.saved_step) == (0, 2, 2)
+    assert [step for step, _ in checkpoint.steps(tmp_path / "run")] == [7, 2]
+    best = checkpoint.read(tmp_path / "run" / "checkpoints" / "step-2").tensors["weights"]
+    saved = safetensors.torch.load_file(tmp_path / "run" / "adapter" / "adapter_model.safetensors")
+    assert all((saved[name.replace(".default", "")] == tensor).all() for name, tensor in best.items())
+    last = run(tmp_path / "last", changed(eval={"keep_best": False}))
+    assert (last.held_out.best.step, last.held_out.saved_step) == (2, 8)
+    assert learned(tmp_path / "last")["adapter_model.safetensors"] != learned(tmp_path / "run")
+
+
+def test_a_best_checkpoint_that_does_not_hold_is_said(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    losses_are(monkeypatch, {0: 9, 2: 3, 4: 4, 6: 5, 8: 6})
+
+    def after(step: int) -> None:
+        if step == 7:
+            (tmp_path / "run" / "checkpoints" / "step-2" / "weights.safetensors").unlink()
+
+    result = run(tmp_path / "run", changed(eval={"keep_best": True}), after=after)
+    assert result.held_out.saved_step == STEPS
+    assert any("step-2 does not hold (weights.safetensors is missing)" in text for text in result.warnings)
+
+
+@pytest.mark.parametrize(
+    ("changes", "told"),
+    [
+        ({"eval": {"every": "2 steps"}}, "eval.every needs held-out rows"),
+        ({"data": {"eval": "builtin:arithmetic"}, "eval": {"keep_best": True}}, "eval.keep_best compares steps"),
+        ({"data": {"eval": "builtin:arithmetic"}, "eval": {"every": "often"}}, "write '50 steps', 'start and end'"),
+    ],
+)
+def test_settings_that_cannot_be(changes: dict[str, Any], told: str) -> None:
+    with pytest.raises(ConfigError, match=told):
+        settings(Path("unused"), changes)
