@@ -252,6 +252,25 @@ def test_a_killed_worker_is_a_clear_error(
     assert multiprocessing.active_children() == []
 
 
+def test_a_stalled_worker_is_named_and_leaves_no_process(
+    tmp_path: Path, cache: Path, recipe: Recipe, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(store, "POOL_FROM_CHUNKS", 2)
+    monkeypatch.setattr(store, "STALLED_S", 1.0)
+    monkeypatch.setattr(os, "sched_getaffinity", lambda _: {0, 1})
+
+    def chunks() -> Iterator[Chunk]:
+        for number in range(1, 60):
+            for child in multiprocessing.active_children():
+                os.kill(child.pid or 0, signal.SIGSTOP)
+            yield Chunk("rows.jsonl", number, 0.5, rows=[GOOD])
+
+    with pytest.raises(DataError, match="stalled: no answer within 1 s for 1 rows of rows.jsonl from 1 on"):
+        store.load("rows.jsonl", "key", recipe, chunks, lambda share: None)
+    assert entries(cache) == []
+    assert multiprocessing.active_children() == []
+
+
 def settings(train: Any, **data: Any) -> config.Config:
     return config.parse({"model": {"name": "builtin:tiny", "max_length": 512}, "data": {"train": train, **data}})
 

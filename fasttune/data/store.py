@@ -32,6 +32,7 @@ ARRAYS = {"ids.i32": np.int32, "learned.bool": np.bool_, "lengths.i32": np.int32
 MAX_UNUSABLE_SHARE = 0.05
 POOL_FROM_CHUNKS = 24  # about 24 MB of JSONL: below, starting workers costs more than they save
 CHUNKS_IN_FLIGHT = 2  # per worker
+STALLED_S = 600.0  # a chunk (1 MB) takes a second or two
 
 Progress = Callable[[float], None]  # share of the source that is encoded, 0 to 1
 
@@ -111,23 +112,34 @@ def _encoded(recipe: Recipe, chunks: Iterator[Chunk]) -> Iterator[tuple[Block, f
             os.environ["TOKENIZERS_PARALLELISM"] = "false"
             yield block, chunk.done
         return
-    waiting: deque[tuple[Future[Block], float]] = deque()
+    waiting: deque[tuple[Future[Block], Chunk]] = deque()
     context = multiprocessing.get_context("spawn")  # a fork of a process with threads (torch) may hang
     with ProcessPoolExecutor(workers, context, _start_worker, (recipe,)) as pool:
         try:
             for chunk in _both(first, chunks):
-                waiting.append((pool.submit(_encode_in_worker, chunk), chunk.done))
+                waiting.append((pool.submit(_encode_in_worker, chunk), chunk))
                 if len(waiting) > CHUNKS_IN_FLIGHT * workers:
-                    future, done = waiting.popleft()
-                    yield future.result(), done
-            for future, done in waiting:
-                yield future.result(), done
+                    yield _answer(*waiting.popleft())
+            while waiting:
+                yield _answer(*waiting.popleft())
         except BrokenProcessPool as error:
             raise DataError(
                 "data: a process that tokenises was ended from outside, most likely for memory: free some and run again"
             ) from error
         finally:
             pool.shutdown(cancel_futures=True)  # waits for the chunks in work: no process is left behind
+
+
+def _answer(future: Future[Block], chunk: Chunk) -> tuple[Block, float]:
+    try:
+        return future.result(timeout=STALLED_S), chunk.done
+    except TimeoutError as error:
+        for worker in multiprocessing.active_children():
+            worker.kill()
+        raise DataError(
+            f"data: tokenising stalled: no answer within {STALLED_S:.0f} s for {len(chunk):,} rows of {chunk.source} "
+            f"from {chunk.first:,} on; look whether one of them is enormous or the machine out of memory, and run again"
+        ) from error
 
 
 def _both(first: list[Chunk], rest: Iterator[Chunk]) -> Iterator[Chunk]:
