@@ -107,7 +107,7 @@ def requirements(name: str, packages: Iterable[str] = (), python: tuple[int, int
 
 
 def parse_pin_file(path: Path, python: tuple[int, int] | None = None) -> dict[str, Pin]:
-    """Parse `name==version [; python_version < "3.12"] [--hash=sha256:…]`, the form that stacks/regenerate.py writes."""
+    """Parse `name==version [; python_version < "3.12"] [--hash=sha256:…]`, what stacks/regenerate.py writes."""
     python = python or sys.version_info[:2]
     pin = r'([\w.-]+)==([^\s;]+)(?:\s*;\s*python_version (<|>=) "(\d+)\.(\d+)")?'
     line_form = re.compile(pin + r"((?:\s+--hash=sha256:[0-9a-f]{64})*)")
@@ -210,7 +210,7 @@ def compare(pins: Mapping[str, str], versions: Mapping[str, str]) -> list[Mismat
 
 
 def fix_command(packages: Iterable[str], stack: str) -> str:
-    """The command that puts these packages to the stack's pins in the running interpreter, by hash where there is one."""
+    """The command that puts these packages to the stack's pins in the running interpreter, by hash where it can."""
     pins = read_pins(stack)
     wanted = [name for name in packages if name in pins]
     hashed = {line.partition("==")[0] for line in requirements(stack, wanted)} if wanted else set()

@@ -97,7 +97,7 @@ def with_hashes(line: str, no_hash: list[str]) -> list[str]:
             continue
     hashes = sorted(wheels) if served == set(pythons) else sorted(wheels | sdists)
     assert hashes, f"{line}: {INDEX} publishes no file with a SHA-256 for it"
-    return [f"{line} \\", *(f"    --hash=sha256:{digest} \\" for digest in hashes[:-1]), f"    --hash=sha256:{hashes[-1]}"]
+    return " \\\n".join([line, *(f"    --hash=sha256:{digest}" for digest in hashes)]).split("\n")
 
 
 def fits(tags: frozenset[Tag], python: str) -> bool:

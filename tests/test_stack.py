@@ -121,8 +121,8 @@ def test_pins_are_read_with_and_without_hashes_over_several_lines(tmp_path: Path
     one, two = "sha256:" + "1" * 64, "sha256:" + "2" * 64
     file = tmp_path / "x.txt"
     file.write_text(
-        f"# header\ntorch==2.0\nNumPy==1.0 ; python_version < \"3.12\" \\\n    --hash={one} \\\n    --hash={two}\n"
-        f"numpy==2.0 ; python_version >= \"3.12\" --hash={one}  # why\n"
+        f'# header\ntorch==2.0\nNumPy==1.0 ; python_version < "3.12" \\\n    --hash={one} \\\n    --hash={two}\n'
+        f'numpy==2.0 ; python_version >= "3.12" --hash={one}  # why\n'
     )
     assert stack.parse_pin_file(file, (3, 11)) == {"torch": stack.Pin("2.0", ()), "numpy": stack.Pin("1.0", (one, two))}
     assert stack.read_pin_file(file, (3, 12)) == {"torch": "2.0", "numpy": "2.0"}
