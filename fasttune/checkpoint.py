@@ -78,6 +78,8 @@ def broken(path: Path) -> str | None:
         for name, expected in files.items():
             if Path(name).name != name:
                 return f"{MANIFEST} names a file outside of the checkpoint"
+            if (path / name).is_symlink():
+                return f"{name} is a link, not a file of the checkpoint"
             size = (path / name).stat().st_size
             if size != expected["bytes"]:
                 return f"{name} has {size:,} bytes, not {expected['bytes']:,}"

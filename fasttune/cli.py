@@ -46,7 +46,8 @@ def main(argv: list[str] | None = None) -> int:
             raise
         problems = error.problems if isinstance(error, ConfigError) else [str(error)]
         for problem in problems:
-            print(f"fasttune: {problem}", file=sys.stderr)
+            line = "".join(c if c.isprintable() else " " for c in problem)  # a file's name may steer a terminal
+            print(f"fasttune: {line}", file=sys.stderr)
         return error.exit_code
 
 

@@ -12,7 +12,7 @@ import warnings
 from pathlib import Path
 from typing import Any
 
-from fasttune import cache, memory, pretrained
+from fasttune import cache, hub, memory, pretrained
 from fasttune.config import LoraConfig, ModelConfig
 from fasttune.errors import ModelError
 
@@ -39,7 +39,7 @@ def load(config: ModelConfig, dtype: str, gradient_checkpointing: str, full: boo
     if not torch.cuda.is_available():
         memory.keep_freed()
     try:
-        model, tokenizer = pretrained.patiently(
+        model, tokenizer = hub.patiently(
             lambda: FastLanguageModel.from_pretrained(
                 model_name=source,
                 max_seq_length=config.max_length,
@@ -50,6 +50,7 @@ def load(config: ModelConfig, dtype: str, gradient_checkpointing: str, full: boo
                 trust_remote_code=config.trust_remote_code,
                 use_gradient_checkpointing=_unsloth_checkpointing(gradient_checkpointing),
                 use_exact_model_name=True,
+                use_safetensors=True,  # a pickle may run code
                 random_state=seed,
             )
         )

@@ -3,18 +3,12 @@
 transformers is imported inside the functions: whoever trains has imported unsloth first (model.py says why).
 """
 
-import os
-import time
-from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
-from fasttune import builtin
+from fasttune import builtin, hub
 from fasttune.config import ModelConfig
 from fasttune.errors import ModelError
-
-PAUSES_S = (2, 5, 15)  # before the hub is asked again
-AGAIN = {429, 500, 502, 503, 504}  # HTTP: busy, or a fault of its own
 
 
 def locate(config: ModelConfig) -> str:
@@ -22,7 +16,12 @@ def locate(config: ModelConfig) -> str:
     if config.name.startswith("builtin:"):
         return str(builtin.path(config.name))
     folder = Path(config.name).expanduser()
-    return str(folder) if folder.is_dir() else config.name
+    if not folder.is_dir():
+        return config.name
+    pickles = [path.name for kind in ("pytorch_model", "adapter_model") for path in folder.glob(f"{kind}*.bin")]
+    if pickles and not any(folder.glob("*.safetensors")):
+        raise _pickled(config.name, min(pickles))
+    return str(folder)
 
 
 def read_architecture(config: ModelConfig) -> Any:
@@ -31,7 +30,7 @@ def read_architecture(config: ModelConfig) -> Any:
     import transformers
 
     try:
-        found = patiently(
+        found = hub.patiently(
             lambda: transformers.AutoConfig.from_pretrained(
                 source, revision=config.revision, trust_remote_code=config.trust_remote_code
             )
@@ -46,7 +45,7 @@ def read_tokenizer(config: ModelConfig) -> Any:
     import transformers
 
     try:
-        tokenizer = patiently(
+        tokenizer = hub.patiently(
             lambda: transformers.AutoTokenizer.from_pretrained(
                 locate(config), revision=config.revision, trust_remote_code=config.trust_remote_code
             )
@@ -55,28 +54,6 @@ def read_tokenizer(config: ModelConfig) -> Any:
         raise explain(config.name, error) from error
     check_fast(tokenizer, config.name)
     return tokenizer
-
-
-def patiently(ask: Callable[[], Any]) -> Any:
-    """`ask()`, and again after each of PAUSES_S while the hub is too slow or too busy to answer."""
-    for pause_s in PAUSES_S:
-        try:
-            return ask()
-        except Exception as error:
-            if os.environ.get("HF_HUB_OFFLINE") == "1" or not _is_passing(error):
-                raise
-            print(f"the hub does not answer ({type(error).__name__}): asking again in {pause_s} s")  # into library.log
-        time.sleep(pause_s)
-    return ask()
-
-
-def _is_passing(error: BaseException | None) -> bool:
-    """A time-out or an answer of AGAIN, at any depth: transformers wraps what the hub's library raises."""
-    while error is not None:
-        if "Timeout" in type(error).__name__ or getattr(getattr(error, "response", None), "status_code", None) in AGAIN:
-            return True
-        error = error.__cause__ or error.__context__
-    return False
 
 
 def check_fast(tokenizer: Any, name: str) -> None:
@@ -88,13 +65,30 @@ def check_fast(tokenizer: Any, name: str) -> None:
 def explain(name: str, error: Exception) -> ModelError:
     """One line for the usual failures of a load; the original error stays as its cause."""
     text = " ".join(str(error).split())
+    if isinstance(error, TimeoutError):
+        return ModelError(
+            f"model.name: {name}: {text[:300]}; try again later, or download it elsewhere and give the folder"
+        )
     if "gated" in text or "401" in text or "403" in text:
         return ModelError(
-            f"model.name: {name} is gated: accept its licence at https://huggingface.co/{name}, then `hf auth login`"
+            f"model.name: {name} is gated: accept its licence at https://huggingface.co/{name}, then run "
+            f"`hf auth login`, and `hf download {name} config.json` to see that access is granted"
         )
+    if "trust_remote_code" in text:
+        return ModelError(
+            f"model.name: {name} comes with code of its own, which is not run unless asked for; read that code, then "
+            "set model.trust_remote_code=true, or choose a model that transformers knows"
+        )
+    if "file named model.safetensors" in text:
+        return _pickled(name, "pytorch_model.bin")
     if any(
         sign in text for sign in ("connect", "offline", "resolve", "Max retries", "couldn't find them in the cached")
     ):
+        if hub.is_offline():
+            return ModelError(
+                f"model.name: {name} is neither a local folder nor in the hub's cache, and HF_HUB_OFFLINE is set; "
+                f"check the name, unset it, or run `hf download {name}` where there is a network"
+            )
         return ModelError(
             f"model.name: {name} is neither a local folder nor in the hub's cache, and the hub cannot be reached; "
             "check the name and the network, or download it elsewhere and give the folder"
@@ -102,3 +96,10 @@ def explain(name: str, error: Exception) -> ModelError:
     if "not a valid model identifier" in text or "404" in text or "Unrecognized model" in text:
         return ModelError(f"model.name: {name} is no model folder and no hub id that can be read; check the spelling")
     return ModelError(f"model.name: {name} cannot be loaded: {text[:300]}")
+
+
+def _pickled(name: str, file: str) -> ModelError:
+    return ModelError(
+        f"model.name: {name} has its weights as a pickle ({file}), which may run code when it is read; convert them to "
+        "safetensors (https://huggingface.co/docs/safetensors/convert-weights), or choose a model that has them"
+    )

@@ -1,6 +1,7 @@
 """Which versions belong together: the pinned stacks, the choice between them, and what is installed here.
 
 The rules for people who come with another stack are data in `RULES` (fasttune/rules.py).
+`python -m fasttune.stack cpu numpy` prints a pin with its hashes, as pip reads it (pip takes hashes from a file only).
 Importing this needs the standard library only: the set-up uses it before anything is installed.
 """
 
@@ -9,7 +10,7 @@ import json
 import re
 import shlex
 import sys
-from collections.abc import Iterable, Mapping
+from collections.abc import Iterable, Iterator, Mapping
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -33,6 +34,14 @@ def _stack_dir() -> Path:
 
 
 STACK_DIR = _stack_dir()
+
+
+@dataclass(frozen=True)
+class Pin:
+    """A version, and the SHA-256 of the files it may be installed from (none: a build that depends on the index)."""
+
+    version: str
+    hashes: tuple[str, ...]
 
 
 @dataclass(frozen=True)
@@ -78,26 +87,58 @@ def read_pins(name: str, python: tuple[int, int] | None = None) -> dict[str, str
 
 
 def read_pin_file(path: Path, python: tuple[int, int] | None = None) -> dict[str, str]:
-    """Parse lines `name==version [; python_version < "3.12"]`, the only marker that stacks/regenerate.py writes."""
+    """The pins of a file, canonical name → version."""
+    return {name: pin.version for name, pin in parse_pin_file(path, python).items()}
+
+
+def requirements(name: str, packages: Iterable[str] = (), python: tuple[int, int] | None = None) -> list[str]:
+    """Lines for `pip install --require-hashes -r`: these packages of a stack (default: all of it), with their hashes.
+
+    What comes from PyTorch's own index is left out: torch of `cpu`, and TORCH_FAMILY with the CUDA libraries of `cu12`.
+    """
+    pins, asked = parse_pin_file(stack_file(name), python), set(packages)
+    elsewhere = set(TORCH_FAMILY) if name == "cu12" else set()
+    wanted = [package for package in read_pins(name, python) if package not in elsewhere and pins[package].hashes]
+    return [
+        " ".join([f"{package}=={pins[package].version}", *(f"--hash={digest}" for digest in pins[package].hashes)])
+        for package in wanted
+        if not asked or package in asked
+    ]
+
+
+def parse_pin_file(path: Path, python: tuple[int, int] | None = None) -> dict[str, Pin]:
+    """Parse `name==version [; python_version < "3.12"] [--hash=sha256:…]`, what stacks/regenerate.py writes."""
     python = python or sys.version_info[:2]
-    line_form = re.compile(r'([\w.-]+)==([^\s;]+)(?:\s*;\s*python_version (<|>=) "(\d+)\.(\d+)")?')
+    pin = r'([\w.-]+)==([^\s;]+)(?:\s*;\s*python_version (<|>=) "(\d+)\.(\d+)")?'
+    line_form = re.compile(pin + r"((?:\s+--hash=sha256:[0-9a-f]{64})*)")
+    pins = {}
+    for number, line in _joined_lines(path):
+        match = line_form.fullmatch(line)
+        if not match:
+            raise FasttuneError(f"{path}:{number}: not a pin `name==version`: {line} (run stacks/regenerate.py)")
+        package, version, operator, major, minor, hashes = match.groups()
+        if operator and (python < (int(major), int(minor))) != (operator == "<"):
+            continue
+        pins[canonical(package)] = Pin(version, tuple(digest.removeprefix("--hash=") for digest in hashes.split()))
+    return pins
+
+
+def _joined_lines(path: Path) -> Iterator[tuple[int, str]]:
+    """The lines of a requirements file with their numbers, without comments, continued ones (`\\`) joined."""
     try:
         lines = path.read_text().splitlines()
     except OSError as error:
         raise FasttuneError(f"{path}: cannot read the pins of the stack ({error.strerror})") from None
-    pins = {}
+    joined = ""
     for number, line in enumerate(lines, 1):
-        line = line.partition("#")[0].strip()
-        if not line:
-            continue
-        match = line_form.fullmatch(line)
-        if not match:
-            raise FasttuneError(f"{path}:{number}: not a pin `name==version`: {line} (run stacks/regenerate.py)")
-        package, version, operator, major, minor = match.groups()
-        if operator and (python < (int(major), int(minor))) != (operator == "<"):
-            continue
-        pins[canonical(package)] = version
-    return pins
+        joined = f"{joined} {line.partition('#')[0].strip()}".strip()
+        if joined.endswith("\\"):
+            joined = joined.removesuffix("\\").strip()
+        elif joined:
+            yield number, joined
+            joined = ""
+    if joined:
+        yield len(lines), joined
 
 
 def choose_stack(hardware: Hardware) -> tuple[str, str]:
@@ -169,11 +210,39 @@ def compare(pins: Mapping[str, str], versions: Mapping[str, str]) -> list[Mismat
 
 
 def fix_command(packages: Iterable[str], stack: str) -> str:
-    """The command that puts these packages to the stack's pins in the running interpreter."""
+    """The command that puts these packages to the stack's pins in the running interpreter, by hash where it can."""
     pins = read_pins(stack)
-    wanted = [f"{name}=={pins[name]}" for name in packages if name in pins]
-    if not wanted:
-        return "bash scripts/setup_h100.sh"
+    wanted = [name for name in packages if name in pins]
+    hashed = {line.partition("==")[0] for line in requirements(stack, wanted)} if wanted else set()
+    special = [name for name in wanted if name not in hashed]
     index = {"cpu": CPU_INDEX, "cu12": CU12_INDEX}.get(stack)
-    extra = ["--extra-index-url", index] if index and any(name in TORCH_FAMILY for name in packages) else []
-    return shlex.join([sys.executable, "-m", "pip", "install", "--no-deps", *extra, *wanted])
+    install = shlex.join([sys.executable, "-m", "pip", "install", "--no-deps"])
+    commands = []
+    if special:
+        extra = f" --extra-index-url {index}" if index else ""
+        commands.append(f"{install}{extra} {' '.join(f'{name}=={pins[name]}' for name in special)}")
+    if hashed:
+        shown = [f"{name}=={pins[name]}" for name in wanted if name in hashed]
+        show = shlex.join([sys.executable, "-m", "fasttune.stack", stack, *shown])
+        commands.append(f"{show} | {install} --require-hashes -r /dev/stdin")
+    return " && ".join(commands) or "bash scripts/setup_h100.sh"
+
+
+def main(argv: list[str]) -> int:
+    """`STACK [PACKAGE[==VERSION] …]`: prints `requirements()`."""
+    try:
+        name = argv[0] if argv else active_stack()
+        pins, packages = read_pins(name), []
+        for package, _, version in (text.partition("==") for text in argv[1:]):
+            packages.append(canonical(package))
+            if (pinned := pins.get(packages[-1])) is None or version not in ("", pinned):
+                raise FasttuneError(f"{package}: the stack {name} pins {pinned or 'no such package'}, not {version}")
+        print("\n".join(requirements(name, packages)))
+    except FasttuneError as error:
+        print(f"stack: {error}", file=sys.stderr)
+        return error.exit_code
+    return 0
+
+
+if __name__ == "__main__":
+    sys.exit(main(sys.argv[1:]))

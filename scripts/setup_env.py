@@ -48,6 +48,9 @@ def parse(argv: list[str]) -> argparse.Namespace:
     parser.add_argument("--dev", action="store_true", help="also the tools of scripts/test.sh")
     parser.add_argument("--dry-run", action="store_true", help="print every command, change nothing")
     parser.add_argument("--recreate", action="store_true", help="build the environment anew")
+    parser.add_argument(
+        "--no-hashes", action="store_true", help="take other files than PyPI's (an index that re-packs wheels)"
+    )
     parser.add_argument("--flash-attn", choices=("auto", "build", "skip"), default="auto", help="default: auto")
     return parser.parse_args(argv)
 
@@ -78,6 +81,12 @@ def preflight(options: argparse.Namespace, hardware: Hardware) -> tuple[str, str
     if options.stack:
         return options.stack, "asked for"
     return stack.choose_stack(hardware)
+
+
+def short(python: str) -> tuple[int, int]:
+    """`3.11.9` → (3, 11)"""
+    major, minor = (int(part) for part in python.split(".")[:2])
+    return major, minor
 
 
 class Setup:
@@ -142,8 +151,7 @@ class Setup:
         return self.compare(made, versions)
 
     def compare(self, made: dict, versions: dict[str, str]) -> tuple[str, str]:
-        python = tuple(int(part) for part in made["python"].split(".")[:2])
-        drifted = stack.compare(self.pins(python, made.get("dev", False)), versions)
+        drifted = stack.compare(self.pins(short(made["python"]), made.get("dev", False)), versions)
         if "fasttune" not in versions:
             drifted.append(stack.Mismatch("fasttune", "this checkout", None))
         if drifted:
@@ -173,9 +181,9 @@ class Setup:
             return None
         return json.loads(done.stdout)
 
-    def pins(self, python: tuple[int, ...], dev: bool) -> dict[str, str]:
-        more = stack.read_pin_file(stack.STACK_DIR / "dev.txt", python[:2]) if dev else {}
-        return stack.read_pins(self.stack, python[:2]) | more
+    def pins(self, python: tuple[int, int], dev: bool) -> dict[str, str]:
+        more = stack.read_pin_file(stack.STACK_DIR / "dev.txt", python) if dev else {}
+        return stack.read_pins(self.stack, python) | more
 
     def fingerprint(self, dev: bool) -> str:
         files = [stack.stack_file(self.stack), ROOT / "pyproject.toml"] + [stack.STACK_DIR / "dev.txt"] * dev
@@ -204,9 +212,9 @@ class Setup:
             self.need_ensurepip()
             self.shell.step("virtual environment", [sys.executable, "-m", "venv", str(self.venv)])
         self.install_torch()
-        self.shell.pip_step(f"stack {self.stack}", *self.stack_arguments(python))
+        self.shell.pip_step(f"stack {self.stack}", "--no-deps", *self.stack_arguments(python))
         if dev:
-            self.shell.pip_step("tools for tests", "--no-deps", "-r", str(stack.STACK_DIR / "dev.txt"))
+            self.shell.pip_step("tools for tests", "--no-deps", *self.dev_arguments(python))
         self.install_package()
         if self.options.flash_attn != "skip":
             self.install_flash_attn()
@@ -265,13 +273,25 @@ class Setup:
             )
 
     def stack_arguments(self, python: str) -> list[str]:
+        """All but what install_torch() saw to. (pip trusts what is installed: torch of `cpu` needs no hash there.)"""
+        version = short(python)
+        if self.options.no_hashes:
+            pins = self.pins(version, dev=False).items()
+            return [f"{name}=={pin}" for name, pin in pins if self.stack != "cu12" or name not in stack.TORCH_FAMILY]
         if self.stack != "cu12":
-            return ["--no-deps", "-r", str(stack.stack_file(self.stack))]
-        pins = self.pins(tuple(int(part) for part in python.split(".")[:2]), dev=False)
-        return [
-            "--no-deps",
-            *(f"{name}=={version}" for name, version in pins.items() if name not in stack.TORCH_FAMILY),
-        ]
+            return ["--require-hashes", "-r", str(stack.stack_file(self.stack))]
+        part = self.venv / "stack.txt"
+        if self.options.dry_run:
+            print(f"{shlex.join([sys.executable, '-m', 'fasttune.stack', self.stack])} > {shlex.quote(str(part))}")
+        else:
+            part.write_text("\n".join(stack.requirements(self.stack, python=version)) + "\n")
+        return ["--require-hashes", "-r", str(part)]
+
+    def dev_arguments(self, python: str) -> list[str]:
+        file = stack.STACK_DIR / "dev.txt"
+        if self.options.no_hashes:
+            return [f"{name}=={pin}" for name, pin in stack.read_pin_file(file, short(python)).items()]
+        return ["--require-hashes", "-r", str(file)]
 
     def install_package(self) -> None:
         self.shell.pip_step("fasttune", "--no-deps", "--no-build-isolation", "--editable", str(ROOT))

@@ -7,6 +7,7 @@ import re
 import shlex
 import subprocess
 import time
+import urllib.parse
 import urllib.request
 from collections.abc import Iterator
 from pathlib import Path
@@ -88,4 +89,19 @@ def telling_line(log: Path) -> str:
     last = log.read_text(errors="replace").rpartition("\n$ ")[2].splitlines()[1:]
     lines = [line.strip() for line in last if line.strip()]
     errors = [line for line in lines if re.match(r"(ERROR|[Ee]rror|OSError)\b", line)]
-    return (errors or lines or ["no output"])[-1]
+    return wrong_hash(lines) or (errors or lines or ["no output"])[-1]
+
+
+def wrong_hash(lines: list[str]) -> str | None:
+    """What to do about a file that is not the one the stack was locked with, where that is what pip says."""
+    at = next((number for number, line in enumerate(lines) if "DO NOT MATCH THE HASHES" in line), None)
+    if at is None:
+        return None
+    package, _, url = lines[at + 1].partition(" from ")
+    place = urllib.parse.urlsplit(url.partition(" (from ")[0])
+    file = f"{place.hostname or place.scheme}/…/{place.path.rpartition('/')[2]}"
+    return (
+        f"{package}: the SHA-256 of {file} is not in the stack file, so it was not installed: the file was changed or"
+        " re-packed on its way; take PyPI's (PIP_INDEX_URL=https://pypi.org/simple), or, if you"
+        " trust an index that re-packs, add --no-hashes"
+    )

@@ -1,6 +1,7 @@
 """`fasttune bench`: what is compared is the same work, what is not is INVALID, and an interrupted one goes on."""
 
 import json
+import os
 import statistics
 import subprocess
 import sys
@@ -180,7 +181,11 @@ def command(folder: Path, *arguments: str) -> subprocess.CompletedProcess[str]:
     file = folder / "tiny.yaml"
     file.write_text(json.dumps(TREE))
     whole = [sys.executable, "-m", "fasttune.cli", "bench", str(file), "--output", str(folder / "out"), *arguments]
-    return subprocess.run(whole, capture_output=True, text=True, check=False)
+    secrets = dict.fromkeys(("HF_TOKEN", "HUGGING_FACE_HUB_TOKEN", "WANDB_API_KEY"), CANARY)
+    return subprocess.run(whole, capture_output=True, text=True, check=False, env=os.environ | secrets)
+
+
+CANARY = "hf_canary0123456789abcdefghijklmnop"
 
 
 def test_the_command_measures_shows_and_goes_on(tmp_path: Path) -> None:
@@ -197,6 +202,9 @@ def test_the_command_measures_shows_and_goes_on(tmp_path: Path) -> None:
         p.name for p in (tmp_path / "out").iterdir()
     }
     assert json.loads((tmp_path / "out" / "bench.json").read_text()) == document
+    assert CANARY not in done.stdout + done.stderr, "a secret is printed"
+    for path in tmp_path.rglob("*"):
+        assert path.is_dir() or CANARY.encode() not in path.read_bytes(), f"a secret is in {path}"
     lines = (tmp_path / "out" / "measurements.jsonl").read_text().splitlines()
     assert len(lines) == 1 + 3  # the job; fasttune, vanilla, limit
     (tmp_path / "out" / "measurements.jsonl").write_text("\n".join(lines[:2]) + "\n")  # interrupted after the first

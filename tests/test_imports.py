@@ -11,7 +11,7 @@ PACKAGE = Path("fasttune")
 # Lowest first. A module imports only from rows above its own.
 LAYERS = [
     {"errors"},
-    {"cache", "checkpoint", "hardware", "memory", "metrics", "quiet"},
+    {"cache", "checkpoint", "hardware", "hub", "memory", "metrics", "quiet"},
     {"config", "plots", "stack"},
     {"builtin", "data", "output", "plan", "report", "rules"},
     {"live", "pretrained", "rows_attention", "terminal"},

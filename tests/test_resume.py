@@ -235,10 +235,11 @@ def half_written(run: Path) -> list[Path]:
 
 
 @pytest.mark.slow
-def test_fifty_kills_lose_nothing(tmp_path: Path) -> None:
+@pytest.mark.parametrize("seed", [0, *(pytest.param(seed, marks=pytest.mark.nightly) for seed in (1, 2, 3))])
+def test_fifty_kills_lose_nothing(tmp_path: Path, seed: int) -> None:
     """SIGKILL at seeded random moments of a run that saves after every step; every other one while it is saving."""
     command = [sys.executable, "-c", VICTIM, str(tmp_path), str(Path(__file__).parent)]
-    folder, kills, torn, rng = tmp_path / "run", 0, 0, random.Random(0)
+    folder, kills, torn, rng = tmp_path / "run", 0, 0, random.Random(seed)
     with subprocess.Popen(
         command, stdin=subprocess.PIPE, stdout=subprocess.PIPE, stderr=subprocess.DEVNULL, text=True, bufsize=1
     ) as nursery:

@@ -1,6 +1,10 @@
-"""Secrets stay in the environment, a hub that does not answer is asked again, and text from data stays text."""
+"""Secrets stay in the environment, nothing is sent, a hub that does not answer is asked again, no input runs code."""
 
+import hashlib
+import json
 import os
+import pickle
+import shutil
 import subprocess
 import sys
 from pathlib import Path
@@ -9,9 +13,10 @@ from typing import Any
 import pytest
 import yaml
 
-from fasttune import pretrained
+from fasttune import builtin, checkpoint, cli, config, hub, pretrained
 from fasttune.config import ModelConfig
-from fasttune.errors import ModelError
+from fasttune.data import sources
+from fasttune.errors import ConfigError, DataError, ModelError
 
 CANARY = "hf_canary0123456789abcdefghijklmnop"
 TREE: dict[str, Any] = {
@@ -28,20 +33,82 @@ ENDINGS: dict[str, tuple[list[str], int]] = {
     "no such data": (["data.train=nobody/nothing"], 2),
     "with a traceback": (["--debug", "model.name=nobody/nothing"], 1),
 }
+# Loaded by every Python that a command starts: refuses all sockets but local ones, and writes down who was asked for.
+GUARD = """
+import os, socket, sys
+def hook(event, arguments):
+    if event in ("socket.connect", "socket.sendto", "socket.sendmsg"):
+        if arguments[0].family == socket.AF_UNIX:
+            return
+        asked = arguments[1]
+    elif event in ("socket.getaddrinfo", "socket.gethostbyname", "socket.gethostbyaddr"):
+        asked = arguments[0]
+    else:
+        return
+    with open(os.environ["ATTEMPTS"], "a") as file:
+        file.write(f"{event} {asked}\\n")
+    raise OSError(f"no network in this test: {asked}")
+sys.addaudithook(hook)
+"""
+
+
+@pytest.fixture
+def guard(tmp_path_factory: pytest.TempPathFactory) -> tuple[dict[str, str], Path]:
+    """What to add to a command's environment, and the file that then holds each attempt to reach a network."""
+    folder = tmp_path_factory.mktemp("guard")
+    (folder / "sitecustomize.py").write_text(GUARD)
+    path = os.pathsep.join(filter(None, [str(folder), os.environ.get("PYTHONPATH")]))
+    return {"PYTHONPATH": path, "ATTEMPTS": str(folder / "attempts")}, folder / "attempts"
+
+
+def train(folder: Path, *settings: str, **environment: str) -> subprocess.CompletedProcess[bytes]:
+    (folder / "run.yaml").write_text(yaml.safe_dump(TREE))
+    command = [sys.executable, "-m", "fasttune.cli", "train", "run.yaml", f"output_dir={folder}/out", *settings]
+    return subprocess.run(command, capture_output=True, cwd=folder, env=os.environ | environment, check=False)
 
 
 @pytest.mark.parametrize("ending", ENDINGS)
-def test_tokens_appear_nowhere(tmp_path: Path, ending: str) -> None:
-    (tmp_path / "run.yaml").write_text(yaml.safe_dump(TREE))
+def test_tokens_appear_nowhere_and_nothing_is_asked_for_offline(
+    tmp_path: Path, ending: str, guard: tuple[dict[str, str], Path]
+) -> None:
     settings, code = ENDINGS[ending]
-    command = [sys.executable, "-m", "fasttune.cli", "train", "run.yaml", f"output_dir={tmp_path}/out", *settings]
     secrets = {"HF_TOKEN": CANARY, "HUGGING_FACE_HUB_TOKEN": CANARY, "WANDB_API_KEY": CANARY}
-    done = subprocess.run(command, capture_output=True, cwd=tmp_path, env=os.environ | secrets, check=False)
+    environment, attempts = guard
+    done = train(tmp_path, "--json", *settings, **secrets, **environment, HF_HUB_OFFLINE="1")
     assert done.returncode == code, done.stderr.decode()
+    assert not attempts.exists(), attempts.read_text()
     written = {path: path.read_bytes() for path in tmp_path.rglob("*") if path.is_file()}
     assert (tmp_path / "out" / "library.log" in written) == (code < 2 and ending != "with a traceback")
+    assert any("checkpoints" in path.parts for path in written) == (ending == "completed")
+    assert (b"Traceback" in done.stderr) == (ending == "with a traceback")
     for where, text in {"stdout": done.stdout, "stderr": done.stderr, **written}.items():
         assert CANARY.encode() not in text, where
+    if code == 2:
+        line = done.stderr.decode().splitlines()[-1]
+        assert line.startswith("fasttune: ") and "nobody/nothing" in line and "HF_HUB_OFFLINE is set" in line
+        assert not (tmp_path / "out").exists()
+
+
+def test_a_local_run_asks_for_nothing_by_itself(tmp_path: Path, guard: tuple[dict[str, str], Path]) -> None:
+    """Without HF_HUB_OFFLINE, with the model and the rows on this machine."""
+    rows = [{"question": f"<script>alert({i})</script>", "answer": f"<img src=x>{i}"} for i in range(16)]
+    (tmp_path / "<script>rows.jsonl").write_text("\n".join(map(json.dumps, rows)))
+    environment, attempts = guard
+    settings = ["data.train=<script>rows.jsonl", "data.eval_share=0.1", "samples=1"]
+    done = train(tmp_path, *settings, **environment, HF_HUB_OFFLINE="")
+    assert done.returncode == 0, done.stderr.decode()
+    assert not attempts.exists(), attempts.read_text()
+    page = (tmp_path / "out" / "report.html").read_text()
+    assert "<script" not in page and "<img" not in page, "what a row or a file's name says is text"
+    assert "&lt;script&gt;rows.jsonl" in page and "&lt;script&gt;alert(" in page and "&lt;img src=x&gt;" in page
+
+
+def test_the_guard_sees_an_attempt(guard: tuple[dict[str, str], Path]) -> None:
+    environment, attempts = guard
+    code = "import urllib.request; urllib.request.urlopen('https://huggingface.co')"
+    command = [sys.executable, "-c", code]
+    assert subprocess.run(command, capture_output=True, env=os.environ | environment, check=False).returncode == 1
+    assert "huggingface.co" in attempts.read_text()
 
 
 class ReadTimeout(Exception):
@@ -52,7 +119,7 @@ def test_a_hub_that_does_not_answer_is_asked_again(
     monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
 ) -> None:
     pauses: list[float] = []
-    monkeypatch.setattr(pretrained.time, "sleep", pauses.append)
+    monkeypatch.setattr(hub.time, "sleep", pauses.append)
     monkeypatch.delenv("HF_HUB_OFFLINE", raising=False)
     asked = 0
 
@@ -63,27 +130,27 @@ def test_a_hub_that_does_not_answer_is_asked_again(
             raise OSError("We couldn't connect") from ReadTimeout()
         return "found"
 
-    assert pretrained.patiently(ask) == "found"
+    assert hub.patiently(ask) == "found"
     assert pauses == [2, 5] and "asking again in 5 s" in capsys.readouterr().out
 
     def never() -> str:
         raise OSError("We couldn't connect") from ReadTimeout()
 
     pauses.clear()
-    with pytest.raises(OSError, match="couldn't connect"):
-        pretrained.patiently(never)
-    assert pauses == list(pretrained.PAUSES_S)
+    with pytest.raises(TimeoutError, match=r"did not answer 4 times in 22 s \(We couldn't connect"):
+        hub.patiently(never)
+    assert pauses == list(hub.PAUSES_S)
     pauses.clear()
     monkeypatch.setenv("HF_HUB_OFFLINE", "1")
     with pytest.raises(OSError, match="couldn't connect"):
-        pretrained.patiently(never)
+        hub.patiently(never)
     assert pauses == []
 
 
 @pytest.mark.parametrize("status", [401, 404, 503])
 def test_only_a_passing_fault_is_worth_another_try(monkeypatch: pytest.MonkeyPatch, status: int) -> None:
     pauses: list[float] = []
-    monkeypatch.setattr(pretrained.time, "sleep", pauses.append)
+    monkeypatch.setattr(hub.time, "sleep", pauses.append)
     monkeypatch.delenv("HF_HUB_OFFLINE", raising=False)
 
     class Refused(OSError):
@@ -92,16 +159,152 @@ def test_only_a_passing_fault_is_worth_another_try(monkeypatch: pytest.MonkeyPat
     def ask() -> str:
         raise Refused(f"{status} Client Error")
 
-    with pytest.raises(Refused):
-        pretrained.patiently(ask)
+    with pytest.raises(TimeoutError if status == 503 else Refused):
+        hub.patiently(ask)
     assert bool(pauses) == (status == 503)
 
 
-def test_a_gated_model_says_where_and_how() -> None:
-    error = pretrained.explain("meta-llama/Llama-3.1-8B-Instruct", OSError("401 Client Error: gated repo"))
-    assert isinstance(error, ModelError)
-    assert "https://huggingface.co/meta-llama/Llama-3.1-8B-Instruct" in str(error) and "hf auth login" in str(error)
+@pytest.mark.parametrize("times", [2, 9])
+def test_a_hub_data_set_is_asked_for_again_and_then_reported(monkeypatch: pytest.MonkeyPatch, times: int) -> None:
+    import datasets
+
+    pauses: list[float] = []
+    monkeypatch.setattr(hub.time, "sleep", pauses.append)
+    monkeypatch.delenv("HF_HUB_OFFLINE", raising=False)
+
+    def load_dataset(name: str, *_: object, **__: object) -> object:
+        if len(pauses) < times:
+            raise ConnectionError(f"Couldn't reach {name}") from ReadTimeout()
+        return datasets.Dataset.from_list([{"text": "a"}, {"text": "b"}])
+
+    monkeypatch.setattr(datasets, "load_dataset", load_dataset)
+    if times > len(hub.PAUSES_S):
+        with pytest.raises(DataError, match="owner/name: the hub did not answer 4 times.*; try again later") as caught:
+            list(sources.read("owner/name", "train"))
+        assert "\n" not in str(caught.value)
+    else:
+        assert [row for chunk in sources.read("owner/name", "train") for row in chunk.rows or []] == [
+            {"text": "a"},
+            {"text": "b"},
+        ]
+    assert pauses == list(hub.PAUSES_S)[:times]
 
 
-def test_code_of_a_model_is_not_run_unless_asked_for() -> None:
+def test_a_model_that_the_hub_does_not_give_in_time_is_reported() -> None:
+    error = pretrained.explain("owner/name", TimeoutError("the hub did not answer 4 times in 22 s (connect)"))
+    assert "did not answer 4 times" in str(error) and "try again later" in str(error)
+
+
+def test_a_gated_model_says_where_and_the_two_commands() -> None:
+    name = "meta-llama/Llama-3.1-8B-Instruct"
+    error = str(pretrained.explain(name, OSError("401 Client Error: gated repo")))
+    assert f"https://huggingface.co/{name}" in error and "\n" not in error
+    assert "`hf auth login`" in error and f"`hf download {name} config.json`" in error
+
+
+@pytest.fixture
+def tiny_folder(unsloth: None, tmp_path: Path) -> Path:
+    """A copy of builtin:tiny, to be spoiled."""
+    return Path(shutil.copytree(builtin.path("builtin:tiny"), tmp_path / "tiny"))
+
+
+@pytest.mark.parametrize("kind", ["architecture", "tokenizer"])
+def test_code_of_a_model_is_not_run_unless_asked_for(tiny_folder: Path, tmp_path: Path, kind: str) -> None:
     assert ModelConfig(name="x").trust_remote_code is False
+    (tiny_folder / "evil.py").write_text(f"open({str(tmp_path / 'ran')!r}, 'w')\n")
+    file = tiny_folder / ("config.json" if kind == "architecture" else "tokenizer_config.json")
+    ours: dict[str, Any] = {"model_type": "evil", "auto_map": {"AutoConfig": "evil.Evil"}}
+    if kind == "tokenizer":
+        ours = {"tokenizer_class": "Evil", "auto_map": {"AutoTokenizer": ["evil.Evil", "evil.Evil"]}}
+    file.write_text(json.dumps(json.loads(file.read_text()) | ours))
+    read = pretrained.read_architecture if kind == "architecture" else pretrained.read_tokenizer
+    with pytest.raises(
+        ModelError, match="comes with code of its own.*read that code, then set model.trust_remote_code"
+    ):
+        read(ModelConfig(name=str(tiny_folder)))
+    assert not (tmp_path / "ran").exists()
+
+
+class Touch:
+    def __init__(self, path: Path):
+        self.path = path
+
+    def __reduce__(self) -> Any:
+        return os.system, (f"touch {self.path}",)
+
+
+def test_weights_as_a_pickle_are_refused_unread(tiny_folder: Path, tmp_path: Path) -> None:
+    from fasttune import model
+
+    (tiny_folder / "model.safetensors").unlink()
+    (tiny_folder / "pytorch_model.bin").write_bytes(pickle.dumps({"weight": Touch(tmp_path / "ran")}))
+    with pytest.raises(ModelError, match=r"a pickle \(pytorch_model\.bin\).*convert them to safetensors") as caught:
+        pretrained.locate(ModelConfig(name=str(tiny_folder)))
+    assert "\n" not in str(caught.value)
+    with pytest.MonkeyPatch.context() as patch:  # as a hub's model: nobody looks into its folder before it is loaded
+        patch.setattr(pretrained, "locate", lambda config: config.name)
+        with pytest.raises(ModelError, match="has its weights as a pickle"):
+            model.load(ModelConfig(name=str(tiny_folder), max_length=64), "float32", "none", False, 0)
+    assert not (tmp_path / "ran").exists()
+
+
+@pytest.mark.parametrize(
+    ("text", "overrides", "words"),
+    [
+        ("model: !!python/object/apply:os.system ['touch ran']", [], "not valid YAML"),
+        (
+            "model: {name: builtin:tiny}\ndata: {train: x}",
+            ["name=!!python/object/apply:os.system ['touch ran']"],
+            "name",
+        ),
+        ("model: {name: builtin:tiny}\ndata: {train: x}", ["name=../../x"], "name"),
+        ("model: {name: builtin:tiny}\ndata: {train: x}", ["name=a/b"], "name"),
+        ("name: /etc/x\nmodel: {name: builtin:tiny}\ndata: {train: x}", [], "name"),
+    ],
+)
+def test_a_config_runs_no_code_and_names_no_folder_outside(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, text: str, overrides: list[str], words: str
+) -> None:
+    monkeypatch.chdir(tmp_path)
+    Path("run.yaml").write_text(text)
+    with pytest.raises(ConfigError, match=words):
+        config.load("run.yaml", overrides)
+    assert [path.name for path in tmp_path.iterdir()] == ["run.yaml"]
+
+
+def test_a_command_in_a_setting_is_text(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.chdir(tmp_path)
+    Path("run.yaml").write_text("model: {name: builtin:tiny}\ndata: {train: x}")
+    for value in ("$(touch ran)", "`touch ran`", "x; touch ran", "${HOME}"):
+        read = config.load("run.yaml", [f"model.name={value}", f"data.train={value}"])
+        assert (read.model.name, read.data.train) == (value, value)
+        with pytest.raises(DataError, match="no file"):
+            sources.check(value)
+    assert [path.name for path in tmp_path.iterdir()] == ["run.yaml"]
+
+
+def test_a_name_that_steers_a_terminal_is_one_plain_line(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    monkeypatch.chdir(tmp_path)
+    Path("run.yaml").write_text("model: {name: builtin:tiny}\ndata: {train: x}")
+    assert cli.main(["train", "run.yaml", "data.train=./a\x1b[2J\nb.jsonl"]) == 2
+    (line,) = capsys.readouterr().err.splitlines()
+    assert "./a [2J b.jsonl" in line and "\x1b" not in line
+
+
+@pytest.mark.parametrize("kind", ["parent", "absolute", "dots", "link"])
+def test_a_checkpoint_names_no_file_outside_of_it(tmp_path: Path, kind: str) -> None:
+    secret = tmp_path / "secret"
+    secret.write_text("mine")
+    folder = checkpoint.save(tmp_path / "run", 2, {}, {"step": 2})
+    assert checkpoint.broken(folder) is None
+    name = {"parent": "../../../secret", "absolute": str(secret), "dots": "..", "link": "linked"}[kind]
+    if kind == "link":
+        (folder / name).symlink_to(secret)
+    files = json.loads((folder / checkpoint.MANIFEST).read_text())
+    files[name] = {"bytes": 4, "sha256": hashlib.sha256(b"mine").hexdigest()}
+    (folder / checkpoint.MANIFEST).write_text(json.dumps(files))
+    assert checkpoint.broken(folder) and checkpoint.newest(tmp_path / "run")[0] is None
+    checkpoint.prune(tmp_path / "run", 0)
+    assert secret.read_text() == "mine"

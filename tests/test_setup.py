@@ -1,6 +1,7 @@
 """The set-up, on a tiny made-up stack of local wheels: no network, no real package."""
 
 import fcntl
+import hashlib
 import json
 import os
 import shutil
@@ -31,11 +32,12 @@ sys.exit(setup_env.main(sys.argv[1:]))
 """
 
 
-def make_wheel(folder: Path, name: str, version: str, files: dict[str, str] | None = None, needs: str = "") -> None:
+def make_wheel(folder: Path, name: str, version: str, files: dict[str, str] | None = None, needs: str = "") -> Path:
     folder.mkdir(exist_ok=True)
+    made = folder / f"{name}-{version}-py3-none-any.whl"
     info = f"{name}-{version}.dist-info"
     requires = f"Requires-Dist: {needs}\n" if needs else ""
-    with zipfile.ZipFile(folder / f"{name}-{version}-py3-none-any.whl", "w") as wheel:
+    with zipfile.ZipFile(made, "w") as wheel:
         for path, text in (files or {f"{name}_made_up.py": f"version = {version!r}\n"}).items():
             wheel.writestr(path, text)
         wheel.writestr(f"{info}/METADATA", f"Metadata-Version: 2.1\nName: {name}\nVersion: {version}\n{requires}")
@@ -43,6 +45,13 @@ def make_wheel(folder: Path, name: str, version: str, files: dict[str, str] | No
             f"{info}/WHEEL", "Wheel-Version: 1.0\nGenerator: test\nRoot-Is-Purelib: true\nTag: py3-none-any\n"
         )
         wheel.writestr(f"{info}/RECORD", "")
+    return made
+
+
+def pin(wheel: Path) -> str:
+    """The lines of a stack file for a wheel."""
+    name, version, *_ = wheel.name.split("-")
+    return f"{name}=={version} \\\n    --hash=sha256:{hashlib.sha256(wheel.read_bytes()).hexdigest()}\n"
 
 
 class Place:
@@ -53,13 +62,13 @@ class Place:
 
     def fill(self) -> "Place":
         make_wheel(self.wheels, "torch", "9.0+cpu", {"torch/version.py": "__version__ = '9.0+cpu'\n"})
-        make_wheel(self.wheels, "alpha", "1.0")
+        alpha, tool = make_wheel(self.wheels, "alpha", "1.0"), make_wheel(self.wheels, "tool", "1.0")
         make_wheel(self.wheels, "alpha", "2.0")
-        make_wheel(self.wheels, "tool", "1.0")
         make_wheel(self.wheels, "fasttune", "0.1")
         self.stacks.mkdir()
-        (self.stacks / "cpu.txt").write_text('# made up\ntorch==9.0\nalpha==1.0\nbeta==1.0 ; python_version < "3.0"\n')
-        (self.stacks / "dev.txt").write_text("tool==1.0\n")
+        beta = f'beta==1.0 ; python_version < "3.0" \\\n    --hash=sha256:{"b" * 64}\n'
+        (self.stacks / "cpu.txt").write_text(f"# made up\ntorch==9.0\n{pin(alpha)}{beta}")
+        (self.stacks / "dev.txt").write_text(pin(tool))
         return self
 
     def run(self, *arguments: str, disk_gib: float = 0, **more: str) -> subprocess.CompletedProcess[str]:
@@ -200,7 +209,8 @@ def test_a_dry_run_prints_the_commands_and_changes_nothing(place: Place, existin
     assert done.returncode == 0, done.stderr
     assert (snapshot(place.folder), snapshot(ROOT / "scripts")) == (before, checkout)
     assert f"-m venv {place.venv}" in done.stdout
-    assert f"--no-deps -r {place.stacks}/cpu.txt" in done.stdout
+    assert f"--no-deps --require-hashes -r {place.stacks}/cpu.txt" in done.stdout
+    assert f"--no-deps --require-hashes -r {place.stacks}/dev.txt" in done.stdout
     assert "fasttune.verify" in done.stdout or "VERIFY" in done.stdout
 
 
@@ -212,9 +222,27 @@ def test_a_cuda_build_never_comes_by_accident(place: Place) -> None:
     assert "torch" not in place.versions()
 
 
+def test_a_file_that_is_not_the_locked_one_is_refused_in_one_line_that_says_what_to_do(place: Place) -> None:
+    shutil.rmtree(next(place.venv.glob("lib/python*/site-packages/alpha-1.0.dist-info")))  # alpha is to be installed
+    make_wheel(place.wheels, "alpha", "1.0", {"alpha_made_up.py": "repacked = True\n"})
+    done = place.run()
+    refused(done, "alpha==1.0: the SHA-256 of file/…/alpha-1.0-py3-none-any.whl is not in the stack file", code=1)
+    assert "PIP_INDEX_URL=https://pypi.org/simple" in done.stderr
+    assert "alpha" not in place.versions()
+    done = place.run("--no-hashes")
+    assert done.returncode == 0, done.stderr
+    assert place.versions()["alpha"] == "1.0"
+
+
+def test_a_line_without_a_hash_is_not_installed(place: Place) -> None:
+    (place.stacks / "dev.txt").write_text("tool==1.0\n")
+    refused(place.run("--dev"), "Hashes are required", code=1)
+    assert "tool" not in place.versions()
+
+
 def test_a_failed_step_says_why_and_where_the_log_is(place: Place) -> None:
     with (place.stacks / "cpu.txt").open("a") as file:
-        file.write("no-such-package==1.0\n")
+        file.write(f"no-such-package==1.0 --hash=sha256:{'c' * 64}\n")
     done = place.run()
     refused(done, "No matching distribution found for no-such-package==1.0", code=1)
     assert str(place.venv / "setup.log") in done.stderr

@@ -1,6 +1,8 @@
 """Stacks, the choice between them, and the rules, on made-up machines and versions."""
 
 import re
+import shlex
+import subprocess
 import sys
 from pathlib import Path
 
@@ -105,11 +107,47 @@ def test_compare_accepts_a_build_of_the_pinned_version_and_nothing_else() -> Non
     assert stack.compare({"torch": "2.11.0+cu128"}, {"torch": "2.11.0+cu130"})
 
 
-def test_the_fix_uses_this_interpreter_and_the_pins() -> None:
-    assert stack.fix_command(["transformers"], "cpu") == (
-        f"{sys.executable} -m pip install --no-deps transformers==5.17.0"
+@pytest.mark.parametrize("python", [(3, 11), (3, 12), (3, 13)])
+def test_every_pin_carries_hashes_but_for_the_builds_that_come_from_elsewhere(python: tuple[int, int]) -> None:
+    for name, without in (("cpu", {"torch"}), ("cu130", set()), ("dev", set())):
+        pins = stack.parse_pin_file(stack.STACK_DIR / f"{name}.txt", python)
+        assert {package for package, pin in pins.items() if not pin.hashes} == without
+        assert all(len(digest) == len("sha256:") + 64 for pin in pins.values() for digest in pin.hashes)
+    of_cu12 = {line.partition("==")[0] for line in stack.requirements("cu12", python=python)}
+    assert of_cu12 == set(stack.read_pins("cu12", python)) - set(stack.TORCH_FAMILY)
+
+
+def test_pins_are_read_with_and_without_hashes_over_several_lines(tmp_path: Path) -> None:
+    one, two = "sha256:" + "1" * 64, "sha256:" + "2" * 64
+    file = tmp_path / "x.txt"
+    file.write_text(
+        f'# header\ntorch==2.0\nNumPy==1.0 ; python_version < "3.12" \\\n    --hash={one} \\\n    --hash={two}\n'
+        f'numpy==2.0 ; python_version >= "3.12" --hash={one}  # why\n'
     )
-    assert f"--extra-index-url {stack.CPU_INDEX} torch==2.13.0" in stack.fix_command(["torch"], "cpu")
+    assert stack.parse_pin_file(file, (3, 11)) == {"torch": stack.Pin("2.0", ()), "numpy": stack.Pin("1.0", (one, two))}
+    assert stack.read_pin_file(file, (3, 12)) == {"torch": "2.0", "numpy": "2.0"}
+    file.write_text(f"a==1 \\\n    --hash={one}\nb==1 \\\n    --hash=md5:abc\n")
+    with pytest.raises(FasttuneError, match=r"x\.txt:4: not a pin .*b==1"):
+        stack.read_pin_file(file)
+
+
+def test_the_fix_uses_this_interpreter_and_the_pins_with_their_hashes() -> None:
+    install = f"{sys.executable} -m pip install --no-deps"
+    show = f"{sys.executable} -m fasttune.stack cpu transformers==5.17.0"
+    assert stack.fix_command(["transformers"], "cpu") == f"{show} | {install} --require-hashes -r /dev/stdin"
+    both = stack.fix_command(["torch", "transformers"], "cpu")
+    assert both.startswith(f"{install} --extra-index-url {stack.CPU_INDEX} torch==2.13.0 && {show} | ")
+    assert "fasttune.stack cu130 torch==2.11.0" in stack.fix_command(["torch"], "cu130")
+    assert f"{stack.CU12_INDEX} torch==2.11.0+cu128" in stack.fix_command(["torch"], "cu12")
+    printed = subprocess.run(shlex.split(show), capture_output=True, text=True, check=True).stdout
+    assert re.fullmatch(r"transformers==5\.17\.0( --hash=sha256:[0-9a-f]{64})+\n", printed)
+
+
+@pytest.mark.parametrize(("asked", "words"), [("numpy==0.1", "pins 2.4.6, not 0.1"), ("nympy", "pins no such package")])
+def test_only_what_the_stack_pins_is_printed(asked: str, words: str, capsys: pytest.CaptureFixture[str]) -> None:
+    assert stack.main(["cpu", asked]) == 2
+    seen = capsys.readouterr()
+    assert words in seen.err and not seen.out
     assert stack.fix_command(["no-such-package"], "cpu") == "bash scripts/setup_h100.sh"
 
 
@@ -215,7 +253,7 @@ def test_the_fix_of_a_rule_puts_right_what_differs_and_removes_what_the_stack_do
     monkeypatch.setattr(rules, "installed_versions", lambda: pins | {"transformers": "4.41.2", "torchvision": "0.25.0"})
     fixes = {rule.name: rule.fix("cpu") for rule in rules.RULES}
     pip = f"{sys.executable} -m pip"
-    assert fixes["llama-3.1-transformers"] == f"{pip} install --no-deps transformers==5.17.0"
+    assert fixes["llama-3.1-transformers"] == stack.fix_command(["transformers"], "cpu")
     assert fixes["torchvision-torch"] == f"{pip} uninstall -y torchvision"
 
 

@@ -140,7 +140,9 @@ def _hugging_face(config: Config, steps: int, shared: Path, scratch: Path, tuned
 
     source = pretrained.locate(config.model)
     tokenizer = transformers.AutoTokenizer.from_pretrained(source)
-    model = transformers.AutoModelForCausalLM.from_pretrained(source, dtype=getattr(torch, config.model.dtype))
+    model = transformers.AutoModelForCausalLM.from_pretrained(
+        source, dtype=getattr(torch, config.model.dtype), use_safetensors=True
+    )
     if config.train.method == "lora":
         model = _plain_lora(model, config)
         _same_start(model, shared)

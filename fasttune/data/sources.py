@@ -9,6 +9,7 @@ from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
+from fasttune import hub
 from fasttune.data import arithmetic, files
 from fasttune.data.files import Chunk, first_line, grouped
 from fasttune.data.formats import Row
@@ -114,8 +115,15 @@ def _load_hub(source: str, split: str, streaming: bool) -> Any:
     datasets.disable_progress_bars()
     name, _, subset = source.partition(":")
     try:
-        return datasets.load_dataset(name, subset or None, split=split, streaming=streaming)
+        return hub.patiently(lambda: datasets.load_dataset(name, subset or None, split=split, streaming=streaming))
+    except TimeoutError as error:
+        raise DataError(f"data: {source}: {error}; try again later, or download it and give the file") from error
     except (OSError, ValueError, DatasetGenerationError) as error:
+        if hub.is_offline():
+            raise DataError(
+                f"data: {source} is no file and not in the cache, and HF_HUB_OFFLINE is set; check the path, unset it, "
+                f"or load it once where there is a network, or give a file ({first_line(error)})"
+            ) from error
         raise DataError(
             f"data: {source} cannot be loaded ({first_line(error)}); check the id and split, `hf auth login` for a "
             "gated set, or download it and give the file"
