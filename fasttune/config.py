@@ -125,6 +125,7 @@ class TrainConfig(Section):
     max_bad_steps: int = Field(
         3, ge=0, description="in a row, whose loss or gradient is not finite: left out, then failed"
     )
+    report_to: Literal["none", "tensorboard", "wandb", "trackio"] = Field("none", description="see docs/tracking.md")
 
     @model_validator(mode="after")
     def _micro_divides_batch(self) -> "TrainConfig":

@@ -14,6 +14,7 @@ from fasttune.metrics import StepMetrics
 from fasttune.prepare import Job, Reporter
 from fasttune.quiet import LibraryLog
 from fasttune.summary import Outcome
+from fasttune.tracking import Tracker
 
 METRICS = "metrics.jsonl"
 
@@ -59,16 +60,20 @@ class Journal:
         self.job, self.trainer, self.reporter, self.outcome = job, trainer, reporter, outcome
         self._rows_at_once: int | None = None
         self._first = True
+        self._tracker: Tracker | None = None
 
     def __enter__(self) -> "Journal":
         write_metrics(self.job.folder, self.outcome.steps)
         self._lines = (self.job.folder / METRICS).open("a", encoding="utf-8")
         for text in self.job.warnings:
             self.reporter.warn(text)
+        self._tracker = Tracker(self.job, self.outcome.resumed_from_step, self.warn)
         return self
 
     def __exit__(self, *_: object) -> None:
         self._lines.close()
+        if self._tracker is not None:
+            self._tracker.close()
         self.reporter.stop()
 
     def warn(self, text: str) -> None:
@@ -80,6 +85,8 @@ class Journal:
         self.outcome.steps.append(step)
         self._lines.write(_line(step))
         self._lines.flush()
+        if self._tracker is not None:
+            self._tracker.step(step)
         self._what_runs(step)
         self.reporter.step(step)
         if not bad_in_a_row:

@@ -26,6 +26,7 @@ FREE = {
     "train.max_steps",
     "train.micro_batch_rows",
     "train.packing",
+    "train.report_to",
 }
 SECTIONS = ("seed", "model", "lora", "train")
 PROBED = 256  # values of every parameter that tell whether the base model is the same

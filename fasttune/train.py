@@ -13,7 +13,7 @@ from contextlib import ExitStack, contextmanager
 from pathlib import Path
 from typing import Any
 
-from fasttune import journal, report, summary
+from fasttune import journal, report, summary, tracking
 from fasttune.config import Config
 from fasttune.errors import FasttuneError
 from fasttune.journal import Journal
@@ -30,6 +30,7 @@ def run(config: Config, reporter: Reporter, resume: Path | None = None) -> RunRe
     run.json: completed, interrupted (SIGINT, SIGTERM, max_hours: state and adapter so far are saved) or failed.
     """
     started = time.perf_counter()
+    tracking.check(config.train.report_to)
     folder = preflight(config, resume)
     with library_log() as log, tempfile.TemporaryDirectory() as scratch, ExitStack() as held:
         job = prepare(config, folder, reporter)

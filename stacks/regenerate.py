@@ -32,6 +32,7 @@ OVERRIDES = ["certifi>=2026.1"]
 NOT_USED = ["llm", "llama-cpp-python"]
 # unsloth asks for these, and imports and trains without them on a CPU. There is no CPU build of torchvision on PyPI.
 NOT_ON_CPU = ["torchvision", "xformers", "bitsandbytes", "diffusers"]
+IN_EVERY_STACK = ["numpy", "setuptools"]  # not in the same version
 CUDA = ["cuda-toolkit", "cuda-bindings"]  # what torch asks for beside triton
 CUDA += [f"nvidia-{library}" for library in ("cublas", "cudnn-cu13", "cusparselt-cu13", "nccl-cu13", "nvshmem-cu13")]
 # Another build than PyPI's is installed, see scripts/setup_env.py; which one depends on the index, so no hash is held.
@@ -45,7 +46,7 @@ PURPOSE = {
 
 
 def main() -> None:
-    for name, excludes in (("cpu", NOT_USED + NOT_ON_CPU + CUDA), ("cu130", NOT_USED), ("dev", [])):
+    for name, excludes in (("cpu", NOT_USED + NOT_ON_CPU + CUDA), ("cu130", NOT_USED), ("dev", IN_EVERY_STACK)):
         lines = [pin for line in resolve(name, excludes) if (pin := for_linux(line))]
         if name == "dev":  # what every stack holds already is the stack's to pin
             lines = [line for line in lines if not in_every_stack(line)]

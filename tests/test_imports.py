@@ -18,7 +18,7 @@ LAYERS = [
     {"model"},
     {"fused_lora", "packed", "samples", "view"},
     {"prepare", "view_page"},
-    {"state", "validation"},
+    {"state", "tracking", "validation"},
     {"trainer"},
     {"resume", "summary"},
     {"journal"},
