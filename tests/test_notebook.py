@@ -1,0 +1,46 @@
+"""The notebook's shell cells, executed as they stand: with the tiny model, in this environment."""
+
+import json
+import os
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+
+ROOT = Path(__file__).resolve().parents[1]
+NOTEBOOK = ROOT / "notebooks" / "fasttune_colab.ipynb"
+SMALL = "model.name=builtin:tiny model.max_length=256 data.max_rows=16 train.max_steps=2 eval.problems=0 samples=1"
+
+
+def cells() -> list[str]:
+    return ["".join(cell["source"]) for cell in json.loads(NOTEBOOK.read_text())["cells"] if cell["cell_type"] == "code"]
+
+
+def test_every_cell_is_shell_or_python_that_compiles_and_holds_no_output() -> None:
+    for cell in cells():
+        if not cell.startswith("%%bash\n"):
+            compile(cell, "cell", "exec")
+    assert not any(cell.get("outputs") for cell in json.loads(NOTEBOOK.read_text())["cells"])
+
+
+@pytest.mark.slow
+def test_set_up_train_compare_and_merge_run(tmp_path: Path) -> None:
+    (tmp_path / "fasttune").symlink_to(ROOT)  # instead of a clone
+    runs = tmp_path / "runs"
+    environment = os.environ | {"FASTTUNE_VENV": sys.prefix, "FASTTUNE_TRY": SMALL}
+    said = []
+    for cell in cells():
+        if cell.startswith("%%bash\n"):
+            script = "set -e\n" + cell.removeprefix("%%bash\n").replace("runs/colab", f"{runs}/colab")
+            done = subprocess.run(
+                ["bash", "-c", script], cwd=tmp_path, env=environment, capture_output=True, text=True, timeout=300
+            )
+            assert done.returncode == 0, done.stderr[-2000:]
+            said.append(done.stdout)
+    result = json.loads((runs / "colab" / "run.json").read_text())
+    assert (result["status"], result["steps"]) == ("completed", 2)
+    assert f"--- {runs}/colab" in said[3] and "--- builtin:tiny" in said[3]
+    assert (runs / "colab-merged" / "model.safetensors").is_file()
+    (page,) = [cell for cell in cells() if "IFrame" in cell]
+    assert "fasttune/runs/colab/report.html" in page and (runs / "colab" / "report.html").is_file()
