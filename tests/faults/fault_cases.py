@@ -209,7 +209,7 @@ VERSIONS = (
              "peft/__init__.py": only_beside("torchao", "0.10.0") + fails("Found an incompatible version of torchao. "
              "Found version 0.10.0, but only versions above 0.16.0 are supported") + "LoraConfig = object\n"}),
     Case("pillow-of-colab", "an old Pillow under a newer package", "\"cannot import name … from 'PIL…'\"", "import:trl",
-         "PIL._typing has no Buffer", pinned=("pillow",), versions={"pillow": "10.0.0"}, files={
+         "PIL._typing has no Buffer", pinned=("pillow",), versions={"pillow": "10.0.0", "tqdm": "4.60.0"}, files={
              "PIL/__init__.py": "", "PIL/_typing.py": "", "trl/__init__.py": only_beside("pillow", "10.0.0")
              + "from PIL._typing import Buffer\nSFTTrainer = object\n"}),
     Case("protobuf-of-colab", "an old protobuf", "\"Descriptors cannot be created directly\"", "import:tokenizers",
