@@ -1,3 +1,10 @@
 """fasttune: fine-tune an open model on one GPU as fast as the chip allows, and prove the number."""
 
+import sys
+
+if sys.version_info < (3, 11):  # noqa: UP036  said before anything is read that an older Python cannot parse
+    found = ".".join(str(part) for part in sys.version_info[:2])
+    print(f"fasttune: needs Python 3.11 to 3.13, this is {found}: bash scripts/setup_h100.sh", file=sys.stderr)
+    sys.exit(2)
+
 __version__ = "0.1.0"

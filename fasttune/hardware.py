@@ -126,6 +126,15 @@ def parse_nvidia_smi(answer: str) -> tuple[tuple[Gpu, ...], str | None]:
     return tuple(gpus), driver
 
 
+def nvidia_smi_error() -> str:
+    """Why there is no GPU: what nvidia-smi says, in one line; empty where there is no nvidia-smi or it sees one."""
+    try:
+        done = subprocess.run(["nvidia-smi", "-L"], capture_output=True, text=True, timeout=20, check=False)
+    except (OSError, subprocess.SubprocessError):
+        return ""
+    return " ".join((done.stdout + done.stderr).split()) if done.returncode or "GPU " not in done.stdout else ""
+
+
 def _nvidia_on_pci_bus() -> bool:
     for device in Path("/sys/bus/pci/devices").glob("*"):
         if _read(device / "vendor") == "0x10de" and _read(device / "class").startswith("0x03"):

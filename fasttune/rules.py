@@ -15,10 +15,11 @@ from fasttune.hardware import Hardware
 from fasttune.stack import (
     CU12_INDEX,
     DRIVERS_URL,
+    OLDEST_DRIVER,
     canonical,
     compare,
-    fix_command,
-    installed as installed_versions,
+    installed,
+    mend_command,
     read_dist_file,
     read_pins,
 )
@@ -45,12 +46,12 @@ class Rule:
         """Puts what differs to the stack's pins and removes what the stack does without."""
         if self.remedy:
             return self.remedy
-        pins, versions = read_pins(stack), installed_versions()
-        wrong = [item.name for item in compare({name: pins[name] for name in self.packages if name in pins}, versions)]
+        pins, versions = read_pins(stack), installed()
         needless = [name for name in self.packages if name not in pins and name in versions]
-        commands = [fix_command(wrong, stack)] if wrong else []
+        wrong = compare({name: pins[name] for name in self.packages if name in pins}, versions)
+        commands = [mend_command([item.name for item in wrong], stack)] if wrong else []
         commands += [f"{PIP} uninstall -y {' '.join(needless)}"] if needless else []
-        return " && ".join(commands) or fix_command(self.packages, stack)
+        return " && ".join(commands) or RECREATE  # all as pinned: a package from outside the stack does not fit
 
 
 def release(version: str) -> tuple[int, ...]:
@@ -177,12 +178,18 @@ def _cpu_torch(installed: Versions, hardware: Hardware) -> str | None:
     return f"torch {torch} cannot use the {hardware.gpus[0].name}" if hardware.gpus and "+cpu" in torch else None
 
 
-def _driver(installed: Versions, hardware: Hardware) -> str | None:
-    torch, driver = installed.get("torch", ""), hardware.driver_major
-    needed = {12: 525, 13: 580}.get(cuda_of(torch) or 0)
-    if not driver or not needed or driver >= needed:
+def _driver_too_old(installed: Versions, hardware: Hardware) -> str | None:
+    torch, driver = installed.get("torch", ""), hardware.driver_major or OLDEST_DRIVER
+    if driver >= OLDEST_DRIVER or cuda_of(torch) not in (12, 13):
         return None
-    return f"torch {torch} needs driver {needed}, {hardware.driver} is installed"
+    return f"torch {torch} needs driver {OLDEST_DRIVER} or newer, {hardware.driver} is installed"
+
+
+def _driver_for_cuda12(installed: Versions, hardware: Hardware) -> str | None:
+    torch, driver = installed.get("torch", ""), hardware.driver_major or 580
+    if driver < OLDEST_DRIVER or driver >= 580 or cuda_of(torch) != 13:
+        return None
+    return f"torch {torch} needs driver 580, {hardware.driver} is installed"
 
 
 def _cuda11_on_hopper(installed: Versions, hardware: Hardware) -> str | None:
@@ -200,6 +207,7 @@ def _unsloth_on_cpu(installed: Versions, hardware: Hardware) -> str | None:
 
 
 PIP = shlex.join([sys.executable, "-m", "pip"])
+RECREATE = "bash scripts/setup_h100.sh --recreate"
 CU12_TORCH = " ".join(f"{name}=={read_pins('cu12')[name]}" for name in ("torch", "torchvision"))
 UNSLOTH_PYPROJECT = "https://github.com/unslothai/unsloth/blob/main/pyproject.toml"
 HUGGING_FACE = ("transformers", "trl", "peft", "accelerate", "datasets", "tokenizers", "huggingface-hub", "safetensors")
@@ -272,15 +280,23 @@ RULES: tuple[Rule, ...] = (
         "https://pytorch.org/get-started/locally/",
         ("torch", "triton"),
         _cpu_torch,
-        remedy="bash scripts/setup_h100.sh --recreate",
+        remedy=RECREATE,
     ),
     Rule(
-        "driver-cuda",
-        "CUDA 12 builds need driver 525, CUDA 13 builds need 580",
+        "driver-too-old",
+        "the oldest driver that runs a CUDA 12 build is 525",
         "https://docs.nvidia.com/deploy/cuda-compatibility/minor-version-compatibility.html",
         ("torch",),
-        _driver,
-        remedy=f"{PIP} install {CU12_TORCH} --index-url {CU12_INDEX}, or update the driver: {DRIVERS_URL}",
+        _driver_too_old,
+        remedy=f"update the driver to 580 or newer ({DRIVERS_URL}), then: bash scripts/setup_h100.sh",
+    ),
+    Rule(
+        "driver-cuda-13",
+        "CUDA 13 builds need driver 580; an older one runs the CUDA 12 builds",
+        "https://docs.nvidia.com/deploy/cuda-compatibility/minor-version-compatibility.html",
+        ("torch",),
+        _driver_for_cuda12,
+        remedy=f"{PIP} install {CU12_TORCH} --index-url {CU12_INDEX}",
     ),
     Rule(
         "cuda-11-hopper",

@@ -1,7 +1,6 @@
 """Which versions belong together: the pinned stacks, the choice between them, and what is installed here.
 
 The rules for people who come with another stack are data in `RULES` (fasttune/rules.py).
-`python -m fasttune.stack cpu numpy` prints a pin with its hashes, as pip reads it (pip takes hashes from a file only).
 Importing this needs the standard library only: the set-up uses it before anything is installed.
 """
 
@@ -24,6 +23,7 @@ CPU_INDEX = "https://download.pytorch.org/whl/cpu"
 CU12_INDEX = "https://download.pytorch.org/whl/cu128"
 TORCH_FAMILY = ("torch", "torchvision", "triton")  # what comes from PyTorch's own index on the cu12 stack
 CUDA_WHEEL = re.compile(r"^(nvidia-|cuda-)")
+OLDEST_DRIVER = 525  # of CUDA 12: https://docs.nvidia.com/deploy/cuda-compatibility/minor-version-compatibility.html
 DISK_NEEDED_GIB = {"cpu": 4, "cu130": 12, "cu12": 12}
 DRIVERS_URL = "https://docs.nvidia.com/datacenter/tesla/driver-installation-guide/"
 
@@ -156,23 +156,47 @@ def choose_stack(hardware: Hardware) -> tuple[str, str]:
         )
     if driver >= 580:
         return "cu130", f"{gpu.name}, driver {hardware.driver} ≥ 580 runs CUDA 13"
-    if driver >= 525:
+    if driver >= OLDEST_DRIVER:
         return "cu12", f"{gpu.name}, driver {hardware.driver} runs CUDA 12 (CUDA 13 needs 580)"
-    raise FasttuneError(f"NVIDIA driver {hardware.driver} is too old, 525 is needed (update it: {DRIVERS_URL})")
+    raise FasttuneError(
+        f"NVIDIA driver {hardware.driver} is too old, {OLDEST_DRIVER} is needed (update it: {DRIVERS_URL})"
+    )
 
 
 def active_stack() -> str:
-    """The stack this environment was set up with (its marker file), else the one for this machine, else `cpu`."""
+    """The stack this environment was set up with (its marker file), else the one for this machine, else `cpu`.
+
+    A driver that is too old is to be updated, so the GPU's stack is the right one there.
+    """
     try:
         name = json.loads((Path(sys.prefix) / MARKER_FILE).read_text())["stack"]
         stack_file(name)
         return str(name)
     except (OSError, ValueError, KeyError, TypeError, FasttuneError):
         pass
+    hardware = detect()
     try:
-        return choose_stack(detect())[0]
+        return choose_stack(hardware)[0]
     except FasttuneError:
-        return "cpu"
+        return "cpu" if hardware.gpus[0].compute_capability < (8, 0) else "cu130"
+
+
+def distributions() -> Iterator[tuple[str, str, importlib.metadata.Distribution]]:
+    """(canonical name, version, distribution) of all that is installed, in the order in which Python finds it.
+
+    pip names what it was about to remove `~ame`: what a killed pip left so is passed over, as pip itself does.
+    The two lines are read without the parser of importlib.metadata, which takes a millisecond or two a package.
+    """
+    for distribution in importlib.metadata.distributions():
+        text = distribution.read_text("METADATA") or distribution.read_text("PKG-INFO") or ""
+        name, version = re.search(r"^Name: *(\S+)", text, re.M), re.search(r"^Version: *(\S+)", text, re.M)
+        if name and version and not metadata_folder(distribution).name.startswith("~"):
+            yield canonical(name[1]), version[1], distribution
+
+
+def metadata_folder(distribution: importlib.metadata.Distribution) -> Path:
+    """The .dist-info folder; an empty path where a distribution is not a folder."""
+    return Path(getattr(distribution, "_path", ""))
 
 
 def installed() -> dict[str, str]:
@@ -181,10 +205,8 @@ def installed() -> dict[str, str]:
     PyPI's CUDA wheels of torch hide the build from their metadata, so it is read from torch/version.py, unimported.
     """
     versions: dict[str, str] = {}
-    for distribution in importlib.metadata.distributions():
-        name = distribution.metadata["Name"]
-        if name and distribution.version:  # a half-removed package leaves metadata without them
-            versions.setdefault(canonical(name), distribution.version)
+    for name, version, _ in distributions():
+        versions.setdefault(name, version)
     match = re.search(r"__version__ = '([^']+)'", read_dist_file("torch", "torch/version.py"))
     if match and "torch" in versions:
         versions["torch"] = match[1]
@@ -209,40 +231,34 @@ def compare(pins: Mapping[str, str], versions: Mapping[str, str]) -> list[Mismat
     return mismatches
 
 
-def fix_command(packages: Iterable[str], stack: str) -> str:
-    """The command that puts these packages to the stack's pins in the running interpreter, by hash where it can."""
-    pins = read_pins(stack)
-    wanted = [name for name in packages if name in pins]
-    hashed = {line.partition("==")[0] for line in requirements(stack, wanted)} if wanted else set()
-    special = [name for name in wanted if name not in hashed]
-    index = {"cpu": CPU_INDEX, "cu12": CU12_INDEX}.get(stack)
-    install = shlex.join([sys.executable, "-m", "pip", "install", "--no-deps"])
+def mend_command(packages: Iterable[str], stack: str) -> str:
+    """The command that mends these packages: it names those that differ from the stack's pins.
+
+    With torch goes what belongs to it (torchvision, triton, its CUDA libraries). Where none of them differs, others are
+    mended first; where nothing differs, the files of `packages` are broken: they are put there anew.
+    """
+    pins, packages = read_pins(stack), list(packages)
+    wrong = {item.name for item in compare(pins, installed())}
+    family = [name for name in pins if name in TORCH_FAMILY or CUDA_WHEEL.match(name)]
+    wanted = packages + family if "torch" in wrong.intersection(packages) else packages
+    differing = [name for name in dict.fromkeys(wanted) if name in wrong] or sorted(wrong)
+    return fix_command(differing, stack) if differing else fix_command(packages, stack, "--force-reinstall")
+
+
+def fix_command(packages: Iterable[str], stack: str, *options: str) -> str:
+    """The command that puts these packages to the stack's pins in the running interpreter."""
+    pins, packages = read_pins(stack), list(packages)
+    pip = [sys.executable, "-m", "pip", "install", *options]
     commands = []
-    if special:
-        extra = f" --extra-index-url {index}" if index else ""
-        commands.append(f"{install}{extra} {' '.join(f'{name}=={pins[name]}' for name in special)}")
-    if hashed:
-        shown = [f"{name}=={pins[name]}" for name in wanted if name in hashed]
-        show = shlex.join([sys.executable, "-m", "fasttune.stack", stack, *shown])
-        commands.append(f"{show} | {install} --require-hashes -r /dev/stdin")
-    return " && ".join(commands) or "bash scripts/setup_h100.sh"
+    if stack == "cu12" and (torch := [name for name in packages if name in TORCH_FAMILY and "+" in pins[name]]):
+        # with what it needs: the CUDA 12 libraries of this torch are no pins of ours
+        commands.append([*pip, *(f"{name}=={pins[name]}" for name in torch), "--index-url", CU12_INDEX])
+        packages = [name for name in packages if name not in TORCH_FAMILY]
+    extra = ["--extra-index-url", CPU_INDEX] if stack == "cpu" and "torch" in packages else []
+    if wanted := [f"{name}=={pins[name]}" for name in packages if name in pins]:
+        commands.append([*pip, "--no-deps", *extra, *wanted])
+    return " && ".join(map(shlex.join, commands)) or "bash scripts/setup_h100.sh"
 
 
-def main(argv: list[str]) -> int:
-    """`STACK [PACKAGE[==VERSION] …]`: prints `requirements()`."""
-    try:
-        name = argv[0] if argv else active_stack()
-        pins, packages = read_pins(name), []
-        for package, _, version in (text.partition("==") for text in argv[1:]):
-            packages.append(canonical(package))
-            if (pinned := pins.get(packages[-1])) is None or version not in ("", pinned):
-                raise FasttuneError(f"{package}: the stack {name} pins {pinned or 'no such package'}, not {version}")
-        print("\n".join(requirements(name, packages)))
-    except FasttuneError as error:
-        print(f"stack: {error}", file=sys.stderr)
-        return error.exit_code
-    return 0
-
-
-if __name__ == "__main__":
-    sys.exit(main(sys.argv[1:]))
+if __name__ == "__main__":  # `python -m fasttune.stack cu12`: what the set-up gives to pip
+    print("\n".join(requirements(sys.argv[1])))

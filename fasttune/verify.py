@@ -64,6 +64,7 @@ def main(argv: list[str] | None = None) -> int:
         print("fasttune verify: interrupted, nothing is left running", file=sys.stderr)
         return 130
     point_at_pins(results)
+    mend_first(results)
     ok = not any(result.status == "fail" for result in results)
     if options.json:
         checks = [dataclasses.asdict(result) for result in results]
@@ -87,6 +88,15 @@ def point_at_pins(results: list[Result]) -> None:
     for result in results:
         if result.status == "fail" and not result.fix:
             result.fix = pins.fix or REPRODUCE.get(result.name, "bash scripts/setup_h100.sh --recreate")
+
+
+def mend_first(results: list[Result]) -> None:
+    """pip cannot mend packages from elsewhere or half-removed ones, and in a system's Python it breaks others' work."""
+    named = {result.name: result for result in results}
+    first = named["site-packages"].fix or (sys.prefix == sys.base_prefix and named["python"].fix)
+    for result in results:
+        if first and result.fix.startswith(f"{sys.executable} -m pip"):
+            result.fix = first
 
 
 def show(results: list[Result], stack_name: str) -> None:

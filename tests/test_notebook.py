@@ -14,7 +14,9 @@ SMALL = "model.name=builtin:tiny model.max_length=256 data.max_rows=16 train.max
 
 
 def cells() -> list[str]:
-    return ["".join(cell["source"]) for cell in json.loads(NOTEBOOK.read_text())["cells"] if cell["cell_type"] == "code"]
+    return [
+        "".join(cell["source"]) for cell in json.loads(NOTEBOOK.read_text())["cells"] if cell["cell_type"] == "code"
+    ]
 
 
 def test_every_cell_is_shell_or_python_that_compiles_and_holds_no_output() -> None:

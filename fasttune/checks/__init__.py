@@ -36,5 +36,5 @@ class Result:
 
 
 def install_command(*packages: str) -> str:
-    """Shell command that brings `packages` to what the active stack pins, and touches nothing else."""
-    return stack.fix_command(packages, stack.active_stack())
+    """Shell command that brings `packages` to what the active stack pins, or puts them there anew."""
+    return stack.mend_command(packages, stack.active_stack())

@@ -1,9 +1,11 @@
 """Facts of this machine, every installed package against the stack's pins, and the version rules. Imports no torch."""
 
+import os
 import sys
 from collections.abc import Iterator
+from pathlib import Path
 
-from fasttune import stack
+from fasttune import hardware as machines, stack
 from fasttune.checks import Result, Status
 from fasttune.hardware import Hardware
 from fasttune.rules import RULES
@@ -23,6 +25,7 @@ def check(hardware: Hardware, stack_name: str) -> Iterator[Result]:
     yield memory(hardware)
     yield disk(hardware)
     installed = stack.installed()
+    yield site_packages(stack_name)
     yield pins(stack_name, installed)
     yield from rules(stack_name, installed, hardware)
 
@@ -52,14 +55,14 @@ def operating_system(hardware: Hardware) -> Result:
 def gpu(hardware: Hardware) -> Iterator[Result]:
     """`driver` and `gpu`; without a GPU both are skipped with the reason."""
     if not hardware.gpus:
-        if hardware.silent_gpu:
-            fix = "install NVIDIA driver 580 or newer (in a container: start it with --gpus all), then: nvidia-smi"
-            yield Result("driver", "fail", "an NVIDIA chip is on the PCI bus, but nvidia-smi does not answer", fix)
-        else:
-            yield Result("driver", "skip", "no NVIDIA driver answers (nvidia-smi)")
+        yield silent_driver(hardware)
         yield Result("gpu", "skip", "none: everything runs on the CPU, in float32 and slowly")
         return
-    yield Result("driver", "pass", str(hardware.driver))
+    if (hardware.driver_major or 0) < stack.OLDEST_DRIVER:
+        fix = f"update it to 580 or newer ({stack.DRIVERS_URL}), then: bash scripts/setup_h100.sh"
+        yield Result("driver", "fail", f"{hardware.driver}, {stack.OLDEST_DRIVER} is needed", fix)
+    else:
+        yield Result("driver", "pass", str(hardware.driver))
     names = ", ".join(
         f"{gpu.name} ({gpu.memory_gib:.0f} GiB, compute capability {'.'.join(map(str, gpu.compute_capability))})"
         for gpu in hardware.gpus
@@ -68,10 +71,24 @@ def gpu(hardware: Hardware) -> Iterator[Result]:
         yield Result(
             "gpu", "fail", f"{names}; bf16 and Flash Attention need 8.0", "use an Ampere or newer GPU (A100, H100 …)"
         )
-    elif len(hardware.gpus) > 1:
+    elif len(hardware.gpus) > 1 and not os.environ.get("CUDA_VISIBLE_DEVICES", "").isdigit():
         yield Result("gpu", "warn", f"{names}; fasttune trains on one", "export CUDA_VISIBLE_DEVICES=0")
     else:
         yield Result("gpu", "pass", names)
+
+
+def silent_driver(hardware: Hardware) -> Result:
+    """No GPU to be used: there is none, its driver is not installed or not in this container, or it is broken."""
+    said = machines.nvidia_smi_error()
+    fix = "install NVIDIA driver 580 or newer (in a container: start it with --gpus all), then: nvidia-smi"
+    if "version mismatch" in said:  # the driver was upgraded, the kernel still runs the old one
+        fix = "reboot, so that the upgraded driver is loaded (in a container: the host), then: nvidia-smi"
+    if hardware.silent_gpu:
+        what = f"says: {said[:150]}" if said else "does not answer"
+        return Result("driver", "fail", f"an NVIDIA chip is on the PCI bus, but nvidia-smi {what}", fix)
+    if said:
+        return Result("driver", "warn", f"no GPU can be used, nvidia-smi says: {said[:150]}", fix)
+    return Result("driver", "skip", "no NVIDIA driver answers (nvidia-smi)")
 
 
 def memory(hardware: Hardware) -> Result:
@@ -94,6 +111,32 @@ def disk(hardware: Hardware) -> Result:
     return Result("disk", "pass", detail)
 
 
+def site_packages(stack_name: str) -> Result:
+    """Every pinned package is there once, whole, and in this environment: what pip cannot mend."""
+    wanted, seen = stack.read_pins(stack_name), dict[str, tuple[str, Path]]()
+    damaged, outside = list[str](), list[str]()
+    on_pythonpath = {Path(place).resolve() for place in os.environ.get("PYTHONPATH", "").split(os.pathsep) if place}
+    for name, version, distribution in stack.distributions():
+        if name not in wanted:
+            continue
+        folder = stack.metadata_folder(distribution)
+        if name in seen:  # behind another one of its kind Python does not see it, in the same folder it may
+            if folder.parent == seen[name][1] and version != seen[name][0]:
+                damaged.append(f"{name} is there twice, {seen[name][0]} and {version}")
+            continue
+        seen[name] = (version, folder.parent)
+        differs = bool(stack.compare({name: wanted[name]}, {name: version}))
+        if differs and folder.parent.resolve() in on_pythonpath:
+            outside.append(f"{name} {version} comes from {folder.parent} (PYTHONPATH)")
+        elif differs and folder.suffix == ".dist-info" and not (folder / "RECORD").is_file():
+            damaged.append(f"{name} {version} has lost its RECORD, so pip cannot replace it")
+    if outside:
+        return Result("site-packages", "fail", "; ".join(outside[:3]), "unset PYTHONPATH, then run verify again")
+    if damaged:
+        return Result("site-packages", "fail", "; ".join(damaged[:3]), "bash scripts/setup_h100.sh --recreate")
+    return Result("site-packages", "pass", "every package is there once, and in this environment")
+
+
 def pins(stack_name: str, installed: dict[str, str]) -> Result:
     """Every package of the stack file against what is installed, by exact version."""
     wanted = stack.read_pins(stack_name)
@@ -109,7 +152,13 @@ def pins(stack_name: str, installed: dict[str, str]) -> Result:
 def rules(stack_name: str, installed: dict[str, str], hardware: Hardware) -> Iterator[Result]:
     """The rules of stack.py, for those who come with versions of their own."""
     for rule in RULES:
-        wrong, name = rule.check(installed, hardware), f"rule:{rule.name}"
+        name = f"rule:{rule.name}"
+        try:
+            wrong = rule.check(installed, hardware)
+        except ImportError as error:  # `packaging` reads what packages declare to need
+            fix = stack.mend_command(["packaging"], stack_name)
+            yield Result(name, "fail", f"cannot be judged: {error}", fix)
+            continue
         if wrong is None:
             yield Result(name, "pass", rule.reason)
         else:

@@ -6,6 +6,7 @@ The texts are those that PyTorch, NumPy, glibc's loader, transformers and xforme
 import re
 import signal
 import sys
+import traceback
 from dataclasses import dataclass
 
 from fasttune import stack
@@ -27,6 +28,7 @@ class Symptom:
 
 
 SUSPECT = "{suspect}"
+DISTRIBUTIONS = {"pil": "pillow", "google": "protobuf", "yaml": "pyyaml"}  # modules of another name
 DRIVER = "install NVIDIA driver 580 or newer (or start the container with --gpus all), then: nvidia-smi"
 # The first match wins: special cases stand before the general ones.
 SYMPTOMS = (
@@ -49,6 +51,12 @@ SYMPTOMS = (
         printed="fail",
     ),
     Symptom(
+        r"(lib(?:cu\w+|nv\w+|nccl)\.so\S*: undefined symbol: [^\s,]+)",
+        "CUDA libraries of two installations are mixed, nearly always because LD_LIBRARY_PATH names another one ({0})",
+        fix="unset LD_LIBRARY_PATH, then run verify again",  # https://github.com/pytorch/pytorch/issues/111469
+        printed="fail",
+    ),
+    Symptom(
         r"undefined symbol: (\S+)",
         "a compiled file was built against another version of a library it uses, nearly always torch (symbol {0})",
         ("torch", SUSPECT),
@@ -59,6 +67,12 @@ SYMPTOMS = (
         r"lib(?:cudart|cublas\w*|cudnn\w*|nvrtc|nccl|cusparse\w*|nvJitLink|cupti)\S*: cannot open shared object file",
         "the package was built for another CUDA version than the one in this environment",
         ("torch", SUSPECT),
+    ),
+    Symptom(
+        r"(libbitsandbytes\w+\.so): cannot open|CUDA binary not found at \S*(libbitsandbytes\w+\.so)",
+        "bitsandbytes has no binary for the CUDA version of this torch",
+        ("bitsandbytes", "torch"),
+        printed="fail",
     ),
     Symptom(
         r"(\S+\.so\S*): cannot open shared object file",
@@ -95,6 +109,26 @@ SYMPTOMS = (
         r"([\w-]+)[<>=!]\S* is required for a normal functioning of this module, but found (\S+?)\.?(?:\s|$)",
         "this transformers refuses {1}",
         ("transformers", "{0}"),
+    ),
+    Symptom(
+        r"Found an incompatible version of (\w+)\. Found version (\S+), but only versions above (\S+)",
+        "{0} {1} is too old here, {2} is needed",
+        ("{0}",),
+    ),
+    Symptom(
+        r"Descriptors cannot be created directly",
+        "protobuf and the code that was generated for it are of different times",
+        ("protobuf", SUSPECT),
+    ),
+    Symptom(
+        r"Failed to find C compiler",
+        "Triton compiles its kernels with a C compiler, and there is none",
+        fix="apt-get install -y gcc",
+    ),
+    Symptom(
+        r"Python\.h: No such file or directory",
+        "Triton compiles its kernels against Python's headers, and they are missing",
+        fix=f"apt-get install -y python{sys.version_info[0]}.{sys.version_info[1]}-dev",
     ),
     Symptom(
         r"no kernel image is available for execution",
@@ -148,11 +182,24 @@ def explain(text: str, suspect: str = "") -> Explanation | None:
         if match is None:
             continue
         groups = match.groups()
-        packages = [name.format(*groups, suspect=suspect).split(".")[0] for name in symptom.reinstall]
-        packages = list(dict.fromkeys(stack.canonical(name) for name in packages if name))
+        packages = [distribution_of(name.format(*groups, suspect=suspect)) for name in symptom.reinstall]
+        packages = list(dict.fromkeys(name for name in packages if name))
         fix = symptom.fix.format(*groups) if symptom.fix else install_command(*packages)
         return Explanation(symptom.meaning.format(*groups), fix, symptom.printed)
     return None
+
+
+def distribution_of(module: str) -> str:
+    """The package that a module is part of: `PIL._util` → pillow, `unsloth_zoo.utils` → unsloth-zoo."""
+    name = stack.canonical(module.split(".")[0])
+    return DISTRIBUTIONS.get(name, name)
+
+
+def culprit(error: BaseException) -> str:
+    """The package whose code raised: the last one under site-packages in the traceback, or empty."""
+    files = [frame.f_code.co_filename for frame, _ in traceback.walk_tb(error.__traceback__)]
+    found = [re.search(r"/site-packages/(?!fasttune\b)(\w+)", file) for file in files]
+    return next((match[1] for match in reversed(found) if match), "")
 
 
 def from_exception(name: str, error: BaseException, suspect: str = "") -> Result:
@@ -161,7 +208,7 @@ def from_exception(name: str, error: BaseException, suspect: str = "") -> Result
     chain: list[BaseException] = [error]
     while (cause := chain[-1].__cause__ or chain[-1].__context__) is not None and cause not in chain:
         chain.append(cause)
-    known = explain("\n".join(str(link) for link in chain), suspect)
+    known = explain("\n".join(str(link) for link in chain), culprit(chain[-1]) or suspect)
     if known is None:
         return Result(name, "fail", line[:400])
     return Result(name, "fail", f"{known.meaning} ({line[:200]})", known.fix)
