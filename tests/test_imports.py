@@ -16,7 +16,7 @@ LAYERS = [
     {"builtin", "data", "output", "plan", "report", "rules"},
     {"live", "pretrained", "rows_attention", "terminal"},
     {"model"},
-    {"fused_lora", "packed", "samples", "view"},
+    {"finished", "fused_lora", "packed", "samples", "view"},
     {"prepare", "view_page"},
     {"state", "trainer"},
     {"resume", "summary"},
