@@ -9,12 +9,13 @@ import json
 import sqlite3
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
+from copy import deepcopy
 from dataclasses import replace
 from itertools import islice
 from pathlib import Path
 from typing import Any
 
-from fasttune import cache, model as models, tasks  # model first: it imports unsloth
+from fasttune import cache, model as models, tasks  # noqa: F401  model first: it imports unsloth
 
 import torch
 from lm_eval import evaluator
@@ -46,7 +47,7 @@ class Harness(HFLM):
         return [tuple(found) for found in self._answer("loglikelihood", requests, super().loglikelihood)]
 
     def _answer(self, kind: str, requests: list[Any], ask: Callable[..., list[Any]]) -> list[Any]:
-        keys = [json.dumps([kind, *request.args], sort_keys=True) for request in requests]
+        keys = [request_key(kind, request.args) for request in requests]
         found = self.known.read(keys)
         missing = {key: request for key, request in zip(keys, requests, strict=True) if key not in found}
         self.from_cache += len(found)
@@ -57,7 +58,7 @@ class Harness(HFLM):
         while part := list(islice(order, SAVED_EVERY_BATCHES * self.batch_size)):
             self.progress("answering", done / len(missing))
             # Copies: the harness adds the end-of-text token to the stop words of a request while it answers it.
-            copies = [replace(missing[key], arguments=tuple(json.loads(key)[1:])) for key in part]
+            copies = [replace(missing[key], arguments=deepcopy(missing[key].args)) for key in part]
             new = dict(zip(part, ask(copies, disable_tqdm=True), strict=True))
             self.known.write(new)
             found |= new
@@ -71,46 +72,46 @@ class Answers:
 
     def __init__(self, path: Path):
         self.path = path
-        try:
+        with self._explained():
             path.parent.mkdir(parents=True, exist_ok=True)
             self.database = sqlite3.connect(path, timeout=60)
             with self.database:
                 self.database.execute("CREATE TABLE IF NOT EXISTS answers (request TEXT PRIMARY KEY, answer TEXT)")
-        except (OSError, sqlite3.Error) as error:
-            raise self._trouble(error) from error
 
     def read(self, keys: list[str]) -> dict[str, Any]:
-        found = {}
-        for key in keys:
-            row = self._run("SELECT answer FROM answers WHERE request = ?", [(_digest(key),)])
-            if row:
-                found[key] = json.loads(row[0])
-        return found
+        """The answers there are, by key."""
+        query = "SELECT answer FROM answers WHERE request = ?"
+        with self._explained():
+            rows = {key: self.database.execute(query, (key,)).fetchone() for key in keys}
+        return {key: json.loads(row[0]) for key, row in rows.items() if row}
 
     def write(self, new: dict[str, Any]) -> None:
-        rows = [(_digest(key), json.dumps(answer)) for key, answer in new.items()]
-        self._run("INSERT OR REPLACE INTO answers VALUES (?, ?)", rows)
+        rows = [(key, json.dumps(answer)) for key, answer in new.items()]
+        with self._explained(), self.database:
+            self.database.executemany("INSERT OR REPLACE INTO answers VALUES (?, ?)", rows)
 
     def close(self) -> None:
         self.database.close()
 
-    def _run(self, statement: str, rows: list[tuple[str, ...]]) -> Any:
+    @contextmanager
+    def _explained(self) -> Iterator[None]:
         try:
-            with self.database:
-                if statement.startswith("SELECT"):
-                    return self.database.execute(statement, rows[0]).fetchone()
-                return self.database.executemany(statement, rows) and None
-        except sqlite3.Error as error:
-            raise self._trouble(error) from error
+            yield
+        except (OSError, sqlite3.Error) as error:
+            raise OutputError(
+                f"{self.path}: the kept answers cannot be used ({error}); remove the file, or give --no-cache"
+            ) from error
 
-    def _trouble(self, error: Exception) -> OutputError:
-        return OutputError(f"{self.path}: the kept answers cannot be used ({error}); remove the file, or --no-cache")
+
+def request_key(kind: str, arguments: tuple[Any, ...]) -> str:
+    """Name of a request: its kind, its whole prompt and how it is to be answered."""
+    return hashlib.sha256(json.dumps([kind, *arguments], sort_keys=True).encode()).hexdigest()
 
 
 def answers_of(model: Any, tokenizer: Any, keep: bool) -> Answers:
     """The kept answers of this model; with `keep=False` an empty set that is forgotten."""
     if not keep:
-        return Answers(Path(":memory:"))
+        return Answers(Path(":memory:"))  # SQLite's name for it
     return Answers(cache.root() / "answers" / f"{fingerprint(model, tokenizer)}.sqlite")
 
 

@@ -2,7 +2,7 @@
 
 import pytest
 
-from fasttune.data import arithmetic
+from fasttune.data import answers, arithmetic
 
 
 def test_rows_are_seeded_and_their_answers_are_right() -> None:
@@ -10,7 +10,7 @@ def test_rows_are_seeded_and_their_answers_are_right() -> None:
     assert rows == arithmetic.generate("train", seed=3, rows=500) != arithmetic.generate("train", seed=4, rows=500)
     for row in rows:
         left, right = next(line for line in row["answer"].splitlines() if "=" in line).split(" = ")
-        assert eval(left) == int(right) == int(arithmetic.final_number(row["answer"]) or "x")
+        assert eval(left) == int(right) == int(answers.final_number(row["answer"]) or "x")
 
 
 def test_parts_share_no_sum() -> None:
@@ -24,7 +24,14 @@ def test_parts_share_no_sum() -> None:
 
 @pytest.mark.parametrize(
     ("text", "number"),
-    [("so\n#### 1,234", "1234"), ("#### 5.", "5"), ("#### -3 dollars", "-3"), ("7", None), ("####", None)],
+    [
+        ("so\n#### 1,234", "1234"),
+        ("#### 5.", "5."),
+        ("#### -3 dollars", "-3"),
+        ("7", None),
+        ("####", None),
+        ("#### 1\n#### 2", "1"),
+    ],
 )
 def test_final_number(text: str, number: str | None) -> None:
-    assert arithmetic.final_number(text) == number
+    assert answers.final_number(text) == number

@@ -61,10 +61,3 @@ def part_of(answer: str) -> Part:
     equation = next(line for line in answer.splitlines() if "=" in line)
     share = int.from_bytes(hashlib.sha256(equation.encode()).digest()[:4], "big") / 2**32
     return "test" if share < HELD_OUT_SHARE else "train"
-
-
-def final_number(text: str) -> str | None:
-    """The integer after the last `####` (GSM8K's convention), without thousands commas; None if there is none."""
-    tail = text.rpartition("####")[2].strip().split() if "####" in text else []
-    number = tail[0].replace(",", "").rstrip(".") if tail else ""
-    return number if number.lstrip("-").isdigit() else None

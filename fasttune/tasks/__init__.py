@@ -66,7 +66,7 @@ def _right(answer: Any, options: list[str], place: str) -> int:
     letter = ord(text.upper()) - ord("A") if text and len(text) == 1 else None
     index = answer if isinstance(answer, int) and not isinstance(answer, bool) else letter
     if index is None or not 0 <= index < len(options):
-        raise DataError(f"--data: {place}: answer {answer!r} is none of the {len(options)} options, no letter, no index")
+        raise DataError(f"--data: {place}: answer {answer!r} is no option, no letter, no index")
     return index
 
 
