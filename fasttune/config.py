@@ -164,6 +164,9 @@ class Config(Section):
     output_dir: str | None = Field(None, description="default runs/NAME-YYYYmmdd-HHMMSS")
     overwrite: bool = Field(False, description="replace a run that is already in output_dir")
     samples: int = Field(0, ge=0, le=16, description="held-out problems shown before and after")
+    eval_problems: int = Field(
+        0, ge=0, description="held-out problems answered before and after, for the exact match on the number after ####"
+    )
     usd_per_hour: float | None = Field(
         None, ge=0, description="price of this machine; default: by GPU, see hardware.py"
     )
@@ -181,8 +184,9 @@ class Config(Section):
             raise ValueError("model.quantization=nf4 cannot be trained in full: set train.method=lora")
         if self.lora.init == "pissa" and self.model.quantization != "none":
             raise ValueError("lora.init=pissa splits the base weights, which nf4 has not: set lora.init=default")
-        if self.samples and self.data.eval is None and not self.data.eval_share:
-            raise ValueError("samples needs held-out rows: set data.eval or data.eval_share, or samples=0")
+        for name in ("samples", "eval_problems"):
+            if getattr(self, name) and self.data.eval is None and not self.data.eval_share:
+                raise ValueError(f"{name} needs held-out rows: set data.eval or data.eval_share, or {name}=0")
         return self
 
 

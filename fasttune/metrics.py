@@ -59,6 +59,15 @@ class Sample:
 
 
 @dataclass(frozen=True)
+class ExactMatch:
+    """Share of held-out problems (0 to 1) whose answer ends in the right number, before and after training."""
+
+    problems: int
+    before: float
+    after: float
+
+
+@dataclass(frozen=True)
 class Backend:
     """What actually ran, read from the live model and trainer, never from the request."""
 
@@ -100,6 +109,7 @@ class RunResult:
     versions: dict[str, str]
     hardware: dict[str, Any]
     settings: list[Setting]
+    exact_match: ExactMatch | None = None
     samples: list[Sample] = field(default_factory=list)
     warnings: list[str] = field(default_factory=list)
     error: str | None = None

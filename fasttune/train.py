@@ -18,7 +18,7 @@ from typing import IO, Any
 from fasttune import checkpoint, config as configuration, output, report, summary
 from fasttune.config import Config
 from fasttune.errors import FasttuneError, RunFailed
-from fasttune.metrics import RunResult, Sample, StepMetrics
+from fasttune.metrics import RunResult, StepMetrics
 from fasttune.prepare import Job, Reporter, preflight, prepare
 from fasttune.quiet import LibraryLog, library_log
 from fasttune.summary import Outcome
@@ -56,10 +56,7 @@ def run(config: Config, reporter: Reporter, resume: Path | None = None) -> RunRe
         result = summary.summarize(job, outcome, trainer, started)
         if outcome.status == "completed":
             after = samples.answer(job.model, job.tokenizer, job.problems, job.plan.gradient_checkpointing)
-            result.samples = [
-                Sample(problem.question, problem.reference, old, new)
-                for problem, old, new in zip(job.problems, before, after, strict=True)
-            ]
+            result.samples, result.exact_match = samples.compare(job.config, job.problems, before, after)
     report.write_json(folder / "run.json", result.as_dict())
     report.write_html(folder / "report.html", result, outcome.steps)
     return result
