@@ -2,7 +2,8 @@
 
 import pytest
 
-from fasttune.data import answers, arithmetic
+from fasttune import config
+from fasttune.data import answers, arithmetic, sources
 
 
 def test_rows_are_seeded_and_their_answers_are_right() -> None:
@@ -20,6 +21,17 @@ def test_parts_share_no_sum() -> None:
     held_out = sums("test", 0) | sums("test", 1)
     assert len(held_out) > 100
     assert not held_out & (sums("train", 0) | sums("train", 1))
+
+
+def test_the_quickstart_is_scored_on_sums_it_never_trains_on() -> None:
+    settings = config.load("configs/quickstart.yaml")
+    assert settings.eval_problems == 40 and settings.data.eval is not None
+    (source,) = settings.data.sources
+    trained = [row for _, _, row in sources.first_rows(source, "train", "train", 10**6)]
+    held_out = [row for _, _, row in sources.first_rows(settings.data.eval, "test", "train", settings.eval_problems)]
+    assert len(trained) >= settings.train.batch_rows * (settings.train.max_steps or 0) and len(held_out) == 40
+    assert not {row["question"] for row in held_out} & {row["question"] for row in trained}
+    assert not {row["answer"].splitlines()[1] for row in held_out} & {row["answer"].splitlines()[1] for row in trained}
 
 
 @pytest.mark.parametrize(

@@ -62,7 +62,8 @@ def test_an_unknown_key_names_the_nearest(section: str, key: str, nearest: str) 
 
 def test_settings_that_would_be_ignored_are_refused() -> None:
     assert "lora.* would be ignored" in problems({**SMALL, "lora": {"rank": 4}, "train": {"method": "full"}})[0]
-    assert "samples needs held-out rows" in problems({**SMALL, "samples": 2})[0]
+    for name in ("samples", "eval_problems"):
+        assert f"{name} needs held-out rows" in problems({**SMALL, name: 2})[0]
     nf4 = {"name": "builtin:tiny", "quantization": "nf4"}
     assert "nf4" in problems({**SMALL, "model": nf4, "train": {"method": "full"}})[0]
     assert "pissa" in problems({**SMALL, "model": nf4, "lora": {"init": "pissa"}})[0]
