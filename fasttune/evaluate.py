@@ -29,7 +29,7 @@ from fasttune.quiet import library_log, take_over_loggers
 BATCH_ROWS_CPU, BATCH_ROWS_GPU = 16, 64
 NEEDS = ("lm_eval", "sacrebleu")  # imported by the harness at its start
 FILES = ("eval.json", "eval_samples.jsonl")
-INSTALL = "bash scripts/setup_h100.sh"
+INSTALL = "bash scripts/setup_h100.sh (outside a checkout: pip install 'fasttune[eval]')"
 
 
 @dataclass(frozen=True)

@@ -40,6 +40,7 @@ class Harness(HFLM):
 
     def generate_until(self, requests: list[Any], disable_tqdm: bool = False) -> list[str]:
         if any(request.args[1].get("do_sample") for request in requests):  # each draw is to be its own
+            self.computed += len(requests)
             return super().generate_until(requests, disable_tqdm=True)
         return self._answer("generate_until", requests, super().generate_until)
 

@@ -129,8 +129,10 @@ def test_answers_are_kept_for_these_weights_only(tmp_path: Path, harness: Any) -
     weights["model.norm.weight"][0] += 1e-3
     safetensors.torch.save_file(weights, changed / "model.safetensors", {"format": "pt"})
 
+    part, _ = score(tmp_path / "0", data=rows, limit=2)
+    assert (part.requests, part.from_cache) == (6, 0)  # a request an option
     first, before = score(tmp_path / "1", data=rows)
-    assert (first.requests, first.from_cache) == (8, 0)
+    assert (first.requests, first.from_cache) == (8, 6)
     again, after = score(tmp_path / "2", str(copy), data=rows)  # the same weights, elsewhere
     assert (again.requests, again.from_cache) == (8, 8) and after == before
     other, _ = score(tmp_path / "3", str(changed), data=rows)

@@ -3,7 +3,7 @@
     rows = generate("train", seed=0, rows=2000)     # {"question": …, "answer": …}
 
 Train and held-out parts are disjoint in their numbers: a problem's part is a hash of its (kind, a, b), so no seed,
-count or wording can put the same sum into both.
+count or wording can put the same sum into both. (7 * 8 and 8 * 7 are two sums.)
 """
 
 import hashlib
