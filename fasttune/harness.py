@@ -24,7 +24,6 @@ from lm_eval.tasks import TaskManager
 
 from fasttune.errors import DataError, FasttuneError, OutputError
 
-SAVED_EVERY_BATCHES = 4  # answers that a kill can cost
 FEWSHOT_SEED = 1234  # the harness's own
 
 
@@ -53,10 +52,10 @@ class Harness(HFLM):
         missing = {key: request for key, request in zip(keys, requests, strict=True) if key not in found}
         self.from_cache += len(found)
         self.computed += len(missing)
-        # The longest first, so that what does not fit into memory fails at once.
+        # The longest first, so that what does not fit into memory fails at once; kept batch by batch.
         order = iter(sorted(missing, key=lambda key: (-len(missing[key].args[0]), key)))
         done = 0
-        while part := list(islice(order, SAVED_EVERY_BATCHES * self.batch_size)):
+        while part := list(islice(order, self.batch_size)):
             self.progress("answering", done / len(missing))
             # Copies: the harness adds the end-of-text token to the stop words of a request while it answers it.
             copies = [replace(missing[key], arguments=deepcopy(missing[key].args)) for key in part]
