@@ -1,6 +1,6 @@
 """The command line: imports one module when its command is asked for, so that --help answers at once.
 
-fasttune train | data | bench CONFIG [key=value …]     fasttune verify
+fasttune train | data | bench CONFIG [key=value …]     fasttune eval RUN|MODEL     fasttune verify
 Exit codes: 0 fine, 1 a run or check failed, 2 wrong input.
 """
 
@@ -21,6 +21,7 @@ EXAMPLES = """examples:
 INTERRUPTED = {
     "bench": "; what was measured is kept: the same command goes on from there",
     "data": "",
+    "eval": "; what was answered is kept: the same command goes on from there",
     "train": " before the first step; nothing was trained",
 }
 
@@ -35,9 +36,11 @@ def main(argv: list[str] | None = None) -> int:
     options, rest = parser().parse_known_args(arguments)
     if any(text.startswith("-") for text in rest):
         parser().error(f"unrecognized arguments: {' '.join(rest)}")
+    if options.command == "eval" and rest:
+        parser().error(f"eval takes no settings: {' '.join(rest)}")
     options.overrides += rest  # argparse takes no key=value that stands behind an option
     try:
-        return {"bench": bench, "data": data, "train": train}[options.command](options)
+        return {"bench": bench, "data": data, "eval": evaluate, "train": train}[options.command](options)
     except KeyboardInterrupt:
         print(f"fasttune: interrupted{INTERRUPTED[options.command]}", file=sys.stderr)
         return 128 + signal.SIGINT
@@ -80,6 +83,19 @@ def parser() -> argparse.ArgumentParser:
     command.add_argument("--usd-per-hour", type=float, metavar="X", help="price of this machine")
     command.add_argument("--output", metavar="DIR", help="default runs/bench-NAME; one that was interrupted goes on")
     command.add_argument("--json", action="store_true", help="print bench.json as the last line of stdout")
+    command = commands.add_parser("eval", help="score a finished run or a model on tasks of EleutherAI's harness")
+    command.add_argument("model", metavar="RUN|MODEL", help="folder of a run, model folder, builtin: name or hub id")
+    command.add_argument(
+        "--tasks", metavar="A,B", help="gsm8k_jsonl, multiple_choice_jsonl, builtin:arithmetic, or any"
+    )
+    command.add_argument("--data", metavar="FILE", help="rows of question and answer, or question, options and answer")
+    command.add_argument("--limit", type=int, metavar="N", help="only the first problems of each task")
+    command.add_argument("--batch-rows", type=int, metavar="N", help="problems at once (default 16; 64 on a GPU)")
+    command.add_argument("--out", metavar="DIR", help="default: the run's folder, or runs/eval-NAME-DATE")
+    command.add_argument("--no-cache", action="store_true", help="neither use nor keep answers")
+    command.add_argument("--json", action="store_true", help="print eval.json as the last line of stdout")
+    command.add_argument("--debug", action="store_true", help="show the traceback of an error")
+    command.set_defaults(overrides=[])
     return top
 
 
@@ -134,6 +150,31 @@ def bench(options: argparse.Namespace) -> int:
 
         print(to_json_line(result.as_dict()))
     return 0 if result.valid else 1
+
+
+def evaluate(options: argparse.Namespace) -> int:
+    """`fasttune eval`: 0, with the scores on stderr."""
+    from fasttune import evaluate as evaluation, terminal
+
+    for name, value in (("--limit", options.limit), ("--batch-rows", options.batch_rows)):
+        if value is not None and value < 1:
+            raise FasttuneError(f"{name} {value}: a number of problems, 1 or more")
+    result = evaluation.run(
+        options.model,
+        terminal.Reporter(None),
+        options.tasks,
+        options.data,
+        options.limit,
+        options.out,
+        options.batch_rows,
+        keep_answers=not options.no_cache,
+    )
+    evaluation.show(result)
+    if options.json:
+        from fasttune import report
+
+        print(report.to_json_line(result.as_dict()))
+    return 0
 
 
 def data(options: argparse.Namespace) -> int:

@@ -162,6 +162,7 @@ class EvalConfig(Section):
 
     every: str = Field("start and end", description="that, or '50 steps' (start and end too), or 'never'")
     rows: int = Field(64, ge=1, description="held-out rows that are looked at, at most")
+    problems: int = Field(0, ge=0, description="held-out problems that are answered: right if the number after #### is")
     keep_best: bool = Field(False, description="save the weights of the step with the lowest loss, not the last ones")
 
     @field_validator("every", mode="after")
@@ -203,10 +204,9 @@ class Config(Section):
         if self.lora.init == "pissa" and self.model.quantization != "none":
             raise ValueError("lora.init=pissa splits the base weights, which nf4 has not: set lora.init=default")
         held_out = self.data.eval is not None or self.data.eval_share
-        if self.samples and not held_out:
-            raise ValueError("samples needs held-out rows: set data.eval or data.eval_share, or samples=0")
-        if self.eval.every_steps and not held_out:
-            raise ValueError("eval.every needs held-out rows: set data.eval or data.eval_share")
+        asked = {"samples": self.samples, "eval.problems": self.eval.problems, "eval.every": self.eval.every_steps}
+        for name in (name for name, value in asked.items() if value and not held_out):
+            raise ValueError(f"{name} needs held-out rows: set data.eval or data.eval_share, or leave it out")
         if self.eval.keep_best and self.eval.every_steps is None:
             raise ValueError("eval.keep_best compares steps: set eval.every, e.g. '50 steps'")
         return self

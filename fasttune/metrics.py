@@ -37,6 +37,7 @@ class StepMetrics:
     peak_memory_gib: float
     eval_loss: float | None = None
     eval_token_accuracy: float | None = None
+    eval_exact_match: float | None = None
 
     def as_dict(self) -> dict[str, Any]:
         return asdict(self)
@@ -44,11 +45,15 @@ class StepMetrics:
 
 @dataclass(frozen=True)
 class Evaluation:
-    """After `step`, on the learned tokens of held-out rows: mean loss, and the share that is the first guess."""
+    """After `step`, on the learned tokens of held-out rows: mean loss, and the share that is the first guess.
+
+    exact_match: share of the problems answered rightly, on the way; None at the ends, which RunResult has.
+    """
 
     step: int
     loss: float
     token_accuracy: float
+    exact_match: float | None = None
 
 
 @dataclass(frozen=True)
@@ -80,6 +85,15 @@ class Sample:
     reference: str
     before: str
     after: str
+
+
+@dataclass(frozen=True)
+class ExactMatch:
+    """Share of held-out problems (0 to 1) whose answer ends in the right number, before and after training."""
+
+    problems: int
+    before: float
+    after: float
 
 
 @dataclass(frozen=True)
@@ -124,6 +138,7 @@ class RunResult:
     versions: dict[str, str]
     hardware: dict[str, Any]
     settings: list[Setting]
+    exact_match: ExactMatch | None = None
     samples: list[Sample] = field(default_factory=list)
     held_out: HeldOut | None = None
     warnings: list[str] = field(default_factory=list)

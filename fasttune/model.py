@@ -26,6 +26,7 @@ logging.getLogger("torch.utils._pytree").setLevel(logging.ERROR)  # torchao's re
 
 from unsloth import FastLanguageModel
 
+import peft
 import safetensors
 import torch
 import transformers
@@ -82,6 +83,15 @@ def add_lora(model: Any, config: LoraConfig, gradient_checkpointing: str, seed: 
         use_gradient_checkpointing=_unsloth_checkpointing(gradient_checkpointing),
         random_state=seed,
     )
+
+
+def add_trained(model: Any, adapter: Path) -> Any:
+    """The adapter of a folder (PEFT format) on a loaded base, not to be trained on. Raises ModelError."""
+    try:
+        return peft.PeftModel.from_pretrained(model, str(adapter))
+    except (OSError, ValueError, RuntimeError, TypeError, safetensors.SafetensorError) as error:
+        text = " ".join(str(error).split())[:300]
+        raise ModelError(f"{adapter}: does not fit its base model, or is damaged: {text}") from error
 
 
 def save(model: Any, tokenizer: Any, folder: Path, initial_adapter: Path | None = None) -> None:

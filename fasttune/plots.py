@@ -6,7 +6,7 @@ import statistics
 from collections.abc import Sequence
 
 from fasttune import metrics
-from fasttune.metrics import HeldOut, StepMetrics
+from fasttune.metrics import ExactMatch, HeldOut, StepMetrics
 
 MAX_POINTS = 1000  # of one plot: more cannot be told apart on a screen and makes the file heavy
 SMOOTH_FROM_STEPS = 20  # fewer points are readable as they are
@@ -20,7 +20,9 @@ def stride(steps: Sequence[StepMetrics]) -> int:
     return max(1, math.ceil(len(steps) / MAX_POINTS))
 
 
-def of_run(steps: Sequence[StepMetrics], held_out: HeldOut | None = None) -> list[tuple[str, str, str]]:
+def of_run(
+    steps: Sequence[StepMetrics], held_out: HeldOut | None = None, answered: ExactMatch | None = None
+) -> list[tuple[str, str, str]]:
     """(title, note, svg) of losses, speed and memory over the optimizer steps; nothing where no step finished."""
     if not steps:
         return []
@@ -45,6 +47,7 @@ def of_run(steps: Sequence[StepMetrics], held_out: HeldOut | None = None) -> lis
     return [
         ("Loss", loss_note, line_plot(x, thin(*loss_lines), width_in=9.0, height_in=3.0)),
         *_held_out(steps, held_out),
+        *_exact_match(steps, answered),
         ("Speed", speed_note, line_plot(x, thin(speed, steady), from_zero=True)),
         ("Memory", "peak so far, GiB", line_plot(x, thin(memory), from_zero=True)),
     ]
@@ -59,6 +62,16 @@ def _held_out(steps: Sequence[StepMetrics], held_out: HeldOut | None) -> list[tu
         seen.insert(0, (0, held_out.before.loss))
     note = f"{held_out.rows:,} rows that are not trained on"
     return [("Held-out loss", note, line_plot([x for x, _ in seen], [[y for _, y in seen]]))]
+
+
+def _exact_match(steps: Sequence[StepMetrics], answered: ExactMatch | None) -> list[tuple[str, str, str]]:
+    """Right answers over the run, where they were looked at on the way."""
+    seen = [(step.step, step.eval_exact_match) for step in steps if step.eval_exact_match is not None]
+    if answered is None or not seen:
+        return []
+    seen = [(0, answered.before), *seen, (steps[-1].step, answered.after)]
+    note = f"share of {answered.problems:,} held-out problems"
+    return [("Right answers", note, line_plot([x for x, _ in seen], [[y for _, y in seen]], from_zero=True))]
 
 
 def line_plot(

@@ -54,7 +54,7 @@ def percent(fraction: float) -> str:
 
 
 def key_figures(result: RunResult) -> list[Figure]:
-    """What a person asks first: the first five answer it, the others say how far the answer carries."""
+    """What a person asks first: the first five or six answer it, the others say how far the answer carries."""
     padding = f"padding not counted; median of {steps_text(result.steady_steps, 'steady ')}"
     cost_note = (
         "no price: set usd_per_hour" if result.usd_per_hour is None else f"at {usd(result.usd_per_hour)} per hour"
@@ -65,6 +65,7 @@ def key_figures(result: RunResult) -> list[Figure]:
     return [
         _loss(result),
         *_held_out(result),
+        *_exact_match(result),
         _known("speed", result.tokens_per_s, lambda v: f"{rate(v)} tokens/s", padding, "not enough steps to say"),
         Figure("peak memory", f"{result.peak_memory_gib:,.1f} GiB"),
         Figure("time", duration(result.wall_s), f"{steps_text(result.steps)}; from start to end, loading included"),
@@ -122,6 +123,15 @@ def _held_out(result: RunResult) -> list[Figure]:
     return [Figure("held-out loss", (f"{before.loss:.3f} → " if before else "") + f"{after.loss:.3f}", note)]
 
 
+def _exact_match(result: RunResult) -> list[Figure]:
+    """Nothing where no problems were to be answered, or the run did not complete."""
+    match = result.exact_match
+    if match is None:
+        return []
+    share = f"{100 * match.before:.0f} % → {100 * match.after:.0f} %"
+    return [Figure("exact match", share, f"on {match.problems:,} held-out problems, before and after training")]
+
+
 def _known(label: str, value: float | None, text: Callable[[float], str], note: str, why_not: str) -> Figure:
     return Figure(label, "not known", why_not) if value is None else Figure(label, text(value), note)
 
@@ -159,7 +169,9 @@ def write_html(path: Path | str, result: RunResult, steps: list[StepMetrics]) ->
         figures=key_figures(result),
         what_ran=what_ran(result),
         facts=[(name.replace("_", " "), readable(value)) for name, value in result.hardware.items()],
-        plots=[(title, note, Markup(svg)) for title, note, svg in plots.of_run(steps, result.held_out)],
+        plots=[
+            (title, note, Markup(svg)) for title, note, svg in plots.of_run(steps, result.held_out, result.exact_match)
+        ],
         drawn_every=plots.stride(steps),
     )
 

@@ -9,11 +9,14 @@ from fasttune import model as models  # first: it imports unsloth
 import torch
 
 from fasttune.config import Config
-from fasttune.data import chat, formats, sources
+from fasttune.data import answers, chat, formats, sources
 from fasttune.data.batches import Batches
 from fasttune.data.formats import Row
+from fasttune.errors import DataError
+from fasttune.metrics import ExactMatch, Sample
 
-MAX_NEW_TOKENS = 128
+ROWS_AT_ONCE = 40
+LEAST_NEW_TOKENS, MOST_NEW_TOKENS = 64, 512
 
 
 @dataclass(frozen=True)
@@ -26,8 +29,10 @@ class Problem:
 
 
 def read(config: Config, tokenizer: Any, batches: Batches) -> list[Problem]:
-    """The first `config.samples` held-out conversations; plain text rows have no question and are left out."""
-    problems = []
+    """The first held-out conversations, as many as are shown or scored; plain text rows have no question and are left
+    out. Raises DataError where one is to be scored and its reference holds no `#### N`.
+    """
+    problems: list[Problem] = []
     for place, row in _held_out(config, batches):
         row = formats.rename(row, config.data.columns, place)
         form = config.data.format if config.data.format != "auto" else formats.detect(row, place)
@@ -39,37 +44,72 @@ def read(config: Config, tokenizer: Any, batches: Batches) -> list[Problem]:
             continue
         messages, last = conversation.messages, conversation.answers[-1]
         question = messages[last - 1]["content"]
+        scored = len(problems) < config.eval.problems
+        if scored and answers.final_number(messages[last]["content"]) is None:
+            raise DataError(
+                f"eval.problems: {place}: its answer holds no `#### N`, so none can be checked; set eval.problems=0"
+            )
         problems.append(Problem(question, chat.prompt(messages, tokenizer), messages[last]["content"]))
     return problems
 
 
 def _held_out(config: Config, batches: Batches) -> Iterator[tuple[str, Row]]:
     """(place, row): the first rows of data.eval, or the first that data.eval_share holds out of the first data set."""
-    data = config.data
-    if not config.samples:
+    data, count = config.data, max(config.samples, config.eval.problems)
+    if not count:
         return
     if data.eval is not None:
-        for _, place, row in sources.first_rows(data.eval, "test", data.split, config.samples):
+        for _, place, row in sources.first_rows(data.eval, "test", data.split, count):
             yield place, row
         return
     part, held_out = batches.parts[0], batches.split[0][1]
-    wanted = set(part.numbers[held_out[: config.samples]].tolist())
+    wanted = set(part.numbers[held_out[:count]].tolist())
     rows = sources.first_rows(part.source, "train", data.split, max(wanted, default=0))
     yield from ((place, row) for number, place, row in rows if number in wanted)
 
 
 def answer(model: Any, tokenizer: Any, problems: list[Problem], checkpointing: str) -> list[str]:
-    """The model's greedy answers, at most MAX_NEW_TOKENS each; the model is left ready for training."""
+    """The model's greedy answers, each at most half as long again as the longest reference (and 16 tokens more).
+
+    The model is left ready for training.
+    """
     if not problems:
         return []
+    longest = max(map(len, tokenizer([problem.reference for problem in problems]).input_ids))
+    room = min(max(longest + longest // 2 + 16, LEAST_NEW_TOKENS), MOST_NEW_TOKENS)
     models.for_inference(model)
     tokenizer.padding_side = "left"
-    prompts = [problem.prompt for problem in problems]
-    batch = tokenizer(prompts, return_tensors="pt", padding=True, add_special_tokens=False).to(model.device)  # (B, T)
-    with torch.inference_mode():
-        out = model.generate(
-            **batch, max_new_tokens=MAX_NEW_TOKENS, do_sample=False, pad_token_id=tokenizer.pad_token_id
-        )
+    texts = []
+    for start in range(0, len(problems), ROWS_AT_ONCE):
+        prompts = [problem.prompt for problem in problems[start : start + ROWS_AT_ONCE]]
+        batch = tokenizer(prompts, return_tensors="pt", padding=True, add_special_tokens=False).to(
+            model.device
+        )  # (B, T)
+        with torch.inference_mode():
+            out = model.generate(**batch, max_new_tokens=room, do_sample=False, pad_token_id=tokenizer.pad_token_id)
+        texts += tokenizer.batch_decode(out[:, batch["input_ids"].shape[1] :], skip_special_tokens=True)
     tokenizer.padding_side = "right"
     models.for_training(model, checkpointing)
-    return tokenizer.batch_decode(out[:, batch["input_ids"].shape[1] :], skip_special_tokens=True)
+    return texts
+
+
+def exact_match(model: Any, tokenizer: Any, problems: list[Problem], checkpointing: str) -> float | None:
+    """Share of the problems that the model answers rightly now; None for none."""
+    texts = answer(model, tokenizer, problems, checkpointing)
+    return answers.accuracy(texts, [problem.reference for problem in problems])
+
+
+def compare(
+    config: Config, problems: list[Problem], before: list[str], after: list[str]
+) -> tuple[list[Sample], ExactMatch | None]:
+    """(the samples to show, the exact match on the first `eval.problems`; None where none were asked for)."""
+    shown = [
+        Sample(problem.question, problem.reference, old, new)
+        for problem, old, new in zip(problems, before, after, strict=True)
+    ][: config.samples]
+    count = min(config.eval.problems, len(problems))
+    if not count:
+        return shown, None
+    references = [problem.reference for problem in problems[:count]]
+    then, now = (answers.accuracy(texts[:count], references) for texts in (before, after))
+    return shown, ExactMatch(count, then or 0.0, now or 0.0)

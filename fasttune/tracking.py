@@ -15,7 +15,8 @@ from fasttune.errors import ConfigError
 from fasttune.metrics import StepMetrics
 from fasttune.prepare import Job
 
-SHOWN = ("loss", "learning_rate", "grad_norm", "tokens_per_s", "peak_memory_gib", "eval_loss", "eval_token_accuracy")
+SHOWN = ["loss", "learning_rate", "grad_norm", "tokens_per_s", "peak_memory_gib"]
+SHOWN += ["eval_loss", "eval_token_accuracy", "eval_exact_match"]
 OFFLINE = ("offline", "disabled", "dryrun")  # of WANDB_MODE
 
 Send = Callable[[dict[str, float], int], None]  # numbers by name, step

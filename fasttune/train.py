@@ -17,7 +17,7 @@ from fasttune import journal, report, summary, tracking
 from fasttune.config import Config
 from fasttune.errors import FasttuneError
 from fasttune.journal import Journal
-from fasttune.metrics import RunResult, Sample
+from fasttune.metrics import RunResult
 from fasttune.prepare import Job, Reporter, preflight, prepare
 from fasttune.quiet import library_log
 from fasttune.summary import Outcome
@@ -57,10 +57,7 @@ def run(config: Config, reporter: Reporter, resume: Path | None = None) -> RunRe
         result.held_out = validator.result(outcome.saved_step)
         if outcome.status == "completed":
             after = samples.answer(job.model, job.tokenizer, job.problems, job.plan.gradient_checkpointing)
-            result.samples = [
-                Sample(problem.question, problem.reference, old, new)
-                for problem, old, new in zip(job.problems, before, after, strict=True)
-            ]
+            result.samples, result.exact_match = samples.compare(job.config, job.problems, before, after)
     report.write_json(folder / "run.json", result.as_dict())
     report.write_html(folder / "report.html", result, outcome.steps)
     return result

@@ -187,6 +187,7 @@ class StepRecorder(transformers.TrainerCallback):
                 peak_memory_gib=peak_memory_gib(),
                 eval_loss=seen.loss if seen else None,
                 eval_token_accuracy=seen.token_accuracy if seen else None,
+                eval_exact_match=seen.exact_match if seen else None,
                 **counts,
             ),
             self.bad_in_a_row,

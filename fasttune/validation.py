@@ -1,4 +1,4 @@
-"""Loss and token accuracy on held-out rows, beside a training that does not notice: no random number is drawn."""
+"""Loss, token accuracy and right answers on held-out rows, beside a training that does not notice."""
 
 from dataclasses import asdict
 from typing import Any
@@ -7,6 +7,7 @@ from fasttune import model as fasttune_model  # noqa: F401  first: it imports un
 
 import torch
 
+from fasttune import samples
 from fasttune.data import packing
 from fasttune.data.batches import MicroBatch, flat
 from fasttune.data.tokens import IGNORE
@@ -20,7 +21,7 @@ class Validator:
     """Measures the model on the job's held-out rows when that is due, and remembers what it saw."""
 
     def __init__(self, job: Job, model: Any, autocast: bool):
-        self.model, self.autocast = model, autocast
+        self.model, self.autocast, self._job = model, autocast, job
         self.every, self.total_steps = job.config.eval.every_steps, job.total_steps
         self.rows = len(job.held_out)
         self._batches = _in_packs(job) if job.data.packed else [_alone(flat([row])) for row in job.held_out]
@@ -43,11 +44,18 @@ class Validator:
             )
         finally:
             self.model.train(was_training)
-        self.last = Evaluation(step, float(loss / count), float(right / count))
+        self.last = Evaluation(step, float(loss / count), float(right / count), self._answered(step))
         self.before = self.last if step == 0 else self.before
         if step and (self.best is None or self.last.loss < self.best.loss):
             self.best = self.last
         return self.last
+
+    def _answered(self, step: int) -> float | None:
+        if step in (0, self.total_steps):
+            return None  # all of them are answered there, for the samples
+        job = self._job
+        problems = job.problems[: job.config.eval.problems]
+        return samples.exact_match(self.model, job.tokenizer, problems, job.plan.gradient_checkpointing)
 
     def state(self) -> dict[str, Any]:
         """Plain values for a checkpoint, which `restore` takes."""

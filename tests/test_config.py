@@ -63,6 +63,7 @@ def test_an_unknown_key_names_the_nearest(section: str, key: str, nearest: str) 
 def test_settings_that_would_be_ignored_are_refused() -> None:
     assert "lora.* would be ignored" in problems({**SMALL, "lora": {"rank": 4}, "train": {"method": "full"}})[0]
     assert "samples needs held-out rows" in problems({**SMALL, "samples": 2})[0]
+    assert "eval.problems needs held-out rows" in problems({**SMALL, "eval": {"problems": 2}})[0]
     nf4 = {"name": "builtin:tiny", "quantization": "nf4"}
     assert "nf4" in problems({**SMALL, "model": nf4, "train": {"method": "full"}})[0]
     assert "pissa" in problems({**SMALL, "model": nf4, "lora": {"init": "pissa"}})[0]

@@ -16,20 +16,20 @@ LAYERS = [
     {"builtin", "data", "output", "plan", "report", "rules"},
     {"live", "pretrained", "rows_attention", "terminal"},
     {"model"},
-    {"fused_lora", "packed", "samples", "view"},
-    {"prepare", "view_page"},
+    {"finished", "fused_lora", "packed", "samples", "tasks", "view"},
+    {"harness", "prepare", "view_page"},
     {"state", "tracking", "validation"},
     {"trainer"},
     {"resume", "summary"},
     {"journal"},
-    {"bench", "train"},
+    {"bench", "evaluate", "train"},
     {"checks"},
     {"verify"},
     {"cli"},
 ]
 LEVEL = {name: level for level, names in enumerate(LAYERS) for name in names}
-LIGHT = ["errors", "config", "stack", "cli", "hardware", "terminal", "verify", "prepare", "train", "view_page"]
-HEAVY = {"torch", "transformers", "unsloth", "trl", "peft", "datasets", "matplotlib", "jinja2"}
+LIGHT = "errors config stack cli evaluate hardware terminal verify prepare train view_page".split()
+HEAVY = {"torch", "transformers", "unsloth", "trl", "peft", "datasets", "matplotlib", "jinja2", "lm_eval"}
 
 
 def imports(path: Path) -> set[str]:

@@ -15,7 +15,7 @@ from rich.console import Console
 
 from fasttune import metrics, plots, report, terminal
 from fasttune.errors import OutputError
-from fasttune.metrics import Backend, RunResult, Sample, Setting, StepMetrics
+from fasttune.metrics import Backend, ExactMatch, RunResult, Sample, Setting, StepMetrics
 
 SETTINGS = [Setting("model", "some/model"), Setting("dtype", "float32", "this [chip] has no bf16")]
 
@@ -252,6 +252,12 @@ def test_samples_side_by_side_escaped_and_clipped(tmp_path, width):
     assert all(len(line) <= width for line in table.splitlines())
     assert table.count("q") == terminal.SAMPLE_CHARACTERS - 1 - len("after ") and "…" in table
     assert bool(re.search(r"^ *before +after *$", table, re.MULTILINE)) == (width >= 60)
+
+
+def test_the_exact_match_is_told_where_there_is_one(tmp_path):
+    result = make_result(tmp_path, make_steps(9), exact_match=ExactMatch(40, 0.0, 0.55))
+    assert re.search(r"exact match +0 % → 55 % +on 40 held-out problems, before and after training", printed(result))
+    assert "exact match" not in printed(make_result(tmp_path, make_steps(9)))
 
 
 def test_json_is_valid_whatever_the_numbers(tmp_path):

@@ -87,7 +87,7 @@ def run(tmp_path_factory: pytest.TempPathFactory) -> Path:
     """A finished run through the real command; its stdout is kept in stdout.txt."""
     folder = tmp_path_factory.mktemp("train")
     path = folder / "tiny.yaml"
-    path.write_text(yaml.safe_dump(tree(samples=1, data={"eval": "builtin:arithmetic"})))
+    path.write_text(yaml.safe_dump(tree(samples=1, eval={"problems": 3}, data={"eval": "builtin:arithmetic"})))
     output = folder / "run"
     arguments = [str(path), f"output_dir={output}", "usd_per_hour=3.6", "--json"]
     done = subprocess.run(command(*arguments), capture_output=True, text=True, cwd=folder)
@@ -106,7 +106,8 @@ def test_the_command_writes_the_contract(run: Path) -> None:
     assert json.loads((run / "stdout.txt").read_text().splitlines()[-1]) == result
     adapter = {path.name for path in (run / "adapter").iterdir()}
     assert {"adapter_config.json", "adapter_model.safetensors", "tokenizer.json"} <= adapter
-    assert result["samples"][0]["reference"].count("####") == 1
+    assert len(result["samples"]) == 1 and result["samples"][0]["reference"].count("####") == 1
+    assert result["exact_match"] == {"problems": 3, "before": 0.0, "after": 0.0}  # what a random model can do
 
 
 def test_the_numbers_are_those_of_the_steps(run: Path) -> None:

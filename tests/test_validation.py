@@ -16,6 +16,7 @@ HELD_OUT = {"data": {"eval": "builtin:arithmetic"}, "eval": {"every": "2 steps",
 
 
 def changed(**sections: dict[str, Any]) -> dict[str, Any]:
+    """HELD_OUT, with more in its sections."""
     return {name: HELD_OUT.get(name, {}) | sections.get(name, {}) for name in {**HELD_OUT, **sections}}
 
 
@@ -61,16 +62,17 @@ def test_loss_and_accuracy_are_those_of_plain_transformers(tmp_path: Path, packi
 
 def test_training_does_not_notice(tmp_path: Path) -> None:
     """Not even with dropout, which draws random numbers."""
-    dropout = {"lora": {"dropout": 0.1}}
+    dropout = {"lora": {"dropout": 0.1}, "samples": 1}
     run(tmp_path / "never", changed(eval={"every": "never"}) | dropout)
-    run(tmp_path / "often", changed() | dropout)
+    run(tmp_path / "often", changed(eval={"problems": 2}) | dropout)
     assert losses(tmp_path / "often") == losses(tmp_path / "never")
     assert learned(tmp_path / "often") == learned(tmp_path / "never")
     lines = [json.loads(line) for line in (tmp_path / "often" / "metrics.jsonl").read_text().splitlines()]
     assert [line["step"] for line in lines if line["eval_loss"] is not None] == [2, 4, 6, 8]
     assert all((line["eval_loss"] is None) == (line["eval_token_accuracy"] is None) for line in lines)
+    assert [line["step"] for line in lines if line["eval_exact_match"] == 0.0] == [2, 4, 6]
     page = (tmp_path / "often" / "report.html").read_text()
-    assert "Held-out loss" in page and "first guess right" in page
+    assert "Held-out loss" in page and "first guess right" in page and "Right answers" in page
     assert "Held-out loss" not in (tmp_path / "never" / "report.html").read_text()
 
 

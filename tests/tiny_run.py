@@ -40,7 +40,7 @@ class Reporter:
 def settings(folder: Path, changes: dict[str, Any] | None = None) -> config.Config:
     tree = {key: dict(value) if isinstance(value, dict) else value for key, value in TREE.items()}
     for section, values in (changes or {}).items():
-        tree[section] = tree.get(section, {}) | values
+        tree[section] = tree.get(section, {}) | values if isinstance(values, dict) else values
     if tree["train"].get("method") == "full":
         del tree["lora"]
     return config.parse(tree | {"output_dir": str(folder)})

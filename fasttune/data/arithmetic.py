@@ -3,7 +3,7 @@
     rows = generate("train", seed=0, rows=2000)     # {"question": …, "answer": …}
 
 Train and held-out parts are disjoint in their numbers: a problem's part is a hash of its (kind, a, b), so no seed,
-count or wording can put the same sum into both.
+count or wording can put the same sum into both. (7 * 8 and 8 * 7 are two sums.)
 """
 
 import hashlib
@@ -61,10 +61,3 @@ def part_of(answer: str) -> Part:
     equation = next(line for line in answer.splitlines() if "=" in line)
     share = int.from_bytes(hashlib.sha256(equation.encode()).digest()[:4], "big") / 2**32
     return "test" if share < HELD_OUT_SHARE else "train"
-
-
-def final_number(text: str) -> str | None:
-    """The integer after the last `####` (GSM8K's convention), without thousands commas; None if there is none."""
-    tail = text.rpartition("####")[2].strip().split() if "####" in text else []
-    number = tail[0].replace(",", "").rstrip(".") if tail else ""
-    return number if number.lstrip("-").isdigit() else None

@@ -1,0 +1,226 @@
+"""fasttune eval: the data set's own answer rule, problem by problem; answers kept by the weights; no network."""
+
+import json
+import shutil
+import subprocess
+import sys
+import warnings
+from pathlib import Path
+from typing import Any
+
+import pytest
+
+from fasttune import evaluate, tasks
+from fasttune.data import answers
+from fasttune.errors import DataError, FasttuneError
+from fasttune.finished import open_run
+
+PAIRS = [  # (what the data set says, what a model wrote)
+    ("2 + 2 = 4\n#### 4", "It is 4.\n#### 4"),
+    ("#### 1,234", "#### 1234"),
+    ("#### 1234", "#### 1,234"),
+    ("#### -3", "#### -3 dollars"),
+    ("#### 3", "#### -3"),
+    ("#### 18", "#### 18.0"),
+    ("#### 18", "#### 18."),
+    ("#### 18", "#### $18"),
+    ("#### 18", "####18"),
+    ("#### 7", "#### 8\n#### 7"),
+    ("#### 7", "7"),
+    ("#### 7", ""),
+]
+CHOICES = [
+    {"question": "The shortest?", "answer": " a", "options": [" a", " bcd", " efgh"]},
+    {"question": "The longest?", "answer": "C", "options": ["xy", "z", "pqrs"]},
+    {"question": "The last?", "answer": 1, "options": ["yes", "no"]},
+]
+
+
+class Silent:
+    """A reporter that says nothing."""
+
+    def __getattr__(self, name: str) -> Any:
+        return lambda *arguments, **keywords: None
+
+
+@pytest.fixture(scope="module")
+def harness(unsloth: None) -> Any:
+    """The harness, imported once; what it warns of while it is, is its own."""
+    with warnings.catch_warnings():
+        warnings.simplefilter("ignore")
+        from fasttune import harness
+    return harness
+
+
+def write(path: Path, rows: list[dict[str, Any]]) -> str:
+    path.write_text("".join(json.dumps(row) + "\n" for row in rows))
+    return str(path)
+
+
+def score(folder: Path, name: str = "builtin:tiny", **arguments: Any) -> tuple[Any, list[dict[str, Any]]]:
+    result = evaluate.run(name, Silent(), output=str(folder), **arguments)
+    lines = [json.loads(line) for line in (folder / "eval_samples.jsonl").read_text().splitlines()]
+    assert json.loads((folder / "eval.json").read_text()) == json.loads(json.dumps(result.as_dict()))
+    return result, lines
+
+
+def by_hand(text: str) -> str | None:
+    """GSM8K's rule, written without a regular expression."""
+    _, mark, tail = text.partition("#### ")
+    while mark:
+        sign, body = ("-", tail[1:]) if tail.startswith("-") else ("", tail)
+        number = body[: len(body) - len(body.lstrip("0123456789.,"))]
+        if number:
+            return sign + number.replace(",", "")
+        _, mark, tail = tail.partition("#### ")
+    return None
+
+
+def test_every_problem_is_judged_by_the_rule_of_the_data_set(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, harness: Any
+) -> None:
+    rows = [{"question": f"Problem {n}?", "answer": reference} for n, (reference, _) in enumerate(PAIRS)]
+    written = {f"Problem {n}?": text for n, (_, text) in enumerate(PAIRS)}
+
+    def generate(self: Any, requests: list[Any], disable_tqdm: bool = False) -> list[str]:
+        return [next(text for q, text in written.items() if q in request.args[0]) for request in requests]
+
+    monkeypatch.setattr(harness.HFLM, "generate_until", generate)
+    result, lines = score(tmp_path, data=write(tmp_path / "gsm.jsonl", rows), keep_answers=False)
+    assert result.tasks == ["gsm8k_jsonl"] and [line["generation"] for line in lines] == [text for _, text in PAIRS]
+    expected = [by_hand(text) is not None and by_hand(text) == by_hand(reference) for reference, text in PAIRS]
+    assert [line["right"] for line in lines] == expected
+    assert [line["extracted"] for line in lines] == [by_hand(text) for _, text in PAIRS]
+    assert 3 < sum(expected) < len(expected)
+    (only,) = result.scores
+    assert (only.metric, only.problems, only.value) == ("exact_match", len(PAIRS), sum(expected) / len(PAIRS))
+    assert only.stderr == pytest.approx((only.value * (1 - only.value) / (len(PAIRS) - 1)) ** 0.5)
+
+
+def test_the_harness_generates_what_the_model_generates(tmp_path: Path, harness: Any, tiny_tokenizer: Any) -> None:
+    """Prompts are those of training, and batched answers of different lengths are the model's own greedy ones."""
+    from fasttune import finished, model as models
+    from fasttune.data import arithmetic, chat
+
+    result, lines = score(tmp_path, tasks="builtin:arithmetic", limit=3, batch_rows=2, keep_answers=False)
+    rows = arithmetic.generate("test", rows=3)
+    model, tokenizer = finished.load(open_run("builtin:tiny"), "float32")
+    for row, line in zip(rows, lines, strict=True):
+        turns = [{"role": "user", "content": row["question"]}, {"role": "assistant", "content": row["answer"]}]
+        assert line["prompt"] == chat.prompt(turns, tiny_tokenizer) and line["reference"] == row["answer"]
+        ids = tokenizer(line["prompt"], return_tensors="pt", add_special_tokens=False)
+        with models.torch.inference_mode():
+            out = model.generate(**ids, max_new_tokens=128, do_sample=False, pad_token_id=tokenizer.pad_token_id)
+        assert line["generation"] == tokenizer.decode(out[0, ids["input_ids"].shape[1] :], skip_special_tokens=True)
+        assert line["right"] == answers.is_right(line["generation"], row["answer"])
+    assert (result.requests, result.from_cache, result.limit) == (3, 0, 3)
+
+
+def test_answers_are_kept_for_these_weights_only(tmp_path: Path, harness: Any) -> None:
+    import safetensors.torch
+
+    from fasttune import builtin
+
+    rows = write(tmp_path / "choices.jsonl", CHOICES)
+    copy, changed = tmp_path / "copy", tmp_path / "changed"
+    shutil.copytree(builtin.path("builtin:tiny"), copy)
+    shutil.copytree(copy, changed)
+    weights = safetensors.torch.load_file(changed / "model.safetensors")
+    weights["model.norm.weight"][0] += 1e-3
+    safetensors.torch.save_file(weights, changed / "model.safetensors", {"format": "pt"})
+
+    part, _ = score(tmp_path / "0", data=rows, limit=2)
+    assert (part.requests, part.from_cache) == (6, 0)  # a request an option
+    first, before = score(tmp_path / "1", data=rows)
+    assert (first.requests, first.from_cache) == (8, 6)
+    again, after = score(tmp_path / "2", str(copy), data=rows)  # the same weights, elsewhere
+    assert (again.requests, again.from_cache) == (8, 8) and after == before
+    other, _ = score(tmp_path / "3", str(changed), data=rows)
+    assert other.from_cache == 0
+    forgetful, _ = score(tmp_path / "4", data=rows, keep_answers=False)
+    assert forgetful.from_cache == 0
+
+
+def test_an_adapter_of_another_scale_is_another_model(harness: Any, tiny_tokenizer: Any) -> None:
+    from fasttune import builtin, model as models
+
+    model = models.transformers.AutoModelForCausalLM.from_pretrained(builtin.path("builtin:tiny"))
+    model = models.peft.get_peft_model(model, models.peft.LoraConfig(r=4, target_modules=["q_proj"]))
+    first = harness.fingerprint(model, tiny_tokenizer)
+    assert harness.fingerprint(model, tiny_tokenizer) == first
+    model.base_model.model.model.layers[0].self_attn.q_proj.scaling["default"] = 7.0
+    assert harness.fingerprint(model, tiny_tokenizer) != first
+
+
+def test_the_command_scores_multiple_choice_without_a_network(tmp_path: Path, harness: Any) -> None:
+    rows = write(tmp_path / "choices.jsonl", CHOICES)
+    guarded = (
+        "import sys; from fasttune.checks import guard; attempts = []; guard.block_network(attempts)\n"
+        "from fasttune import cli; code = cli.main(sys.argv[1:]); print(attempts, file=sys.stderr); sys.exit(code)"
+    )
+    command = [sys.executable, "-c", guarded, "eval", "builtin:tiny", "--data", rows, "--out", "scores", "--json"]
+    done = subprocess.run(command, capture_output=True, text=True, cwd=tmp_path)
+    assert done.returncode == 0, done.stderr
+    assert done.stderr.splitlines()[-1] == "[]"
+    result = json.loads(done.stdout.splitlines()[-1])
+    assert result == json.loads((tmp_path / "scores" / "eval.json").read_text())
+    assert sorted(path.name for path in tmp_path.iterdir()) == ["choices.jsonl", "scores"]
+    lines = [json.loads(line) for line in (tmp_path / "scores" / "eval_samples.jsonl").read_text().splitlines()]
+    right = []
+    for line, row in zip(lines, CHOICES, strict=True):
+        assert line["options"] == [option.strip() for option in row["options"]]
+        likelihoods = [found[0] for found in line["responses"]]
+        right.append(likelihoods.index(max(likelihoods)) == line["target"])
+    assert [line["target"] for line in lines] == [0, 2, 1]
+    accuracy = next(score for score in result["scores"] if score["metric"] == "acc")
+    assert accuracy["value"] == pytest.approx(sum(right) / 3) and accuracy["problems"] == 3
+    assert f"{100 * accuracy['value']:.1f} % ±" in done.stderr
+
+
+@pytest.mark.parametrize(
+    ("rows", "said"),
+    [
+        ([{"question": "q", "answer": "no number"}], "expected question, answer and options"),
+        ([{"question": "q", "answer": "#### 1"}, {"question": "q", "answer": "2"}], "holds no `#### N`"),
+        ([{"question": "q", "answer": "#### 1"}, {"answer": "#### 2"}], "has no question"),
+        ([{"question": 5, "answer": "a", "options": ["a", "b"]}], "expected text"),
+        ([{"question": "q", "answer": "c d", "options": ["a", "b"]}], "no option, no letter, no index"),
+        ([{"question": "q", "answer": 2, "options": ["a", "b"]}], "no option, no letter, no index"),
+        ([{"question": "q", "answer": "a", "options": ["a"]}], "two texts or more"),
+    ],
+)
+def test_bad_rows_are_told_in_one_line(tmp_path: Path, rows: list[dict[str, Any]], said: str) -> None:
+    source = write(tmp_path / "rows.jsonl", rows)
+    with pytest.raises(DataError, match=said) as caught:
+        {"gsm8k_jsonl": tasks.gsm8k, "multiple_choice_jsonl": tasks.multiple_choice}[tasks.of_rows(source)](source)
+    assert "\n" not in str(caught.value) and "rows.jsonl" in str(caught.value)
+
+
+@pytest.mark.parametrize(
+    ("arguments", "said"),
+    [
+        (("gsm8k_jsonl", None), "add --data FILE"),
+        (("hellaswag", "builtin:arithmetic"), "--data would be ignored by hellaswag"),
+        (("gsm8k_jsonl", "builtin:arithmetic"), "is not for gsm8k_jsonl"),
+        ((None, "nowhere.jsonl"), "no file nowhere.jsonl"),
+    ],
+)
+def test_tasks_that_do_not_fit_are_refused(arguments: tuple[str | None, str | None], said: str) -> None:
+    with pytest.raises(FasttuneError, match=said):
+        evaluate.choose(*arguments, open_run("builtin:tiny"))
+
+
+def test_an_unknown_task_names_the_nearest(harness: Any, monkeypatch: pytest.MonkeyPatch) -> None:
+    def ours(include_defaults: bool, **arguments: Any) -> Any:  # to read all tasks of the harness takes seconds
+        return manager(include_defaults=False, **arguments)
+
+    manager = harness.TaskManager
+    monkeypatch.setattr(harness, "TaskManager", ours)
+    with pytest.raises(FasttuneError, match=r"gsm8k_jsonI: .*did you mean gsm8k_jsonl"):
+        harness.load_tasks(["gsm8k_jsonI"], None)
+
+
+def test_a_missing_harness_is_told_with_the_command(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(evaluate, "NEEDS", ("no_such_package",))
+    with pytest.raises(FasttuneError, match=r"no_such_package is not installed; .*setup_h100\.sh"):
+        evaluate.run("builtin:tiny", Silent())

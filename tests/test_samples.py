@@ -1,0 +1,59 @@
+"""Held-out problems before and after: which are read, how they are scored, what is shown."""
+
+import json
+from pathlib import Path
+from typing import Any
+
+import pytest
+
+from fasttune import config, terminal
+from fasttune.errors import DataError
+
+TREE: dict[str, Any] = {"model": {"name": "builtin:tiny", "max_length": 512}, "data": {"train": "builtin:arithmetic"}}
+
+
+def test_all_are_scored_and_few_are_shown(unsloth: None) -> None:
+    from fasttune import samples
+    from fasttune.metrics import ExactMatch
+
+    problems = [samples.Problem(f"q{n}", f"<q{n}>", f"so\n#### {n}") for n in range(4)]
+    before, after = ["1", "#### 1", "#### 3", ""], ["#### 0", "#### 1", "#### 3", "#### 3"]
+    settings = config.parse(TREE | {"samples": 1, "eval": {"problems": 4}, "data": {**TREE["data"], "eval_share": 0.5}})
+    shown, match = samples.compare(settings, problems, before, after)
+    assert [(sample.prompt, sample.before, sample.after) for sample in shown] == [("q0", "1", "#### 0")]
+    assert match == ExactMatch(problems=4, before=0.25, after=0.75)
+    settings.samples, settings.eval.problems = 4, 2
+    shown, match = samples.compare(settings, problems, before, after)
+    assert len(shown) == 4 and match == ExactMatch(problems=2, before=0.5, after=1.0)
+    settings.eval.problems = 0
+    assert samples.compare(settings, problems, before, after)[1] is None
+
+
+def test_a_problem_that_cannot_be_scored_is_refused(tiny_tokenizer: Any, tmp_path: Path) -> None:
+    from fasttune import samples
+
+    file = tmp_path / "held_out.jsonl"
+    rows = [{"question": "a", "answer": "#### 1"}, {"question": "b", "answer": "two"}]
+    file.write_text("".join(json.dumps(row) + "\n" for row in rows))
+    tree = TREE | {"samples": 2, "eval": {"problems": 1}, "data": {**TREE["data"], "eval": str(file)}}
+    batches: Any = None  # only needed for a share that is held out
+    assert len(samples.read(config.parse(tree), tiny_tokenizer, batches)) == 2  # the second is shown, not scored
+    with pytest.raises(DataError, match=r"eval.problems: .*held_out\.jsonl.* line 2.*no `#### N`") as caught:
+        samples.read(config.parse(tree | {"eval": {"problems": 2}}), tiny_tokenizer, batches)
+    assert "\n" not in str(caught.value)
+
+
+def test_answers_in_parts_are_the_answers_at_once(
+    tiny_tokenizer: Any, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    from fasttune import prepare, samples
+
+    tree = TREE | {"eval": {"problems": 5}, "data": {**TREE["data"], "max_rows": 8, "eval": "builtin:arithmetic"}}
+    job = prepare.prepare(config.parse(tree), tmp_path / "run", terminal.Reporter(None, quiet=True))
+    assert len(job.problems) == 5
+    whole = samples.answer(job.model, job.tokenizer, job.problems, "none")
+    monkeypatch.setattr(samples, "ROWS_AT_ONCE", 2)
+    assert samples.answer(job.model, job.tokenizer, job.problems, "none") == whole
+    longest = max(len(job.tokenizer(problem.reference).input_ids) for problem in job.problems)
+    assert max(len(job.tokenizer(text).input_ids) for text in whole) >= longest  # there is room for a right answer
+    assert job.model.training and job.tokenizer.padding_side == "right"
