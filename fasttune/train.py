@@ -15,7 +15,7 @@ from dataclasses import asdict
 from pathlib import Path
 from typing import IO, Any
 
-from fasttune import checkpoint, config as configuration, output, report, summary
+from fasttune import card, checkpoint, config as configuration, output, report, summary
 from fasttune.config import Config
 from fasttune.errors import FasttuneError, RunFailed
 from fasttune.metrics import RunResult, Sample, StepMetrics
@@ -62,6 +62,7 @@ def run(config: Config, reporter: Reporter, resume: Path | None = None) -> RunRe
             ]
     report.write_json(folder / "run.json", result.as_dict())
     report.write_html(folder / "report.html", result, outcome.steps)
+    card.of_run(folder)
     return result
 
 
