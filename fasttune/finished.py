@@ -128,6 +128,8 @@ def load(finished: Finished, dtype: Dtype) -> tuple[Any, Any]:
         finished.warnings.append("trained on nf4 weights, which need a GPU: used here on the unquantized base")
         base = base.model_copy(update={"quantization": "none"})
     tokenizer = pretrained.read_tokenizer(finished.tokenizer_source)
+    positions = getattr(pretrained.read_architecture(base), "max_position_embeddings", None) or 0
+    base = base.model_copy(update={"max_length": max(base.max_length, positions)})  # on a GPU unsloth cuts off there
     model, _ = models.load(base, dtype, gradient_checkpointing="none", full=False, seed=0)
     if finished.adapter:
         model = models.add_trained(model, finished.adapter)

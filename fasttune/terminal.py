@@ -53,7 +53,7 @@ class Reporter:
     def note(self, text: str) -> None:
         """One pale line: what is being done now."""
         if not self._quiet:
-            self._line(Text(_plain(text), style="dim"))
+            self._line(Text(plain(text), style="dim"))
 
     def progress(self, what: str, share: float) -> None:
         """How far a long preparation is, 0 to 1: a bar, or without a terminal a line every PLAIN_LINE_EVERY_S."""
@@ -82,7 +82,7 @@ class Reporter:
         """A warning, above the bar; the final report repeats it."""
         if text not in self.warnings:
             self.warnings.append(text)
-            self._line(Text.assemble(("warning: ", "bold yellow"), _plain(text)))
+            self._line(Text.assemble(("warning: ", "bold yellow"), plain(text)))
 
     def start(
         self,
@@ -104,13 +104,13 @@ class Reporter:
         table = Table.grid(padding=(0, 2))
         table.add_column(style="bold", no_wrap=True, max_width=28)
         table.add_column(overflow="fold")
-        table.add_row("hardware", Text(_plain(hardware_line)))  # a bare str would be read as markup
+        table.add_row("hardware", Text(plain(hardware_line)))  # a bare str would be read as markup
         for setting in settings:
-            value = Text(_plain(setting.value))
+            value = Text(plain(setting.value))
             if setting.reason is not None:
-                value.append(f"  {_plain(setting.reason)}", style="dim")
-            table.add_row(Text(_plain(setting.name)), value)
-        self._console.print(Panel(table, title=Text(_plain(title), style="bold"), title_align="left", padding=(0, 1)))
+                value.append(f"  {plain(setting.reason)}", style="dim")
+            table.add_row(Text(plain(setting.name)), value)
+        self._console.print(Panel(table, title=Text(plain(title), style="bold"), title_align="left", padding=(0, 1)))
         if self._live:
             # 20 columns: the step counter and a bar that can still be read
             columns = (TextColumn("step {task.completed:,.0f}/{task.total:,.0f}"), BarColumn(bar_width=None))
@@ -149,19 +149,19 @@ class Reporter:
         if self._quiet:
             if result.status != "completed":
                 self._line(
-                    Text.assemble(_plain(result.name), ": ", status, ": ", _plain(result.error or "no reason given"))
+                    Text.assemble(plain(result.name), ": ", status, ": ", plain(result.error or "no reason given"))
                 )
             return
-        parts: list[RenderableType] = [Rule(Text.assemble(status, " ", _plain(result.name)), align="left", style="dim")]
+        parts: list[RenderableType] = [Rule(Text.assemble(status, " ", plain(result.name)), align="left", style="dim")]
         if result.error:
-            parts.append(Padding(Text(_plain(result.error), style="red"), (0, 2)))
+            parts.append(Padding(Text(plain(result.error), style="red"), (0, 2)))
         parts.append(Padding(_figure_table(result), (1, 2)))
         parts.extend(_samples(result.samples, wide=self._console.width >= 60))
         self._console.print(Group(*parts))
         for text in warnings:
-            self._line(Text.assemble(("warning: ", "bold yellow"), _plain(text)))
+            self._line(Text.assemble(("warning: ", "bold yellow"), plain(text)))
         for label, value in _files(result):  # not in a table: a path must stay in one piece to be copied
-            self._console.print(Text.assemble((f"{label:<9}", "bold"), _plain(value)), soft_wrap=True)
+            self._console.print(Text.assemble((f"{label:<9}", "bold"), plain(value)), soft_wrap=True)
 
     def _figures(self, step: StepMetrics) -> list[str]:
         """The figures of the bar, the most wanted first: a narrow terminal drops the last ones."""
@@ -198,7 +198,7 @@ def _fit(parts: list[str], width: int) -> str:
     return " · ".join(parts)
 
 
-def _plain(text: str) -> str:
+def plain(text: str) -> str:
     """`text` without control characters: a model's answer must not be able to steer the terminal."""
     return "".join(c if c.isprintable() or c in "\n\t " else "�" for c in text)
 
@@ -210,7 +210,7 @@ def _figure_table(result: RunResult) -> Table:
     for figure in key_figures(result):
         value = Text(figure.value, style="dim" if figure.value == "not known" else "")
         table.add_row(figure.label, value.append(f"  {figure.note}", style="dim"))
-    table.add_row("what ran", Text(" · ".join(f"{label} {_plain(value)}" for label, value in what_ran(result))))
+    table.add_row("what ran", Text(" · ".join(f"{label} {plain(value)}" for label, value in what_ran(result))))
     return table
 
 
@@ -233,7 +233,7 @@ def _samples(samples: list[Sample], wide: bool) -> Iterator[RenderableType]:
 
 
 def _clip(text: str) -> Text:
-    text = _plain(text.strip())
+    text = plain(text.strip())
     return Text(text if len(text) <= SAMPLE_CHARACTERS else text[: SAMPLE_CHARACTERS - 1] + "…")
 
 

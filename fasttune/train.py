@@ -13,7 +13,7 @@ from contextlib import ExitStack, contextmanager
 from pathlib import Path
 from typing import Any
 
-from fasttune import journal, report, summary, tracking
+from fasttune import card, journal, report, summary, tracking
 from fasttune.config import Config
 from fasttune.errors import FasttuneError
 from fasttune.journal import Journal
@@ -60,6 +60,7 @@ def run(config: Config, reporter: Reporter, resume: Path | None = None) -> RunRe
             result.samples, result.exact_match = samples.compare(job.config, job.problems, before, after)
     report.write_json(folder / "run.json", result.as_dict())
     report.write_html(folder / "report.html", result, outcome.steps)
+    card.of_run(folder)
     return result
 
 

@@ -50,3 +50,33 @@ def tiny_recipe(unsloth: None) -> Any:
 
     tokenizer = model.transformers.AutoTokenizer.from_pretrained(builtin.path("builtin:tiny"))
     return tokens.recipe_of(tokenizer, "messages", {}, "assistant", 512, "truncate")
+
+
+@pytest.fixture(scope="session")
+def finished_run(unsloth: None, tmp_path_factory: pytest.TempPathFactory) -> Any:
+    """The folder of one finished run of builtin:tiny. Read only.
+
+    Its adapter is overwritten with noise: a few steps make this random model say the same to every prompt.
+    """
+    import safetensors.torch
+    import torch
+
+    from fasttune import config, terminal, train
+
+    tree = {
+        "name": "tiny",
+        "model": {"name": "builtin:tiny", "max_length": 256},
+        "data": {"train": "builtin:arithmetic", "max_rows": 32},
+        "lora": {"rank": 4, "alpha": 8, "rslora": True},
+        "train": {"batch_rows": 8, "max_steps": 2},
+    }
+    folder = tmp_path_factory.mktemp("finished") / "run"
+    result = train.run(config.parse({**tree, "output_dir": str(folder)}), terminal.Reporter(None, quiet=True))
+    assert result.status == "completed"
+    path, random = folder / "adapter" / "adapter_model.safetensors", torch.Generator().manual_seed(0)
+    noise = {
+        name: 0.02 * torch.randn(tensor.shape, generator=random) if "lora_B" in name else tensor
+        for name, tensor in safetensors.torch.load_file(path).items()
+    }
+    safetensors.torch.save_file(noise, path, {"format": "pt"})
+    return folder

@@ -14,7 +14,7 @@ from fasttune import terminal
 from fasttune.bench import report
 from fasttune.bench.result import Bench
 from fasttune.report import steps_text, usd
-from fasttune.terminal import _plain as plain, clock
+from fasttune.terminal import clock, plain
 
 FIRST_COLUMNS = 5  # of the upper table, where all columns in one would be too wide
 MEASURED_S = 0.5  # a measurement that was in the folder already takes less, and says nothing of the time left

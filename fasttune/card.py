@@ -1,0 +1,131 @@
+"""A model card: README.md beside the weights, with what a run has measured and nothing it has not.
+
+Local paths are shown by their last part: a card is made to be shared.
+"""
+
+import json
+import re
+from pathlib import Path
+from typing import Any
+
+import yaml
+
+from fasttune import report
+from fasttune.config import Config, looks_like_hub
+from fasttune.finished import Finished, open_run
+from fasttune.merge_check import Comparison
+from fasttune.metrics import Backend, RunResult, Sample, Setting
+
+FIELDS = ("seed", "model", "lora", "data", "train")
+
+
+def of_run(folder: Path) -> None:
+    """The card of a run's adapter/ or model/, as far as the run got. Nothing where it saved neither."""
+    kind = next((kind for kind in ("adapter", "model") if (folder / kind).is_dir()), None)
+    if kind:
+        write(folder / kind, open_run(str(folder)))
+
+
+def write(folder: Path, finished: Finished, compared: Comparison | None = None) -> None:
+    """README.md into a folder of weights; `compared` is what a merge has shown. Raises OutputError."""
+    report.write_bytes(folder / "README.md", text(finished, compared).encode())
+
+
+def text(finished: Finished, compared: Comparison | None) -> str:
+    """The card. Evaluations are those of eval.json in the run's folder."""
+    import huggingface_hub
+    import jinja2
+
+    config = finished.config
+    base = config.model.name if config else finished.base.name
+    adapter = finished.adapter is not None and compared is None
+    sets = [name.partition(":")[0] for name in config.data.sources if looks_like_hub(name)] if config else []
+    data = huggingface_hub.ModelCardData(
+        base_model=base if looks_like_hub(base) else None,
+        datasets=sets or None,
+        library_name="peft" if adapter else "transformers",
+        pipeline_tag="text-generation",
+        tags=["fasttune", *(["lora"] if finished.adapter else [])],
+    )
+    environment = jinja2.Environment(
+        loader=jinja2.FileSystemLoader(Path(__file__).parent),
+        undefined=jinja2.StrictUndefined,
+        trim_blocks=True,
+        lstrip_blocks=True,
+        autoescape=False,  # Markdown; cells are escaped by `cell`
+    )
+    environment.filters["cell"] = lambda value: str(value).replace("|", "\\|").replace("\n", " ")
+    result = result_of(finished)
+    return environment.get_template("card.md.j2").render(
+        metadata=data.to_yaml(),
+        name=config.name if config else shown(finished.name),
+        base=shown(base),
+        adapter=adapter,
+        method="LoRA" if finished.adapter else "full fine-tuning",
+        data=[_without_paths(s.value, config) for s in result.settings if s.name == "data"]
+        if result and config
+        else [],
+        settings=[s for s in result.settings if s.name != "data"] if result else [],
+        config=_recipe(config) if config else "",
+        result=result,
+        figures=report.key_figures(result) if result else [],
+        hardware=_hardware(result.hardware) if result else "",
+        evaluation=_evaluation(finished),
+        compared=compared,
+    )
+
+
+def shown(name: str) -> str:
+    """A model or data set as a stranger may see it: a hub id or builtin: name, else the last part of its path."""
+    return name if name.startswith("builtin:") or looks_like_hub(name) else Path(name).name
+
+
+def result_of(finished: Finished) -> RunResult | None:
+    """run.json as it was written; None where there is none, or one of another version."""
+    said = finished.result
+    if said is None:
+        return None
+    try:
+        return RunResult(
+            **said
+            | {
+                "backend": Backend(**said["backend"]),
+                "settings": [Setting(**setting) for setting in said["settings"]],
+                "samples": [Sample(**sample) for sample in said["samples"]],
+            }
+        )
+    except (KeyError, TypeError):
+        return None
+
+
+def _without_paths(line: str, config: Config) -> str:
+    for source in sorted(config.data.sources, key=len, reverse=True):
+        line = line.replace(source, shown(source))
+    return re.sub(r"(?<!\S)(?:~|\.{0,2})/\S*/(?=[^/\s]+)", "", line)
+
+
+def _recipe(config: Config) -> str:
+    """The settings that make a run, as YAML."""
+    tree: dict[str, Any] = {key: value for key, value in config.model_dump(mode="json").items() if key in FIELDS}
+    tree["model"]["name"] = shown(config.model.name)
+    train, held_out = config.data.train, config.data.eval
+    tree["data"]["train"] = shown(train) if isinstance(train, str) else {shown(k): v for k, v in train.items()}
+    tree["data"]["eval"] = shown(held_out) if held_out else None
+    if config.train.method == "full":
+        del tree["lora"]
+    return yaml.safe_dump(tree, sort_keys=False, allow_unicode=True)
+
+
+def _hardware(facts: dict[str, Any]) -> str:
+    gpus = facts.get("gpus") or []
+    if gpus:
+        return f"{len(gpus)} × {gpus[0]['name']}, {gpus[0]['memory_gib']:.0f} GiB, driver {facts.get('driver')}"
+    return f"{facts.get('cpu_model')}, {facts.get('cores')} cores, {facts.get('memory_gib') or 0:.0f} GiB, no GPU"
+
+
+def _evaluation(finished: Finished) -> dict[str, Any] | None:
+    path = finished.run / "eval.json" if finished.run else None
+    try:
+        return dict(json.loads(path.read_text(encoding="utf-8"))) if path else None
+    except (OSError, ValueError):
+        return None

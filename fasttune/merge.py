@@ -1,0 +1,235 @@
+"""Adapter + base → the files of one model, shard by shard: never more than one shard in memory.
+
+W + scale · B A in fp32, then cast. PEFT says which layers carry an adapter and at which scale; it is asked on a model
+without weights (meta device). Source: https://arxiv.org/abs/2106.09685, section 4.1.
+"""
+
+import json
+import logging
+import shutil
+import warnings
+from collections.abc import Callable
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Any
+
+from fasttune import hub, pretrained
+from fasttune.config import ModelConfig
+from fasttune.errors import ModelError
+
+INDEX = "model.safetensors.index.json"
+WEIGHTS = "model.safetensors"
+BESIDE = ("config.json", "generation_config.json", "*.py", "LICENSE*", "NOTICE*", "USE_POLICY*")  # kept of the base
+logging.getLogger("torch.utils._pytree").setLevel(logging.ERROR)  # torchao's registrations warn at every import
+PREFIX = "base_model.model."  # PEFT's, before every name of the base model
+
+
+@dataclass(frozen=True)
+class Delta:
+    """What one weight gains: scale · B A, transposed where the layer keeps its weight as (in, out)."""
+
+    a: str  # names in the adapter's file; A (r, in), B (out, r)
+    b: str
+    scale: float
+    transposed: bool
+
+
+@dataclass(frozen=True)
+class Merge:
+    """What goes where: shard files of the base, the weights that change, and those that an adapter brings whole."""
+
+    base: Path
+    adapter: Path | None
+    shards: dict[str, list[str]]  # file name → its tensors
+    deltas: dict[str, Delta] = field(default_factory=dict)
+    replaced: dict[str, str] = field(default_factory=dict)  # weight → name in the adapter's file
+
+    def size_bytes(self, dtype_bytes: int | None) -> int:
+        """Of the files to write, at most: those of the base, each value in `dtype_bytes` where that is more."""
+        read = sum((self.base / name).stat().st_size for name in self.shards)
+        return read if dtype_bytes is None else read * max(1, dtype_bytes // 2)
+
+
+def plan(base: ModelConfig, adapter: Path | None) -> Merge:
+    """Everything that is checked before a byte is written. Raises ModelError for what cannot be merged exactly."""
+    folder = _files(base)
+    if json.loads((folder / "config.json").read_text(encoding="utf-8")).get("quantization_config"):
+        raise ModelError(
+            f"{base.name}: these weights are quantized, so nothing can be added to them exactly; merge into the 16-bit "
+            "model they were made from: put its name into model.name of config.yaml"
+        )
+    shards = _shards(folder, base.name)
+    if adapter is None:
+        return Merge(folder, None, shards)
+    deltas, replaced = _adapter(base, folder, adapter, {name for names in shards.values() for name in names})
+    return Merge(folder, adapter, shards, deltas, replaced)
+
+
+def _files(base: ModelConfig) -> Path:
+    """The base's folder; of a hub id the cached one, filled first where the hub can be reached."""
+    source = pretrained.locate(base)
+    if Path(source).is_dir():
+        return Path(source)
+    import huggingface_hub
+
+    wanted = ["*.json", "*.safetensors", *BESIDE]
+    try:
+        found = hub.patiently(
+            lambda: huggingface_hub.snapshot_download(
+                source, revision=base.revision, allow_patterns=wanted, ignore_patterns=["original/*"]
+            )
+        )
+    except (OSError, ValueError) as error:
+        raise pretrained.explain(base.name, error) from error
+    return Path(found)
+
+
+def _shards(folder: Path, name: str) -> dict[str, list[str]]:
+    import safetensors
+
+    if (folder / INDEX).is_file():
+        files = sorted(set(json.loads((folder / INDEX).read_text(encoding="utf-8"))["weight_map"].values()))
+    else:
+        files = [WEIGHTS]
+    found = {}
+    for file in files:
+        if not (folder / file).is_file():
+            raise ModelError(
+                f"{name}: has no {file}: only safetensors weights can be merged; load and save it so first"
+            )
+        try:
+            with safetensors.safe_open(folder / file, "pt") as shard:
+                found[file] = list(shard.keys())
+        except safetensors.SafetensorError as error:
+            raise ModelError(f"{name}: {file} is damaged ({error}); get it again") from error
+    return found
+
+
+def _adapter(
+    base: ModelConfig, folder: Path, adapter: Path, weights: set[str]
+) -> tuple[dict[str, Delta], dict[str, str]]:
+    """(what each weight gains, what is replaced whole), from PEFT's own layers on a model without weights."""
+    import peft
+    import safetensors
+    import torch
+    import transformers
+    from peft.tuners.lora import Linear
+    from peft.tuners.tuners_utils import BaseTunerLayer
+
+    try:
+        said = peft.PeftConfig.from_pretrained(str(adapter))
+        with safetensors.safe_open(adapter / "adapter_model.safetensors", "pt") as file:
+            left = set(file.keys())
+    except (OSError, ValueError, TypeError, safetensors.SafetensorError) as error:
+        text = " ".join(str(error).split())[:200]
+        raise ModelError(f"{adapter}: is no adapter that can be read: {text}") from error
+    if said.peft_type != "LORA":
+        raise ModelError(f"{adapter}: a {said.peft_type} adapter cannot be merged, only LoRA")
+    said.init_lora_weights = False  # nothing is computed, there are no weights
+    architecture = transformers.AutoConfig.from_pretrained(folder, trust_remote_code=base.trust_remote_code)
+    with torch.device("meta"), warnings.catch_warnings():
+        warnings.simplefilter("ignore")  # PEFT warns of tied weights: they are refused below
+        model = transformers.AutoModelForCausalLM.from_config(architecture, trust_remote_code=base.trust_remote_code)
+        ends = [model.get_input_embeddings(), model.get_output_embeddings()]
+        tied = ends[1] is not None and ends[0].weight is ends[1].weight
+        names = [name for name, module in model.named_modules() if module in ends] if tied else []
+        model = peft.get_peft_model(model, said)
+    deltas, cannot = {}, []
+    for name, module in model.named_modules():
+        if not isinstance(module, BaseTunerLayer):
+            continue
+        a, b = f"{name}.lora_A.weight", f"{name}.lora_B.weight"
+        weight = name.removeprefix(PREFIX)
+        mine = {key for key in left if key.startswith(f"{name}.lora_")}
+        plain = type(module) is Linear and mine == {a, b}
+        if not plain or weight in names or f"{weight}.weight" not in weights:
+            why = f"{type(module).__name__} with {', '.join(sorted(k.removeprefix(f'{name}.') for k in mine))}"
+            why = "tied to the other end of the model" if plain and weight in names else why
+            cannot.append(f"{weight} ({why})")
+            continue
+        left -= mine
+        deltas[f"{weight}.weight"] = Delta(a, b, float(module.scaling["default"]), bool(module.fan_in_fan_out))
+    replaced = _whole(adapter, left, names, weights, cannot)
+    if cannot:
+        more = f" and {len(cannot) - 3} more" if len(cannot) > 3 else ""
+        raise ModelError(
+            f"{adapter}: cannot be merged exactly: {'; '.join(cannot[:3])}{more}; use it with PEFT instead"
+        )
+    return deltas, replaced
+
+
+def _whole(adapter: Path, keys: set[str], tied: list[str], weights: set[str], cannot: list[str]) -> dict[str, str]:
+    """Weights that an adapter brings whole (modules_to_save, grown embeddings); what fits nowhere goes to `cannot`."""
+    import safetensors
+
+    found = {key.removeprefix(PREFIX): key for key in sorted(keys)}
+    ends = [f"{name}.weight" for name in tied if f"{name}.weight" in found]
+    if ends:
+        with safetensors.safe_open(adapter / "adapter_model.safetensors", "pt") as file:
+            both = [file.get_tensor(found[name]) for name in ends]
+        if len(both) < 2 or not both[0].equal(both[1]):
+            cannot.append(f"{ends[0]} (tied in the base, not in the adapter)")
+        else:
+            for name in [name for name in ends if name not in weights]:
+                del found[name]
+    cannot += [f"{name} (no such weight in the base)" for name in found if name not in weights]
+    return found
+
+
+def write(merge: Merge, folder: Path, dtype: str | None, progress: Callable[[float], None]) -> None:
+    """The merged model's weights and config into an empty folder; `dtype` None keeps that of each tensor.
+
+    Raises ModelError where a value does not fit the dtype.
+    """
+    import safetensors
+    import safetensors.torch
+
+    total, rows = 0, None
+    for number, (file, names) in enumerate(merge.shards.items()):
+        progress(number / len(merge.shards))
+        with safetensors.safe_open(merge.base / file, "pt") as shard:
+            made = {name: _merged(merge, name, shard.get_tensor(name), dtype) for name in names}
+            safetensors.torch.save_file(made, folder / file, metadata=shard.metadata() or {"format": "pt"})
+        total += sum(tensor.numel() * tensor.element_size() for tensor in made.values())
+        rows = next((len(made[name]) for name in made if name in merge.replaced and "embed" in name), rows)
+        del made
+    for pattern in BESIDE:
+        for path in merge.base.glob(pattern):
+            shutil.copyfile(path, folder / path.name)
+    if (merge.base / INDEX).is_file():
+        index = json.loads((merge.base / INDEX).read_text(encoding="utf-8"))
+        index["metadata"] = {**index.get("metadata", {}), "total_size": total}
+        (folder / INDEX).write_text(json.dumps(index, indent=2) + "\n", encoding="utf-8")
+    config = json.loads((folder / "config.json").read_text(encoding="utf-8"))
+    if dtype:
+        config = {**{key: value for key, value in config.items() if key != "torch_dtype"}, "dtype": dtype}
+    if rows:
+        config["vocab_size"] = rows
+    (folder / "config.json").write_text(json.dumps(config, indent=2) + "\n", encoding="utf-8")
+    progress(1.0)
+
+
+def _merged(merge: Merge, name: str, weight: Any, dtype: str | None) -> Any:
+    """One tensor as it is written: summed in fp32, then cast."""
+    import torch
+
+    wanted = getattr(torch, dtype) if dtype and weight.is_floating_point() else weight.dtype
+    delta = merge.deltas.get(name)
+    if delta:
+        product = _of_adapter(merge, delta.b).float() @ _of_adapter(merge, delta.a).float()  # (out, in)
+        product = product.T if delta.transposed else product
+        if product.shape != weight.shape:
+            raise ModelError(f"{merge.adapter}: {name} is {tuple(weight.shape)}, not {tuple(product.shape)}")
+        made = product.mul_(delta.scale).add_(weight).to(wanted)
+    else:
+        made = (_of_adapter(merge, merge.replaced[name]) if name in merge.replaced else weight).to(wanted)
+    if made.is_floating_point() and (delta or wanted == torch.float16) and not made.abs().max().isfinite():
+        raise ModelError(f"{name}: has values that {wanted} cannot hold; merge with --dtype bf16")
+    return made.contiguous()
+
+
+def _of_adapter(merge: Merge, name: str) -> Any:
+    import safetensors
+
+    with safetensors.safe_open(Path(str(merge.adapter)) / "adapter_model.safetensors", "pt") as file:
+        return file.get_tensor(name)

@@ -1,0 +1,286 @@
+"""Answers on the tiny model: the same alone and in a batch, gone on with after a kill, with the trained template."""
+
+import io
+import json
+import os
+import sys
+from pathlib import Path
+from typing import Any
+
+import pytest
+
+from fasttune import cli, questions
+from fasttune.data import formats
+from fasttune.errors import DataError, ModelError, OutputError
+
+pytestmark = pytest.mark.usefixtures("unsloth")
+
+PROMPTS = ["2 + 3?", "How many apples are left when Ana eats 4 of 9?", "x", "Name a colour, please. " * 6, "Why?"]
+
+
+@pytest.fixture(scope="module")
+def speaker(finished_run: Path) -> Any:
+    from fasttune import finished, generate
+
+    opened = finished.open_run(str(finished_run))
+    return generate.loaded(opened, "float32", generate.Sampling(max_new_tokens=12), print)
+
+
+def rows(folder: Path, name: str = "rows.jsonl") -> Path:
+    path = folder / name
+    path.write_text("".join(json.dumps({"question": text, "answer": "5"}) + "\n" for text in PROMPTS))
+    return path
+
+
+def lines(path: Path) -> dict[int, str]:
+    found = [json.loads(line) for line in path.read_text().splitlines()]
+    assert len({one["row"] for one in found}) == len(found)
+    return {one["row"]: one["text"] for one in found}
+
+
+def alone(speaker: Any) -> list[str]:
+    return [speaker.batch([speaker.prompt([formats._turn("user", text)])])[0].text for text in PROMPTS]
+
+
+def test_an_answer_is_the_same_alone_and_in_a_batch(speaker: Any) -> None:
+    together = speaker.batch([speaker.prompt([formats._turn("user", text)]) for text in PROMPTS])
+    assert [answer.text for answer in together] == alone(speaker)
+    assert len(set(alone(speaker))) > 1  # so the comparison can fail
+    assert all(answer.tokens == 12 and answer.finish == "length" for answer in together)
+
+
+def test_the_adapter_answers_not_the_base(speaker: Any) -> None:
+    with speaker.model.disable_adapter():
+        base = alone(speaker)
+    assert all(one != other for one, other in zip(alone(speaker), base, strict=True))
+
+
+def test_a_turn_ends_where_the_template_ends_it(tiny_tokenizer: Any) -> None:
+    """ChatML on a base model whose EOS is another token: it would never stop."""
+    from types import SimpleNamespace
+
+    from fasttune import generate
+
+    tiny_tokenizer.eos_token = "<|endoftext|>"
+    model = SimpleNamespace(generation_config=SimpleNamespace(eos_token_id=None))
+    ids = tiny_tokenizer.convert_tokens_to_ids(["<|endoftext|>", "<|im_end|>"])
+    assert generate.stop_ids(model, tiny_tokenizer) == sorted(ids)
+    assert generate.stop_ids(SimpleNamespace(generation_config=SimpleNamespace(eos_token_id=[7])), tiny_tokenizer) == [
+        *sorted(ids),
+        7,
+    ]
+
+
+def test_an_answer_ends_at_the_first_stop_token(speaker: Any, monkeypatch: pytest.MonkeyPatch) -> None:
+    prompt = speaker.prompt([formats._turn("user", PROMPTS[0])])
+    seen: list[list[int]] = []
+    with monkeypatch.context() as patch:
+        patch.setattr(speaker, "_answer", seen.append)
+        speaker.batch([prompt])
+    [whole] = seen
+    monkeypatch.setattr(speaker, "stops", [whole[3]])
+    ended = speaker.batch([prompt, speaker.prompt([formats._turn("user", PROMPTS[1])])])[0]
+    assert (ended.tokens, ended.finish) == (whole.index(whole[3]) + 1, "stop")
+
+
+def test_a_file_is_gone_on_with(speaker: Any, finished_run: Path, tmp_path: Path, monkeypatch: Any) -> None:
+    from fasttune import finished, generate, terminal
+
+    opened, source, out = finished.open_run(str(finished_run)), rows(tmp_path), tmp_path / "out.jsonl"
+    reporter = terminal.Reporter(None, quiet=True)
+
+    def answer(**settings: Any) -> dict[str, Any]:
+        return generate.answer_file(speaker, opened, str(source), out, 2, None, {"dtype": "x", **settings}, reporter)
+
+    real, calls = speaker.batch, []
+
+    def killed_in_the_second(*arguments: Any, **named: Any) -> Any:
+        calls.append(1)
+        if len(calls) == 2:
+            raise KeyboardInterrupt
+        return real(*arguments, **named)
+
+    with monkeypatch.context() as patch, pytest.raises(KeyboardInterrupt):
+        patch.setattr(speaker, "batch", killed_in_the_second)
+        answer()
+    assert len(lines(out)) == 2 and 4 in lines(out)  # the longest first
+    with out.open("a") as file:
+        file.write('{"row": 3, "te')  # torn by a kill
+    before = out.read_bytes()
+    for changed, told in [
+        (lambda: answer(dtype="y"), "dtype=x, now y"),
+        (lambda: rows(tmp_path).write_text('{"prompt": "Hi"}\n') and answer(), "rows"),
+    ]:
+        with pytest.raises(OutputError, match=told):
+            changed()
+        assert out.read_bytes() == before
+    rows(tmp_path)
+    done = answer()
+    assert (done["answered"], done["answered_before"], done["left_out"]) == (3, 2, 0)
+    assert lines(out) == dict(enumerate(alone(speaker), 1))
+    assert answer()["answered"] == 0
+    out.write_text("mine\n")
+    with pytest.raises(OutputError, match="line 1 is no answer"):
+        answer()
+    assert out.read_text() == "mine\n"
+    (tmp_path / "out.jsonl.made-by.json").unlink()
+    with pytest.raises(OutputError, match="not written by"):
+        answer()
+
+
+def test_other_weights_are_told(finished_run: Path, tmp_path: Path) -> None:
+    from fasttune import finished
+
+    source = str(rows(tmp_path))
+    opened = finished.open_run(str(finished_run))
+    of_run = questions.identity(opened, source, {})
+    assert of_run == questions.identity(finished.open_run(str(finished_run / "adapter")), source, {})
+    base = questions.identity(finished.open_run("builtin:tiny"), source, {})
+    assert (base["base"], base["adapter"]) == ("builtin:tiny", None) and base["rows"] == of_run["rows"]
+    weights = tmp_path / "adapter_model.safetensors"
+    weights.write_bytes((finished_run / "adapter" / weights.name).read_bytes())
+    assert questions.hash_of_weights(tmp_path) == of_run["adapter"]
+    weights.write_bytes(weights.read_bytes()[:-1] + b"\x00\x01")
+    assert questions.hash_of_weights(tmp_path) != of_run["adapter"]
+
+
+USER, SYSTEM = [formats._turn("user", "Hi")], [formats._turn("system", "Be kind.")]
+
+
+@pytest.mark.parametrize(
+    ("row", "messages"),
+    [
+        ({"prompt": "Hi"}, USER),
+        ({"prompt": USER}, USER),
+        ({"prompt": "Hi", "completion": "Ho"}, USER),
+        ({"question": "Hi", "answer": "Ho"}, USER),
+        ({"query": "Hi"}, USER),
+        ({"instruction": "Hi", "output": "Ho", "system": "Be kind."}, SYSTEM + USER),
+        ({"messages": USER}, USER),
+        ({"messages": [*USER, formats._turn("assistant", "Ho")]}, USER),
+        (
+            {"messages": [*USER, formats._turn("assistant", "Ho"), *USER]},
+            [*USER, formats._turn("assistant", "Ho"), *USER],
+        ),
+        ({"conversations": [{"from": "human", "value": "Hi"}, {"from": "gpt", "value": "Ho"}]}, USER),
+        ({"conversations": [{"from": "human", "value": "Hi"}]}, USER),
+    ],
+)
+def test_the_question_part_of_every_form(tmp_path: Path, row: dict[str, Any], messages: Any) -> None:
+    path = tmp_path / "rows.jsonl"
+    path.write_text("\n" + json.dumps(row) + "\n")
+    [(number, question)] = questions.read(str(path), {}, None)
+    assert (number, question.turns()) == (2, (messages, None))
+    [(_, question)] = questions.read(str(path), {}, "Be brief.")
+    first = messages if messages[0]["role"] == "system" else [formats._turn("system", "Be brief."), *messages]
+    assert question.turns()[0] == first
+
+
+def test_rows_that_cannot_be_asked(tmp_path: Path) -> None:
+    path = tmp_path / "rows.jsonl"
+    path.write_text('{"problem": "Hi"}\n{"problem": " "}\n')
+    columns = {"question": "problem"}
+    [(_, good), (number, empty)] = questions.read(str(path), columns, None)
+    assert good.messages == USER and number == 2
+    with pytest.raises(formats.Unusable, match="empty question"):
+        empty.turns()
+    for text in ('{"text": "Once"}', '{"other": 1}'):
+        path.write_text(text)
+        with pytest.raises(DataError):
+            list(questions.read(str(path), columns, None))
+
+
+def test_a_prompt_too_long_for_the_model_is_told(speaker: Any) -> None:
+    from fasttune import generate
+
+    with pytest.raises(DataError, match="2,048 positions"):
+        generate.one(speaker, "word " * 600, None, print)
+
+
+def test_a_conversation_remembers_and_forgets(speaker: Any) -> None:
+    from fasttune import generate
+
+    told: list[str] = []
+    said = iter(["2 + 3?", "", "Why?", "/new", "x", "/exit", "never asked"])
+    messages = generate.converse(speaker, "Be brief.", lambda: next(said), told.append)
+    assert [turn["content"] for turn in messages if turn["role"] != "assistant"] == ["Be brief.", "x"]
+    said = iter(["2 + 3?", "Why?"])
+    messages = generate.converse(speaker, None, lambda: next(said, None), lambda text: None)
+    first = speaker.batch([speaker.prompt(messages[:1])])[0].text
+    second = speaker.batch([speaker.prompt(messages[:3])])[0].text
+    assert [turn["content"] for turn in messages] == ["2 + 3?", first, "Why?", second]
+    assert second != speaker.batch([speaker.prompt([messages[2]])])[0].text  # with what was said before
+    assert "".join(told).count("\n") >= 3
+
+
+def test_a_temperature_is_sampled_by_its_seed(speaker: Any, monkeypatch: pytest.MonkeyPatch) -> None:
+    from fasttune import generate
+
+    def answer(seed: int) -> str:
+        monkeypatch.setattr(speaker, "sampling", generate.Sampling(12, temperature=1.5, seed=seed))
+        return str(speaker.batch([speaker.prompt(USER)])[0].text)
+
+    assert answer(1) == answer(1) != answer(2)
+
+
+def test_plain_text_runs_continue_plain_text(speaker: Any, tiny_tokenizer: Any) -> None:
+    from fasttune import generate
+
+    tiny_tokenizer.chat_template = None
+    raw = generate.Speaker(speaker.model, tiny_tokenizer, True, speaker.sampling)
+    assert raw.prompt(USER) == "Hi" and raw.stops == [tiny_tokenizer.eos_token_id]
+
+
+def test_the_command_streams_a_prompt(speaker: Any, finished_run: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    shown = speaker.batch([speaker.prompt([formats._turn("user", PROMPTS[1])])])[0].text
+    arguments = ["generate", str(finished_run), "--prompt", PROMPTS[1], "--max-new-tokens", "12"]
+    assert cli.main(arguments) == 0
+    assert capsys.readouterr().out == shown + "\n"
+    assert cli.main([*arguments, "--json"]) == 0
+    result = json.loads(capsys.readouterr().out)
+    assert (result["text"], result["tokens"], result["finish"]) == (shown, 12, "length")
+
+
+def test_the_command_talks(finished_run: Path, monkeypatch: Any, capsys: pytest.CaptureFixture[str]) -> None:
+    monkeypatch.setattr(sys, "stdin", io.StringIO("2 + 3?\n/exit\n"))
+    assert cli.main(["generate", str(finished_run), "--chat", "--max-new-tokens", "4", "--json"]) == 0
+    turns = json.loads(capsys.readouterr().out)["messages"]
+    assert [turn["role"] for turn in turns] == ["user", "assistant"]
+
+    def interrupted() -> str:
+        raise KeyboardInterrupt
+
+    monkeypatch.setattr(sys.stdin, "readline", interrupted)
+    assert cli.main(["generate", str(finished_run), "--chat"]) == 130
+    assert capsys.readouterr().err.splitlines()[-1] == "fasttune: interrupted"
+
+
+@pytest.mark.parametrize(
+    ("arguments", "told"),
+    [
+        (["nowhere/at/all", "--prompt", "x"], "no such folder"),
+        (["builtin:tiny", "--file", "nowhere.jsonl"], "no file nowhere.jsonl"),
+        (["builtin:tiny", "--prompt", " "], "--prompt is empty"),
+        (["builtin:tiny", "--prompt", "x", "--out", "y"], "--out would be ignored"),
+        (["builtin:tiny", "--prompt", "x", "--temperature", "-1"], "--temperature"),
+        (["builtin:tiny", "--prompt", "x", "--max-new-tokens", "0"], "--max-new-tokens"),
+    ],
+)
+def test_a_user_error_is_one_line(arguments: list[str], told: str, capsys: pytest.CaptureFixture[str]) -> None:
+    assert cli.main(["generate", *arguments]) == 2
+    said = capsys.readouterr()
+    assert told in said.err and said.err.count("\n") == 1 and not said.out
+
+
+def test_what_is_no_run_is_refused(finished_run: Path, tmp_path: Path) -> None:
+    from fasttune import finished
+
+    with pytest.raises(ModelError, match="holds no run"):
+        finished.open_run(str(tmp_path))
+    (tmp_path / "config.yaml").write_text((finished_run / "config.yaml").read_text())
+    with pytest.raises(ModelError, match=r"not finished and has no adapter/; go on with it: fasttune train .*--resume"):
+        finished.open_run(str(tmp_path))
+    os.symlink(finished_run / "adapter", tmp_path / "adapter")
+    (tmp_path / "run.json").write_text('{"status": "interrupted"}')
+    assert "is interrupted" in finished.open_run(str(tmp_path)).warnings[0]
+    assert finished.open_run(str(finished_run)).warnings == []
