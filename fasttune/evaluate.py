@@ -23,12 +23,12 @@ from fasttune import finished as finished_models, hardware, report, summary, tas
 from fasttune.data import answers, chat, sources
 from fasttune.errors import FasttuneError, OutputError, RunFailed
 from fasttune.finished import Finished
+from fasttune.output import EVAL_FILES
 from fasttune.prepare import Reporter
 from fasttune.quiet import library_log, take_over_loggers
 
 BATCH_ROWS_CPU, BATCH_ROWS_GPU = 16, 64
 NEEDS = ("lm_eval", "sacrebleu")  # imported by the harness at its start
-FILES = ("eval.json", "eval_samples.jsonl")
 INSTALL = "bash scripts/setup_h100.sh (outside a checkout: pip install 'fasttune[eval]')"
 
 
@@ -204,8 +204,8 @@ def write(folder: Path, result: EvalResult, problems: list[dict[str, Any]]) -> N
     except OSError as error:
         raise OutputError(f"--out {folder}: cannot be made ({error.strerror}); name another folder") from error
     lines = "".join(report.to_json_line(line) + "\n" for line in problems)
-    report.write_bytes(folder / FILES[1], lines.encode())
-    report.write_json(folder / FILES[0], result.as_dict())
+    report.write_bytes(folder / EVAL_FILES[1], lines.encode())
+    report.write_json(folder / EVAL_FILES[0], result.as_dict())
 
 
 def show(result: EvalResult, page: Console = terminal.console) -> None:
@@ -218,7 +218,7 @@ def show(result: EvalResult, page: Console = terminal.console) -> None:
     page.print(Padding(table, (1, 0)))
     kept = f", {result.from_cache:,} of them answered before" if result.from_cache else ""
     page.print(Text(f"{result.requests:,} requests{kept}, {report.duration(result.seconds)}", style="dim"))
-    for name in FILES:
+    for name in EVAL_FILES:
         page.print(Text(str(Path(result.output_dir) / name)), soft_wrap=True)
 
 

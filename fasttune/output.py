@@ -11,6 +11,7 @@ from fasttune.config import Config
 from fasttune.errors import OutputError
 
 RUN_FILES = ("run.json", "config.yaml", "metrics.jsonl", "adapter", "model", "checkpoints")
+EVAL_FILES = ("eval.json", "eval_samples.jsonl")
 LOCK = ".lock"
 SLACK_GIB = 0.1  # metrics, report, tokenizer
 
@@ -71,7 +72,8 @@ def create(folder: Path, resume: bool = False) -> IO[str]:
 
     With `resume` what a run needs to go on stays. Returns the open lock: the folder is free when the process is gone.
     """
-    old = ("run.json", "report.html", "adapter", "model") if resume else (*RUN_FILES, "report.html", "library.log")
+    old = ["run.json", "adapter", "model"] if resume else [*RUN_FILES, "library.log"]
+    old += ["report.html", *EVAL_FILES]  # scores are those of the weights that go
     try:
         folder.mkdir(parents=True, exist_ok=True)
         lock = (folder / LOCK).open("a+", encoding="utf-8")

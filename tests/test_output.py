@@ -23,7 +23,8 @@ def test_the_default_is_named_by_run_and_time(tmp_path: Path, monkeypatch: pytes
 
 
 def test_a_folder_that_holds_a_run_is_refused_unless_told_otherwise(tmp_path: Path) -> None:
-    (tmp_path / "run.json").write_text("{}")
+    for name in ("run.json", *output.EVAL_FILES):
+        (tmp_path / name).write_text("{}")
     (tmp_path / "notes.txt").write_text("mine")
     with pytest.raises(OutputError, match="already holds a run.*overwrite=true"):
         output.choose(settings(tmp_path))
