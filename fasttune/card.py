@@ -8,15 +8,16 @@ import re
 from pathlib import Path
 from typing import Any
 
+import pydantic
 import yaml
 
 from fasttune import report
 from fasttune.config import Config, looks_like_hub
 from fasttune.finished import Finished, open_run
 from fasttune.merge_check import Comparison
-from fasttune.metrics import Backend, RunResult, Sample, Setting
+from fasttune.metrics import RunResult
 
-FIELDS = ("seed", "model", "lora", "data", "train")
+FIELDS = ("seed", "model", "lora", "data", "train", "eval")
 
 
 def of_run(folder: Path) -> None:
@@ -82,19 +83,11 @@ def shown(name: str) -> str:
 
 def result_of(finished: Finished) -> RunResult | None:
     """run.json as it was written; None where there is none, or one of another version."""
-    said = finished.result
-    if said is None:
+    if finished.result is None:
         return None
     try:
-        return RunResult(
-            **said
-            | {
-                "backend": Backend(**said["backend"]),
-                "settings": [Setting(**setting) for setting in said["settings"]],
-                "samples": [Sample(**sample) for sample in said["samples"]],
-            }
-        )
-    except (KeyError, TypeError):
+        return pydantic.TypeAdapter(RunResult).validate_python(finished.result)
+    except pydantic.ValidationError:
         return None
 
 
