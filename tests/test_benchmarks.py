@@ -209,15 +209,6 @@ def test_a_stage_that_fails_is_recorded_and_one_that_lasts_is_stopped(
     assert run.summary() == 1 and "2 of" not in capsys.readouterr().err
 
 
-def test_the_battery_runs_on_a_cpu(tmp_path: Path) -> None:
-    """The stage with all arms; scripts/test.sh runs every stage."""
-    done, rows = dry_run(tmp_path / "out", "--stages", "lora-r16-4096")
-    assert done.returncode == 0, done.stderr + done.stdout
-    assert {row["status"] for row in rows.values()} == {"ok"} and len(rows) == 1 + 2  # the rows and the model are made
-    result = rows["lora-r16-4096"]["result"]
-    assert result["valid"] and all(arm["failure"] is None for arm in result["arms"]) and len(result["arms"]) == 4
-
-
 @pytest.mark.parametrize("dry_run", [False, True])
 def test_every_measuring_stage_is_a_job_that_bench_takes(
     monkeypatch: pytest.MonkeyPatch, tmp_path: Path, dry_run: bool
