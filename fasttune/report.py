@@ -128,7 +128,7 @@ def _exact_match(result: RunResult) -> list[Figure]:
     match = result.exact_match
     if match is None:
         return []
-    share = f"{100 * match.before:.0f} % → {100 * match.after:.0f} %"
+    share = f"{percent(match.before)} → {percent(match.after)}"
     return [Figure("exact match", share, f"on {match.problems:,} held-out problems, before and after training")]
 
 
