@@ -1,6 +1,6 @@
 """The command line: imports one module when its command is asked for, so that --help answers at once.
 
-fasttune train | data | bench CONFIG [key=value …]     fasttune verify
+fasttune train | plan | data | bench CONFIG [key=value …]     fasttune verify
 Exit codes: 0 fine, 1 a run or check failed, 2 wrong input.
 """
 
@@ -14,6 +14,7 @@ from fasttune.errors import ConfigError, FasttuneError
 EXAMPLES = """examples:
   fasttune train configs/quickstart.yaml
   fasttune train configs/smollm2_135m_gsm8k.yaml data.train=rows.jsonl train.max_steps=20
+  fasttune plan configs/quickstart.yaml --gpu h100-80 --usd-per-hour 2.50
   fasttune data configs/quickstart.yaml --rows 5
   fasttune bench configs/smollm2_135m_gsm8k.yaml data.train=rows.jsonl --repeats 5
   fasttune verify --quick
@@ -21,6 +22,7 @@ EXAMPLES = """examples:
 INTERRUPTED = {
     "bench": "; what was measured is kept: the same command goes on from there",
     "data": "",
+    "plan": "",
     "train": " before the first step; nothing was trained",
 }
 
@@ -37,7 +39,7 @@ def main(argv: list[str] | None = None) -> int:
         parser().error(f"unrecognized arguments: {' '.join(rest)}")
     options.overrides += rest  # argparse takes no key=value that stands behind an option
     try:
-        return {"bench": bench, "data": data, "train": train}[options.command](options)
+        return {"bench": bench, "data": data, "plan": plan, "train": train}[options.command](options)
     except KeyboardInterrupt:
         print(f"fasttune: interrupted{INTERRUPTED[options.command]}", file=sys.stderr)
         return 128 + signal.SIGINT
@@ -71,6 +73,10 @@ def parser() -> argparse.ArgumentParser:
     )
     command = _with_config(commands.add_parser("data", help="show the rows as they will be trained; trains nothing"))
     command.add_argument("--rows", type=int, default=3, metavar="N", help="rows to print (default 3)")
+    command.add_argument("--json", action="store_true", help="print all figures as the last line of stdout")
+    command = _with_config(commands.add_parser("plan", help="settings, memory, time and cost of a run; trains nothing"))
+    command.add_argument("--gpu", metavar="GPU", help="of a machine that is not this one: h100-80, h200-141, l40s-48 …")
+    command.add_argument("--usd-per-hour", type=float, metavar="X", help="price of the machine")
     command.add_argument("--json", action="store_true", help="print all figures as the last line of stdout")
     command = _with_config(commands.add_parser("bench", help="the same job on several arms, with the losses compared"))
     command.add_argument("--arms", help="comma-separated; default: fasttune,vanilla,hf-tuned,unsloth-notebook")
@@ -148,6 +154,20 @@ def data(options: argparse.Namespace) -> int:
 
         print(report.to_json_line(figures.as_dict()))
     return 0
+
+
+def plan(options: argparse.Namespace) -> int:
+    """`fasttune plan`: 0, or 1 when it does not fit; the page goes to stderr."""
+    from fasttune import config, preview, preview_page, terminal
+
+    settings = config.load(options.config, options.overrides)
+    figures = preview.look(settings, options.gpu, options.usd_per_hour, terminal.Reporter(None))
+    preview_page.show(figures)
+    if options.json:
+        from fasttune import report
+
+        print(report.to_json_line(figures.as_dict()))
+    return 0 if figures.fits else 1
 
 
 if __name__ == "__main__":

@@ -19,6 +19,7 @@ from fasttune import checkpoint, config as configuration, output, report, summar
 from fasttune.config import Config
 from fasttune.errors import FasttuneError, RunFailed
 from fasttune.metrics import RunResult, Sample, StepMetrics
+from fasttune.plan import smaller
 from fasttune.prepare import Job, Reporter, preflight, prepare
 from fasttune.quiet import LibraryLog, library_log
 from fasttune.summary import Outcome
@@ -159,21 +160,6 @@ def train(
     if recorder.stopped_by is not None and outcome.status == "completed":
         outcome.status, outcome.error = "interrupted", f"stopped by {recorder.stopped_by}"
     outcome.checkpoint = keeper.last or outcome.checkpoint
-
-
-def smaller(config: Config) -> list[str]:
-    """Settings that take less memory, the cheapest first (docs/oom.md); not those that are set already."""
-    train, full = config.train, config.train.method == "full"
-    ways = {
-        "train.gradient_checkpointing=unsloth": train.gradient_checkpointing != "unsloth",
-        "train.optimizer=adamw_8bit": full and train.optimizer != "adamw_8bit",
-        f"model.max_length below {config.model.max_length:,}": True,
-        "train.method=lora": full,
-        "model.quantization=nf4": not full and config.model.quantization == "none",
-        "a lower lora.rank": not full,
-        "a smaller model, or a GPU with more memory": True,
-    }
-    return [way for way, possible in ways.items() if possible]
 
 
 def _what_is_bad(step: StepMetrics) -> str:
