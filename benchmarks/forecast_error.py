@@ -42,7 +42,7 @@ CONFIGURATIONS: dict[str, tuple[bool, str]] = {
     "m8": (False, "method=full gradient_checkpointing=full batch_rows=2"),
     "m9": (False, "packing=false gradient_checkpointing=full micro_batch_rows=2"),
     "m10": (False, "targets=[q_proj,v_proj] rank=8 batch_rows=3 micro_batch_rows=3"),
-    "m11": (False, "packing=false method=full batch_rows=2 max_length=384"),
+    "m11": (False, "packing=false method=full batch_rows=2 max_length=640"),
     "s5": (False, "method=full gradient_checkpointing=full batch_rows=2 packing=false"),
     "t4": (False, "packing=false gradient_checkpointing=full rank=64 batch_rows=16 micro_batch_rows=4"),
 }

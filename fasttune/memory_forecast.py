@@ -22,8 +22,8 @@ BLOCK, KEPT = 64, 512  # rows_attention's: queries at once, and up to which leng
 RANK_MULTIPLE = 16  # fused_lora's
 CPU_LOGIT_VALUES = 16 * 2**20  # of one chunk of Unsloth's cross entropy on a CPU (unsloth_zoo.cpu.ops)
 GPU_LOGIT_BYTES, GPU_LOGIT_GIB = 16, 4.0  # a logit, and at most: unsloth_zoo.fused_losses.cross_entropy_loss
-# Measured on a CPU, see docs/LOG.md: Python, torch, transformers and Unsloth; a tokenizer, by entry; and the profile of the
-# first micro-batch that says which attention ran, by layer.
+# Measured on a CPU, see docs/LOG.md: Python, torch, transformers and Unsloth; a tokenizer, by entry; and the profile of
+# the first micro-batch that says which attention ran, by layer.
 CPU_PROCESS_GIB, PROFILE_GIB, TOKEN_BYTES = 0.60, 0.009, 1600
 # What glibc cannot give again: a share of the activations of packs, where attention keeps many small tensors between
 # the large ones, and a share of a tensor for every moment of an adapter, which lie all over the heap.
@@ -132,7 +132,7 @@ def _layer_bytes(config: Config, shape: Shape, choices: Choices, micro: MicroBat
 
 
 def _cpu_slack(config: Config, shape: Shape, choices: Choices, micro: MicroBatch, activations: float) -> float:
-    """Bytes of a layer's gradients while they are made, and of the heap's holes. Moments of whole weights fill those."""
+    """Bytes of a layer's gradients while they are made, and of the heap's holes, which whole moments fill."""
     gradients = 4 * micro.tokens * (4 * shape.mlp + 3 * shape.hidden)
     if config.train.method == "full":
         return gradients
