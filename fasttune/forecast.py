@@ -30,6 +30,7 @@ RATE_ERROR = 1.2  # around the repeats of a rate on file
 OTHER_JOB_ERROR = 1.5  # where that rate is of another method or layout
 MFU = (0.20, 0.60)  # of a GPU without a rate on file: published single-GPU fine-tuning lies between (docs/measuring.md)
 CPU_GFLOPS_A_CORE = (15.0, 90.0)  # of a CPU without one: AVX2 and AVX-512 cores, fp32
+LAUNCH_S_A_LAYER = Range(0.003, 0.001, 0.0003)  # of a micro-batch on a GPU, forward and backward: a guess; slow first
 SMALLEST = 20e6  # parameters: below, Python and launches take the time, not arithmetic
 START_S = Range(10.0, 20.0, 60.0)  # imports and preparation
 LOAD_S_A_GIB = Range(0.3, 1.0, 3.0)  # of weights
@@ -62,7 +63,9 @@ def of_run(
     if rate is not None:
         flops = _step_flops(config, chosen, sample)
         tokens_a_step = sample.tokens / sample.steps
-        speed = Range(*(tokens_a_step / (flops / (each * 1e12)) for each in (rate.low, rate.expected, rate.high)))
+        layers = 0 if chosen.gpu_gib is None else chosen.shape.layers * len(sample.micro_batches) / sample.steps
+        paired = zip(vars(rate).values(), vars(LAUNCH_S_A_LAYER).values(), strict=True)
+        speed = Range(*(tokens_a_step / (flops / (tera * 1e12) + layers * launch_s) for tera, launch_s in paired))
         hours = _hours(tokens, speed, memory)
         cost = None if usd_per_hour is None else Range(*(usd_per_hour * each for each in vars(hours).values()))
     low, high = MEMORY_ERROR["cpu" if chosen.gpu_gib is None else "gpu"]

@@ -4,6 +4,7 @@ import json
 import subprocess
 import sys
 import time
+from collections import Counter
 from dataclasses import replace
 from pathlib import Path
 from typing import Any
@@ -132,6 +133,27 @@ def test_speed_is_a_rate_on_file_or_a_wide_range(monkeypatch: pytest.MonkeyPatch
     assert other is not None and other.expected == 1.0 and "another job" not in source
     old = hardware.replace(h100, gpus=(hardware.Gpu("Tesla T4", (7, 5), 15),))
     assert forecast.rate_tflops(settings(), chosen, old)[0] is None
+
+
+def test_on_a_gpu_small_work_is_bound_by_launches(unsloth: None) -> None:
+    """Half the arithmetic of a small micro-batch is not half the time: dollars must not fall to nothing."""
+    from fasttune.data.batches import Batches
+    from fasttune.data.store import Rows
+
+    ids = np.arange(4000, dtype=np.int32) % 200
+    rows = Rows("x", ids, np.ones(4000, bool), np.arange(0, 4001, 100), np.arange(40), Counter())
+    data = Batches([rows], [1.0], 0, 0.0, 4, 4, 512, True, 0)
+    asked = settings(train={"batch_rows": 4, "epochs": 3})
+    h200 = hardware.with_gpu(CPU, "h200-141")
+    small = replace(LLAMA_8B, hidden=512, mlp=1024, query_width=512, key_width=512)
+    expected = forecast.of_run(asked, plan.resolve(asked, h200, small), data, h200, 3.5)
+    assert (expected.steps, expected.tokens, expected.largest_micro_batch_tokens) == (30, 12000, 400)
+    assert expected.tokens_per_s is not None and expected.tokens_per_s.expected < 400 / (32 * 0.001)
+    assert expected.tokens_per_s.low < expected.tokens_per_s.expected < expected.tokens_per_s.high
+    assert expected.usd is not None and expected.hours is not None
+    assert expected.usd.expected == pytest.approx(3.5 * expected.hours.expected)
+    twice = forecast.of_run(asked, plan.resolve(asked, h200, small), data, h200, None, scale=2.0)
+    assert (twice.steps, twice.tokens, twice.usd) == (60, 24000, None)
 
 
 def test_rates_on_file_can_be_read() -> None:
