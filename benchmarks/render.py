@@ -1,5 +1,5 @@
 #!/usr/bin/env python3
-"""results/*.jsonl → the tables in benchmarks/README.md and the measured sentences in README.md:
+"""results/*.jsonl → the tables in benchmarks/README.md, the measured sentences in README.md and fasttune/rates.json:
 
     python benchmarks/render.py [--check]
 
@@ -30,9 +30,10 @@ def main(argv: list[str] | None = None) -> int:
     for path, marker, text in (
         (options.root / "benchmarks" / "README.md", "results", tables(rows)),
         (options.root / "README.md", "measured", sentences(rows)),
+        (options.root / "fasttune" / "rates.json", None, json.dumps(rates(rows), indent=2) + "\n"),
     ):
         old = path.read_text(encoding="utf-8")
-        new = between(old, marker, text, path)
+        new = text if marker is None else between(old, marker, text, path)
         if new != old:
             stale.append(path.relative_to(options.root).as_posix())
             if not options.check:
@@ -110,7 +111,53 @@ def scale(row: dict[str, Any]) -> str:
     return "\n".join(lines)
 
 
-SHOWN = {"bench": measurement, "prepare_rows rate": rate, "prepare_rows scale": scale}
+def forecast_error(row: dict[str, Any]) -> str:
+    """A row of `forecast_error.py`: forecast peaks against measured ones."""
+    unseen = [abs(run["forecast_gib"] / run["measured_gib"] - 1) for run in row["runs"] if not run["fitted"]]
+    errors = [run["forecast_gib"] / run["measured_gib"] - 1 for run in row["runs"]]
+    lines = [
+        f"{row['date']}, revision `{row['git']}`, {row['hardware']}: {len(errors)} configurations, largest error "
+        f"**{max(map(abs, errors)):.0%}**, mean {statistics.mean(errors):+.0%}; {len(unseen)} of them were not seen "
+        f"when the constants were chosen, largest error {max(unseen, default=0):.0%}.",
+        "",
+        "| configuration | tokens at once | forecast GiB | measured GiB | error | |",
+        "| --- | --- | --- | --- | --- | --- |",
+    ]
+    for run, error in zip(row["runs"], errors, strict=True):
+        cells = [run["what"], f"{run['tokens']:,}", f"{run['forecast_gib']:.2f}", f"{run['measured_gib']:.2f}"]
+        lines.append("| " + " | ".join([*cells, f"{error:+.1%}", "" if run["fitted"] else "not seen before"]) + " |")
+    return "\n".join(lines)
+
+
+def rates(rows: dict[str, list[dict[str, Any]]]) -> list[dict[str, Any]]:
+    """What `fasttune plan` counts on: model FLOPs a second that fasttune's arm computed, by kind of machine.
+
+    The newest measurement of a job on a machine, if nothing stands against it.
+    """
+    found: dict[tuple[Any, ...], dict[str, Any]] = {}
+    for name, measured in rows.items():
+        for row in measured:
+            arm = next((arm for arm in row.get("arms", []) if arm["name"] == "fasttune" and arm["tokens_per_s"]), None)
+            if arm is None or arm["share_of_limit"] is None or row["objections"]:
+                continue
+            middle = arm["share_of_limit"] * row["limit"]["tflops"] / statistics.median(arm["tokens_per_s"])
+            train = (row["settings"] or {}).get("train", {})
+            kind = row["hardware"]
+            rate = {
+                "machine": kind["gpus"][0]["name"] if kind["gpus"] else f"{kind['cpu_model']}, {kind['cores']} cores",
+                "dtype": row["dtype"],
+                "method": train.get("method", "lora"),
+                "packed": arm["backend"]["packing"].startswith("packed"),
+                "gradient_checkpointing": arm["backend"]["gradient_checkpointing"],
+                "tflops": [round(middle * value, 4) for value in arm["tokens_per_s"]],
+                "date": row["date"],
+                "source": f"benchmarks/results/{name}",
+            }
+            found[rate["machine"], rate["dtype"], rate["method"], row["name"]] = rate
+    return sorted(found.values(), key=lambda rate: rate["date"], reverse=True)
+
+
+SHOWN = {"forecast_error": forecast_error, "bench": measurement, "prepare_rows rate": rate, "prepare_rows scale": scale}
 
 
 def arm_cells(row: dict[str, Any], arm: dict[str, Any]) -> list[str]:

@@ -1,6 +1,6 @@
 """The command line: imports one module when its command is asked for, so that --help answers at once.
 
-fasttune train | data | bench CONFIG [key=value …]     fasttune eval | generate | merge RUN     fasttune verify
+fasttune train | plan | data | bench CONFIG [key=value …]     fasttune eval | generate | merge RUN     fasttune verify
 Exit codes: 0 fine, 1 a run or check failed, 2 wrong input.
 """
 
@@ -14,6 +14,7 @@ from fasttune.errors import ConfigError, FasttuneError
 EXAMPLES = """examples:
   fasttune train configs/quickstart.yaml
   fasttune train configs/smollm2_135m_gsm8k.yaml data.train=rows.jsonl train.max_steps=20
+  fasttune plan configs/quickstart.yaml --gpu h100-80 --usd-per-hour 2.50
   fasttune data configs/quickstart.yaml --rows 5
   fasttune bench configs/smollm2_135m_gsm8k.yaml data.train=rows.jsonl --repeats 5
   fasttune generate runs/quickstart-20261121-120000 --prompt 'What is 12 + 30?'
@@ -26,6 +27,7 @@ INTERRUPTED = {
     "eval": "; what was answered is kept: the same command goes on from there",
     "generate": "",
     "merge": "; nothing was written",
+    "plan": "",
     "train": " before the first step; nothing was trained",
 }
 
@@ -43,7 +45,8 @@ def main(argv: list[str] | None = None) -> int:
     if options.command in ("eval", "generate", "merge") and rest:
         parser().error(f"{options.command} takes no settings: {' '.join(rest)}")
     options.overrides += rest  # argparse takes no key=value that stands behind an option
-    commands = {"bench": bench, "data": data, "eval": evaluate, "generate": generate, "merge": merge, "train": train}
+    commands = {"bench": bench, "data": data, "eval": evaluate, "generate": generate, "merge": merge, "plan": plan}
+    commands["train"] = train
     try:
         return commands[options.command](options)
     except KeyboardInterrupt:
@@ -80,6 +83,10 @@ def parser() -> argparse.ArgumentParser:
     )
     command = _with_config(commands.add_parser("data", help="show the rows as they will be trained; trains nothing"))
     command.add_argument("--rows", type=int, default=3, metavar="N", help="rows to print (default 3)")
+    command.add_argument("--json", action="store_true", help="print all figures as the last line of stdout")
+    command = _with_config(commands.add_parser("plan", help="settings, memory, time and cost of a run; trains nothing"))
+    command.add_argument("--gpu", metavar="GPU", help="of a machine that is not this one: h100-80, h200-141, l40s-48 …")
+    command.add_argument("--usd-per-hour", type=float, metavar="X", help="price of the machine")
     command.add_argument("--json", action="store_true", help="print all figures as the last line of stdout")
     command = _with_config(commands.add_parser("bench", help="the same job on several arms, with the losses compared"))
     command.add_argument("--arms", help="comma-separated; default: fasttune,vanilla,hf-tuned,unsloth-notebook")
@@ -256,6 +263,20 @@ def merge(options: argparse.Namespace) -> int:
 
         print(to_json_line(done))
     return 0 if done["verified"] else 1
+
+
+def plan(options: argparse.Namespace) -> int:
+    """`fasttune plan`: 0, or 1 when it does not fit; the page goes to stderr."""
+    from fasttune import config, preview, preview_page, terminal
+
+    settings = config.load(options.config, options.overrides)
+    figures = preview.look(settings, options.gpu, options.usd_per_hour, terminal.Reporter(None))
+    preview_page.show(figures)
+    if options.json:
+        from fasttune import report
+
+        print(report.to_json_line(figures.as_dict()))
+    return 0 if figures.fits else 1
 
 
 if __name__ == "__main__":

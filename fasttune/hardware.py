@@ -11,7 +11,7 @@ import statistics
 import subprocess
 import time
 from collections.abc import Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
 
@@ -179,6 +179,26 @@ _PEAK_BF16_TFLOPS: tuple[tuple[str, float, str], ...] = (
 USD_PER_HOUR_DATE = "2026-05"
 USD_PER_HOUR_SOURCE = "https://www.mercatus-ai.com/blog/cloud-gpu-pricing"
 _USD_PER_HOUR: tuple[tuple[str, float], ...] = ((r"\bH200\b", 3.50), (r"\bH100\b", 2.50), (r"\bA100\b", 1.10))
+
+
+# GPUs a plan can be made for without having one: name, compute capability and MiB as nvidia-smi says them (with ECC on
+# where the card has it). Source: https://docs.nvidia.com/deploy/nvidia-smi/, output on machines with these cards.
+KNOWN_GPUS: dict[str, tuple[str, tuple[int, int], int]] = {
+    "h200-141": ("NVIDIA H200", (9, 0), 143771),
+    "h100-80": ("NVIDIA H100 80GB HBM3", (9, 0), 81559),
+    "a100-80": ("NVIDIA A100-SXM4-80GB", (8, 0), 81920),
+    "a100-40": ("NVIDIA A100-SXM4-40GB", (8, 0), 40960),
+    "l40s-48": ("NVIDIA L40S", (8, 9), 46068),
+    "l4-24": ("NVIDIA L4", (8, 9), 23034),
+    "rtx4090-24": ("NVIDIA GeForce RTX 4090", (8, 9), 24564),
+    "rtx3090-24": ("NVIDIA GeForce RTX 3090", (8, 6), 24576),
+}
+
+
+def with_gpu(machine: Hardware, known: str) -> Hardware:
+    """This machine, if it had one of KNOWN_GPUS."""
+    name, capability, memory_mib = KNOWN_GPUS[known]
+    return replace(machine, gpus=(Gpu(name, capability, memory_mib / 1024),), driver=None, silent_gpu=False)
 
 
 def _by_name(gpu_name: str, table: Sequence[tuple[Any, ...]]) -> float | None:

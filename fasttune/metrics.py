@@ -108,6 +108,48 @@ class Backend:
     dtype: str
 
 
+@dataclass(frozen=True)
+class Range:
+    """A forecast: what is expected, and between what it should lie."""
+
+    low: float
+    expected: float
+    high: float
+
+
+@dataclass(frozen=True)
+class Memory:
+    """Peak memory by part, in GiB. `process` is a CPU's only: Python and its libraries."""
+
+    process: float
+    weights: float
+    adapter: float
+    gradients: float
+    optimizer: float
+    activations: float
+    logits: float
+    slack: float
+
+    @property
+    def total(self) -> float:
+        return sum(asdict(self).values())
+
+
+@dataclass(frozen=True)
+class Forecast:
+    """What a run is expected to need; None where nothing honest can be said."""
+
+    memory_gib: Memory
+    peak_memory_gib: Range
+    largest_micro_batch_tokens: int
+    steps: int
+    tokens: int
+    tokens_per_s: Range | None
+    hours: Range | None
+    usd: Range | None
+    rate: str  # where the speed comes from, or why there is none
+
+
 @dataclass
 class RunResult:
     """The contract of `run.json`. Speeds are medians of the steady steps; None means "cannot be said honestly"."""
@@ -139,6 +181,7 @@ class RunResult:
     hardware: dict[str, Any]
     settings: list[Setting]
     exact_match: ExactMatch | None = None
+    forecast: Forecast | None = None
     samples: list[Sample] = field(default_factory=list)
     held_out: HeldOut | None = None
     warnings: list[str] = field(default_factory=list)

@@ -1,54 +1,31 @@
 """Config + hardware → settings, each with its reason: what `auto` means on this machine.
 
-Pure functions; no torch. Memory is estimated, in GiB; issue a run to measure it.
+The fastest settings whose forecast memory fits; recomputing only when memory asks for it. Pure functions, no torch.
 """
 
-from dataclasses import dataclass
-from typing import Any
+from collections.abc import Iterator
+from dataclasses import dataclass, replace
 
 from fasttune.config import Config
 from fasttune.hardware import Hardware
-from fasttune.metrics import Setting
+from fasttune.memory_forecast import Choices, MicroBatch, forecast
+from fasttune.metrics import Memory, Setting
+from fasttune.shape import Shape
 
-USABLE_MEMORY = 0.8  # the rest: fragmentation, CUDA context, kernels' workspaces
-ACTIVATION_VALUES = 17  # saved values per token, layer and hidden unit: (34 s·b·h bytes at 2 bytes each)
-# Source: Korthikanti et al., https://arxiv.org/abs/2205.05198, eq. 1 without the attention square (flash attention).
+USABLE_MEMORY = 0.8  # the rest: fragmentation, CUDA context, what the forecast does not know
 CPU_MICRO_BATCH_TOKENS = 2048
-LOGIT_BYTES = 8  # fp32 logits and their gradient on a labelled token, if nothing chunks them
 
 
 @dataclass(frozen=True)
-class Shape:
-    """The sizes of a model that decide its memory."""
+class Plan(Choices):
+    """Every automatic choice made; `settings` is what a person is shown.
 
-    layers: int
-    hidden: int
-    vocab: int
-    parameters: int
-
-    @classmethod
-    def of(cls, architecture: Any) -> "Shape":
-        """From a transformers config; parameters of a Llama-like model (attention, gated MLP, embeddings)."""
-        hidden, layers = architecture.hidden_size, architecture.num_hidden_layers
-        heads = architecture.num_attention_heads
-        head = getattr(architecture, "head_dim", None) or hidden // heads
-        kv_heads = getattr(architecture, "num_key_value_heads", None) or heads
-        mlp = getattr(architecture, "intermediate_size", None) or 4 * hidden
-        layer = hidden * head * (2 * heads + 2 * kv_heads) + 3 * hidden * mlp
-        embeddings = architecture.vocab_size * hidden * (1 if architecture.tie_word_embeddings else 2)
-        return cls(layers, hidden, architecture.vocab_size, layers * layer + embeddings)
-
-
-@dataclass(frozen=True)
-class Plan:
-    """Every automatic choice made; `settings` is what a person is shown."""
+    packed: as wished; prepare.py asks the live model whether it can. fits: whether the forecast memory does.
+    """
 
     shape: Shape
-    dtype: str
     micro_batch_rows: int
-    gradient_checkpointing: str
-    optimizer: str
-    packed: bool  # as wished; prepare.py asks the live model whether it can
+    fits: bool
     settings: list[Setting]
 
     def apply(self, config: Config) -> Config:
@@ -70,10 +47,20 @@ class Plan:
 def resolve(config: Config, hardware: Hardware, shape: Shape) -> Plan:
     """Choose dtype, checkpointing, micro-batch and optimizer for this machine."""
     dtype, dtype_reason = _dtype(config, hardware)
-    optimizer, optimizer_reason = _optimizer(config, hardware, shape, dtype)
-    policy, policy_reason = _checkpointing(config, hardware, shape, dtype, optimizer)
-    micro, micro_reason = _micro_batch(config, hardware, shape, dtype, policy, optimizer)
+    base = Choices(
+        gpu_gib=hardware.gpus[0].memory_gib if hardware.gpus else None,
+        dtype=dtype,
+        gradient_checkpointing="none",
+        optimizer="adamw_torch_fused",
+        packed=config.train.packing is not False,
+    )
+    usable_gib = USABLE_MEMORY * memory_gib(hardware)
+    candidates = list(_candidates(config, base))
+    one_row = {choices: full_memory(config, shape, choices, 1).total for choices in candidates}
+    chosen = next((choices for choices in candidates if one_row[choices] <= usable_gib), candidates[-1])
+    micro, micro_reason = _micro_batch(config, shape, chosen, usable_gib)
     train, lora = config.train, config.lora
+    fastest = one_row[candidates[0]]
     settings = [
         Setting("model", f"{config.model.name}, {shape.parameters / 1e6:,.0f} M parameters"),
         Setting("method", _method(config)),
@@ -81,12 +68,82 @@ def resolve(config: Config, hardware: Hardware, shape: Shape) -> Plan:
         Setting("quantization", config.model.quantization),
         Setting("max length", f"{config.model.max_length:,} tokens"),
         _batch(config, micro, micro_reason),
-        Setting("checkpointing", policy, policy_reason),
-        Setting("optimizer", f"{optimizer}, lr {train.learning_rate:g}, {train.scheduler}", optimizer_reason),
+        Setting("checkpointing", chosen.gradient_checkpointing, _recompute_reason(config, chosen, fastest, usable_gib)),
+        Setting(
+            "optimizer",
+            f"{chosen.optimizer}, lr {train.learning_rate:g}, {train.scheduler}",
+            _optimizer_reason(config, chosen, fastest, usable_gib),
+        ),
     ]
     if train.method == "lora" and lora.dropout:
         settings.append(Setting("lora dropout", f"{lora.dropout:g}"))
-    return Plan(shape, dtype, micro, policy, optimizer, train.packing is not False, settings)
+    fits = full_memory(config, shape, chosen, micro).total <= usable_gib
+    return Plan(**vars(chosen), shape=shape, micro_batch_rows=micro, fits=fits, settings=settings)
+
+
+def full_memory(config: Config, shape: Shape, choices: Choices, rows: int) -> Memory:
+    """The most memory that `rows` rows at once can take."""
+    largest = MicroBatch.full(min(rows, config.train.batch_rows), config.model.max_length, choices.packed)
+    return forecast(config, shape, choices, largest)
+
+
+def memory_gib(hardware: Hardware) -> float:
+    return hardware.gpus[0].memory_gib if hardware.gpus else hardware.memory_gib
+
+
+def smaller(config: Config) -> list[str]:
+    """Settings that take less memory, the cheapest first (docs/oom.md); not those that are set already."""
+    train, full = config.train, config.train.method == "full"
+    ways = {
+        "train.gradient_checkpointing=unsloth": train.gradient_checkpointing != "unsloth",
+        "train.optimizer=adamw_8bit": full and train.optimizer != "adamw_8bit",
+        f"model.max_length below {config.model.max_length:,}": True,
+        "train.method=lora": full,
+        "model.quantization=nf4": not full and config.model.quantization == "none",
+        "a lower lora.rank": not full,
+        "a smaller model, or a GPU with more memory": True,
+    }
+    return [way for way, possible in ways.items() if possible]
+
+
+def _candidates(config: Config, base: Choices) -> Iterator[Choices]:
+    """What may be chosen, the fastest first: nothing recomputed, then recomputing, then with 8-bit moments."""
+    asked, gpu = config.train, base.gpu_gib is not None
+    optimizers, policies = [asked.optimizer], [asked.gradient_checkpointing]
+    if asked.optimizer == "auto":
+        optimizers = ["adamw_torch_fused"]
+        optimizers += ["adamw_8bit"] if gpu and asked.method == "full" else []
+    if asked.gradient_checkpointing == "auto":
+        policies = ["none", "unsloth" if gpu else "full"]
+    for optimizer in optimizers:
+        for policy in policies:
+            yield replace(base, optimizer=optimizer, gradient_checkpointing=policy)
+
+
+def _micro_batch(config: Config, shape: Shape, choices: Choices, usable_gib: float) -> tuple[int, str | None]:
+    """The most rows at once that fit and divide the batch."""
+    rows = config.train.batch_rows
+    if config.train.micro_batch_rows != "auto":
+        return config.train.micro_batch_rows, None
+    sizes = [size for size in range(rows, 0, -1) if rows % size == 0]
+    useful = sizes
+    if choices.gpu_gib is None:
+        wanted = max(1, CPU_MICRO_BATCH_TOKENS // config.model.max_length)
+        useful = [size for size in sizes if size <= wanted]
+    fitting = [size for size in useful if full_memory(config, shape, choices, size).total <= usable_gib]
+    micro = fitting[0] if fitting else 1
+    if micro == rows:
+        return micro, "all rows of a step at once"
+    if micro == useful[0]:
+        return micro, f"a CPU gains nothing beyond {CPU_MICRO_BATCH_TOKENS:,} tokens at once"
+    needed = full_memory(config, shape, choices, useful[useful.index(micro) - 1] if fitting else 1).total
+    return micro, f"more would need about {needed:.0f} of {usable_gib:.0f} GiB" if fitting else _too_much(
+        needed, usable_gib
+    )
+
+
+def _too_much(needed_gib: float, usable_gib: float) -> str:
+    return f"even one full row needs about {needed_gib:.0f} GiB, {usable_gib:.0f} GiB can be used"
 
 
 def _batch(config: Config, micro: int, reason: str | None) -> Setting:
@@ -116,61 +173,16 @@ def _dtype(config: Config, hardware: Hardware) -> tuple[str, str | None]:
     return "float32", f"{gpu.name} (compute capability {'.'.join(map(str, gpu.compute_capability))}) has no bf16"
 
 
-def _optimizer(config: Config, hardware: Hardware, shape: Shape, dtype: str) -> tuple[str, str | None]:
-    chosen = config.train.optimizer
-    if chosen != "auto":
-        return chosen, None
-    full_gib = _fixed_gib(config, shape, dtype, "adamw_torch_fused")
-    memory_gib = _memory_gib(hardware)
-    if hardware.gpus and config.train.method == "full" and full_gib > USABLE_MEMORY * memory_gib:
-        return "adamw_8bit", f"weights, gradients and fp32 states need {full_gib:.0f} of {memory_gib:.0f} GiB"
-    return "adamw_torch_fused", "one kernel for all parameters"
+def _recompute_reason(config: Config, chosen: Choices, fastest_gib: float, usable_gib: float) -> str | None:
+    if config.train.gradient_checkpointing != "auto":
+        return None
+    needs = f"a full row needs about {fastest_gib:.1f} GiB without it, {usable_gib:.0f} GiB can be used"
+    return f"{needs}: recomputing would cost speed" if chosen.gradient_checkpointing == "none" else needs
 
 
-def _checkpointing(
-    config: Config, hardware: Hardware, shape: Shape, dtype: str, optimizer: str
-) -> tuple[str, str | None]:
-    chosen = config.train.gradient_checkpointing
-    if chosen != "auto":
-        return chosen, None
-    row_gib = config.model.max_length * _token_bytes(shape, dtype, recompute=False) / 2**30
-    free_gib = USABLE_MEMORY * _memory_gib(hardware) - _fixed_gib(config, shape, dtype, optimizer)
-    if row_gib <= free_gib:
-        return "none", f"a full row needs about {row_gib:.1f} of {free_gib:.0f} GiB free: recomputing would cost speed"
-    policy = "unsloth" if hardware.gpus else "full"
-    return policy, f"a full row needs about {row_gib:.1f} GiB without it, {max(free_gib, 0):.0f} GiB are free"
-
-
-def _micro_batch(
-    config: Config, hardware: Hardware, shape: Shape, dtype: str, policy: str, optimizer: str
-) -> tuple[int, str | None]:
-    rows = config.train.batch_rows
-    if config.train.micro_batch_rows != "auto":
-        return config.train.micro_batch_rows, None
-    free_gib = USABLE_MEMORY * _memory_gib(hardware) - _fixed_gib(config, shape, dtype, optimizer)
-    fitting = int(max(free_gib, 0) * 2**30 / _token_bytes(shape, dtype, recompute=policy != "none"))
-    limit, why = fitting, f"about {fitting:,} tokens fit in {max(free_gib, 0):.0f} GiB"
-    if not hardware.gpus and fitting > CPU_MICRO_BATCH_TOKENS:
-        limit, why = CPU_MICRO_BATCH_TOKENS, f"a CPU gains nothing beyond {CPU_MICRO_BATCH_TOKENS:,} tokens at once"
-    wanted = max(1, limit // config.model.max_length)
-    micro = max(size for size in range(1, min(wanted, rows) + 1) if rows % size == 0)
-    return micro, "all rows of a step at once" if micro == rows else why
-
-
-def _memory_gib(hardware: Hardware) -> float:
-    return hardware.gpus[0].memory_gib if hardware.gpus else hardware.memory_gib
-
-
-def _fixed_gib(config: Config, shape: Shape, dtype: str, optimizer: str) -> float:
-    """Weights, gradients and optimizer states; an adapter's own are small and left to the slack."""
-    weight_bytes = 0.6 if config.model.quantization == "nf4" else {"bfloat16": 2, "float32": 4}[dtype]
-    if config.train.method == "full":
-        states = 2 if optimizer == "adamw_8bit" else 2 * {"bfloat16": 2, "float32": 4}[dtype]
-        weight_bytes += {"bfloat16": 2, "float32": 4}[dtype] + states
-    return shape.parameters * weight_bytes / 2**30
-
-
-def _token_bytes(shape: Shape, dtype: str, recompute: bool) -> float:
-    value_bytes = {"bfloat16": 2, "float32": 4}[dtype]
-    saved = 1 if recompute else ACTIVATION_VALUES
-    return shape.layers * shape.hidden * saved * value_bytes + shape.vocab * LOGIT_BYTES
+def _optimizer_reason(config: Config, chosen: Choices, fastest_gib: float, usable_gib: float) -> str | None:
+    if config.train.optimizer != "auto":
+        return None
+    if chosen.optimizer == "adamw_8bit":
+        return f"exact moments need about {fastest_gib:.0f} GiB with all else, {usable_gib:.0f} GiB can be used"
+    return "one kernel for all parameters"

@@ -3,17 +3,16 @@
 Unsloth and torch are imported inside `prepare`: bad input must fail in a second, not in ten.
 """
 
-import math
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any, Protocol
 
-from fasttune import builtin, hardware, output, plan, pretrained
+from fasttune import builtin, forecast, hardware, output, plan, pretrained, shape
 from fasttune.config import Config, looks_like_hub
 from fasttune.data import chat, load, sources
 from fasttune.data.batches import Batches, Encoded
 from fasttune.hardware import Hardware
-from fasttune.metrics import Setting, StepMetrics
+from fasttune.metrics import Forecast, Setting, StepMetrics
 from fasttune.plan import Plan
 from fasttune.quiet import take_over_loggers
 
@@ -53,6 +52,7 @@ class Job:
     usd_per_hour: float | None
     settings: list[Setting]
     warnings: list[str]
+    forecast: Forecast
 
 
 def preflight(config: Config, resume: Path | None = None) -> Path:
@@ -75,8 +75,10 @@ def prepare(config: Config, folder: Path, reporter: Reporter) -> Job:
     take_over_loggers()
     warnings: list[str] = []
     machine = hardware.detect(folder)
-    chosen = plan.resolve(config, machine, plan.Shape.of(pretrained.read_architecture(config.model)))
+    chosen = plan.resolve(config, machine, shape.Shape.of(pretrained.read_architecture(config.model)))
     config = chosen.apply(config)
+    if not chosen.fits:
+        warnings.append("the forecast does not fit into memory: `fasttune plan` says what to change")
     reporter.note(f"loading {config.model.name} …")
     policy, full = chosen.gradient_checkpointing, config.train.method == "full"
     model, tokenizer = models.load(config.model, chosen.dtype, policy, full, config.seed)
@@ -101,6 +103,8 @@ def prepare(config: Config, folder: Path, reporter: Reporter) -> Job:
     output.check_space(folder, needed_gib(config, models.trained_gib(model)))
     usd_per_hour, price = price_of(config, machine)
     settings += [price] if price else []
+    expected = forecast.of_run(config, replace(chosen, packed=packed), data, machine, usd_per_hour)
+    settings.append(Setting("forecast", forecast.in_words(expected), f"speed: {expected.rate}"))
     return Job(
         config=config,
         folder=folder,
@@ -111,10 +115,11 @@ def prepare(config: Config, folder: Path, reporter: Reporter) -> Job:
         data=data,
         held_out=held_out,
         problems=samples.read(config, tokenizer, data),
-        total_steps=config.train.max_steps or math.ceil(config.train.epochs * data.steps_per_epoch),
+        total_steps=expected.steps,
         usd_per_hour=usd_per_hour,
         settings=settings,
         warnings=warnings,
+        forecast=expected,
     )
 
 

@@ -13,7 +13,7 @@ from typing import Any
 
 from fasttune import plots
 from fasttune.errors import OutputError
-from fasttune.metrics import RunResult, StepMetrics
+from fasttune.metrics import Forecast, RunResult, StepMetrics
 
 
 @dataclass(frozen=True)
@@ -95,7 +95,22 @@ def key_figures(result: RunResult) -> list[Figure]:
             + (f", {measured:,.2f} TFLOP/s" if measured is not None else ""),
             "the matmul rate was not measured" if measured is None else "not enough steps to say",
         ),
+        *([] if result.forecast is None else [_forecast(result, result.forecast)]),
     ]
+
+
+def _forecast(result: RunResult, expected: Forecast) -> Figure:
+    """What was expected, and how far what was measured lies from it."""
+    peak = expected.peak_memory_gib
+    value = f"{peak.expected:,.1f} GiB"
+    note = f"measured {result.peak_memory_gib / peak.expected - 1:+.0%} (range {peak.low:,.1f} to {peak.high:,.1f})"
+    speed = expected.tokens_per_s
+    if speed is not None:
+        value += f", {rate(speed.expected)} tokens/s"
+        range_text = f"(range {rate(speed.low)} to {rate(speed.high)})"
+        found = "not known" if result.tokens_per_s is None else f"{result.tokens_per_s / speed.expected - 1:+.0%}"
+        note = f"memory {note}; speed measured {found} {range_text}"
+    return Figure("forecast", value, note)
 
 
 def _loss(result: RunResult) -> Figure:

@@ -103,6 +103,7 @@ def summarize(job: Job, outcome: Outcome, trainer: Any, started: float) -> RunRe
         versions=versions(),
         hardware=asdict(job.machine),
         settings=job.settings,
+        forecast=job.forecast,
         warnings=outcome.warnings,
         error=outcome.error,
         resumed_from_step=outcome.resumed_from_step,

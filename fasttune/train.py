@@ -18,6 +18,7 @@ from fasttune.config import Config
 from fasttune.errors import FasttuneError
 from fasttune.journal import Journal
 from fasttune.metrics import RunResult
+from fasttune.plan import smaller
 from fasttune.prepare import Job, Reporter, preflight, prepare
 from fasttune.quiet import library_log
 from fasttune.summary import Outcome
@@ -98,21 +99,6 @@ def train(
     if outcome.status != "failed" and outcome.steps:
         outcome.saved_step = keeper.bring_back_best(outcome.steps[-1].step)
     return validator
-
-
-def smaller(config: Config) -> list[str]:
-    """Settings that take less memory, the cheapest first (docs/oom.md); not those that are set already."""
-    train, full = config.train, config.train.method == "full"
-    ways = {
-        "train.gradient_checkpointing=unsloth": train.gradient_checkpointing != "unsloth",
-        "train.optimizer=adamw_8bit": full and train.optimizer != "adamw_8bit",
-        f"model.max_length below {config.model.max_length:,}": True,
-        "train.method=lora": full,
-        "model.quantization=nf4": not full and config.model.quantization == "none",
-        "a lower lora.rank": not full,
-        "a smaller model, or a GPU with more memory": True,
-    }
-    return [way for way, possible in ways.items() if possible]
 
 
 def save(job: Job, outcome: Outcome, initial_adapter: Path | None) -> None:

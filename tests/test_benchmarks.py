@@ -62,8 +62,10 @@ def bench(**changes: Any) -> dict[str, Any]:
 
 @pytest.fixture
 def repository(tmp_path: Path) -> Path:
-    """The two pages, and no results yet."""
+    """The two pages, and no results and rates yet."""
     (tmp_path / "benchmarks" / "results").mkdir(parents=True)
+    (tmp_path / "fasttune").mkdir()
+    (tmp_path / "fasttune" / "rates.json").write_text("[]\n")
     for page, marker in (("README.md", "measured"), ("benchmarks/README.md", "results")):
         (tmp_path / page).write_text(f"before\n<!-- {marker} -->\n<!-- /{marker} -->\nafter\n")
     return tmp_path
@@ -96,6 +98,9 @@ def test_a_result_becomes_a_row_a_table_and_a_sentence(repository: Path) -> None
     assert script("render.py", "--check", "--root", repository).returncode == 0
     table = (repository / "benchmarks" / "README.md").read_text()
     assert "| fasttune | 179 (179 to 180, 5 repeats) | 2.00 (" in table and "| hf-tuned | failed: OutOfMemory" in table
+    (rate,) = json.loads((repository / "fasttune" / "rates.json").read_text())
+    assert (rate["machine"], rate["dtype"], rate["packed"]) == ("Some CPU, 2 cores", "float32", True)
+    assert rate["tflops"] == pytest.approx([1e9 * v / 1e12 for v in row["arms"][0]["tokens_per_s"]], rel=0.02)
     page = (repository / "README.md").read_text()
     assert "**fasttune** 179, **vanilla** 89.6; fasttune is **2.00×** plain Hugging Face" in page
     assert "at 45% of the measured matmul limit" in page and "Some CPU (2 cores, no GPU)" in page

@@ -1,11 +1,16 @@
 """What `auto` means on which machine, and that every choice says why."""
 
+from dataclasses import replace
+
 import pytest
 
-from fasttune import config, plan
+from fasttune import config, hardware, plan
 from fasttune.hardware import Gpu, Hardware
+from fasttune.shape import Shape
 
-LLAMA_8B = plan.Shape(layers=32, hidden=4096, vocab=128256, parameters=8_030_000_000)
+LLAMA_8B = Shape(
+    layers=32, hidden=4096, mlp=14336, heads=32, query_width=4096, key_width=1024, vocab=128256, tied=False
+)
 CPU = Hardware("linux", "x86_64", "2.36", "3.11.7", "cpu", cores=2, memory_gib=24, disk_free_gib=100)
 
 
@@ -71,4 +76,27 @@ def test_shape_counts_llama_3_1_8b() -> None:
         num_key_value_heads=8,
         vocab_size=128256,
     )
-    assert plan.Shape.of(architecture).parameters == pytest.approx(8.03e9, rel=1e-3)
+    assert Shape.of(architecture) == LLAMA_8B
+    assert LLAMA_8B.parameters == 8_030_261_248  # as transformers counts it
+    assert LLAMA_8B.adapter_weights(64, list(config.SEVEN_PROJECTIONS)) == 167_772_160
+
+
+@pytest.mark.parametrize("gpu", [name for name in hardware.KNOWN_GPUS if name != "h200-141"])
+def test_what_is_chosen_is_the_fastest_that_fits(gpu: str) -> None:
+    """More rows at once, or no recomputation, would not fit."""
+    asked, machine = settings(batch_rows=32), hardware.with_gpu(CPU, gpu)
+    chosen = plan.resolve(asked, machine, LLAMA_8B)
+    usable_gib = plan.USABLE_MEMORY * plan.memory_gib(machine)
+    if chosen.fits:
+        assert plan.full_memory(asked, LLAMA_8B, chosen, chosen.micro_batch_rows).total <= usable_gib
+    assert plan.full_memory(asked, LLAMA_8B, chosen, 2 * chosen.micro_batch_rows).total > usable_gib
+    if chosen.gradient_checkpointing != "none":
+        without = replace(chosen, gradient_checkpointing="none")
+        assert plan.full_memory(asked, LLAMA_8B, without, 1).total > usable_gib
+
+
+def test_a_plan_that_does_not_fit_says_so() -> None:
+    chosen = plan.resolve(settings(method="full"), gpu("NVIDIA L4", 22, (8, 9)), LLAMA_8B)
+    assert not chosen.fits
+    batch = next(setting for setting in chosen.settings if setting.name == "batch")
+    assert "even one full row needs" in (batch.reason or "")

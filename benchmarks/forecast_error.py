@@ -1,0 +1,145 @@
+#!/usr/bin/env python3
+"""Forecast peak memory against measured:  python benchmarks/forecast_error.py ROWS.jsonl --runs DIR [--only s1,m2]
+
+Trains every configuration below on the CPU, alone in its process (what is in DIR already is not run again), forecasts
+it from its config and rows with the code as it is now, and appends one line to results/forecast-error.jsonl. Memory
+does not depend on the load of the machine. Then run benchmarks/render.py.
+"""
+
+import argparse
+import datetime
+import json
+import os
+import subprocess
+import sys
+from dataclasses import replace
+from pathlib import Path
+from typing import Any
+
+from fasttune import builtin, config as configuration, forecast, hardware, plan, pretrained
+from fasttune.data import load
+from fasttune.shape import Shape
+
+ROOT = Path(__file__).resolve().parent.parent
+RESULTS = ROOT / "benchmarks" / "results" / "forecast-error.jsonl"
+BASE = "data.max_rows=400 train.batch_rows=4 train.max_steps=3 train.learning_rate=1e-4 model.max_length=512".split()
+MODELS = {"t": "builtin:tiny", "s": "builtin:smollm2-135m", "m": "six layers"}  # by the first letter of a name
+# name: (the formula's constants were chosen with it, settings)
+CONFIGURATIONS: dict[str, tuple[bool, str]] = {
+    "t1": (True, "batch_rows=8 max_steps=12"),
+    "t2": (True, "method=full packing=false max_length=1024 batch_rows=16 max_steps=4"),
+    "m1": (True, "max_steps=12"),
+    "m2": (True, "packing=false"),
+    "m3": (True, "method=full"),
+    "m4": (True, "gradient_checkpointing=full"),
+    "m5": (True, "method=full gradient_checkpointing=full packing=false"),
+    "m6": (True, "dropout=0.05 rank=32 batch_rows=2"),
+    "s1": (True, "max_steps=6"),
+    "s2": (True, "packing=false batch_rows=2"),
+    "s3": (True, "method=full batch_rows=1"),
+    "s4": (True, "gradient_checkpointing=full batch_rows=2"),
+    "m7": (False, "batch_rows=8 micro_batch_rows=1 max_length=1024 rank=64"),
+    "m8": (False, "method=full gradient_checkpointing=full batch_rows=2"),
+    "m9": (False, "packing=false gradient_checkpointing=full micro_batch_rows=2"),
+    "m10": (False, "targets=[q_proj,v_proj] rank=8 batch_rows=3 micro_batch_rows=3"),
+    "m11": (False, "packing=false method=full batch_rows=2 max_length=640"),
+    "s5": (False, "method=full gradient_checkpointing=full batch_rows=2 packing=false"),
+    "t4": (False, "packing=false gradient_checkpointing=full rank=64 batch_rows=16 micro_batch_rows=4"),
+}
+SECTION = {"max_length": "model", "dropout": "lora", "rank": "lora", "targets": "lora"}  # all others: train
+
+
+def main(argv: list[str] | None = None) -> int:
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("rows", type=Path, help="JSONL to train on")
+    parser.add_argument("--runs", type=Path, required=True, metavar="DIR")
+    parser.add_argument("--only", help="names of configurations, comma-separated")
+    parser.add_argument("--results", type=Path, default=RESULTS, help=argparse.SUPPRESS)
+    options = parser.parse_args(argv)
+    names = options.only.split(",") if options.only else list(CONFIGURATIONS)
+    options.runs.mkdir(parents=True, exist_ok=True)
+    found = []
+    for name in names:
+        folder = options.runs / name
+        if not (folder / "run.json").exists():
+            run(name, folder, options.rows)
+        found.append(compared(name, folder))
+        print(f"{name}: forecast {found[-1]['forecast_gib']:.2f}, measured {found[-1]['measured_gib']:.2f} GiB")
+    machine = hardware.detect()
+    row = {
+        "benchmark": "forecast_error",
+        "date": datetime.date.today().isoformat(),
+        "git": revision(),
+        "hardware": f"{forecast.machine_name(machine)}, {machine.memory_gib:.0f} GiB, no GPU",
+        "runs": found,
+    }
+    with options.results.open("a", encoding="utf-8") as file:
+        file.write(json.dumps(row) + "\n")
+    return 0
+
+
+def run(name: str, folder: Path, rows: Path) -> None:
+    """Train one configuration in a process of its own."""
+    model = MODELS[name[0]]
+    tree = folder.parent / "base.yaml"
+    tree.write_text("model: {}\ndata: {}\n")
+    made = str(six_layers(folder.parent / "six-layers")) if model == "six layers" else model
+    settings = [f"model.name={made}", f"data.train={rows}", f"name={name}", f"output_dir={folder}", "overwrite=true"]
+    own = [f"{SECTION.get(text.split('=')[0], 'train')}.{text}" for text in CONFIGURATIONS[name][1].split()]
+    settings += [*BASE, "checkpoint.every=never", *own]
+    command = [sys.executable, "-m", "fasttune.cli", "train", str(tree), *settings]
+    subprocess.run(command, check=True, env=os.environ | {"PYTHONPATH": str(ROOT)}, stderr=subprocess.DEVNULL)
+
+
+def compared(name: str, folder: Path) -> dict[str, Any]:
+    """The forecast of a finished run by the code as it is now, beside what it measured."""
+    config = configuration.load(folder / "config.yaml")
+    measured = json.loads((folder / "run.json").read_text(encoding="utf-8"))
+    machine = replace(hardware.detect(), gpus=())
+    chosen = plan.resolve(config, machine, Shape.of(pretrained.read_architecture(config.model)))
+    data = load.encode(config, pretrained.read_tokenizer(config.model), chosen.packed, lambda what, share: None)
+    data.share_prefix = chosen.packed
+    expected = forecast.of_run(config, chosen, data, machine, None)
+    fitted, settings = CONFIGURATIONS[name]
+    return {
+        "what": f"{MODELS[name[0]]}: {settings}",
+        "fitted": fitted,
+        "steps": measured["steps"],
+        "tokens": expected.largest_micro_batch_tokens,
+        "forecast_gib": round(expected.peak_memory_gib.expected, 3),
+        "parts_gib": {part: round(gib, 3) for part, gib in vars(expected.memory_gib).items()},
+        "measured_gib": round(measured["peak_memory_gib"], 3),
+    }
+
+
+def six_layers(folder: Path) -> Path:
+    """A random Llama between the two built-in models, with an untied head: 34 M parameters."""
+    if folder.exists():
+        return folder
+    from transformers import AutoTokenizer, LlamaConfig, LlamaForCausalLM
+
+    tokenizer = AutoTokenizer.from_pretrained(builtin.path("builtin:tiny"))
+    config = LlamaConfig(
+        vocab_size=16000,
+        hidden_size=512,
+        intermediate_size=1408,
+        num_hidden_layers=6,
+        num_attention_heads=8,
+        num_key_value_heads=4,
+        max_position_embeddings=4096,
+        bos_token_id=tokenizer.bos_token_id,
+        eos_token_id=tokenizer.eos_token_id,
+        pad_token_id=tokenizer.pad_token_id,
+    )
+    LlamaForCausalLM(config).save_pretrained(folder)
+    tokenizer.save_pretrained(folder)
+    return folder
+
+
+def revision() -> str:
+    command = ["git", "describe", "--always", "--dirty"]
+    return subprocess.run(command, capture_output=True, text=True, cwd=ROOT, check=True).stdout.strip()
+
+
+if __name__ == "__main__":
+    sys.exit(main())

@@ -1,0 +1,157 @@
+"""What a run will need, from its plan and its encoded rows: memory, tokens, hours, dollars, each with a range.
+
+    expected = of_run(config, chosen, data, machine, usd_per_hour)
+
+Speed is model FLOPs of a step over the rate that this kind of machine has shown (rates.json, made from
+benchmarks/results); where it has shown none, a wide range of what such chips do. Pure, no torch.
+"""
+
+import json
+import math
+import statistics
+from collections.abc import Callable
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+from fasttune import hardware
+from fasttune.config import Config
+from fasttune.data.batches import Batches
+from fasttune.data.tokens import IGNORE
+from fasttune.hardware import Hardware
+from fasttune.memory_forecast import MicroBatch, forecast
+from fasttune.metrics import Forecast, Memory, Range
+from fasttune.plan import Plan
+from fasttune.report import duration, usd
+
+SAMPLED_STEPS, SAMPLED_TOKENS = 100, 2_000_000  # of a run are laid out, until the first of them is reached
+MEMORY_ERROR = {"cpu": (0.9, 1.1), "gpu": (0.8, 1.3)}  # the first as measured, the second a guess
+RATE_ERROR = 1.2  # around the repeats of a rate on file
+OTHER_JOB_ERROR = 1.5  # where that rate is of another method or layout
+MFU = (0.20, 0.60)  # of a GPU without a rate on file: published single-GPU fine-tuning lies between (docs/measuring.md)
+CPU_GFLOPS_A_CORE = (15.0, 90.0)  # of a CPU without one: AVX2 and AVX-512 cores, fp32
+LAUNCH_S_A_LAYER = Range(0.003, 0.001, 0.0003)  # of a micro-batch on a GPU, forward and backward: a guess; slow first
+SMALLEST = 20e6  # parameters: below, Python and launches take the time, not arithmetic
+START_S = Range(10.0, 20.0, 60.0)  # imports and preparation
+LOAD_S_A_GIB = Range(0.3, 1.0, 3.0)  # of weights
+
+
+@dataclass(frozen=True)
+class Sample:
+    """The first steps of a run as they are laid out. cells: positions that are computed."""
+
+    steps: int
+    rows: int
+    tokens: int
+    labels: int
+    cells: int
+    micro_batches: list[MicroBatch]
+
+
+def of_run(
+    config: Config, chosen: Plan, data: Batches, machine: Hardware, usd_per_hour: float | None, scale: float = 1.0
+) -> Forecast:
+    """The forecast of a run on `data`, the rows it has or a sample of them; `scale`: how many times as many it has."""
+    steps_per_epoch = math.ceil(scale * data.rows_per_epoch / data.batch_rows)
+    steps = config.train.max_steps or math.ceil(config.train.epochs * steps_per_epoch)
+    sample = lay_out(data, min(steps, data.steps_per_epoch))
+    memories = {each: forecast(config, chosen.shape, chosen, each) for each in set(sample.micro_batches)}
+    largest = max(memories, key=lambda each: memories[each].total)
+    memory, tokens = memories[largest], round(sample.tokens / sample.steps * steps)
+    rate, source = rate_tflops(config, chosen, machine)
+    speed = hours = cost = None
+    if rate is not None:
+        flops = _step_flops(config, chosen, sample)
+        tokens_a_step = sample.tokens / sample.steps
+        layers = 0 if chosen.gpu_gib is None else chosen.shape.layers * len(sample.micro_batches) / sample.steps
+        paired = zip(vars(rate).values(), vars(LAUNCH_S_A_LAYER).values(), strict=True)
+        speed = Range(*(tokens_a_step / (flops / (tera * 1e12) + layers * launch_s) for tera, launch_s in paired))
+        hours = _hours(tokens, speed, memory)
+        cost = None if usd_per_hour is None else Range(*(usd_per_hour * each for each in vars(hours).values()))
+    low, high = MEMORY_ERROR["cpu" if chosen.gpu_gib is None else "gpu"]
+    peak = Range(low * memory.total, memory.total, high * memory.total)
+    return Forecast(memory, peak, largest.tokens, steps, tokens, speed, hours, cost, source)
+
+
+def in_words(expected: Forecast) -> str:
+    """One line: memory, tokens, time and dollars with their ranges."""
+    parts = [f"peak {span(expected.peak_memory_gib, '{:,.1f}'.format)} GiB", f"{expected.tokens:,} tokens"]
+    if expected.hours is not None:
+        parts.append(span(expected.hours, lambda hours: duration(3600 * hours)))
+    if expected.usd is not None:
+        parts.append(span(expected.usd, usd))
+    return " · ".join(parts)
+
+
+def span(values: Range, text: Callable[[float], str]) -> str:
+    """expected (low to high), each as `text` writes it."""
+    return f"{text(values.expected)} ({text(values.low)} to {text(values.high)})"
+
+
+def lay_out(data: Batches, steps: int) -> Sample:
+    """The first steps, as the trainer gets them."""
+    found: list[MicroBatch] = []
+    done = rows = tokens = 0
+    while done < min(steps, SAMPLED_STEPS) and tokens < SAMPLED_TOKENS:
+        of_step = data.rows_of(done)
+        rows += len(of_step)
+        tokens += sum(len(data.parts[part].row(row)[0]) for part, row in of_step)
+        found += [MicroBatch.of(batch, IGNORE) for batch in data.micro_batches(done)]
+        done += 1
+    labels, cells = sum(each.labels for each in found), sum(each.tokens for each in found)
+    return Sample(done, rows, tokens, labels, cells, found)
+
+
+def rate_tflops(config: Config, chosen: Plan, machine: Hardware) -> tuple[Range | None, str]:
+    """The model FLOPs a second to count on (TFLOP/s), and where that comes from; None with the reason."""
+    if chosen.shape.parameters < SMALLEST:
+        return None, "a model this small is bound by overhead, which is not forecast"
+    job = (config.train.method, chosen.packed, chosen.gradient_checkpointing)
+    here = [row for row in on_file() if (row["machine"], row["dtype"]) == (machine_name(machine), chosen.dtype)]
+    if here:
+        alike = [row for row in here if (row["method"], row["packed"], row["gradient_checkpointing"]) == job]
+        row, same = (alike or here)[0], bool(alike)
+        error = RATE_ERROR if same else RATE_ERROR * OTHER_JOB_ERROR
+        rates = row["tflops"]
+        middle = statistics.median(rates)
+        source = f"{middle:.3g} TFLOP/s measured on {row['machine']}, {row['date']} ({row['source']})"
+        return Range(min(rates) / error, middle, max(rates) * error), source + ("" if same else "; for another job")
+    if not machine.gpus:
+        low, high = (each * machine.cores / 1000 for each in CPU_GFLOPS_A_CORE)
+        return Range(low, math.sqrt(low * high), high), "nothing measured on such a CPU: what cores do, a wide range"
+    peak = hardware.peak_bf16_tflops(machine.gpus[0].name)
+    if peak is None or chosen.dtype != "bfloat16":
+        return None, f"nothing measured on {machine.gpus[0].name} in {chosen.dtype}, and no datasheet peak to go by"
+    low, high = (each * peak for each in MFU)
+    source = f"nothing measured on {machine.gpus[0].name}: {MFU[0]:.0%} to {MFU[1]:.0%} of its {peak:g} TFLOP/s"
+    return Range(low, math.sqrt(low * high), high), source
+
+
+def on_file() -> list[dict[str, Any]]:
+    """rates.json: a row for each kind of machine and job measured, the newest first. benchmarks/render.py writes it."""
+    text = (Path(__file__).parent / "rates.json").read_text(encoding="utf-8")
+    found: list[dict[str, Any]] = json.loads(text)
+    return found
+
+
+def machine_name(machine: Hardware) -> str:
+    """The kind of machine, as rates.json calls it."""
+    return machine.gpus[0].name if machine.gpus else f"{machine.cpu_model}, {machine.cores} cores"
+
+
+def _step_flops(config: Config, chosen: Plan, sample: Sample) -> float:
+    """FLOPs that a step computes, recomputation included."""
+    full, shape = config.train.method == "full", chosen.shape
+    adapter = 0 if full else shape.adapter_weights(config.lora.rank, config.lora.targets)
+    flops = shape.flops(full, adapter)
+    computed = flops.of_step(sample.cells, sample.labels, sample.rows)
+    if chosen.gradient_checkpointing != "none":
+        computed += 2 * (shape.linear_weights + adapter) * sample.cells
+    return computed / sample.steps
+
+
+def _hours(tokens: int, speed: Range, memory: Memory) -> Range:
+    """Of the whole command: start, loading and all steps."""
+    start, load, gib = vars(START_S).values(), vars(LOAD_S_A_GIB).values(), memory.weights
+    seconds = [tokens / rate for rate in (speed.high, speed.expected, speed.low)]
+    return Range(*((s + a + gib * b) / 3600 for s, a, b in zip(seconds, start, load, strict=True)))

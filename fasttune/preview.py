@@ -1,0 +1,150 @@
+"""`fasttune plan`: what a run would choose, need and cost, on this machine or another. Trains nothing.
+
+    figures = look(config.load("configs/quickstart.yaml"), "h100-80", None, terminal.Reporter(None))
+
+Of the model only config.json and the tokenizer are read, of the data the first rows.
+"""
+
+from dataclasses import asdict, dataclass
+from typing import Any
+
+from fasttune import builtin, forecast, hardware, plan, pretrained, terminal
+from fasttune.config import Config, looks_like_hub
+from fasttune.data import chat, load, sources
+from fasttune.errors import ConfigError, DataError
+from fasttune.hardware import Hardware
+from fasttune.metrics import Forecast, Setting
+from fasttune.quiet import library_log
+from fasttune.shape import Shape
+
+SAMPLED_ROWS = sources.BUILTIN_ROWS["train"]  # of each source; a built-in one would make more if it were asked for them
+
+
+@dataclass(frozen=True)
+class Figures:
+    """Everything the page shows. sampled: the data is larger than what was read, so tokens and steps are scaled."""
+
+    name: str
+    machine: str
+    usable_gib: float
+    fits: bool
+    settings: list[Setting]
+    forecast: Forecast
+    sampled: bool
+    usd_per_hour: float | None
+    smaller: list[str]  # what to change where it does not fit
+
+    def as_dict(self) -> dict[str, Any]:
+        """A JSON document, keys as above."""
+        return asdict(self)
+
+
+def look(config: Config, gpu: str | None, usd_per_hour: float | None, reporter: terminal.Reporter) -> Figures:
+    """The plan of a config. `gpu`: one of hardware.KNOWN_GPUS, or None for this machine.
+
+    Raises ConfigError, DataError and ModelError.
+    """
+    if gpu is not None and gpu not in hardware.KNOWN_GPUS:
+        raise ConfigError([f"--gpu {gpu}: is not known; one of {', '.join(hardware.KNOWN_GPUS)}"])
+    for source in config.data.sources:
+        sources.check(source, config.data.split)
+    if config.model.name.startswith("builtin:"):
+        builtin.check(config.model.name)
+    here = hardware.detect()
+    machine = here if gpu is None else hardware.with_gpu(here, gpu)
+    if usd_per_hour is None:
+        usd_per_hour = config.usd_per_hour
+    if usd_per_hour is None and machine.gpus:
+        usd_per_hour = hardware.usd_per_hour(machine.gpus[0].name)
+    try:
+        with library_log():
+            reporter.note(f"reading the architecture and the tokenizer of {config.model.name} …")
+            shape = Shape.of(pretrained.read_architecture(config.model))
+            tokenizer = pretrained.read_tokenizer(config.model)
+            chat.complete(tokenizer)
+            return _figures(config, machine, shape, tokenizer, usd_per_hour, reporter)
+    finally:
+        reporter.stop()
+
+
+def _figures(
+    config: Config,
+    machine: Hardware,
+    shape: Shape,
+    tokenizer: Any,
+    usd_per_hour: float | None,
+    reporter: terminal.Reporter,
+) -> Figures:
+    chosen = plan.resolve(config, machine, shape)
+    sample, scale = _sample(chosen.apply(config))
+    data = load.encode(sample, tokenizer, chosen.packed, reporter.progress)
+    data.share_prefix = chosen.packed and not machine.gpus  # as packed.shares_prefix says of a live model
+    expected = forecast.of_run(sample, chosen, data, machine, usd_per_hour, scale)
+    usable_gib = plan.USABLE_MEMORY * plan.memory_gib(machine)
+    fits = expected.peak_memory_gib.expected <= usable_gib
+    wished = config.train.packing is not False
+    settings = [
+        *chosen.settings,
+        Setting("packing", "on" if wished else "off", "where the live model proves to be exact" if wished else None),
+        Setting("attention", *_attention(machine, chosen.packed)),
+    ]
+    return Figures(
+        name=config.name,
+        machine=forecast.machine_name(machine),
+        usable_gib=usable_gib,
+        fits=fits,
+        settings=settings,
+        forecast=expected,
+        sampled=scale != 1,
+        usd_per_hour=usd_per_hour,
+        smaller=[] if fits else plan.smaller(chosen.apply(config)),
+    )
+
+
+def _attention(machine: Hardware, packed: bool) -> tuple[str, str]:
+    if machine.gpus:
+        return "Unsloth's choice", "Flash Attention where it works; `fasttune verify` and a run say which ran"
+    return ("rows of a pack, one by one", "no GPU") if packed else ("torch's own (SDPA)", "no GPU, rows are padded")
+
+
+def _sample(config: Config) -> tuple[Config, float]:
+    """The config with no more than SAMPLED_ROWS of each source, and how many times as many rows an epoch has."""
+    most = config.data.max_rows
+    whole = read = 0.0
+    for source, weight in config.data.sources.items():
+        rows = _rows_of(config, source)
+        whole += weight * (rows if most is None else min(rows, most))
+        read += weight * min(rows, SAMPLED_ROWS, most or SAMPLED_ROWS)
+    if whole == read:
+        return config, 1.0
+    hub = any(looks_like_hub(source) for source in config.data.sources)
+    data = config.data.model_copy(
+        update={"max_rows": min(most or SAMPLED_ROWS, SAMPLED_ROWS), "streaming": hub or config.data.streaming}
+    )
+    return config.model_copy(update={"data": data}), whole / read
+
+
+def _rows_of(config: Config, source: str) -> int:
+    """Rows of a source: counted as far as SAMPLED_ROWS, then by the share of the file that they are."""
+    if looks_like_hub(source):
+        return _hub_rows(source, config.data.split)
+    rows = 0
+    for chunk in sources.read(source, "train", config.data.split):
+        rows += len(chunk)
+        if rows >= SAMPLED_ROWS:
+            return round(rows / chunk.done)
+    return rows
+
+
+def _hub_rows(source: str, split: str) -> int:
+    """What the hub says of a data set, without downloading it. Raises DataError."""
+    import datasets
+
+    name, _, subset = source.partition(":")
+    try:
+        return int(datasets.load_dataset_builder(name, subset or None).info.splits[split].num_examples)
+    except Exception as error:
+        raise DataError(
+            f"data: the hub does not say how many rows {source} has ({type(error).__name__}); give a file, or "
+            "download the set and name the file"
+        ) from error
