@@ -6,4 +6,5 @@ cd "$(dirname "${BASH_SOURCE[0]}")/.."
 venv="${FASTTUNE_VENV:-$PWD/.venv}"
 
 bash scripts/setup_h100.sh --venv "$venv" --dev </dev/null
+"$venv/bin/python" -m pip install --quiet --no-deps --require-hashes -r stacks/nightly.txt
 exec "$venv/bin/python" -m pytest -q -rs -m nightly "$@" </dev/null

@@ -39,18 +39,21 @@ CUDA = ["cuda-toolkit", "cuda-bindings"]  # what torch asks for beside triton
 CUDA += [f"nvidia-{library}" for library in ("cublas", "cudnn-cu13", "cusparselt-cu13", "nccl-cu13", "nvshmem-cu13")]
 # Another build than PyPI's is installed, see scripts/setup_env.py; which one depends on the index, so no hash is held.
 NO_HASH = {"cpu": ["torch"]}
+TOOLS = ("dev", "nightly")
 INDEX = os.environ.get("UV_DEFAULT_INDEX", "https://pypi.org/simple")
 PURPOSE = {
     "cpu": "fasttune without a GPU; torch as a CPU build (the set-up sees to it: never install this line from PyPI).",
     "cu130": "fasttune on an NVIDIA GPU, compute capability >= 8.0, driver >= 580 (PyPI's torch 2.11 is CUDA 13.0).",
     "dev": "the tools of scripts/test.sh, beside any stack.",
+    "nightly": "what scripts/nightly.sh adds to them: trl imports wandb where it is installed, a second each time.",
 }
 
 
 def main() -> None:
-    for name, excludes in (("cpu", NOT_USED + NOT_ON_CPU + CUDA), ("cu130", NOT_USED), ("dev", IN_EVERY_STACK)):
+    stacks = {"cpu": NOT_USED + NOT_ON_CPU + CUDA, "cu130": NOT_USED, "dev": IN_EVERY_STACK, "nightly": IN_EVERY_STACK}
+    for name, excludes in stacks.items():
         lines = [pin for line in resolve(name, excludes) if (pin := for_linux(line))]
-        if name == "dev":  # what every stack holds already is the stack's to pin
+        if name in TOOLS:  # what every stack holds already is the stack's to pin
             lines = [line for line in lines if not in_every_stack(line)]
         file = HERE / f"{name}.txt"
         body = [text for line in lines for text in with_hashes(line, NO_HASH.get(name, []))]
@@ -72,7 +75,7 @@ def resolve(name: str, excludes: list[str]) -> list[str]:
         command = ["uv", "pip", "compile", "--quiet", "--universal", "--python-version", PYTHONS[0]]
         command += ["--overrides", f"{folder}/overrides.txt", "--excludes", f"{folder}/excludes.txt"]
         command += ["--no-annotate", "--no-header", "-o", str(out), f"{name}.in"]
-        if name == "dev":
+        if name in TOOLS:
             command += ["-c", "cpu.txt", "-c", "cu130.txt"]
         subprocess.run(command, cwd=HERE, check=True, stdout=subprocess.DEVNULL)
         return [line for line in out.read_text().splitlines() if line and not line.startswith((" ", "#"))]

@@ -20,7 +20,8 @@ from fasttune.metrics import Backend
 TREE: dict[str, Any] = {
     "name": "tiny",
     "model": {"name": "builtin:tiny", "max_length": 256},
-    "data": {"train": "builtin:arithmetic", "max_rows": 64},
+    "data": {"train": "builtin:arithmetic", "max_rows": 64, "eval": "builtin:arithmetic"},
+    "eval": {"problems": 2},  # nothing that an arm does
     "train": {"batch_rows": 4, "learning_rate": 1e-2},
 }
 STEPS = 3
@@ -207,18 +208,18 @@ def test_the_command_measures_shows_and_goes_on(tmp_path: Path) -> None:
         assert path.is_dir() or CANARY.encode() not in path.read_bytes(), f"a secret is in {path}"
     lines = (tmp_path / "out" / "measurements.jsonl").read_text().splitlines()
     assert len(lines) == 1 + 3  # the job; fasttune, vanilla, limit
-    (tmp_path / "out" / "measurements.jsonl").write_text("\n".join(lines[:2]) + "\n")  # interrupted after the first
+    (tmp_path / "out" / "measurements.jsonl").write_text("\n".join(lines[:3]) + "\n")  # interrupted before the limit
     settings = config.parse(TREE | {"usd_per_hour": 2.5})
     again: list[str] = []
     run.run(settings, ["fasttune", "vanilla"], 1, STEPS, tmp_path / "out", "", lambda what, share: again.append(what))
     kept = (tmp_path / "out" / "measurements.jsonl").read_text().splitlines()
-    assert kept[:2] == lines[:2] and len(kept) == 4, "what was measured is not measured again"
+    assert kept[:3] == lines[:3] and len(kept) == 4, "what was measured is not measured again"
     with pytest.raises(OutputError, match="measurements of another job"):
         run.run(settings, ["vanilla"], 1, STEPS + 1, tmp_path / "out", "", lambda what, share: None)
 
 
 def test_too_few_rows_for_the_steps(tmp_path: Path) -> None:
-    settings = config.parse(TREE | {"data": {"train": "builtin:arithmetic", "max_rows": 9}})
+    settings = config.parse(TREE | {"data": TREE["data"] | {"max_rows": 9}})
     with pytest.raises(DataError, match="2 full steps of 4 rows are too few"):
         run.run(settings, ["vanilla"], 1, STEPS, tmp_path / "out", "", lambda what, share: None)
     with pytest.raises(FasttuneError, match="lora.init=pissa"):

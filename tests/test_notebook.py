@@ -28,7 +28,7 @@ def test_every_cell_is_shell_or_python_that_compiles_and_holds_no_output() -> No
     assert not any(cell.get("outputs") for cell in json.loads(NOTEBOOK.read_text())["cells"])
 
 
-@pytest.mark.slow
+@pytest.mark.nightly  # a minute, and each of its commands has tests of its own
 def test_set_up_train_compare_and_merge_run(tmp_path: Path) -> None:
     (tmp_path / "fasttune").symlink_to(ROOT)  # instead of a clone
     runs = tmp_path / "runs"

@@ -36,6 +36,7 @@ def test_tensorboard_has_every_step_once_even_of_a_resumed_run(tmp_path: Path) -
     assert set(scalars(tmp_path / "run", "tokens_per_s")) == set(seen)
 
 
+@pytest.mark.nightly  # which installs it: with it trl's import takes a second longer
 def test_wandb_keeps_it_here_when_offline(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setenv("WANDB_MODE", "offline")
     monkeypatch.setenv("WANDB_API_KEY", KEY)
@@ -82,6 +83,7 @@ def test_a_missing_package_or_key_is_refused_first(tmp_path: Path, monkeypatch: 
     monkeypatch.setenv("HOME", str(tmp_path))
     monkeypatch.delenv("WANDB_API_KEY", raising=False)
     monkeypatch.delenv("WANDB_MODE", raising=False)
+    monkeypatch.setattr(tracking.importlib.util, "find_spec", lambda name: object())
     with pytest.raises(ConfigError, match="no key; run `wandb login`"):
         run(tmp_path / "run", {"train": {"report_to": "wandb"}})
     monkeypatch.setattr(tracking.importlib.util, "find_spec", lambda name: None)

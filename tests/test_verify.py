@@ -59,7 +59,7 @@ def test_without_rich_the_answer_is_still_given() -> None:
     assert "  pins  " in done.stdout
 
 
-@pytest.mark.slow
+@pytest.mark.nightly  # a minute of both cores; the set-up ends in the same checks
 def test_everything_passes_here_and_leaves_nothing(tmp_path: Path) -> None:
     done = command("--json", TMPDIR=str(tmp_path), OMP_NUM_THREADS="1")
     seen = json.loads(done.stdout.splitlines()[-1])

@@ -20,7 +20,7 @@ from typing import Any
 from fasttune import config as configuration, hardware, metrics, prepare, summary
 from fasttune.bench.arms import WHAT
 from fasttune.bench.result import MIN_REPEATS, WARMUP_STEPS, Arm, Bench, Limit, Repeat
-from fasttune.config import Config
+from fasttune.config import Config, EvalConfig
 from fasttune.errors import DataError, FasttuneError, OutputError, RunFailed
 from fasttune.hardware import Hardware
 from fasttune.metrics import Backend
@@ -95,7 +95,8 @@ def share(config: Config, shared: Path, steps: int) -> dict[str, Any]:
     """What all arms start from, made once in a process of its own."""
     train = config.train.model_copy(update={"max_steps": steps})
     data = config.data.model_copy(update={"eval": None})
-    job = config.model_copy(update={"train": train, "data": data, "samples": 0, "output_dir": None})
+    nothing = {"samples": 0, "eval": EvalConfig(every="never"), "output_dir": None}
+    job = config.model_copy(update={"train": train, "data": data, **nothing})
     (shared / "job.yaml").write_text(configuration.dump(job), encoding="utf-8")
     facts = fresh_process("share", shared, steps)
     if "failure" in facts:
