@@ -72,7 +72,7 @@ def parser() -> argparse.ArgumentParser:
     top.add_argument("--version", action="version", version=f"fasttune {__version__}")
     commands = top.add_subparsers(dest="command", required=True, metavar="COMMAND")
     commands.add_parser("verify", help="check this environment, with the command that fixes what is wrong")
-    command = _with_config(commands.add_parser("train", help="fine-tune a model as a config says"))
+    command = _with_config(commands.add_parser("train", help="fine-tune a model as a config says"), required=False)
     command.add_argument("--json", action="store_true", help="print run.json as the last line of stdout")
     command.add_argument(
         "--resume",
@@ -148,8 +148,8 @@ def _eval_options(command: argparse.ArgumentParser) -> None:
     command.set_defaults(overrides=[])
 
 
-def _with_config(command: argparse.ArgumentParser) -> argparse.ArgumentParser:
-    command.add_argument("config", help="YAML file, e.g. configs/quickstart.yaml")
+def _with_config(command: argparse.ArgumentParser, required: bool = True) -> argparse.ArgumentParser:
+    command.add_argument("config", nargs=None if required else "?", help="YAML file, e.g. configs/quickstart.yaml")
     command.add_argument("overrides", nargs="*", metavar="key=value", help="settings that overrule the file")
     command.add_argument("--debug", action="store_true", help="show the traceback of an error")
     return command
@@ -161,6 +161,11 @@ def train(options: argparse.Namespace) -> int:
 
     if options.resume and "=" in options.resume:  # argparse takes the setting behind a bare --resume for its value
         options.overrides, options.resume = [*options.overrides, options.resume], ""
+    if options.resume and (options.config is None or "=" in options.config):  # RUN alone: it knows its config
+        options.overrides = [*filter(None, [options.config]), *options.overrides]
+        options.config = f"{options.resume}/config.yaml"
+    if options.config is None:
+        raise ConfigError(["train: name a config, e.g. configs/quickstart.yaml, or --resume RUN"])
     settings = config.load(options.config, options.overrides)
     resume = None if options.resume is None else output.to_resume(settings, options.resume)
     reporter = terminal.Reporter(None)

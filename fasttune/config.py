@@ -77,6 +77,7 @@ class DataConfig(Section):
     eval: str | None = Field(None, description="held-out rows: samples, and the loss before and after (eval.every)")
     eval_share: float = Field(0.0, ge=0, lt=1, description="share of the training rows to hold out instead")
     split: str = Field("train", description="split of a hub data set")
+    eval_split: str = Field("test", description="split of a hub data set in data.eval")
     streaming: bool = Field(False, description="read a hub data set without downloading all of it first")
     format: Literal["auto", *FORMATS] = Field("auto", description="auto: by the keys of the first row")  # type: ignore[valid-type]
     columns: dict[str, str] = Field(default_factory=dict, description="canonical name → name in the file")
@@ -91,6 +92,11 @@ class DataConfig(Section):
         """Source → how often each of its rows is seen in an epoch."""
         return {self.train: 1.0} if isinstance(self.train, str) else self.train
 
+    @property
+    def held_out_split(self) -> str:
+        """The split of `eval`; a file has none."""
+        return self.eval_split if self.eval is not None and looks_like_hub(self.eval) else "train"
+
     @model_validator(mode="after")
     def _sources_and_hold_out(self) -> "DataConfig":
         if not self.sources or not all(self.sources):
@@ -101,6 +107,11 @@ class DataConfig(Section):
             )
         if self.eval is not None and self.eval_share:
             raise ValueError("eval_share would be ignored beside data.eval: remove one of them")
+        if self.eval in self.sources and not self.eval.startswith("builtin:"):
+            if not looks_like_hub(self.eval):
+                raise ValueError("eval names the rows that are trained on: hold some out with data.eval_share instead")
+            if self.split == self.eval_split:
+                raise ValueError(f"eval_split={self.eval_split} is what is trained on: name another split of it")
         if self.streaming and not any(looks_like_hub(source) for source in self.sources):
             raise ValueError("streaming would be ignored: it is for hub data sets, files are never read whole")
         return self

@@ -23,7 +23,7 @@ def begin(job: Job, log: LibraryLog, resumed: bool) -> IO[str]:
     """Make the output folder and write the resolved config into it. Returns the lock on it."""
     lock = output.create(job.folder, resumed)
     checkpoint.sweep(job.folder)
-    log.move_to(job.folder / "library.log")
+    log.move_to(job.folder / "library.log", append=resumed)
     _write_config(job)
     return lock
 
@@ -60,21 +60,23 @@ class Journal:
         self.job, self.trainer, self.reporter, self.outcome = job, trainer, reporter, outcome
         self._rows_at_once: int | None = None
         self._first = True
-        self._tracker: Tracker | None = None
+        self._lines: IO[str] | None = None
+        self._disk_is_full = False
+        self.tracker = Tracker(job, outcome.resumed_from_step, self.warn)
 
     def __enter__(self) -> "Journal":
-        write_metrics(self.job.folder, self.outcome.steps)
-        self._lines = (self.job.folder / METRICS).open("a", encoding="utf-8")
         for text in self.job.warnings:
             self.reporter.warn(text)
-        self._tracker = Tracker(self.job, self.outcome.resumed_from_step, self.warn)
+        self._begin_metrics()
         return self
 
     def __exit__(self, *_: object) -> None:
-        self._lines.close()
-        if self._tracker is not None:
-            self._tracker.close()
         self.reporter.stop()
+        with suppress(OSError):
+            if self._disk_is_full:
+                self._begin_metrics()
+            if self._lines is not None:
+                self._lines.close()
 
     def warn(self, text: str) -> None:
         self.outcome.warnings.append(text)
@@ -83,10 +85,8 @@ class Journal:
     def step(self, step: StepMetrics, bad_in_a_row: int) -> None:
         """`bad_in_a_row`: this step, and those right before it, were not applied. Raises RunFailed for too many."""
         self.outcome.steps.append(step)
-        self._lines.write(_line(step))
-        self._lines.flush()
-        if self._tracker is not None:
-            self._tracker.step(step)
+        self._write(step)
+        self.tracker.step(step)
         self._what_runs(step)
         self.reporter.step(step)
         if not bad_in_a_row:
@@ -99,6 +99,30 @@ class Journal:
                 f"{bad_in_a_row} steps in a row could not be applied, the last with {bad} on {rows}; "
                 "look at these rows, or lower train.learning_rate"
             )
+
+    def _write(self, step: StepMetrics) -> None:
+        """Its line, flushed. On a full disk the run goes on, and the file is made anew as soon as there is room."""
+        try:
+            if self._lines is None or self._disk_is_full:
+                self._begin_metrics()
+            else:
+                self._lines.write(_line(step))
+                self._lines.flush()
+            self._disk_is_full = False
+        except OSError as error:
+            if not self._disk_is_full:
+                self.warn(
+                    f"step {step.step}: {METRICS} could not be written ({error.strerror}); written later, if it can"
+                )
+            self._disk_is_full = True
+
+    def _begin_metrics(self) -> None:
+        """A file with all steps so far, open for more."""
+        write_metrics(self.job.folder, self.outcome.steps)
+        if self._lines is not None:
+            with suppress(OSError):  # what is left in its buffer is in the new file already
+                self._lines.close()
+        self._lines = (self.job.folder / METRICS).open("a", encoding="utf-8")
 
     def _what_runs(self, step: StepMetrics) -> None:
         """Warns where that is not what was asked for, or not any more."""

@@ -72,7 +72,7 @@ def create(folder: Path, resume: bool = False) -> IO[str]:
 
     With `resume` what a run needs to go on stays. Returns the open lock: the folder is free when the process is gone.
     """
-    old = ["run.json", "adapter", "model"] if resume else [*RUN_FILES, "library.log"]
+    old = ["run.json", "adapter", "model"] if resume else [*RUN_FILES, "library.log", "tensorboard", "wandb"]
     old += ["report.html", *EVAL_FILES]  # scores are those of the weights that go
     try:
         folder.mkdir(parents=True, exist_ok=True)

@@ -58,8 +58,10 @@ class Job:
 def preflight(config: Config, resume: Path | None = None) -> Path:
     """Everything that can be refused without importing torch. Returns the output folder, not yet made."""
     folder = output.choose(config, resume)
-    for source in (*config.data.sources, *filter(None, [config.data.eval])):
-        sources.check(source, config.data.split)
+    splits = dict.fromkeys(config.data.sources, config.data.split)
+    splits |= {config.data.eval: config.data.held_out_split} if config.data.eval else {}
+    for source, split in splits.items():
+        sources.check(source, split)
         if not looks_like_hub(source):
             load.form_of(config, source)
     if config.model.name.startswith("builtin:"):
@@ -125,8 +127,9 @@ def prepare(config: Config, folder: Path, reporter: Reporter) -> Job:
 
 def needed_gib(config: Config, trained_gib: float) -> float:
     """Disk for what is saved at the end and the checkpoints: weights and two moments each, one while it is written."""
-    best = 3 if config.eval.every_steps else 0
-    kept = 0 if config.checkpoint.every == "never" else 3 * (config.checkpoint.keep + 1) + best
+    never = config.checkpoint.every == "never"
+    kept = 3 if never else 3 * (config.checkpoint.keep + 1)  # a signal writes one even then
+    kept += 3 if config.eval.keep_best or (config.eval.every_steps and not never) else 0
     return trained_gib * ((2 if config.lora.init == "pissa" else 1) + kept)
 
 

@@ -16,17 +16,20 @@ class LibraryLog(io.TextIOBase):
         self.sink: TextIO = io.StringIO()
 
     def write(self, text: str) -> int:
-        return self.sink.write(text)
+        with contextlib.suppress(OSError):  # a full disk must not end a run for what libraries print
+            self.sink.write(text)
+        return len(text)
 
     def flush(self) -> None:
-        self.sink.flush()
+        with contextlib.suppress(OSError):
+            self.sink.flush()
 
-    def move_to(self, path: Path) -> None:
+    def move_to(self, path: Path, append: bool = False) -> None:
         """Write what came so far into `path`, and everything that comes from now on."""
         assert isinstance(self.sink, io.StringIO)
         so_far = self.sink.getvalue()
-        self.sink = path.open("w", encoding="utf-8", errors="replace", buffering=1)
-        self.sink.write(so_far)
+        self.sink = path.open("a" if append else "w", encoding="utf-8", errors="replace", buffering=1)
+        self.write(so_far)
 
 
 @contextlib.contextmanager
@@ -43,7 +46,8 @@ def library_log() -> Iterator[LibraryLog]:
     finally:
         logging.captureWarnings(False)
         root.removeHandler(handler)
-        log.sink.close()
+        with contextlib.suppress(OSError):
+            log.sink.close()
 
 
 def take_over_loggers() -> None:

@@ -59,7 +59,7 @@ def _held_out(config: Config, batches: Batches) -> Iterator[tuple[str, Row]]:
     if not count:
         return
     if data.eval is not None:
-        for _, place, row in sources.first_rows(data.eval, "test", data.split, count):
+        for _, place, row in sources.first_rows(data.eval, "test", data.held_out_split, count):
             yield place, row
         return
     part, held_out = batches.parts[0], batches.split[0][1]

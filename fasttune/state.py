@@ -38,7 +38,7 @@ def collect(trainer: Any) -> tuple[dict[str, Tensors], dict[str, Any]]:
     optimizer = trainer.optimizer.state_dict()
     plain: dict[str, Any] = {}
     for index, entries in optimizer["state"].items():
-        for name, value in entries.items():
+        for name, value in _flat(entries).items():
             (tensors["optimizer"] if torch.is_tensor(value) else plain)[f"{index}.{name}"] = value
     state = {
         "step": trainer.state.global_step,
@@ -47,6 +47,14 @@ def collect(trainer: Any) -> tuple[dict[str, Tensors], dict[str, Any]]:
         "random": _random_values(),
     }
     return tensors, state
+
+
+def _flat(entries: dict[str, Any]) -> dict[str, Any]:
+    """bitsandbytes' 8-bit optimizers keep a dict in the state of a parameter, and load it as well without."""
+    found: dict[str, Any] = {}
+    for name, value in entries.items():
+        found |= value if isinstance(value, dict) else {name: value}
+    return found
 
 
 def restore_weights(model: Any, checkpoint: Checkpoint) -> None:
@@ -79,7 +87,9 @@ def restore_random(checkpoint: Checkpoint) -> None:
     np.random.set_state((kind, np.array(keys, np.uint32), *rest))
     torch.set_rng_state(tensors["torch"])
     if torch.cuda.is_available():
-        torch.cuda.set_rng_state_all([tensors[f"cuda.{i}"] for i in range(torch.cuda.device_count())])
+        for i in range(torch.cuda.device_count()):
+            if f"cuda.{i}" in tensors:  # the machine may have had fewer
+                torch.cuda.set_rng_state(tensors[f"cuda.{i}"], i)
 
 
 def trained(model: Any) -> dict[str, torch.nn.Parameter]:

@@ -10,6 +10,7 @@ import netrc
 import os
 import warnings
 from collections.abc import Callable
+from urllib.parse import urlsplit
 
 from fasttune.errors import ConfigError
 from fasttune.metrics import StepMetrics
@@ -108,7 +109,8 @@ def _wandb_key() -> bool:
     """Where wandb itself looks: https://docs.wandb.ai/guides/track/environment-variables"""
     if os.environ.get("WANDB_API_KEY"):
         return True
+    server = os.environ.get("WANDB_BASE_URL", "https://api.wandb.ai")
     try:
-        return netrc.netrc().authenticators("api.wandb.ai") is not None
+        return netrc.netrc().authenticators(urlsplit(server).hostname or "") is not None
     except (OSError, netrc.NetrcParseError):
         return False

@@ -23,6 +23,8 @@ from fasttune.prepare import Job, Reporter, preflight, prepare
 from fasttune.quiet import library_log
 from fasttune.summary import Outcome
 
+AT_ONCE = "stopped at once by a second signal"
+
 
 def run(config: Config, reporter: Reporter, resume: Path | None = None) -> RunResult:
     """Train, write the output folder and return what happened. `resume`: the folder of a run to go on with.
@@ -50,68 +52,87 @@ def run(config: Config, reporter: Reporter, resume: Path | None = None) -> RunRe
             outcome.go_on(found, journal.read_metrics(folder, found.state["step"]))
         machine = summary.hardware_line(job.machine)
         reporter.start(job.config.name, machine, job.settings, job.total_steps, job.usd_per_hour)
-        validator = train(job, trainer, reporter, outcome, identity, started)
+        record = Journal(job, trainer, reporter, outcome)
+        held.callback(record.tracker.close)  # last: a service that hangs must not hold up what is saved
+        validator = train(job, trainer, record, outcome, identity, started)
         if not (folder / journal.METRICS).exists():
             journal.make_again(job, outcome)
         save(job, outcome, initial)
         result = summary.summarize(job, outcome, trainer, started)
         result.held_out = validator.result(outcome.saved_step)
+        report.write_json(folder / "run.json", result.as_dict())  # what comes now is only for the report
         if outcome.status == "completed":
-            after = samples.answer(job.model, job.tokenizer, job.problems, job.plan.gradient_checkpointing)
-            result.samples, result.exact_match = samples.compare(job.config, job.problems, before, after)
-    report.write_json(folder / "run.json", result.as_dict())
-    report.write_html(folder / "report.html", result, outcome.steps)
-    card.of_run(folder)
+            answer_again(job, result, before)
+        report.write_json(folder / "run.json", result.as_dict())
+        report.write_html(folder / "report.html", result, outcome.steps)
+        card.of_run(folder)
     return result
 
 
-def train(
-    job: Job, trainer: Any, reporter: Reporter, outcome: Outcome, identity: dict[str, str], started: float
-) -> Any:
+def train(job: Job, trainer: Any, record: Journal, outcome: Outcome, identity: dict[str, str], started: float) -> Any:
     """All optimizer steps that are left; fills `outcome`, whatever ends them. Returns the Validator."""
     from fasttune.resume import Keeper
     from fasttune.trainer import StepRecorder
     from fasttune.validation import Validator
 
-    log = Journal(job, trainer, reporter, outcome)
     validator = Validator(job, trainer.model, trainer.args.bf16)
-    keeper = Keeper(job, trainer, validator, identity, started - outcome.earlier_s, log.warn)
+    keeper = Keeper(job, trainer, validator, identity, started - outcome.earlier_s, record.warn)
     hours = job.config.checkpoint.max_hours
     ends_at = started + 3600 * hours if hours else math.inf
-    recorder = StepRecorder(trainer, log.step, validator, keeper.after_step, ends_at)
+    recorder = StepRecorder(trainer, record.step, validator, keeper.after_step, ends_at)
     trainer.add_callback(recorder)
     try:
-        with log, signals_to(recorder.stop):
+        with record, signals_to(recorder.stop):
             if outcome.resumed_from_step is not None:
                 validator.restore(outcome.held_out)
             elif validator.due(0):
                 validator.measure(0)
             if (outcome.resumed_from_step or 0) < job.total_steps:
                 trainer.train()
+            if recorder.stopped_by is None and validator.missing(job.total_steps):  # ended by a signal, and resumed
+                validator.measure(job.total_steps)
     except KeyboardInterrupt:
-        outcome.status, outcome.error = "interrupted", "stopped at once by a second signal"
+        outcome.status, outcome.error = "interrupted", AT_ONCE
     except Exception as error:  # every ending is reported in run.json
         outcome.status, outcome.error = "failed", _one_line(error, job)
         print(traceback.format_exc())  # into library.log
     if recorder.stopped_by is not None and outcome.status == "completed":
         outcome.status, outcome.error = "interrupted", f"stopped by {recorder.stopped_by}"
     outcome.checkpoint = keeper.last or outcome.checkpoint
-    if outcome.status != "failed" and outcome.steps:
+    if outcome.status != "failed" and outcome.error != AT_ONCE and outcome.steps:
         outcome.saved_step = keeper.bring_back_best(outcome.steps[-1].step)
     return validator
 
 
 def save(job: Job, outcome: Outcome, initial_adapter: Path | None) -> None:
-    """Write adapter/ or model/ of a run that made at least one good step; a full disk makes the run `failed`."""
+    """Write adapter/ or model/ of a run that made at least one good step; a full disk makes the run `failed`.
+
+    Not after a second signal: it may have come in the middle of a step of the optimizer.
+    """
+    from safetensors import SafetensorError
+
     from fasttune import model as models
 
-    if not outcome.steps or outcome.status == "failed":
+    if not outcome.steps or outcome.status == "failed" or outcome.error == AT_ONCE:
         return
     kind = "model" if job.config.train.method == "full" else "adapter"
     try:
         models.save(job.model, job.tokenizer, job.folder / kind, initial_adapter)
-    except OSError as error:
-        outcome.status, outcome.error = "failed", f"{kind}/ could not be written: {error.strerror or error}"
+    except (OSError, SafetensorError) as error:
+        outcome.status, outcome.error = "failed", f"{kind}/ could not be written: {getattr(error, 'strerror', error)}"
+
+
+def answer_again(job: Job, result: RunResult, before: list[str]) -> None:
+    """The held-out problems after training; what goes wrong with them costs a warning and not the run."""
+    from fasttune import samples
+
+    try:
+        after = samples.answer(job.model, job.tokenizer, job.problems, job.plan.gradient_checkpointing)
+        result.samples, result.exact_match = samples.compare(job.config, job.problems, before, after)
+    except (Exception, KeyboardInterrupt) as error:
+        print(traceback.format_exc())  # into library.log
+        why = next(iter(str(error).splitlines()), "") or type(error).__name__
+        result.warnings.append(f"the held-out problems were not answered after training: {why}")
 
 
 @contextmanager

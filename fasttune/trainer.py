@@ -224,10 +224,11 @@ def build(job: Job, scratch: Path, done: int = 0) -> MeasuredTrainer:
         report_to="none",
         use_cpu=not torch.cuda.is_available(),
     )
+    first = min(done, job.total_steps - 1)  # of a run whose steps are all behind it too: trl looks at an example
     trainer = MeasuredTrainer(
         model=job.model,
         args=arguments,
-        train_dataset=Dataset.from_dict({"step": range(done, job.total_steps)}),
+        train_dataset=Dataset.from_dict({"step": range(first, job.total_steps)}),
         data_collator=StepCollator(job.data),
         processing_class=job.tokenizer,
     )

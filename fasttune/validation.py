@@ -1,5 +1,6 @@
 """Loss, token accuracy and right answers on held-out rows, beside a training that does not notice."""
 
+import math
 from dataclasses import asdict
 from typing import Any
 
@@ -34,6 +35,10 @@ class Validator:
         on_the_way = self.every is not None and step % self.every == 0
         return self.rows > 0 and (step in (0, self.total_steps) or on_the_way)
 
+    def missing(self, step: int) -> bool:
+        """Whether it is due after `step` and was not done."""
+        return self.due(step) and (self.last is None or self.last.step != step)
+
     def measure(self, step: int) -> Evaluation:
         """Evaluate now, as the model after `step`."""
         was_training = self.model.training
@@ -46,7 +51,7 @@ class Validator:
             self.model.train(was_training)
         self.last = Evaluation(step, float(loss / count), float(right / count), self._answered(step))
         self.before = self.last if step == 0 else self.before
-        if step and (self.best is None or self.last.loss < self.best.loss):
+        if step and math.isfinite(self.last.loss) and (self.best is None or self.last.loss < self.best.loss):
             self.best = self.last
         return self.last
 

@@ -54,3 +54,13 @@ def test_a_missing_config_names_one_that_exists(tmp_path: Path) -> None:
     done = fasttune("train", "nowhere.yaml", cwd=tmp_path)
     assert (done.returncode, done.stderr.count("\n")) == (2, 1)
     assert "configs/quickstart.yaml" in done.stderr
+
+
+def test_a_run_goes_on_by_its_folder_alone(tmp_path: Path) -> None:
+    (tmp_path / "old").mkdir()
+    done = fasttune("train", "--resume", "old", cwd=tmp_path)
+    assert (done.returncode, done.stderr.count("\n")) == (2, 1) and "old/config.yaml: cannot be read" in done.stderr
+    done = fasttune("train", "--resume", "old", "train.max_steps=0", cwd=tmp_path)
+    assert "old/config.yaml: cannot be read" in done.stderr
+    done = fasttune("train", cwd=tmp_path)
+    assert (done.returncode, done.stderr.count("\n")) == (2, 1) and "name a config" in done.stderr

@@ -1,5 +1,6 @@
 """A full disk, a removed folder, bad steps and too little memory cost as little as they can."""
 
+import json
 import os
 import resource
 import shutil
@@ -44,6 +45,38 @@ def test_a_full_disk_costs_a_checkpoint_and_not_the_run(tmp_path: Path) -> None:
     assert [step for step, _ in checkpoint.steps(tmp_path / "run")] == [6, 2]
     assert all(checkpoint.broken(path) is None for _, path in checkpoint.steps(tmp_path / "run"))
     assert not list((tmp_path / "run" / "checkpoints").glob(".*")), "nothing half-written is left"
+
+
+def test_a_disk_that_is_full_for_a_while_loses_no_line(tmp_path: Path) -> None:
+    """Not even the log of the libraries can be written then."""
+    soft, hard = resource.getrlimit(resource.RLIMIT_FSIZE)
+
+    def after(step: int) -> None:
+        resource.setrlimit(resource.RLIMIT_FSIZE, (600 if 3 <= step < 6 else soft, hard))
+
+    try:
+        result = run(tmp_path / "run", after=after)
+    finally:
+        resource.setrlimit(resource.RLIMIT_FSIZE, (soft, hard))
+    assert result.status == "completed"
+    assert [text for text in result.warnings if "metrics.jsonl could not be written" in text] == result.warnings[:1]
+    assert len(losses(tmp_path / "run")) == STEPS and learned(tmp_path / "run")
+
+
+def test_a_disk_that_is_full_at_the_end_is_a_failed_run_that_can_go_on(tmp_path: Path) -> None:
+    soft, hard = resource.getrlimit(resource.RLIMIT_FSIZE)
+
+    def after(step: int) -> None:
+        resource.setrlimit(resource.RLIMIT_FSIZE, (30_000 if step == STEPS else soft, hard))
+
+    try:
+        result = run(tmp_path / "run", after=after)
+    finally:
+        resource.setrlimit(resource.RLIMIT_FSIZE, (soft, hard))
+    assert result.status == "failed" and (result.error or "").startswith("adapter/ could not be written: ")
+    assert json.loads((tmp_path / "run" / "run.json").read_text())["resume_command"]
+    assert not (tmp_path / "run" / "adapter").exists()
+    assert run(tmp_path / "run", resume=True).status == "completed"
 
 
 def test_two_runs_cannot_share_a_folder(tmp_path: Path) -> None:
@@ -127,3 +160,42 @@ def test_what_cannot_be_halved_names_the_settings_in_order(tmp_path: Path, littl
         "out of memory with the fewest rows at once; try, in this order: train.gradient_checkpointing=unsloth; "
         "model.max_length below 256; model.quantization=nf4; a lower lora.rank"
     )
+
+
+def test_what_fails_after_training_costs_a_warning(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    from fasttune import samples
+
+    answer, calls = samples.answer, []
+
+    def failing(*arguments: Any) -> list[str]:
+        calls.append(1)
+        if len(calls) > 1:
+            raise RuntimeError("CUDA out of memory\nand a lot more")
+        return answer(*arguments)
+
+    monkeypatch.setattr(samples, "answer", failing)
+    result = run(tmp_path / "run", {"data": {"eval": "builtin:arithmetic"}, "samples": 1, "train": {"max_steps": 2}})
+    assert (result.status, result.samples) == ("completed", [])
+    assert result.warnings == ["the held-out problems were not answered after training: CUDA out of memory"]
+    assert learned(tmp_path / "run") and (tmp_path / "run" / "report.html").is_file()
+
+
+def test_a_second_signal_saves_nothing_that_is_half_done(tmp_path: Path) -> None:
+    def after(step: int) -> None:
+        if step == 5:
+            raise KeyboardInterrupt
+
+    result = run(tmp_path / "run", after=after)
+    assert (result.status, result.error) == ("interrupted", "stopped at once by a second signal")
+    assert not (tmp_path / "run" / "adapter").exists() and "--resume" in (result.resume_command or "")
+
+
+def test_the_state_of_8_bit_optimizers_is_kept_flat() -> None:
+    """bitsandbytes 0.50.2 nests it: https://github.com/bitsandbytes-foundation/bitsandbytes, optim/optimizer.py"""
+    import torch
+
+    from fasttune import state
+
+    nested = {"step": 3, "__bnb_optimizer_quant_state__": {"state1": torch.ones(2), "qmap1": torch.zeros(2)}}
+    flat = state._flat(nested)
+    assert set(flat) == {"step", "state1", "qmap1"} and torch.is_tensor(flat["state1"])

@@ -1,6 +1,8 @@
 """Held-out rows: the right loss, a training that does not notice, and the best weights kept."""
 
 import json
+import os
+import signal
 from pathlib import Path
 from typing import Any
 
@@ -114,6 +116,25 @@ def test_the_best_checkpoint_is_kept_and_its_weights_saved(tmp_path: Path, monke
     assert learned(tmp_path / "last")["adapter_model.safetensors"] != learned(tmp_path / "run")
 
 
+def test_a_loss_that_is_no_number_is_never_the_best(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    losses_are(monkeypatch, {0: 9, 2: float("nan"), 4: 4, 6: 5, 8: 6})
+    assert run(tmp_path / "run", changed(checkpoint={"every": "never"})).held_out.best.step == 4
+
+
+def test_a_run_that_was_ended_at_its_last_step_is_still_measured(tmp_path: Path) -> None:
+    changes = {"data": {"eval": "builtin:arithmetic"}}
+    whole = run(tmp_path / "whole", changes)
+
+    def after(step: int) -> None:
+        if step == STEPS - 1:  # the next one is finished and saved, and there is no time for more
+            os.kill(os.getpid(), signal.SIGTERM)
+
+    first = run(tmp_path / "run", changes, after=after)
+    assert (first.status, first.steps, first.held_out.after.step) == ("interrupted", STEPS, 0)
+    result = run(tmp_path / "run", changes, resume=True)
+    assert (result.status, result.held_out.after) == ("completed", whole.held_out.after)
+
+
 def test_a_best_checkpoint_that_does_not_hold_is_said(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     losses_are(monkeypatch, {0: 9, 2: 3, 4: 4, 6: 5, 8: 6})
 
@@ -130,6 +151,8 @@ def test_a_best_checkpoint_that_does_not_hold_is_said(tmp_path: Path, monkeypatc
     ("changes", "told"),
     [
         ({"eval": {"every": "2 steps"}}, "eval.every needs held-out rows"),
+        ({"data": {"train": "a.jsonl", "eval": "a.jsonl"}}, "data: eval names the rows that are trained on"),
+        ({"data": {"train": "a/b:c", "eval": "a/b:c", "split": "test"}}, "eval_split=test is what is trained on"),
         ({"data": {"eval": "builtin:arithmetic"}, "eval": {"keep_best": True}}, "eval.keep_best compares steps"),
         ({"data": {"eval": "builtin:arithmetic"}, "eval": {"every": "often"}}, "write '50 steps', 'start and end'"),
     ],

@@ -57,26 +57,27 @@ def _encode_one(
     max_rows: int | None = None,
 ) -> Rows:
     data = config.data
+    split = data.split if part == "train" else data.held_out_split
     max_rows = max_rows or data.max_rows
     what = f"reading and tokenising {source}"
     progress(what, 0.0)
-    form = form_of(config, source)
+    form = form_of(config, source, split)
     recipe = tokens.recipe_of(tokenizer, form, data.columns, data.train_on, config.model.max_length, data.too_long)
-    content = sources.fingerprint(source, part, data.split, data.streaming)
+    content = sources.fingerprint(source, part, split, data.streaming)
 
     def chunks() -> Iterator[Chunk]:
-        return sources.read(source, part, data.split, max_rows, data.streaming)
+        return sources.read(source, part, split, max_rows, data.streaming)
 
     rows = store.load(source, f"{content} {max_rows}", recipe, chunks, lambda share: progress(what, share))
     progress(what, 1.0)
     return rows
 
 
-def form_of(config: Config, source: str) -> str:
+def form_of(config: Config, source: str, split: str | None = None) -> str:
     """The format of a source: as the config says, or by its first row. Raises DataError."""
     if config.data.format != "auto":
         return config.data.format
-    for _, place, row in sources.first_rows(source, "train", config.data.split, 1):
+    for _, place, row in sources.first_rows(source, "train", split or config.data.split, 1):
         return formats.detect(formats.rename(row, config.data.columns, place), place)
     raise DataError(f"data: {source} holds no rows")
 
