@@ -51,18 +51,20 @@ class ModelConfig(Section):
     name: str = Field(min_length=1, description="hub id, local folder, builtin:smollm2-135m or builtin:tiny")
     revision: str | None = Field(None, description="branch, tag or commit of a hub model")
     max_length: int = Field(2048, ge=8, description="tokens of a row, at most")
-    dtype: Literal["auto", "bfloat16", "float32"] = "auto"
-    quantization: Literal["none", "nf4"] = "none"
+    dtype: Literal["auto", "bfloat16", "float32"] = Field("auto", description="of the weights and of the arithmetic")
+    quantization: Literal["none", "nf4"] = Field("none", description="of the base weights, under an adapter")
     trust_remote_code: bool = Field(False, description="runs code that comes with the model: only if you read it")
 
 
 class LoraConfig(Section):
     """Adapter on the linear layers. Source: https://arxiv.org/abs/2106.09685."""
 
-    rank: int = Field(16, ge=1)
-    alpha: float = Field(32, gt=0)
+    rank: int = Field(16, ge=1, description="of the two matrices of an adapter")
+    alpha: float = Field(32, gt=0, description="what they add is scaled by alpha / rank")
     dropout: float = Field(0.0, ge=0, lt=1, description="anything but 0 loses Unsloth's fused kernels")
-    targets: list[str] = Field(default_factory=lambda: list(SEVEN_PROJECTIONS), min_length=1)
+    targets: list[str] = Field(
+        default_factory=lambda: list(SEVEN_PROJECTIONS), min_length=1, description="linear layers that get an adapter"
+    )
     rslora: bool = Field(False, description="scale by alpha / sqrt(rank): https://arxiv.org/abs/2312.03732")
     init: Literal["default", "pissa"] = Field("default", description="pissa: https://arxiv.org/abs/2404.02948")
 
@@ -85,7 +87,9 @@ class DataConfig(Section):
     train_on: Literal["assistant", "last", "all"] = Field(
         "assistant", description="every answer, only the last one of a conversation, or every token"
     )
-    too_long: Literal["truncate", "drop", "split"] = "truncate"
+    too_long: Literal["truncate", "drop", "split"] = Field(
+        "truncate", description="rows of more tokens than model.max_length"
+    )
 
     @property
     def sources(self) -> dict[str, float]:
@@ -120,18 +124,22 @@ class DataConfig(Section):
 class TrainConfig(Section):
     """The optimization. `batch_rows` is the effective batch: rows of one optimizer step."""
 
-    method: Literal["lora", "full"] = "lora"
-    batch_rows: int = Field(8, ge=1)
-    micro_batch_rows: int | Literal["auto"] = "auto"
-    epochs: float = Field(1.0, gt=0)
+    method: Literal["lora", "full"] = Field("lora", description="an adapter, or all weights")
+    batch_rows: int = Field(8, ge=1, description="rows of an optimizer step")
+    micro_batch_rows: int | Literal["auto"] = Field(
+        "auto", description="full rows computed at once; divides batch_rows"
+    )
+    epochs: float = Field(1.0, gt=0, description="how often all rows are seen")
     max_steps: int | None = Field(None, ge=1, description="optimizer steps; overrides epochs")
-    learning_rate: float = Field(2e-4, gt=0)
-    scheduler: Literal["linear", "cosine", "constant"] = "linear"
-    warmup_ratio: float = Field(0.05, ge=0, lt=1)
-    weight_decay: float = Field(0.0, ge=0)
-    max_grad_norm: float = Field(1.0, gt=0)
-    optimizer: Literal["auto", "adamw_torch_fused", "adamw_8bit"] = "auto"
-    gradient_checkpointing: Literal["auto", "none", "full", "unsloth"] = "auto"
+    learning_rate: float = Field(2e-4, gt=0, description="at its highest, after the warm-up")
+    scheduler: Literal["linear", "cosine", "constant"] = Field("linear", description="how the learning rate falls")
+    warmup_ratio: float = Field(0.05, ge=0, lt=1, description="share of the steps in which the learning rate rises")
+    weight_decay: float = Field(0.0, ge=0, description="of AdamW")
+    max_grad_norm: float = Field(1.0, gt=0, description="longer gradients are shortened to it")
+    optimizer: Literal["auto", "adamw_torch_fused", "adamw_8bit"] = Field("auto", description="8 bit: of its moments")
+    gradient_checkpointing: Literal["auto", "none", "full", "unsloth"] = Field(
+        "auto", description="recompute activations to save memory: costs speed"
+    )
     packing: bool | Literal["auto"] = Field("auto", description="rows end to end without padding, where that is exact")
     max_bad_steps: int = Field(
         3, ge=0, description="in a row, whose loss or gradient is not finite: left out, then failed"
@@ -191,8 +199,8 @@ class EvalConfig(Section):
 class Config(Section):
     """One fine-tuning run."""
 
-    name: str = Field("run", pattern=r"^[A-Za-z0-9._-]+$")
-    seed: int = Field(42, ge=0, lt=2**32)
+    name: str = Field("run", pattern=r"^[A-Za-z0-9._-]+$", description="of the run, and of its folder")
+    seed: int = Field(42, ge=0, lt=2**32, description="of adapter, order of rows, hold-out and dropout")
     output_dir: str | None = Field(None, description="default runs/NAME-YYYYmmdd-HHMMSS")
     overwrite: bool = Field(False, description="replace a run that is already in output_dir")
     samples: int = Field(0, ge=0, le=16, description="held-out problems shown before and after")

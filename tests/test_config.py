@@ -1,6 +1,8 @@
 """A run is declared once: what is accepted, and what a person is told when it is not."""
 
 import shlex
+import subprocess
+import sys
 from pathlib import Path
 
 import pytest
@@ -8,6 +10,7 @@ import pytest
 from fasttune import config
 from fasttune.errors import ConfigError
 
+ROOT = Path(__file__).resolve().parents[1]
 CONFIGS = sorted(Path("configs").rglob("*.yaml"))
 SMALL = {"model": {"name": "builtin:tiny"}, "data": {"train": "builtin:arithmetic"}}
 
@@ -114,3 +117,11 @@ def test_dump_of_full_fine_tuning_is_accepted_again(tmp_path: Path) -> None:
     copy = tmp_path / "c.yaml"
     copy.write_text(config.dump(config.parse({**SMALL, "train": {"method": "full"}})))
     assert config.load(copy).train.method == "full"
+
+
+def test_the_page_of_settings_is_that_of_the_code() -> None:
+    done = subprocess.run([sys.executable, "scripts/settings.py"], cwd=ROOT, capture_output=True, text=True, check=True)
+    assert done.stdout == (ROOT / "docs" / "settings.md").read_text(), "python scripts/settings.py --write"
+    rows = [line for line in done.stdout.splitlines() if line.startswith("| `")]
+    assert {line.split("`")[1] for line in rows} == set(config.known_keys())
+    assert all(line.rstrip(" |").count("|") >= 3 for line in rows), "each has a meaning"

@@ -1,0 +1,69 @@
+#!/usr/bin/env python3
+"""Every setting of a run with its default and meaning, as docs/settings.md:  python scripts/settings.py --write
+
+From fasttune/config.py, the only place where they are declared; a test compares the page with it.
+"""
+
+import sys
+import typing
+from pathlib import Path
+
+import yaml
+from pydantic import BaseModel
+from pydantic.fields import FieldInfo
+
+ROOT = Path(__file__).resolve().parent.parent
+sys.path.insert(0, str(ROOT))
+
+from fasttune.config import Config  # noqa: E402
+
+PAGE = ROOT / "docs" / "settings.md"
+HEAD = """# Settings
+Of a YAML file, and on the command line as `section.name=value`. Unknown ones are refused with the nearest name.
+`auto` is decided for the machine, and printed with its reason.
+This page is written by `python scripts/settings.py --write`.
+"""
+
+
+def page() -> str:
+    sections = {"": [name for name, field in Config.model_fields.items() if not is_section(field)]}
+    text = HEAD + table("", Config, sections[""])
+    for name, field in Config.model_fields.items():
+        if is_section(field):
+            section = typing.cast(type[BaseModel], field.annotation)
+            about = (section.__doc__ or "").strip()
+            text += f"\n## {name}\n{about}\n" + table(f"{name}.", section, list(section.model_fields))
+    return text
+
+
+def is_section(field: FieldInfo) -> bool:
+    return isinstance(field.annotation, type) and issubclass(field.annotation, BaseModel)
+
+
+def table(prefix: str, section: type[BaseModel], names: list[str]) -> str:
+    lines = ["", "| setting | default | |", "|---|---|---|"]
+    for name in names:
+        field = section.model_fields[name]
+        default = "**required**" if field.is_required() else f"`{shown(field.get_default(call_default_factory=True))}`"
+        lines.append(f"| `{prefix}{name}` | {default} | {cell(field)} |")
+    return "\n".join(lines) + "\n"
+
+
+def shown(value: object) -> str:
+    """As YAML has it."""
+    return yaml.safe_dump(value, default_flow_style=True, width=1000).removesuffix("...\n").strip()
+
+
+def cell(field: FieldInfo) -> str:
+    """The description, and the values to choose from."""
+    kinds = [field.annotation, *typing.get_args(field.annotation)]
+    values = [value for kind in kinds if typing.get_origin(kind) is typing.Literal for value in typing.get_args(kind)]
+    choices = ", ".join(f"`{value}`" for value in dict.fromkeys(values)) if len(values) > 1 else ""
+    return "; ".join(filter(None, [(field.description or "").replace("|", "\\|"), choices]))
+
+
+if __name__ == "__main__":
+    if "--write" in sys.argv:
+        PAGE.write_text(page(), encoding="utf-8")
+    else:
+        print(page(), end="")
