@@ -54,7 +54,7 @@ def percent(fraction: float) -> str:
 
 
 def key_figures(result: RunResult) -> list[Figure]:
-    """What a person asks first: the first five or six answer it, the others say how far the answer carries."""
+    """What a person asks first: those before "first step" answer it, the others say how far the answer carries."""
     padding = f"padding not counted; median of {steps_text(result.steady_steps, 'steady ')}"
     cost_note = (
         "no price: set usd_per_hour" if result.usd_per_hour is None else f"at {usd(result.usd_per_hour)} per hour"
