@@ -5,13 +5,14 @@ Local paths are shown by their last part: a card is made to be shared.
 
 import json
 import re
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
 import pydantic
 import yaml
 
-from fasttune import report
+from fasttune import hardware, report
 from fasttune.config import Config, looks_like_hub
 from fasttune.finished import Finished, open_run
 from fasttune.merge_check import Comparison
@@ -57,20 +58,29 @@ def text(finished: Finished, compared: Comparison | None) -> str:
     )
     environment.filters["cell"] = lambda value: str(value).replace("|", "\\|").replace("\n", " ")
     result = result_of(finished)
+
+    def clean(line: str) -> str:
+        return _without_paths(line, [*config.data.sources, config.data.eval or "", base] if config else [base])
+
     return environment.get_template("card.md.j2").render(
         metadata=data.to_yaml(),
         name=config.name if config else shown(finished.name),
         base=shown(base),
         adapter=adapter,
         method="LoRA" if finished.adapter else "full fine-tuning",
-        data=[_without_paths(s.value, config) for s in result.settings if s.name == "data"]
-        if result and config
+        data=[clean(s.value) for s in result.settings if s.name == "data"] if result else [],
+        settings=[
+            replace(s, value=clean(s.value), reason=clean(s.reason or "") or None)
+            for s in result.settings
+            if s.name != "data"
+        ]
+        if result
         else [],
-        settings=[s for s in result.settings if s.name != "data"] if result else [],
+        warnings=[clean(warning) for warning in result.warnings] if result else [],
         config=_recipe(config) if config else "",
         result=result,
         figures=report.key_figures(result) if result else [],
-        hardware=_hardware(result.hardware) if result else "",
+        hardware=hardware.line(result.hardware) if result else "",
         evaluation=_evaluation(finished),
         compared=compared,
     )
@@ -91,10 +101,11 @@ def result_of(finished: Finished) -> RunResult | None:
         return None
 
 
-def _without_paths(line: str, config: Config) -> str:
-    for source in sorted(config.data.sources, key=len, reverse=True):
-        line = line.replace(source, shown(source))
-    return re.sub(r"(?<!\S)(?:~|\.{0,2})/\S*/(?=[^/\s]+)", "", line)
+def _without_paths(line: str, names: list[str]) -> str:
+    """The line with models and data sets as they are shown, and any other path by its last part."""
+    for name in sorted(filter(None, names), key=len, reverse=True):
+        line = line.replace(name, shown(name))
+    return re.sub(r"""(?<![^\s([="'`])(?:~|\.{0,2})/(?:\S*/)?(?=[^/\s]+)""", "", line)
 
 
 def _recipe(config: Config) -> str:
@@ -107,13 +118,6 @@ def _recipe(config: Config) -> str:
     if config.train.method == "full":
         del tree["lora"]
     return yaml.safe_dump(tree, sort_keys=False, allow_unicode=True)
-
-
-def _hardware(facts: dict[str, Any]) -> str:
-    gpus = facts.get("gpus") or []
-    if gpus:
-        return f"{len(gpus)} × {gpus[0]['name']}, {gpus[0]['memory_gib']:.0f} GiB, driver {facts.get('driver')}"
-    return f"{facts.get('cpu_model')}, {facts.get('cores')} cores, {facts.get('memory_gib') or 0:.0f} GiB, no GPU"
 
 
 def _evaluation(finished: Finished) -> dict[str, Any] | None:

@@ -5,6 +5,7 @@ Exit codes: 0 fine, 1 a run or check failed, 2 wrong input.
 """
 
 import argparse
+import os
 import signal
 import sys
 
@@ -143,9 +144,7 @@ def _eval_options(command: argparse.ArgumentParser) -> None:
     command.add_argument("--batch-rows", type=int, metavar="N", help="problems at once (default 16; 64 on a GPU)")
     command.add_argument("--out", metavar="DIR", help="default: the run's folder, or runs/eval-NAME-DATE")
     command.add_argument("--no-cache", action="store_true", help="neither use nor keep answers")
-    command.add_argument("--json", action="store_true", help="print eval.json as the last line of stdout")
-    command.add_argument("--debug", action="store_true", help="show the traceback of an error")
-    command.set_defaults(overrides=[])
+    _common(command)
 
 
 def _with_config(command: argparse.ArgumentParser, required: bool = True) -> argparse.ArgumentParser:
@@ -247,14 +246,19 @@ def data(options: argparse.Namespace) -> int:
 
 
 def generate(options: argparse.Namespace) -> int:
-    """`fasttune generate`: 0, with the answers on stdout or in a file."""
+    """`fasttune generate`: 0, with the answers on stdout or in a file; 141 when stdout is closed, as by `| head`."""
     from fasttune import generate_command
 
-    done = generate_command.run(options)
-    if options.json:
-        from fasttune.report import to_json_line
+    try:
+        done = generate_command.run(options)
+        if options.json:
+            from fasttune.report import to_json_line
 
-        print(to_json_line(done))
+            print(to_json_line(done))
+        sys.stdout.flush()
+    except BrokenPipeError:
+        os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())  # what is left goes there when Python ends
+        return 128 + signal.SIGPIPE
     return 0
 
 

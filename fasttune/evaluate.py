@@ -19,7 +19,7 @@ from rich.padding import Padding
 from rich.table import Table
 from rich.text import Text
 
-from fasttune import finished as finished_models, hardware, report, summary, tasks as own, terminal
+from fasttune import card, finished as finished_models, hardware, report, summary, tasks as own, terminal
 from fasttune.data import answers, chat, sources
 from fasttune.errors import FasttuneError, OutputError, RunFailed
 from fasttune.finished import Finished
@@ -91,7 +91,8 @@ def run(
         from fasttune import harness
 
         take_over_loggers()
-        loaded = harness.load_tasks(names, data)  # bad rows are told of before the weights are read
+        # Bad rows are told of before the weights are read.
+        loaded = harness.load_tasks(names, data, *finished.reading(data or ""))
         reporter.note(f"loading {finished.weights} …")
         dtype = finished_models.dtype_for(finished)
         model, tokenizer = finished_models.load(finished, dtype)
@@ -129,6 +130,8 @@ def run(
         warnings=finished.warnings,
     )
     write(folder, result, [problem(task, sample) for task, found in raw["samples"].items() for sample in found])
+    if finished.run and folder.resolve() == finished.run.resolve():
+        card.of_run(finished.run)
     return result
 
 
@@ -146,11 +149,13 @@ def choose(tasks: str | None, data: str | None, finished: Finished) -> tuple[lis
     if data is not None:
         sources.check(data)
     if not names and data is None and held_out is None:
-        return ["builtin:arithmetic"], None, "no --tasks and no --data, and the model names no held-out rows"
+        share = finished.config.data.eval_share if finished.config else 0
+        why = f"the run held out {100 * share:g} % of its own rows, which are no file: give yours with --data FILE"
+        return ["builtin:arithmetic"], None, why if share else "no --tasks, no --data, and no data.eval of a run"
     if not names:
         source = data or held_out or ""
         why = "by the rows of --data" if data else "the held-out rows of the run"
-        return [own.of_rows(source)], source, why
+        return [own.of_rows(source, *finished.reading(source))], source, why
     with_rows = [name for name in names if name in own.NAMES]
     if data is not None and not with_rows:
         raise FasttuneError(f"--data would be ignored by {', '.join(names)}: it is for {', '.join(own.NAMES)}")

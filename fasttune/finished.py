@@ -39,6 +39,12 @@ class Finished:
         beside = self.adapter is not None and (self.adapter / "tokenizer_config.json").is_file()
         return self.base.model_copy(update={"name": str(self.adapter), "revision": None}) if beside else self.base
 
+    def reading(self, source: str) -> tuple[str, dict[str, str]]:
+        """(data.split, data.columns) of the run for rows that its config names; ("train", {}) for all others."""
+        data = self.config.data if self.config else None
+        named = data is not None and source in (data.eval, *data.sources)
+        return (data.split, data.columns) if data and named else ("train", {})
+
 
 def open_run(name: str) -> Finished:
     """The parts of RUN (output folder of `fasttune train`) or MODEL (folder, `builtin:` name, hub id).
@@ -52,6 +58,7 @@ def open_run(name: str) -> Finished:
     if not folder.is_dir():
         if folder.exists() or not looks_like_hub(name):
             raise ModelError(f"{name}: no such folder; name a run (runs/NAME-DATE), a model folder or a hub id")
+        _refuse_missing_run(name, folder)
         return Finished(name, _base(name))
     if folder.name in ("adapter", "model") and (folder.parent / "config.yaml").is_file():
         folder = folder.parent
@@ -65,6 +72,15 @@ def open_run(name: str) -> Finished:
         f"{name}: holds no run (config.yaml), no adapter (adapter_config.json) and no model (config.json); "
         "name the output folder of `fasttune train`, or a model"
     )
+
+
+def _refuse_missing_run(name: str, folder: Path) -> None:
+    """runs/NAME also looks like a hub id: where the folder runs is here, a run is meant."""
+    if folder.parent.is_dir():
+        runs = sorted(folder.parent.glob("*/config.yaml"), key=lambda path: path.stat().st_mtime, reverse=True)
+        newest = ", ".join(str(path.parent) for path in runs[:3])
+        there = f"the newest there: {newest}" if newest else "there is none; for a hub id go to another folder"
+        raise ModelError(f"{name}: no such run in {folder.parent}/; {there}")
 
 
 def _run(name: str, folder: Path) -> Finished:

@@ -15,10 +15,10 @@ from fasttune import model as fasttune_model  # noqa: F401  first: it imports un
 import torch
 import transformers
 
-from fasttune import finished as opening, questions
+from fasttune import decoding, finished as opening, pretrained, questions
 from fasttune.data import chat
 from fasttune.data.formats import Message, Unusable
-from fasttune.errors import DataError, RunFailed
+from fasttune.errors import DataError, FasttuneError, RunFailed
 from fasttune.finished import Dtype, Finished
 
 END_OF_CHAT = ("/exit", "/quit")
@@ -48,7 +48,7 @@ class Speaker:
     def __init__(self, model: Any, tokenizer: Any, raw: bool, sampling: Sampling):
         self.model, self.tokenizer, self.raw, self.sampling = model, tokenizer, raw, sampling
         self.template = chat.template_of(tokenizer) if tokenizer.chat_template else None
-        self.stops = stop_ids(model, tokenizer)
+        self.stops = decoding.stop_ids(model, tokenizer)
         self.positions = getattr(model.config.get_text_config(), "max_position_embeddings", None)
         tokenizer.padding_side = "left"
 
@@ -87,18 +87,9 @@ class Speaker:
         return self.batch([prompt], streamer=Pieces(self.tokenizer, write))[0]
 
     def _generation(self) -> dict[str, Any]:
-        """Everything a model's own generation_config would put instead is said: greedy means greedy."""
         hot = self.sampling.temperature > 0
-        sampled = {"temperature": self.sampling.temperature, "top_p": 1.0, "top_k": 0} if hot else {}
-        return {
-            "max_new_tokens": self.sampling.max_new_tokens,
-            "do_sample": hot,
-            "num_beams": 1,
-            "repetition_penalty": 1.0,
-            "eos_token_id": self.stops,
-            "pad_token_id": self.tokenizer.pad_token_id,
-            **sampled,
-        }
+        sampled = {"do_sample": True, "temperature": self.sampling.temperature, "top_p": 1.0, "top_k": 0}
+        return decoding.greedy(self.tokenizer, self.stops, self.sampling.max_new_tokens) | (sampled if hot else {})
 
     def _answer(self, ids: list[int]) -> Answer:
         ends = [at for at, token in enumerate(ids) if token in self.stops]
@@ -118,23 +109,6 @@ class Pieces(transformers.TextStreamer):
         self._write(text)
 
 
-def stop_ids(model: Any, tokenizer: Any) -> list[int]:
-    """Tokens that end an answer: EOS of the model and of the tokenizer, and what the chat template closes a turn with.
-
-    The last is what training has taught; it need not be the EOS of the base model.
-    """
-    said = model.generation_config.eos_token_id
-    found = {tokenizer.eos_token_id, *(said if isinstance(said, list) else [said])}
-    if tokenizer.chat_template:
-        try:
-            rest = chat.template_of(tokenizer).render(chat.PROBE).rpartition(chat.PROBE_ANSWER)[2].strip()
-        except Unusable:
-            rest = ""
-        first = tokenizer(rest, add_special_tokens=False).input_ids[:1] if rest else []
-        found |= {token for token in first if token in tokenizer.added_tokens_decoder}
-    return sorted(found - {None})
-
-
 def answer_file(
     speaker: Speaker,
     finished: Finished,
@@ -152,7 +126,13 @@ def answer_file(
     """
     started = time.perf_counter()
     asked, unusable = [], {}
-    for row, question in questions.read(source, finished.config.data.columns if finished.config else {}, system):
+    columns, split = finished.config.data.columns if finished.config else {}, finished.reading(source)[0]
+    for row, question in questions.read(source, columns, system, split):
+        if speaker.raw and (len(question.messages) > 1 or question.tools):
+            raise DataError(
+                f"--file: {source}: row {row} has several turns or tools, and without a chat template only one "
+                'text can be continued; write {"prompt": …}'
+            )
         try:
             prompt = speaker.prompt(*question.turns())
             asked.append((speaker.length(prompt), row, prompt))
@@ -230,12 +210,20 @@ def converse(
     return messages
 
 
-def loaded(finished: Finished, dtype: Dtype, sampling: Sampling, note: Callable[[str], None]) -> Speaker:
-    """Load what was named; say how prompts are put where there is no chat template to follow."""
-    model, tokenizer = opening.load(finished, dtype)
-    on_text = finished.config is not None and finished.config.data.format == "text"
-    if on_text:
-        note("prompts are continued as they are: the model was trained on plain text")
-    elif not tokenizer.chat_template:
-        note("prompts are continued as they are: the model has no chat template")
-    return Speaker(model, tokenizer, on_text or not tokenizer.chat_template, sampling)
+def loaded(
+    finished: Finished, dtype: Dtype, sampling: Sampling, note: Callable[[str], None], turns_for: str | None = None
+) -> Speaker:
+    """Load what was named; say how prompts are put where there is no chat template to follow.
+
+    `turns_for`: the option that needs one. Raises FasttuneError for it before the weights are read.
+    """
+    why = None
+    if finished.config is not None and finished.config.data.format == "text":
+        why = "the model was trained on plain text"
+    elif not pretrained.read_tokenizer(finished.tokenizer_source).chat_template:
+        why = "the model has no chat template"
+    if why and turns_for:
+        raise FasttuneError(f"{turns_for} would be ignored: {why}; --prompt TEXT or --file continues a text as it is")
+    if why:
+        note(f"prompts are continued as they are: {why}")
+    return Speaker(*opening.load(finished, dtype), why is not None, sampling)

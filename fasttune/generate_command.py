@@ -26,7 +26,8 @@ def run(options: argparse.Namespace) -> dict[str, Any]:
         dtype = DTYPES[options.dtype] if options.dtype else opening.dtype_for(finished)
         reporter.note(f"loading {finished.weights} in {dtype} …")
         sampling = generating.Sampling(options.max_new_tokens, options.temperature, options.seed)
-        speaker = generating.loaded(finished, dtype, sampling, reporter.note)
+        turns_for = "--chat" if options.chat else "--system" if options.system else None
+        speaker = generating.loaded(finished, dtype, sampling, reporter.note, turns_for)
         for text in finished.warnings:
             reporter.warn(text)
 

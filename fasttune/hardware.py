@@ -46,6 +46,13 @@ class Hardware:
         return int(self.driver.split(".")[0]) if self.driver else None
 
 
+def line(facts: dict[str, Any]) -> str:
+    """A machine in one line, from `asdict(Hardware)` or what run.json keeps of it."""
+    if gpus := facts.get("gpus"):
+        return f"{gpus[0]['name']}, {gpus[0]['memory_gib']:.0f} GiB, driver {facts.get('driver')}"
+    return f"{facts.get('cpu_model')}, {facts.get('cores')} cores, {facts.get('memory_gib') or 0:.0f} GiB, no GPU"
+
+
 def detect(path: str | Path = ".") -> Hardware:
     """Read the machine without importing torch; takes well under 0.5 s beyond nvidia-smi itself.
 

@@ -15,7 +15,7 @@ from itertools import islice
 from pathlib import Path
 from typing import Any
 
-from fasttune import cache, model as models, tasks  # noqa: F401  model first: it imports unsloth
+from fasttune import cache, decoding, model as models, tasks  # noqa: F401  model first: it imports unsloth
 
 import torch
 from lm_eval import evaluator
@@ -35,6 +35,7 @@ class Harness(HFLM):
     ):
         super().__init__(pretrained=model, tokenizer=tokenizer, batch_size=batch_rows)
         self.known, self.progress = known, progress
+        self.stops = decoding.stop_ids(model, tokenizer)
         self.from_cache = self.computed = 0  # requests
 
     def generate_until(self, requests: list[Any], disable_tqdm: bool = False) -> list[str]:
@@ -42,6 +43,11 @@ class Harness(HFLM):
             self.computed += len(requests)
             return super().generate_until(requests, disable_tqdm=True)
         return self._answer("generate_until", requests, super().generate_until)
+
+    def _model_generate(self, context: Any, max_length: int, stop: list[str], **settings: Any) -> Any:
+        """What the task leaves open is as in training's samples, not as the model's own generation_config has it."""
+        settings = {**decoding.NEUTRAL, "eos_token_id": self.stops, **settings}
+        return super()._model_generate(context, max_length, stop, **settings)
 
     def loglikelihood(self, requests: list[Any], disable_tqdm: bool = False) -> list[tuple[float, bool]]:
         return [tuple(found) for found in self._answer("loglikelihood", requests, super().loglikelihood)]
@@ -116,7 +122,7 @@ def answers_of(model: Any, tokenizer: Any, keep: bool) -> Answers:
 
 
 def fingerprint(model: Any, tokenizer: Any) -> str:
-    """Hash of what decides an answer: every weight, the scale of every adapter, the tokenizer, the kind of device."""
+    """Hash of what decides an answer: every weight, the scale of every adapter, tokenizer, stops, kind of device."""
     digest = hashlib.sha256()
     for name, tensor in [*model.named_parameters(), *model.named_buffers()]:
         digest.update(f"{name} {tensor.dtype} {tuple(tensor.shape)} {tensor.device.type}".encode())
@@ -124,6 +130,7 @@ def fingerprint(model: Any, tokenizer: Any) -> str:
     for name, module in model.named_modules():
         if isinstance(scaling := getattr(module, "scaling", None), dict):
             digest.update(f"{name} {scaling}".encode())
+    digest.update(str(decoding.stop_ids(model, tokenizer)).encode())
     digest.update(tokenizer.backend_tokenizer.to_str().encode())
     return digest.hexdigest()[:32]
 
@@ -142,12 +149,16 @@ def explained(what: str) -> Iterator[None]:
         raise DataError(f"--tasks {what}: cannot be run ({text}); check the task's data and the network") from error
 
 
-def load_tasks(names: list[str], data: str | None) -> dict[str, Any]:
-    """Tasks of ours and of the harness by name. Raises FasttuneError for an unknown one or one without its data."""
+def load_tasks(
+    names: list[str], data: str | None, split: str = "train", columns: dict[str, str] | None = None
+) -> dict[str, Any]:
+    """Tasks of ours and of the harness by name; `split` and `columns` say how `data` is read.
+
+    Raises FasttuneError for an unknown one or one without its data.
+    """
+    metadata = {"data": data, "split": split, "columns": columns or {}} if data else {}
     only_ours = set(names) <= set(tasks.NAMES)
-    manager = TaskManager(
-        include_path=tasks.FOLDER, include_defaults=not only_ours, metadata={"data": data} if data else {}
-    )
+    manager = TaskManager(include_path=tasks.FOLDER, include_defaults=not only_ours, metadata=metadata)
     for name in names:
         if not manager.match_tasks([name]):
             close = difflib.get_close_matches(name, manager.all_tasks, n=1)

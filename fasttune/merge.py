@@ -93,6 +93,8 @@ def _shards(folder: Path, name: str) -> dict[str, list[str]]:
         files = [WEIGHTS]
     found = {}
     for file in files:
+        if Path(file).name != file:  # it is a name to write by as well
+            raise ModelError(f"{name}: {INDEX} names the file {file}, which is not beside it; get the model again")
         if not (folder / file).is_file():
             raise ModelError(
                 f"{name}: has no {file}: only safetensors weights can be merged; load and save it so first"

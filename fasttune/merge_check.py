@@ -95,21 +95,21 @@ def texts(tokenizer: Any) -> list[str]:
 
 
 def _where(merged: str, written: str) -> tuple[str, str]:
-    """(device, dtype): float32 where it fits, so that only the rounding of the weights is compared."""
+    """(device, dtype): float32 where it fits, so that only the rounding of the weights is compared.
+
+    The CPU where the GPU cannot hold the whole model.
+    """
     from pathlib import Path
 
+    import psutil
     import torch
 
-    values = sum(path.stat().st_size for path in Path(merged).glob("*.safetensors")) // (
-        4 if written == "float32" else 2
-    )
-    if torch.cuda.is_available():
-        free, device = torch.cuda.mem_get_info()[0], "cuda"
-    else:
-        import psutil
-
-        free, device = psutil.virtual_memory().available, "cpu"
-    return device, "float32" if 4 * values * HEADROOM < free else written
+    size = HEADROOM * sum(path.stat().st_size for path in Path(merged).glob("*.safetensors"))
+    in_float32 = size if written == "float32" else 2 * size
+    free = torch.cuda.mem_get_info()[0] if torch.cuda.is_available() else 0
+    device = "cuda" if size < free else "cpu"
+    free = free if device == "cuda" else psutil.virtual_memory().available
+    return device, "float32" if in_float32 < free else written
 
 
 def _logits(model: Any, ids: list[Any]) -> list[Any]:

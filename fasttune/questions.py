@@ -38,12 +38,15 @@ class Question:
         return self.messages, self.tools
 
 
-def read(source: str, columns: dict[str, str], system: str | None) -> Iterator[tuple[int, Question]]:
+def read(
+    source: str, columns: dict[str, str], system: str | None, split: str = "train"
+) -> Iterator[tuple[int, Question]]:
     """(row number from 1, question) of every row, in any form that can be trained on, answered or not.
 
-    `columns` as data.columns, where a row has them; `system` for rows without a system turn. Raises DataError.
+    `columns` as data.columns, where a row has them; `system` for rows without a system turn; `split` of a hub set.
+    Raises DataError.
     """
-    for chunk in sources.read(source, "test"):
+    for chunk in sources.read(source, "test", split):
         for number, place, row in chunk.numbered():
             row = formats.rename(row, columns, place) if all(name in row for name in columns.values()) else row
             row = _answered(row)
@@ -85,7 +88,7 @@ def identity(finished: Finished, source: str, settings: dict[str, Any]) -> dict[
     return {
         "base": _weights(finished.base.name) + (f" {finished.base.revision}" if finished.base.revision else ""),
         "adapter": _weights(str(finished.adapter)) if finished.adapter else None,
-        "rows": sources.fingerprint(source, "test", "train", False),
+        "rows": sources.fingerprint(source, "test", finished.reading(source)[0], False),
         **settings,
     }
 
@@ -162,7 +165,18 @@ def rows_in(file: IO[str], name: Path) -> set[int]:
 
 
 def write(file: IO[str], lines: list[tuple[int, dict[str, Any]]]) -> None:
-    """Lines {"row": …, "text": …, "tokens": …, "finish": …} to the end of the file, on the disk when this returns."""
-    file.write("".join(report.to_json_line({"row": row, **answer}) + "\n" for row, answer in lines))
-    file.flush()
-    os.fsync(file.fileno())
+    """Lines {"row": …, "text": …, "tokens": …, "finish": …} to the end of the file, on the disk when this returns.
+
+    Raises OutputError, with nothing of them in the file.
+    """
+    left = "".join(report.to_json_line({"row": row, **answer}) + "\n" for row, answer in lines).encode()
+    number, before = file.fileno(), os.fstat(file.fileno()).st_size
+    try:
+        while left:  # not through the file's buffer, which would be written again when it is closed
+            left = left[os.write(number, left) :]
+        os.fsync(number)
+    except OSError as error:
+        os.ftruncate(number, before)
+        raise OutputError(
+            f"--out: {file.name} cannot be written ({error.strerror}); what it holds is whole: the same command goes on"
+        ) from error

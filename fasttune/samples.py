@@ -1,6 +1,6 @@
 """Held-out problems, answered greedily: what a person compares before and after training."""
 
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from dataclasses import dataclass
 from typing import Any
 
@@ -8,6 +8,7 @@ from fasttune import model as models  # first: it imports unsloth
 
 import torch
 
+from fasttune import decoding
 from fasttune.config import Config
 from fasttune.data import answers, chat, formats, sources
 from fasttune.data.batches import Batches
@@ -28,11 +29,13 @@ class Problem:
     reference: str
 
 
-def read(config: Config, tokenizer: Any, batches: Batches) -> list[Problem]:
+def read(config: Config, tokenizer: Any, batches: Batches, warn: Callable[[str], None]) -> list[Problem]:
     """The first held-out conversations, as many as are shown or scored; plain text rows have no question and are left
-    out. Raises DataError where one is to be scored and its reference holds no `#### N`.
+    out, and with a warning those whose question alone is longer than `model.max_length`. Raises DataError where one is
+    to be scored and its reference holds no `#### N`.
     """
     problems: list[Problem] = []
+    too_long = 0
     for place, row in _held_out(config, batches):
         row = formats.rename(row, config.data.columns, place)
         form = config.data.format if config.data.format != "auto" else formats.detect(row, place)
@@ -49,7 +52,15 @@ def read(config: Config, tokenizer: Any, batches: Batches) -> list[Problem]:
             raise DataError(
                 f"eval.problems: {place}: its answer holds no `#### N`, so none can be checked; set eval.problems=0"
             )
-        problems.append(Problem(question, chat.prompt(messages, tokenizer), messages[last]["content"]))
+        prompt = chat.prompt(messages, tokenizer)
+        if len(tokenizer(prompt, add_special_tokens=False).input_ids) > config.model.max_length:
+            too_long += 1
+            continue
+        problems.append(Problem(question, prompt, messages[last]["content"]))
+    if too_long:
+        warn(
+            f"{too_long} of the held-out problems are not asked: longer than model.max_length={config.model.max_length}"
+        )
     return problems
 
 
@@ -79,14 +90,14 @@ def answer(model: Any, tokenizer: Any, problems: list[Problem], checkpointing: s
     room = min(max(longest + longest // 2 + 16, LEAST_NEW_TOKENS), MOST_NEW_TOKENS)
     models.for_inference(model)
     tokenizer.padding_side = "left"
-    texts = []
+    texts, stops = [], decoding.stop_ids(model, tokenizer)
     for start in range(0, len(problems), ROWS_AT_ONCE):
         prompts = [problem.prompt for problem in problems[start : start + ROWS_AT_ONCE]]
         batch = tokenizer(prompts, return_tensors="pt", padding=True, add_special_tokens=False).to(
             model.device
         )  # (B, T)
         with torch.inference_mode():
-            out = model.generate(**batch, max_new_tokens=room, do_sample=False, pad_token_id=tokenizer.pad_token_id)
+            out = model.generate(**batch, **decoding.greedy(tokenizer, stops, room))
         texts += tokenizer.batch_decode(out[:, batch["input_ids"].shape[1] :], skip_special_tokens=True)
     tokenizer.padding_side = "right"
     models.for_training(model, checkpointing)

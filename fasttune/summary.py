@@ -141,7 +141,4 @@ def versions() -> dict[str, str]:
 
 def hardware_line(machine: Hardware) -> str:
     """The machine in one line."""
-    if machine.gpus:
-        gpu = machine.gpus[0]
-        return f"{gpu.name}, {gpu.memory_gib:.0f} GiB, driver {machine.driver}"
-    return f"{machine.cpu_model}, {machine.cores} cores, {machine.memory_gib:.0f} GiB, no GPU"
+    return hardware.line(asdict(machine))

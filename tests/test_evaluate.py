@@ -97,6 +97,59 @@ def test_every_problem_is_judged_by_the_rule_of_the_data_set(
     assert only.stderr == pytest.approx((only.value * (1 - only.value) / (len(PAIRS) - 1)) ** 0.5)
 
 
+def test_a_run_is_scored_on_its_own_rows_and_its_card_says_so(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, harness: Any, finished_run: Path
+) -> None:
+    """Read with the columns of its config; a folder named with --out leaves the card alone."""
+    import yaml
+
+    run, rows = tmp_path / "run", [{"problem": "2 + 2?", "answer": "#### 4"}]
+    shutil.copytree(finished_run, run)
+    config = yaml.safe_load((run / "config.yaml").read_text())
+    config["data"] |= {"eval": write(tmp_path / "rows.jsonl", rows), "columns": {"question": "problem"}}
+    (run / "config.yaml").write_text(yaml.safe_dump(config))
+    given: dict[str, Any] = {}
+
+    def generate(self: Any, **settings: Any) -> Any:
+        given.update(settings)
+        return settings["context"]
+
+    monkeypatch.setattr(
+        harness.HFLM, "_model_generate", lambda self, context, *_, **more: generate(self, context=context, **more)
+    )
+    score(tmp_path / "elsewhere", str(run), keep_answers=False)
+    assert (given["repetition_penalty"], given["num_beams"]) == (1.0, 1) and given["eos_token_id"]
+    assert "Not evaluated" in (run / "adapter" / "README.md").read_text()
+    result, lines = score(run, str(run), keep_answers=False)
+    assert "2 + 2?" in lines[0]["prompt"] and result.tasks == ["gsm8k_jsonl"]
+    assert "| gsm8k_jsonl | exact_match | 0.0000 |" in (run / "adapter" / "README.md").read_text()
+
+
+def test_the_split_of_the_run_is_read(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
+    real, splits = tasks.sources.read, []
+
+    def read(source: str, part: Any, split: str = "train", *more: Any) -> Any:
+        splits.append(split)
+        return real(source, part, "train", *more)
+
+    monkeypatch.setattr(tasks.sources, "read", read)
+    source = write(tmp_path / "rows.jsonl", [{"q": "x", "answer": "#### 1"}])
+    assert tasks.of_rows(source, "test", {"question": "q"}) == "gsm8k_jsonl"
+    assert tasks.gsm8k(source, "test", {"question": "q"})["test"][0]["question"] == "x"
+    assert splits == ["test", "test"]
+
+
+def test_a_run_that_held_out_its_own_rows_is_told_what_to_give(finished_run: Path) -> None:
+    from dataclasses import replace
+
+    opened = open_run(str(finished_run))
+    assert opened.config
+    data = opened.config.data.model_copy(update={"eval_share": 0.1})
+    opened = replace(opened, config=opened.config.model_copy(update={"data": data}))
+    names, data, why = evaluate.choose(None, None, opened)
+    assert names == ["builtin:arithmetic"] and "held out 10 %" in why and "--data FILE" in why
+
+
 def test_the_harness_generates_what_the_model_generates(tmp_path: Path, harness: Any, tiny_tokenizer: Any) -> None:
     """Prompts are those of training, and batched answers of different lengths are the model's own greedy ones."""
     from fasttune import finished, model as models

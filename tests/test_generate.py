@@ -3,6 +3,7 @@
 import io
 import json
 import os
+import shutil
 import sys
 from pathlib import Path
 from typing import Any
@@ -59,13 +60,13 @@ def test_a_turn_ends_where_the_template_ends_it(tiny_tokenizer: Any) -> None:
     """ChatML on a base model whose EOS is another token: it would never stop."""
     from types import SimpleNamespace
 
-    from fasttune import generate
+    from fasttune import decoding
 
     tiny_tokenizer.eos_token = "<|endoftext|>"
     model = SimpleNamespace(generation_config=SimpleNamespace(eos_token_id=None))
     ids = tiny_tokenizer.convert_tokens_to_ids(["<|endoftext|>", "<|im_end|>"])
-    assert generate.stop_ids(model, tiny_tokenizer) == sorted(ids)
-    assert generate.stop_ids(SimpleNamespace(generation_config=SimpleNamespace(eos_token_id=[7])), tiny_tokenizer) == [
+    assert decoding.stop_ids(model, tiny_tokenizer) == sorted(ids)
+    assert decoding.stop_ids(SimpleNamespace(generation_config=SimpleNamespace(eos_token_id=[7])), tiny_tokenizer) == [
         *sorted(ids),
         7,
     ]
@@ -229,6 +230,87 @@ def test_plain_text_runs_continue_plain_text(speaker: Any, tiny_tokenizer: Any) 
     tiny_tokenizer.chat_template = None
     raw = generate.Speaker(speaker.model, tiny_tokenizer, True, speaker.sampling)
     assert raw.prompt(USER) == "Hi" and raw.stops == [tiny_tokenizer.eos_token_id]
+
+
+def test_turns_without_a_template_are_refused(
+    speaker: Any, finished_run: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: Any
+) -> None:
+    from fasttune import builtin, finished, generate, terminal
+
+    shutil.copytree(builtin.path("builtin:tiny"), tmp_path / "bare")
+    for path in (tmp_path / "bare").iterdir():
+        if path.name == "chat_template.jinja":
+            path.unlink()
+        elif path.name == "tokenizer_config.json":
+            told = json.loads(path.read_text())
+            path.write_text(json.dumps({key: value for key, value in told.items() if key != "chat_template"}))
+    for option in (["--chat"], ["--prompt", "x", "--system", "Be brief."]):
+        assert cli.main(["generate", str(tmp_path / "bare"), *option]) == 2
+        said = capsys.readouterr().err.splitlines()
+        assert f"{option[-2] if len(option) > 1 else option[0]} would be ignored: the model has no chat" in said[-1]
+    monkeypatch.setattr(speaker, "raw", True)
+    path, opened = tmp_path / "rows.jsonl", finished.open_run(str(finished_run))
+    path.write_text('{"prompt": "Hi"}\n' + json.dumps({"messages": [*SYSTEM, *USER]}) + "\n")
+    with pytest.raises(DataError, match="row 2 has several turns"):
+        generate.answer_file(
+            speaker, opened, str(path), tmp_path / "out", 2, None, {}, terminal.Reporter(None, quiet=True)
+        )
+    assert not (tmp_path / "out").exists()
+
+
+def test_a_full_disk_leaves_whole_answers(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    line = (1, {"text": "x", "tokens": 1, "finish": "stop"})
+    with questions.opened(tmp_path / "out", {}) as file:
+        questions.write(file, [line])
+        before = (tmp_path / "out").read_bytes()
+        real = os.write
+
+        def full(number: int, data: bytes) -> int:
+            if len(data) < 20:
+                raise OSError(28, "No space left on device")
+            return real(number, data[:20])
+
+        monkeypatch.setattr(os, "write", full)
+        with pytest.raises(OutputError, match="No space left on device"):
+            questions.write(file, [line])
+    assert (tmp_path / "out").read_bytes() == before
+
+
+def test_a_closed_pipe_ends_quietly(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
+    from fasttune import generate_command
+
+    def closed(options: Any) -> dict[str, Any]:
+        raise BrokenPipeError
+
+    monkeypatch.setattr(generate_command, "run", closed)
+    with (tmp_path / "stdout").open("w") as stdout:
+        monkeypatch.setattr(sys, "stdout", stdout)
+        assert cli.main(["generate", "builtin:tiny", "--prompt", "x"]) == 141
+
+
+def test_a_mistyped_run_is_no_hub_id(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    from fasttune import finished
+
+    monkeypatch.chdir(tmp_path)
+    for name in ("old-1", "new-2"):
+        (tmp_path / "runs" / name).mkdir(parents=True)
+        (tmp_path / "runs" / name / "config.yaml").touch()
+    os.utime("runs/old-1/config.yaml", (1, 1))
+    with pytest.raises(ModelError, match=r"no such run in runs/; the newest there: runs/new-2, runs/old-1"):
+        finished.open_run("runs/nww-2")
+    assert finished.open_run("owner/name").base.name == "owner/name"
+
+
+def test_rows_of_the_run_are_read_as_it_read_them(finished_run: Path) -> None:
+    from dataclasses import replace
+
+    from fasttune import finished
+
+    opened = finished.open_run(str(finished_run))
+    assert opened.config
+    data = opened.config.data.model_copy(update={"eval": "o/set", "split": "test", "columns": {"question": "q"}})
+    opened = replace(opened, config=opened.config.model_copy(update={"data": data}))
+    assert opened.reading("o/set") == ("test", {"question": "q"}) and opened.reading("mine.jsonl") == ("train", {})
 
 
 def test_the_command_streams_a_prompt(speaker: Any, finished_run: Path, capsys: pytest.CaptureFixture[str]) -> None:

@@ -14,7 +14,7 @@ LAYERS = [
     {"cache", "checkpoint", "hardware", "hub", "memory", "merge_check", "metrics", "publish", "quiet"},
     {"config", "plots", "shape", "stack"},
     {"builtin", "data", "memory_forecast", "output", "report", "rules"},
-    {"live", "plan", "pretrained", "rows_attention", "terminal"},
+    {"decoding", "live", "plan", "pretrained", "rows_attention", "terminal"},
     {"forecast", "model"},
     {"finished", "fused_lora", "packed", "preview", "samples", "tasks", "view"},
     {"card", "harness", "merge", "prepare", "preview_page", "questions", "view_page"},
@@ -28,7 +28,8 @@ LAYERS = [
     {"cli"},
 ]
 LEVEL = {name: level for level, names in enumerate(LAYERS) for name in names}
-LIGHT = "errors config stack cli evaluate hardware terminal verify prepare train view_page".split()
+LIGHT = "errors config stack cli evaluate generate_command hardware merge_command terminal verify prepare train".split()
+LIGHT += ["view_page"]
 HEAVY = {"torch", "transformers", "unsloth", "trl", "peft", "datasets", "matplotlib", "jinja2", "lm_eval"}
 
 

@@ -11,7 +11,7 @@ import yaml
 
 from fasttune import cli
 from fasttune.config import ModelConfig
-from fasttune.errors import FasttuneError, ModelError
+from fasttune.errors import FasttuneError, ModelError, RunFailed
 
 pytestmark = pytest.mark.usefixtures("unsloth")
 
@@ -198,6 +198,14 @@ def test_other_bases_are_refused(tmp_path: Path, finished_run: Path) -> None:
             with pytest.raises(ModelError, match=told):
                 merge.plan(ModelConfig(name=str(base)), learned)
     (base / "config.json").write_text(json.dumps(architecture))
+    index = base / "model.safetensors.index.json"
+    told, outside = json.loads(index.read_text()), tmp_path / "x.safetensors"
+    shutil.copy(next(base.glob("*.safetensors")), outside)
+    for file in ("../x.safetensors", str(outside)):
+        index.write_text(json.dumps(told | {"weight_map": told["weight_map"] | {"w": file}}))
+        with pytest.raises(ModelError, match="is not beside it"):
+            merge.plan(ModelConfig(name=str(base)), learned)
+    index.write_text(json.dumps(told))
     next(base.glob("*.safetensors")).unlink()
     with pytest.raises(ModelError, match="only safetensors"):
         merge.plan(ModelConfig(name=str(base)), learned)
@@ -259,11 +267,15 @@ def test_scores_and_hub_ids_are_on_the_card_and_paths_are_not(finished_run: Path
     shutil.copytree(finished_run, tmp_path / "run")
     config = yaml.safe_load((tmp_path / "run" / "config.yaml").read_text())
     rows = f"{tmp_path}/secret folder/rows.jsonl"
+    config["data"]["eval"] = f"{tmp_path}/secret folder/held_out.jsonl"
     config["model"]["name"], config["data"]["train"] = "owner/name", {rows: 1.0, "some/set:main": 2.0}
     (tmp_path / "run" / "config.yaml").write_text(yaml.safe_dump(config))
     result = json.loads((tmp_path / "run" / "run.json").read_text())
     for setting in result["settings"]:
         setting["value"] = setting["value"].replace("builtin:arithmetic", rows)
+    local = f"{tmp_path}/secret folder/the-model"
+    result["settings"] += [{"name": "model", "value": local, "reason": f"weights of {local}"}]
+    result["warnings"] = [f"{config['data']['eval']}: 3 rows cut", f"asked for (data={tmp_path}/secret/x.jsonl)"]
     (tmp_path / "run" / "run.json").write_text(json.dumps(result))
     score = {"task": "gsm|8k", "metric": "exact", "value": 0.25, "stderr": None, "problems": 4}
     (tmp_path / "run" / "eval.json").write_text(json.dumps({"scores": [score]}))
@@ -271,7 +283,12 @@ def test_scores_and_hub_ids_are_on_the_card_and_paths_are_not(finished_run: Path
     metadata = yaml.safe_load(text.split("---\n")[1])
     assert (metadata["base_model"], metadata["datasets"]) == ("owner/name", ["some/set"])
     assert "| gsm\\|8k | exact | 0.2500 | – | 4 |" in text
-    assert "- rows.jsonl: 32 rows" in text and "secret" not in text and str(tmp_path) not in text
+    assert "- rows.jsonl: 32 rows" in text and "Warning: held_out.jsonl: 3 rows cut" in text
+    config["model"]["name"] = local
+    (tmp_path / "run" / "config.yaml").write_text(yaml.safe_dump(config))
+    text = card.text(finished.open_run(str(tmp_path / "run")), None)
+    assert "| model | the-model | weights of the-model |" in text and "(data=x.jsonl)" in text
+    assert "secret" not in text and str(tmp_path) not in text
 
 
 @pytest.fixture
@@ -303,6 +320,48 @@ def test_a_wrong_merge_is_found(
     said = capsys.readouterr()
     assert json.loads(said.out)["verified"] is False and "does not answer as base + adapter does" in said.err
     assert [path.name for path in tmp_path.iterdir()] == ["m.unverified"]
+    (tmp_path / "m.unverified" / "mine").touch()
+    assert cli.main(["merge", str(finished_run), "--out", str(tmp_path / "m"), "--dtype", dtype]) == 2
+    assert "m.unverified exists" in capsys.readouterr().err and (tmp_path / "m.unverified" / "mine").exists()
+
+
+def test_what_cannot_be_compared_or_written(
+    finished_run: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: Any
+) -> None:
+    import safetensors.torch
+
+    from fasttune import merge_command
+
+    def killed(*_: Any) -> None:
+        raise RunFailed("could not be compared")
+
+    monkeypatch.setattr(merge_command, "compare", killed)
+    arguments = ["merge", str(finished_run), "--out", str(tmp_path / "m"), "--overwrite"]
+    for _ in range(2):  # the second replaces the first, as asked for
+        assert cli.main(arguments) == 1
+        assert "it is kept as " in capsys.readouterr().err.splitlines()[-1]
+        assert [path.name for path in tmp_path.iterdir()] == ["m.unverified"]
+        assert (tmp_path / "m.unverified" / "model.safetensors").is_file()
+
+    def full(*_: Any, **__: Any) -> None:
+        raise safetensors.SafetensorError("I/O error: No space left on device")
+
+    monkeypatch.setattr(safetensors.torch, "save_file", full)
+    assert cli.main(arguments) == 2
+    assert "m was not written (I/O error: No space" in capsys.readouterr().err.splitlines()[-1]
+    assert [path.name for path in tmp_path.iterdir()] == ["m.unverified"]
+
+
+def test_a_model_larger_than_the_gpu_is_compared_on_the_cpu(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    import torch
+
+    from fasttune import merge_check
+
+    (tmp_path / "model.safetensors").write_bytes(bytes(1000))
+    monkeypatch.setattr(torch.cuda, "is_available", lambda: True)
+    for free, where in [(1200, ("cpu", "float32")), (2500, ("cuda", "bfloat16")), (2700, ("cuda", "float32"))]:
+        monkeypatch.setattr(torch.cuda, "mem_get_info", lambda free=free: (free, free))
+        assert merge_check._where(str(tmp_path), "bfloat16") == where
 
 
 def test_an_interrupted_merge_leaves_nothing(
@@ -375,6 +434,7 @@ def test_gguf_through_the_installed_converter(
 def test_the_hub_is_asked_before_the_work_and_only_when_asked_for(
     finished_run: Path, tmp_path: Path, here: None, monkeypatch: Any, capsys: Any
 ) -> None:
+    import httpx
     import huggingface_hub
 
     from fasttune import publish
@@ -391,6 +451,9 @@ def test_the_hub_is_asked_before_the_work_and_only_when_asked_for(
 
     class Api:
         def whoami(self) -> None:
+            if not calls:
+                calls.append("down")
+                raise httpx.ConnectError("no route")
             calls.append("whoami")
 
         def create_repo(self, repo: str, private: bool, exist_ok: bool) -> str:
@@ -399,12 +462,15 @@ def test_the_hub_is_asked_before_the_work_and_only_when_asked_for(
 
         def upload_folder(self, folder_path: str, repo_id: str, commit_message: str) -> None:
             calls.append(("upload", folder_path, repo_id))
-            if len(calls) > 3:
-                raise OSError("503 Server Error")
+            if len(calls) > 4:
+                raise httpx.ReadError("503 Server Error")
 
     monkeypatch.setattr(huggingface_hub, "HfApi", Api)
+    assert cli.main(arguments) == 2 and "cannot be reached" in capsys.readouterr().err
+    calls.pop()
+    calls.append("up")
     assert cli.main([*arguments, "--json"]) == 0
     assert json.loads(capsys.readouterr().out)["url"] == "https://huggingface.co/owner/name"
-    assert calls == ["whoami", ("create", "owner/name", True), ("upload", str(tmp_path / "m"), "owner/name")]
+    assert calls == ["up", "whoami", ("create", "owner/name", True), ("upload", str(tmp_path / "m"), "owner/name")]
     assert cli.main([*arguments, "--overwrite"]) == 1
     assert "was not uploaded: 503" in capsys.readouterr().err and (tmp_path / "m").is_dir()

@@ -37,10 +37,15 @@ def test_a_problem_that_cannot_be_scored_is_refused(tiny_tokenizer: Any, tmp_pat
     file.write_text("".join(json.dumps(row) + "\n" for row in rows))
     tree = TREE | {"samples": 2, "eval": {"problems": 1}, "data": {**TREE["data"], "eval": str(file)}}
     batches: Any = None  # only needed for a share that is held out
-    assert len(samples.read(config.parse(tree), tiny_tokenizer, batches)) == 2  # the second is shown, not scored
+    assert len(samples.read(config.parse(tree), tiny_tokenizer, batches, print)) == 2  # the second is shown, not scored
     with pytest.raises(DataError, match=r"eval.problems: .*held_out\.jsonl.* line 2.*no `#### N`") as caught:
-        samples.read(config.parse(tree | {"eval": {"problems": 2}}), tiny_tokenizer, batches)
+        samples.read(config.parse(tree | {"eval": {"problems": 2}}), tiny_tokenizer, batches, print)
     assert "\n" not in str(caught.value)
+    rows[1]["question"] = "b " * 600
+    file.write_text("".join(json.dumps(row) + "\n" for row in rows))
+    told: list[str] = []
+    assert [p.question for p in samples.read(config.parse(tree), tiny_tokenizer, batches, told.append)] == ["a"]
+    assert told == ["1 of the held-out problems are not asked: longer than model.max_length=512"]
 
 
 def test_answers_in_parts_are_the_answers_at_once(
@@ -51,6 +56,11 @@ def test_answers_in_parts_are_the_answers_at_once(
     tree = TREE | {"eval": {"problems": 5}, "data": {**TREE["data"], "max_rows": 8, "eval": "builtin:arithmetic"}}
     job = prepare.prepare(config.parse(tree), tmp_path / "run", terminal.Reporter(None, quiet=True))
     assert len(job.problems) == 5
+    said = job.model.generation_config
+    plain = samples.answer(job.model, job.tokenizer, job.problems, "none")
+    said.repetition_penalty = 9.0  # greedy means greedy
+    assert samples.answer(job.model, job.tokenizer, job.problems, "none") == plain
+    said.repetition_penalty = 1.0
     whole = samples.answer(job.model, job.tokenizer, job.problems, "none")
     monkeypatch.setattr(samples, "ROWS_AT_ONCE", 2)
     assert samples.answer(job.model, job.tokenizer, job.problems, "none") == whole

@@ -6,7 +6,7 @@ Each function that gives rows is called by the harness with the task's `metadata
 from pathlib import Path
 from typing import Any
 
-from fasttune.data import answers, sources
+from fasttune.data import answers, formats, sources
 from fasttune.data.formats import Row
 from fasttune.errors import DataError
 
@@ -14,12 +14,13 @@ FOLDER = Path(__file__).parent
 NAMES = ("gsm8k_jsonl", "multiple_choice_jsonl", "builtin:arithmetic")
 
 
-def of_rows(source: str) -> str:
+def of_rows(source: str, split: str = "train", columns: dict[str, str] | None = None) -> str:
     """The task that fits a data set, by the keys of its first row. Raises DataError."""
     if source.startswith("builtin:"):
         sources.check(source)
         return "builtin:arithmetic"
-    place, row = next(((place, row) for _, place, row in sources.first_rows(source, "test", "train", 1)), (source, {}))
+    place, row = next(((place, row) for _, place, row in sources.first_rows(source, "test", split, 1)), (source, {}))
+    row = formats.rename(row, columns or {}, place)
     if "options" in row:
         return "multiple_choice_jsonl"
     if "question" in row and answers.final_number(str(row.get("answer"))) is not None:
@@ -30,9 +31,9 @@ def of_rows(source: str) -> str:
     )
 
 
-def gsm8k(data: str, **_: Any) -> dict[str, Any]:
+def gsm8k(data: str, split: str = "train", columns: dict[str, str] | None = None, **_: Any) -> dict[str, Any]:
     """question and answer, which must hold `#### N`."""
-    return _split([_numbered(row, place) for place, row in _rows(data, ("question", "answer"))], data)
+    return _split([_numbered(row, place) for place, row in _rows(data, ("question", "answer"), split, columns)], data)
 
 
 def held_out(data: str = "builtin:arithmetic", **_: Any) -> dict[str, Any]:
@@ -41,10 +42,10 @@ def held_out(data: str = "builtin:arithmetic", **_: Any) -> dict[str, Any]:
     return _split([row for _, row in _rows(source, ("question", "answer"))], source)
 
 
-def multiple_choice(data: str, **_: Any) -> dict[str, Any]:
+def multiple_choice(data: str, split: str = "train", columns: dict[str, str] | None = None, **_: Any) -> dict[str, Any]:
     """question, options, and `right`: the index of the right one."""
     rows = []
-    for place, row in _rows(data, ("question", "answer", "options")):
+    for place, row in _rows(data, ("question", "answer", "options"), split, columns):
         options = row["options"]
         if not isinstance(options, list) or len(options) < 2 or not all(isinstance(o, str) and o for o in options):
             raise DataError(f"--data: {place}: options is {options!r}, expected a list of two texts or more")
@@ -70,11 +71,14 @@ def _right(answer: Any, options: list[str], place: str) -> int:
     return index
 
 
-def _rows(source: str, columns: tuple[str, ...]) -> list[tuple[str, Row]]:
+def _rows(
+    source: str, names: tuple[str, ...], split: str = "train", columns: dict[str, str] | None = None
+) -> list[tuple[str, Row]]:
     found = []
-    for chunk in sources.read(source, "test"):
+    for chunk in sources.read(source, "test", split):
         for _, place, row in chunk.numbered():
-            if missing := [name for name in columns if name not in row]:
+            row = formats.rename(row, columns or {}, place)
+            if missing := [name for name in names if name not in row]:
                 raise DataError(f"--data: {place} has no {', '.join(missing)} (it has {', '.join(row) or 'nothing'})")
             if not isinstance(row["question"], str):
                 raise DataError(f"--data: {place}: question is {row['question']!r}, expected text")
