@@ -10,10 +10,10 @@ def check(repo: str) -> None:
     """Before the work is done: the name, the network and the token. Raises FasttuneError with the remedy."""
     import httpx
     import huggingface_hub
-    from huggingface_hub import errors
+    from huggingface_hub import errors, utils
 
     try:
-        huggingface_hub.utils.validate_repo_id(repo)
+        utils.validate_repo_id(repo)
         if repo.count("/") != 1:
             raise errors.HFValidationError
     except errors.HFValidationError:

@@ -2,6 +2,8 @@
 
 import json
 import shutil
+import subprocess
+import sys
 import warnings
 from pathlib import Path
 from typing import Any
@@ -429,6 +431,13 @@ def test_gguf_through_the_installed_converter(
     program.chmod(0o755)
     assert cli.main(arguments) == 0
     assert (tmp_path / "m" / "m.gguf").read_text() == "gguf\n"
+
+
+def test_the_hub_is_asked_without_torch() -> None:
+    """As the command does it: nothing has imported huggingface_hub's parts before."""
+    code = "from fasttune import publish\ntry: publish.check('name')\nexcept Exception as error: print(error)"
+    done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=True)
+    assert done.stdout == "--push-to-hub name: write owner/name\n"
 
 
 def test_the_hub_is_asked_before_the_work_and_only_when_asked_for(
