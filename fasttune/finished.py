@@ -40,10 +40,11 @@ class Finished:
         return self.base.model_copy(update={"name": str(self.adapter), "revision": None}) if beside else self.base
 
     def reading(self, source: str) -> tuple[str, dict[str, str]]:
-        """(data.split, data.columns) of the run for rows that its config names; ("train", {}) for all others."""
+        """(split, data.columns) of the run for rows that its config names; ("train", {}) for all others."""
         data = self.config.data if self.config else None
-        named = data is not None and source in (data.eval, *data.sources)
-        return (data.split, data.columns) if data and named else ("train", {})
+        if data is None or source not in (data.eval, *data.sources):
+            return "train", {}
+        return data.held_out_split if source == data.eval else data.split, data.columns
 
 
 def open_run(name: str) -> Finished:
