@@ -110,15 +110,14 @@ def test_a_run_is_scored_on_its_own_rows_and_its_card_says_so(
     (run / "config.yaml").write_text(yaml.safe_dump(config))
     given: dict[str, Any] = {}
 
-    def generate(self: Any, **settings: Any) -> Any:
-        given.update(settings)
-        return settings["context"]
+    def generate(self: Any, context: Any, max_length: int, stop: list[str], **settings: Any) -> Any:
+        given.update(settings, stop=list(stop))
+        return context
 
-    monkeypatch.setattr(
-        harness.HFLM, "_model_generate", lambda self, context, *_, **more: generate(self, context=context, **more)
-    )
+    monkeypatch.setattr(harness.HFLM, "_model_generate", generate)
     score(tmp_path / "elsewhere", str(run), keep_answers=False)
     assert (given["repetition_penalty"], given["num_beams"]) == (1.0, 1) and given["eos_token_id"]
+    assert not any(not text.strip() for text in given["stop"])  # a blank line ends no answer
     assert "Not evaluated" in (run / "adapter" / "README.md").read_text()
     result, lines = score(run, str(run), keep_answers=False)
     assert "2 + 2?" in lines[0]["prompt"] and result.tasks == ["gsm8k_jsonl"]
