@@ -278,8 +278,9 @@ def plan(options: argparse.Namespace) -> int:
     """`fasttune plan`: 0, or 1 when it does not fit; the page goes to stderr."""
     from fasttune import config, preview, preview_page, terminal
 
-    settings = config.load(options.config, options.overrides)
-    figures = preview.look(settings, options.gpu, options.usd_per_hour, terminal.Reporter(None))
+    price = [] if options.usd_per_hour is None else [f"usd_per_hour={options.usd_per_hour}"]
+    settings = config.load(options.config, [*options.overrides, *price])
+    figures = preview.look(settings, options.gpu, terminal.Reporter(None))
     preview_page.show(figures)
     if options.json:
         from fasttune import report

@@ -52,16 +52,15 @@ def of_run(
     config: Config, chosen: Plan, data: Batches, machine: Hardware, usd_per_hour: float | None, scale: float = 1.0
 ) -> Forecast:
     """The forecast of a run on `data`, the rows it has or a sample of them; `scale`: how many times as many it has."""
-    steps_per_epoch = math.ceil(scale * data.rows_per_epoch / data.batch_rows)
-    steps = config.train.max_steps or math.ceil(config.train.epochs * steps_per_epoch)
+    steps = data.total_steps(config.train.epochs, config.train.max_steps, scale)
     sample = lay_out(data, min(steps, data.steps_per_epoch))
     memories = {each: forecast(config, chosen.shape, chosen, each) for each in set(sample.micro_batches)}
     largest = max(memories, key=lambda each: memories[each].total)
     memory, tokens = memories[largest], round(sample.tokens / sample.steps * steps)
-    rate, source = rate_tflops(config, chosen, machine)
+    rate, recomputed, source = rate_tflops(config, chosen, machine)
     speed = hours = cost = None
     if rate is not None:
-        flops = _step_flops(config, chosen, sample)
+        flops = _step_flops(config, chosen, sample, recomputed)
         tokens_a_step = sample.tokens / sample.steps
         layers = 0 if chosen.gpu_gib is None else chosen.shape.layers * len(sample.micro_batches) / sample.steps
         paired = zip(vars(rate).values(), vars(LAUNCH_S_A_LAYER).values(), strict=True)
@@ -70,7 +69,8 @@ def of_run(
         cost = None if usd_per_hour is None else Range(*(usd_per_hour * each for each in vars(hours).values()))
     low, high = MEMORY_ERROR["cpu" if chosen.gpu_gib is None else "gpu"]
     peak = Range(low * memory.total, memory.total, high * memory.total)
-    return Forecast(memory, peak, largest.tokens, steps, tokens, speed, hours, cost, source)
+    left_out = hours is not None and _evaluates(config)
+    return Forecast(memory, peak, largest.tokens, steps, tokens, speed, hours, cost, source, left_out)
 
 
 def in_words(expected: Forecast) -> str:
@@ -80,6 +80,7 @@ def in_words(expected: Forecast) -> str:
         parts.append(span(expected.hours, lambda hours: duration(3600 * hours)))
     if expected.usd is not None:
         parts.append(span(expected.usd, usd))
+    parts += ["time and cost without evaluation"] if expected.without_evaluation else []
     return " · ".join(parts)
 
 
@@ -102,10 +103,12 @@ def lay_out(data: Batches, steps: int) -> Sample:
     return Sample(done, rows, tokens, labels, cells, found)
 
 
-def rate_tflops(config: Config, chosen: Plan, machine: Hardware) -> tuple[Range | None, str]:
-    """The model FLOPs a second to count on (TFLOP/s), and where that comes from; None with the reason."""
+def rate_tflops(config: Config, chosen: Plan, machine: Hardware) -> tuple[Range | None, bool, str]:
+    """(TFLOP/s of the model to count on, whether layers were recomputed beside it, where that comes from); the first is
+    None where nothing can be said, and the last why.
+    """
     if chosen.shape.parameters < SMALLEST:
-        return None, "a model this small is bound by overhead, which is not forecast"
+        return None, False, "a model this small is bound by overhead, which is not forecast"
     job = (config.train.method, chosen.packed, chosen.gradient_checkpointing)
     here = [row for row in on_file() if (row["machine"], row["dtype"]) == (machine_name(machine), chosen.dtype)]
     if here:
@@ -115,16 +118,19 @@ def rate_tflops(config: Config, chosen: Plan, machine: Hardware) -> tuple[Range 
         rates = row["tflops"]
         middle = statistics.median(rates)
         source = f"{middle:.3g} TFLOP/s measured on {row['machine']}, {row['date']} ({row['source']})"
-        return Range(min(rates) / error, middle, max(rates) * error), source + ("" if same else "; for another job")
+        source += "" if same else "; for another job"
+        return Range(min(rates) / error, middle, max(rates) * error), row["gradient_checkpointing"] != "none", source
     if not machine.gpus:
         low, high = (each * machine.cores / 1000 for each in CPU_GFLOPS_A_CORE)
-        return Range(low, math.sqrt(low * high), high), "nothing measured on such a CPU: what cores do, a wide range"
+        source = "nothing measured on such a CPU: what cores do, a wide range"
+        return Range(low, math.sqrt(low * high), high), False, source
     peak = hardware.peak_bf16_tflops(machine.gpus[0].name)
     if peak is None or chosen.dtype != "bfloat16":
-        return None, f"nothing measured on {machine.gpus[0].name} in {chosen.dtype}, and no datasheet peak to go by"
+        source = f"nothing measured on {machine.gpus[0].name} in {chosen.dtype}, and no datasheet peak to go by"
+        return None, False, source
     low, high = (each * peak for each in MFU)
     source = f"nothing measured on {machine.gpus[0].name}: {MFU[0]:.0%} to {MFU[1]:.0%} of its {peak:g} TFLOP/s"
-    return Range(low, math.sqrt(low * high), high), source
+    return Range(low, math.sqrt(low * high), high), False, source
 
 
 def on_file() -> list[dict[str, Any]]:
@@ -139,15 +145,23 @@ def machine_name(machine: Hardware) -> str:
     return machine.gpus[0].name if machine.gpus else f"{machine.cpu_model}, {machine.cores} cores"
 
 
-def _step_flops(config: Config, chosen: Plan, sample: Sample) -> float:
-    """FLOPs that a step computes, recomputation included."""
-    full, shape = config.train.method == "full", chosen.shape
+def _step_flops(config: Config, chosen: Plan, sample: Sample, recomputed: bool) -> float:
+    """FLOPs of a step as the rate counts them: of the model, times what this run recomputes and the rate's did not.
+
+    recomputed: whether the run that showed the rate recomputed its layers; they are in its time, not in its FLOPs.
+    """
+    full, shape = config.train.method == "full", chosen.shape.computed
     adapter = 0 if full else shape.adapter_weights(config.lora.rank, config.lora.targets)
     flops = shape.flops(full, adapter)
-    computed = flops.of_step(sample.cells, sample.labels, sample.rows)
-    if chosen.gradient_checkpointing != "none":
-        computed += 2 * (shape.linear_weights + adapter) * sample.cells
-    return computed / sample.steps
+    model = flops.of_step(sample.cells, sample.labels, sample.rows)
+    again = 1 + 2 * (shape.linear_weights + adapter) * sample.cells / model
+    recomputes = chosen.gradient_checkpointing != "none"
+    return model / sample.steps * again ** (recomputes - recomputed)
+
+
+def _evaluates(config: Config) -> bool:
+    held_out = config.data.eval is not None or config.data.eval_share > 0
+    return held_out and (config.eval.every != "never" or config.eval.problems > 0 or config.samples > 0)
 
 
 def _hours(tokens: int, speed: Range, memory: Memory) -> Range:

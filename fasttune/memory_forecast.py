@@ -80,12 +80,12 @@ def forecast(config: Config, shape: Shape, choices: Choices, largest: MicroBatch
     trained_bytes = value_bytes if full else 4  # an adapter is trained in fp32
     trained = shape.parameters if full else adapter
     moment_bytes = 2 if choices.optimizer == "adamw_8bit" else 2 * trained_bytes
-    activations = _activations(config, shape, choices, largest)
+    activations = _activations(config, shape.computed, choices, largest)
     held = weights + adapter * 4 + trained * (trained_bytes + moment_bytes) + activations
     logits = _logits(shape, choices, largest, full, held)
     slack, process = GPU_SLACK * (activations + logits), 0.0
     if choices.gpu_gib is None:
-        slack = _cpu_slack(config, shape, choices, largest, activations)
+        slack = _cpu_slack(config, shape.computed, choices, largest, activations)
         process = CPU_PROCESS_GIB + PROFILE_GIB * shape.layers + shape.vocab * TOKEN_BYTES / GIB
     return Memory(
         process=process,

@@ -148,6 +148,7 @@ class Forecast:
     hours: Range | None
     usd: Range | None
     rate: str  # where the speed comes from, or why there is none
+    without_evaluation: bool = False  # the run evaluates, and hours and usd leave that out
 
 
 @dataclass

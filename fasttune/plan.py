@@ -6,6 +6,7 @@ The fastest settings whose forecast memory fits; recomputing only when memory as
 from collections.abc import Iterator
 from dataclasses import dataclass, replace
 
+from fasttune import hardware as machines
 from fasttune.config import Config
 from fasttune.hardware import Hardware
 from fasttune.memory_forecast import Choices, MicroBatch, forecast
@@ -14,6 +15,7 @@ from fasttune.shape import Shape
 
 USABLE_MEMORY = 0.8  # the rest: fragmentation, CUDA context, what the forecast does not know
 CPU_MICRO_BATCH_TOKENS = 2048
+EXPERTS_UNCHECKED = "a mixture of experts: counted from its config.json, a forecast of one has never been checked"
 
 
 @dataclass(frozen=True)
@@ -63,6 +65,7 @@ def resolve(config: Config, hardware: Hardware, shape: Shape) -> Plan:
     fastest = one_row[candidates[0]]
     settings = [
         Setting("model", f"{config.model.name}, {shape.parameters / 1e6:,.0f} M parameters"),
+        *_experts(shape),
         Setting("method", _method(config)),
         Setting("dtype", dtype, dtype_reason),
         Setting("quantization", config.model.quantization),
@@ -91,19 +94,36 @@ def memory_gib(hardware: Hardware) -> float:
     return hardware.gpus[0].memory_gib if hardware.gpus else hardware.memory_gib
 
 
-def smaller(config: Config) -> list[str]:
+def smaller(config: Config, gpu: bool) -> list[str]:
     """Settings that take less memory, the cheapest first (docs/oom.md); not those that are set already."""
     train, full = config.train, config.train.method == "full"
+    recompute = "unsloth" if gpu else "full"  # "unsloth" moves activations from a GPU to the host
     ways = {
-        "train.gradient_checkpointing=unsloth": train.gradient_checkpointing != "unsloth",
-        "train.optimizer=adamw_8bit": full and train.optimizer != "adamw_8bit",
+        f"train.gradient_checkpointing={recompute}": train.gradient_checkpointing not in (recompute, "unsloth"),
+        "train.optimizer=adamw_8bit": gpu and full and train.optimizer != "adamw_8bit",
         f"model.max_length below {config.model.max_length:,}": True,
         "train.method=lora": full,
-        "model.quantization=nf4": not full and config.model.quantization == "none",
+        "model.quantization=nf4": gpu and not full and config.model.quantization == "none",
         "a lower lora.rank": not full,
         "a smaller model, or a GPU with more memory": True,
     }
     return [way for way, possible in ways.items() if possible]
+
+
+def packing(packed: bool, proof: str) -> Setting:
+    """`packed`: whether rows are; `proof`: how that is known to be exact."""
+    return Setting(
+        "packing", *(("on", proof) if packed else ("off", "rows are padded to the longest of a micro-batch"))
+    )
+
+
+def price_of(config: Config, hardware: Hardware) -> tuple[float | None, Setting | None]:
+    """Dollars an hour of this machine, and the setting to show; None where nobody can know."""
+    if config.usd_per_hour is not None:
+        return config.usd_per_hour, Setting("price", f"${config.usd_per_hour:g} an hour")
+    known = machines.usd_per_hour(hardware.gpus[0].name) if hardware.gpus else None
+    reason = f"an example of {machines.USD_PER_HOUR_DATE}; set usd_per_hour to yours"
+    return known, Setting("price", f"${known:g} an hour", reason) if known is not None else None
 
 
 def _candidates(config: Config, base: Choices) -> Iterator[Choices]:
@@ -160,6 +180,12 @@ def _method(config: Config) -> str:
         return "full fine-tuning"
     extras = (", rsLoRA" if lora.rslora else "") + (", PiSSA" if lora.init == "pissa" else "")
     return f"LoRA r {lora.rank}, alpha {lora.alpha:g}{extras}, on {len(lora.targets)} projections"
+
+
+def _experts(shape: Shape) -> list[Setting]:
+    if shape.experts == 1:
+        return []
+    return [Setting("experts", f"{shape.experts}, {shape.active_experts} of them a token", EXPERTS_UNCHECKED)]
 
 
 def _dtype(config: Config, hardware: Hardware) -> tuple[str, str | None]:

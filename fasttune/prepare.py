@@ -81,6 +81,8 @@ def prepare(config: Config, folder: Path, reporter: Reporter) -> Job:
     config = chosen.apply(config)
     if not chosen.fits:
         warnings.append("the forecast does not fit into memory: `fasttune plan` says what to change")
+    if chosen.shape.experts > 1:
+        warnings.append(f"{plan.EXPERTS_UNCHECKED}: it may not fit even where it is said to")
     reporter.note(f"loading {config.model.name} …")
     policy, full = chosen.gradient_checkpointing, config.train.method == "full"
     model, tokenizer = models.load(config.model, chosen.dtype, policy, full, config.seed)
@@ -93,7 +95,7 @@ def prepare(config: Config, folder: Path, reporter: Reporter) -> Job:
         packed = False
         config = config.model_copy(update={"train": config.train.model_copy(update={"packing": False})})
         warnings.append(f"rows are padded, not packed: {reason}")
-    settings.append(_packing(config, packed))
+    settings.append(plan.packing(packed, "proved on this model: rows in a pack do not see each other"))
     settings += [Setting("chat template", what, why) for what, why in chat.complete(tokenizer)]
     config = load.with_format(config)
     data = load.encode(config, tokenizer, packed, reporter.progress)
@@ -103,7 +105,7 @@ def prepare(config: Config, folder: Path, reporter: Reporter) -> Job:
     if held_out:
         settings.append(Setting("held out", f"loss of {len(held_out):,} rows, {_when(config)}"))
     output.check_space(folder, needed_gib(config, models.trained_gib(model)))
-    usd_per_hour, price = price_of(config, machine)
+    usd_per_hour, price = plan.price_of(config, machine)
     settings += [price] if price else []
     expected = forecast.of_run(config, replace(chosen, packed=packed), data, machine, usd_per_hour)
     settings.append(Setting("forecast", forecast.in_words(expected), f"speed: {expected.rate}"))
@@ -117,7 +119,7 @@ def prepare(config: Config, folder: Path, reporter: Reporter) -> Job:
         data=data,
         held_out=held_out,
         problems=samples.read(config, tokenizer, data, warnings.append),
-        total_steps=expected.steps,
+        total_steps=data.total_steps(config.train.epochs, config.train.max_steps),
         usd_per_hour=usd_per_hour,
         settings=settings,
         warnings=warnings,
@@ -136,19 +138,3 @@ def needed_gib(config: Config, trained_gib: float) -> float:
 def _when(config: Config) -> str:
     on_the_way = config.eval.every_steps is not None
     return f"at the start, every {config.eval.every} and at the end" if on_the_way else "at the start and at the end"
-
-
-def _packing(config: Config, packed: bool) -> Setting:
-    if packed:
-        return Setting("packing", "on", "proved on this model: rows in a pack do not see each other")
-    wished = config.train.packing is not False
-    return Setting("packing", "off", None if wished else "rows are padded to the longest of a micro-batch")
-
-
-def price_of(config: Config, machine: Hardware) -> tuple[float | None, Setting | None]:
-    """Dollars an hour of this machine, and the setting to show; None where nobody can know."""
-    if config.usd_per_hour is not None:
-        return config.usd_per_hour, Setting("price", f"${config.usd_per_hour:g} an hour")
-    known = hardware.usd_per_hour(machine.gpus[0].name) if machine.gpus else None
-    reason = f"an example of {hardware.USD_PER_HOUR_DATE}; set usd_per_hour to yours"
-    return known, Setting("price", f"${known:g} an hour", reason) if known is not None else None

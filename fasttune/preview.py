@@ -1,6 +1,6 @@
 """`fasttune plan`: what a run would choose, need and cost, on this machine or another. Trains nothing.
 
-    figures = look(config.load("configs/quickstart.yaml"), "h100-80", None, terminal.Reporter(None))
+    figures = look(config.load("configs/quickstart.yaml"), "h100-80", terminal.Reporter(None))
 
 Of the model only config.json and the tokenizer are read, of the data the first rows.
 """
@@ -39,7 +39,7 @@ class Figures:
         return asdict(self)
 
 
-def look(config: Config, gpu: str | None, usd_per_hour: float | None, reporter: terminal.Reporter) -> Figures:
+def look(config: Config, gpu: str | None, reporter: terminal.Reporter) -> Figures:
     """The plan of a config. `gpu`: one of hardware.KNOWN_GPUS, or None for this machine.
 
     Raises ConfigError, DataError and ModelError.
@@ -52,41 +52,31 @@ def look(config: Config, gpu: str | None, usd_per_hour: float | None, reporter: 
         builtin.check(config.model.name)
     here = hardware.detect()
     machine = here if gpu is None else hardware.with_gpu(here, gpu)
-    if usd_per_hour is None:
-        usd_per_hour = config.usd_per_hour
-    if usd_per_hour is None and machine.gpus:
-        usd_per_hour = hardware.usd_per_hour(machine.gpus[0].name)
     try:
         with library_log():
             reporter.note(f"reading the architecture and the tokenizer of {config.model.name} …")
             shape = Shape.of(pretrained.read_architecture(config.model))
             tokenizer = pretrained.read_tokenizer(config.model)
             chat.complete(tokenizer)
-            return _figures(config, machine, shape, tokenizer, usd_per_hour, reporter)
+            return _figures(config, machine, shape, tokenizer, reporter)
     finally:
         reporter.stop()
 
 
-def _figures(
-    config: Config,
-    machine: Hardware,
-    shape: Shape,
-    tokenizer: Any,
-    usd_per_hour: float | None,
-    reporter: terminal.Reporter,
-) -> Figures:
+def _figures(config: Config, machine: Hardware, shape: Shape, tokenizer: Any, reporter: terminal.Reporter) -> Figures:
     chosen = plan.resolve(config, machine, shape)
     sample, scale = _sample(chosen.apply(config))
     data = load.encode(sample, tokenizer, chosen.packed, reporter.progress)
     data.share_prefix = chosen.packed and not machine.gpus  # as packed.shares_prefix says of a live model
+    usd_per_hour, price = plan.price_of(config, machine)
     expected = forecast.of_run(sample, chosen, data, machine, usd_per_hour, scale)
     usable_gib = plan.USABLE_MEMORY * plan.memory_gib(machine)
     fits = expected.peak_memory_gib.expected <= usable_gib
-    wished = config.train.packing is not False
     settings = [
         *chosen.settings,
-        Setting("packing", "on" if wished else "off", "where the live model proves to be exact" if wished else None),
+        plan.packing(chosen.packed, "where the live model proves to be exact"),
         Setting("attention", *_attention(machine, chosen.packed)),
+        *filter(None, [price]),
     ]
     return Figures(
         name=config.name,
@@ -97,7 +87,7 @@ def _figures(
         forecast=expected,
         sampled=scale != 1,
         usd_per_hour=usd_per_hour,
-        smaller=[] if fits else plan.smaller(chosen.apply(config)),
+        smaller=[] if fits else plan.smaller(chosen.apply(config), bool(machine.gpus)),
     )
 
 

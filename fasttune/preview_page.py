@@ -59,11 +59,12 @@ def _bill(figures: Figures) -> Table:
         table.add_row("time", Text("not known").append(f"  {expected.rate}", style="dim"))
         return table
     table.add_row("speed", Text(f"{span(expected.tokens_per_s, rate)} tokens/s").append(f"  {expected.rate}", "dim"))
-    table.add_row("time", Text(span(expected.hours, lambda hours: duration(3600 * hours))))
+    left_out = "  without evaluation" if expected.without_evaluation else ""
+    table.add_row("time", Text(span(expected.hours, lambda hours: duration(3600 * hours))).append(left_out, "dim"))
     if expected.usd is None:
         table.add_row("cost", Text("not known").append("  no price: give --usd-per-hour", style="dim"))
     else:
-        price = f"  at {usd(figures.usd_per_hour or 0)} an hour"
+        price = f"  at {usd(figures.usd_per_hour or 0)} an hour{left_out.replace('  ', ', ')}"
         table.add_row("cost", Text(span(expected.usd, usd)).append(price, style="dim"))
     return table
 

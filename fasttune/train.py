@@ -148,6 +148,7 @@ def signals_to(handler: Any) -> Iterator[None]:
 
 def _one_line(error: Exception, job: Job) -> str:
     if type(error).__name__ == "OutOfMemoryError":
-        return f"out of memory with the fewest rows at once; try, in this order: {'; '.join(smaller(job.config))}"
+        ways = smaller(job.config, bool(job.machine.gpus))
+        return f"out of memory with the fewest rows at once; try, in this order: {'; '.join(ways)}"
     text = next((line for line in str(error).splitlines() if line.strip()), "")
     return text if isinstance(error, FasttuneError) else f"{type(error).__name__}: {text}"

@@ -1,10 +1,12 @@
 """What `auto` means on which machine, and that every choice says why."""
 
 from dataclasses import replace
+from types import SimpleNamespace
 
 import pytest
 
 from fasttune import config, hardware, plan
+from fasttune.errors import ModelError
 from fasttune.hardware import Gpu, Hardware
 from fasttune.shape import Shape
 
@@ -79,6 +81,33 @@ def test_shape_counts_llama_3_1_8b() -> None:
     assert Shape.of(architecture) == LLAMA_8B
     assert LLAMA_8B.parameters == 8_030_261_248  # as transformers counts it
     assert LLAMA_8B.adapter_weights(64, list(config.SEVEN_PROJECTIONS)) == 167_772_160
+
+
+def test_all_experts_are_kept_and_the_active_ones_computed() -> None:
+    """As Mixtral-8x7B publishes them: 46.7 billion parameters, 12.9 of them for a token."""
+    kind = {"model_type": "mixtral", "hidden_size": 4096, "intermediate_size": 14336, "num_hidden_layers": 32}
+    kind |= {"num_attention_heads": 32, "num_key_value_heads": 8, "vocab_size": 32000, "tie_word_embeddings": False}
+    mixtral = Shape.of(SimpleNamespace(**kind, num_local_experts=8, num_experts_per_tok=2))
+    assert mixtral.parameters == pytest.approx(46.7e9, rel=0.002)
+    assert mixtral.computed.parameters == pytest.approx(12.9e9, rel=0.002)
+    named = {setting.name: setting for setting in plan.resolve(settings(), gpu("NVIDIA H200", 139), mixtral).settings}
+    assert named["experts"].value == "8, 2 of them a token" and "never been checked" in (named["experts"].reason or "")
+    assert not plan.resolve(settings(), gpu("NVIDIA H100", 80), mixtral).fits
+    qwen = Shape.of(SimpleNamespace(**kind, num_experts=60, moe_intermediate_size=1408, n_shared_experts=4))
+    assert (qwen.mlp, qwen.experts, qwen.active_experts) == (1408, 64, 64)  # how many are active is not said: all
+
+
+def test_a_model_of_unknown_sizes_is_a_line() -> None:
+    with pytest.raises(ModelError, match="mamba.* has no num_attention_heads"):
+        Shape.of(SimpleNamespace(model_type="mamba", hidden_size=64, num_hidden_layers=2, vocab_size=100))
+
+
+def test_what_needs_a_gpu_is_not_suggested_on_a_cpu() -> None:
+    assert plan.smaller(settings(), gpu=True)[0] == "train.gradient_checkpointing=unsloth"
+    assert plan.smaller(settings(), gpu=False)[0] == "train.gradient_checkpointing=full"
+    text = " ".join(plan.smaller(settings(method="full"), gpu=False) + plan.smaller(settings(), gpu=False))
+    assert "unsloth" not in text and "8bit" not in text and "nf4" not in text
+    assert "checkpointing" not in " ".join(plan.smaller(settings(gradient_checkpointing="full"), gpu=False))
 
 
 @pytest.mark.parametrize("gpu", [name for name in hardware.KNOWN_GPUS if name != "h200-141"])

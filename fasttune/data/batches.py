@@ -66,6 +66,14 @@ class Batches:
         """The last step of an epoch may hold fewer rows."""
         return math.ceil(self.rows_per_epoch / self.batch_rows)
 
+    def total_steps(self, epochs: float, max_steps: int | None, scale: float = 1.0) -> int:
+        """Steps of a run of `epochs`, or `max_steps`; `scale`: how many times as many rows an epoch really has."""
+        if max_steps is not None:
+            return max_steps
+        # Rounded first: 1.1 * 10 is a little more than 11.
+        per_epoch = math.ceil(round(scale * self.rows_per_epoch / self.batch_rows, 9))
+        return math.ceil(round(epochs * per_epoch, 9))
+
     def rows_of(self, step: int) -> list[tuple[int, int]]:
         """(part, row) of every row of a step, from 0."""
         epoch, within = divmod(step, self.steps_per_epoch)
