@@ -45,8 +45,9 @@ def batches(parts: list[Rows], **changed: Any) -> Batches:
 def test_steps_of_a_run() -> None:
     data = batches([rows([9] * 40)])
     assert [data.total_steps(epochs, None) for epochs in (1, 1.1, 0.05, 1.11)] == [10, 11, 1, 12]
+    assert data.total_steps(1.1, None, scale=5.0) == 55  # 1.1 * 50 is a little more
+    assert data.total_steps(1, None, scale=1.1) == 11
     assert data.total_steps(3, 7) == 7
-    assert data.total_steps(1, None, scale=1.1) == 11  # 44 rows
 
 
 def learned_rows(micro_batches: list[dict[str, Any]]) -> Counter[tuple[tuple[int, ...], tuple[int, ...]]]:

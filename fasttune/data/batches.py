@@ -70,7 +70,7 @@ class Batches:
         """Steps of a run of `epochs`, or `max_steps`; `scale`: how many times as many rows an epoch really has."""
         if max_steps is not None:
             return max_steps
-        # Rounded first: 1.1 * 10 is a little more than 11.
+        # Rounded first: 1.1 * 50 is a little more than 55.
         per_epoch = math.ceil(round(scale * self.rows_per_epoch / self.batch_rows, 9))
         return math.ceil(round(epochs * per_epoch, 9))
 
