@@ -4,6 +4,7 @@ Needs torch only, so that arms without Unsloth are measured by the same code.
 Shapes: B rows of a micro-batch, T tokens of the longest row (or of the whole packed row).
 """
 
+import gc
 from typing import Any
 
 import torch
@@ -39,6 +40,8 @@ class AttentionSeen:
         with native_stderr_closed():
             self._profile.stop()
         self.operators = attention_operator({event.key for event in self._profile.key_averages()})
+        del self._profile  # its events are 9 MB a layer, and hold each other
+        gc.collect()
 
 
 def count_tokens(batches: list[dict[str, torch.Tensor]]) -> dict[str, int]:

@@ -22,12 +22,12 @@ BLOCK, KEPT = 64, 512  # rows_attention's: queries at once, and up to which leng
 RANK_MULTIPLE = 16  # fused_lora's
 CPU_LOGIT_VALUES = 16 * 2**20  # of one chunk of Unsloth's cross entropy on a CPU (unsloth_zoo.cpu.ops)
 GPU_LOGIT_BYTES, GPU_LOGIT_GIB = 16, 4.0  # a logit, and at most: unsloth_zoo.fused_losses.cross_entropy_loss
-# Measured on a CPU, see docs/LOG.md: Python, torch, transformers and Unsloth; a tokenizer, by entry; and the profile of
-# the first micro-batch that says which attention ran, by layer.
-CPU_PROCESS_GIB, PROFILE_GIB, TOKEN_BYTES = 0.60, 0.009, 1600
+# Measured on a CPU, see docs/LOG.md: Python, torch, transformers and Unsloth; a tokenizer, by entry; and, while it
+# is read, the profile of the first micro-batch that says which attention ran, by layer.
+CPU_PROCESS_GIB, PROFILE_GIB, TOKEN_BYTES = 0.60, 0.019, 1600
 # What glibc cannot give again: a share of the activations of packs, where attention keeps many small tensors between
 # the large ones, and a share of a tensor for every moment of an adapter, which lie all over the heap.
-CPU_SLACK, CPU_PINNED = 0.36, 0.08
+CPU_SLACK, CPU_PINNED = 0.10, 0.08
 GPU_SLACK = 0.10  # of activations and logits: a guess
 
 
@@ -83,16 +83,19 @@ def forecast(config: Config, shape: Shape, choices: Choices, largest: MicroBatch
     activations = _activations(config, shape.computed, choices, largest)
     held = weights + adapter * 4 + trained * (trained_bytes + moment_bytes) + activations
     logits = _logits(shape, choices, largest, full, held)
+    moments = trained * moment_bytes
     slack, process = GPU_SLACK * (activations + logits), 0.0
     if choices.gpu_gib is None:
         slack = _cpu_slack(config, shape.computed, choices, largest, activations)
-        process = CPU_PROCESS_GIB + PROFILE_GIB * shape.layers + shape.vocab * TOKEN_BYTES / GIB
+        # The profile is read when activations and logits are gone and no moments are there yet.
+        slack = max(slack, PROFILE_GIB * GIB * shape.layers - activations - logits - moments)
+        process = CPU_PROCESS_GIB + shape.vocab * TOKEN_BYTES / GIB
     return Memory(
         process=process,
         weights=weights / GIB,
         adapter=adapter * 4 / GIB,
         gradients=trained * trained_bytes / GIB,
-        optimizer=trained * moment_bytes / GIB,
+        optimizer=moments / GIB,
         activations=activations / GIB,
         logits=logits / GIB,
         slack=slack / GIB,

@@ -312,3 +312,14 @@ def test_errors_on_file_are_within_what_is_promised() -> None:
     runs = json.loads(lines[-1])["runs"]
     errors = [abs(run["forecast_gib"] / run["measured_gib"] - 1) for run in runs]
     assert sum(not run["fitted"] for run in runs) >= 6 and max(errors) <= forecast.MEMORY_ERROR["cpu"][1] - 1
+
+
+def test_the_profile_of_the_first_micro_batch_is_not_kept(unsloth: None) -> None:
+    import torch
+
+    from fasttune import live
+
+    with live.AttentionSeen() as seen:
+        torch.nn.functional.scaled_dot_product_attention(*torch.ones(3, 1, 1, 4, 4))
+    assert seen.operators and "attention" in seen.operators
+    assert set(vars(seen)) == {"operators"}
