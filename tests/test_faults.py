@@ -157,8 +157,8 @@ def test_what_cannot_be_halved_names_the_settings_in_order(tmp_path: Path, littl
     result = run(tmp_path / "run")
     assert result.status == "failed" and result.steps == 0
     assert (result.error or "").startswith(
-        "out of memory with the fewest rows at once; try, in this order: train.gradient_checkpointing=unsloth; "
-        "model.max_length below 256; model.quantization=nf4; a lower lora.rank"
+        "out of memory with the fewest rows at once; try, in this order: train.gradient_checkpointing=full; "
+        "model.max_length below 256; a lower lora.rank; a smaller model"
     )
 
 
