@@ -189,6 +189,7 @@ def command(folder: Path, *arguments: str) -> subprocess.CompletedProcess[str]:
 CANARY = "hf_canary0123456789abcdefghijklmnop"
 
 
+@pytest.mark.slow
 def test_the_command_measures_shows_and_goes_on(tmp_path: Path) -> None:
     arguments = ["--arms", "fasttune,vanilla", "--steps", str(STEPS), "--usd-per-hour", "2.5", "--json"]
     done = command(tmp_path, *arguments, "--repeats", "1")

@@ -15,7 +15,7 @@ from fasttune import config as configuration
 from fasttune.bench import arms
 from fasttune.config import Config
 
-LIMIT_SECONDS = 4.0
+LIMIT_SECONDS, LIMIT_STEPS = 4.0, 6  # fewer steps than these, as in a dry run: as much less time
 
 
 def main() -> int:
@@ -34,11 +34,11 @@ def _measure(what: str, config: Config, steps: int, shared: Path, scratch: Path)
     if what == "share":
         return arms.share(config, shared, scratch)
     if what == "limit":
-        return limit(config, shared)
+        return limit(config, shared, LIMIT_SECONDS * min(1.0, steps / LIMIT_STEPS))
     return asdict(arms.run(what, config, steps, shared, scratch))
 
 
-def limit(config: Config, shared: Path) -> dict[str, Any]:
+def limit(config: Config, shared: Path, seconds: float = LIMIT_SECONDS) -> dict[str, Any]:
     """Matmul rates at the shapes of the model: T tokens at once × every linear layer, lm_head on their labels only.
 
     tflops: the mean weighted by the FLOPs of each shape, that is, all FLOPs over the time that all of them take.
@@ -61,10 +61,9 @@ def limit(config: Config, shared: Path) -> dict[str, Any]:
             shape = (labels if module is head else tokens, module.in_features, module.out_features)
             flops[shape] = flops.get(shape, 0.0) + 2.0 * shape[0] * shape[1] * shape[2]
     device = "cuda" if torch.cuda.is_available() else "cpu"
-    rates = hardware.measure_matmul_tflops(device, config.model.dtype, list(flops), LIMIT_SECONDS / len(flops))
-    seconds = sum(flops[shape] / rates[shape] for shape in flops)
+    rates = hardware.measure_matmul_tflops(device, config.model.dtype, list(flops), seconds / len(flops))
     return {
-        "tflops": sum(flops.values()) / seconds,
+        "tflops": sum(flops.values()) / sum(flops[shape] / rates[shape] for shape in flops),
         "shapes": {" x ".join(map(str, shape)): rate for shape, rate in rates.items()},
     }
 
