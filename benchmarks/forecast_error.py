@@ -1,9 +1,9 @@
 #!/usr/bin/env python3
-"""Forecast peak memory against measured:  python benchmarks/forecast_error.py ROWS.jsonl --runs DIR [--only s1,m2]
+"""Forecast memory and time against measured:  python benchmarks/forecast_error.py ROWS.jsonl --runs DIR [--only s1,m2]
 
-Trains every configuration below on the CPU, alone in its process (what is in DIR already is not run again), forecasts
-it from its config and rows with the code as it is now, and appends one line to results/forecast-error.jsonl. Memory
-does not depend on the load of the machine. Then run benchmarks/render.py.
+Trains every configuration below on the CPU, alone in its process (what is in DIR already is not run again), and appends
+one line to results/forecast-error.jsonl. Memory is forecast with the code as it is now; time is what the run itself
+forecast before its first step, so nothing else may run on the machine. Then run benchmarks/render.py.
 """
 
 import argparse
@@ -22,22 +22,31 @@ from fasttune.shape import Shape
 
 ROOT = Path(__file__).resolve().parent.parent
 RESULTS = ROOT / "benchmarks" / "results" / "forecast-error.jsonl"
-BASE = "data.max_rows=400 train.batch_rows=4 train.max_steps=3 train.learning_rate=1e-4 model.max_length=512".split()
-MODELS = {"t": "builtin:tiny", "s": "builtin:smollm2-135m", "m": "six layers"}  # by the first letter of a name
+BASE = "data.max_rows=400 train.batch_rows=4 train.max_steps=8 train.learning_rate=1e-4 model.max_length=512".split()
+MODELS = {
+    "t": "builtin:tiny",
+    "s": "builtin:smollm2-135m",
+    "q": "builtin:smollm2-135m",
+    "m": "six layers",
+}  # by the first letter of a name
 # name: (the formula's constants were chosen with it, settings)
 CONFIGURATIONS: dict[str, tuple[bool, str]] = {
     "t1": (True, "batch_rows=8 max_steps=12"),
     "t2": (True, "method=full packing=false max_length=1024 batch_rows=16 max_steps=4"),
-    "m1": (True, "max_steps=12"),
+    "m1": (True, "max_steps=20"),
     "m2": (True, "packing=false"),
     "m3": (True, "method=full"),
     "m4": (True, "gradient_checkpointing=full"),
     "m5": (True, "method=full gradient_checkpointing=full packing=false"),
     "m6": (True, "dropout=0.05 rank=32 batch_rows=2"),
-    "s1": (True, "max_steps=6"),
+    "s1": (True, ""),
     "s2": (True, "packing=false batch_rows=2"),
     "s3": (True, "method=full batch_rows=1"),
     "s4": (True, "gradient_checkpointing=full batch_rows=2"),
+    "q1": (True, "data.train=builtin:arithmetic max_steps=16"),
+    "q2": (False, "data.train=builtin:arithmetic batch_rows=12"),
+    "s6": (False, "batch_rows=8"),
+    "s7": (False, "batch_rows=2 rank=16 data.train_on=all"),
     "m7": (False, "batch_rows=8 micro_batch_rows=1 max_length=1024 rank=64"),
     "m8": (False, "method=full gradient_checkpointing=full batch_rows=2"),
     "m9": (False, "packing=false gradient_checkpointing=full micro_batch_rows=2"),
@@ -64,7 +73,10 @@ def main(argv: list[str] | None = None) -> int:
         if not (folder / "run.json").exists():
             run(name, folder, options.rows)
         found.append(compared(name, folder))
-        print(f"{name}: forecast {found[-1]['forecast_gib']:.2f}, measured {found[-1]['measured_gib']:.2f} GiB")
+        told = [
+            f"{found[-1][f'forecast_{unit}']} against {found[-1][f'measured_{unit}']} {unit}" for unit in ("gib", "s")
+        ]
+        print(f"{name}: forecast {', '.join(told)}")
     machine = hardware.detect()
     row = {
         "benchmark": "forecast_error",
@@ -85,22 +97,33 @@ def run(name: str, folder: Path, rows: Path) -> None:
     tree.write_text("model: {}\ndata: {}\n")
     made = str(six_layers(folder.parent / "six-layers")) if model == "six layers" else model
     settings = [f"model.name={made}", f"data.train={rows}", f"name={name}", f"output_dir={folder}", "overwrite=true"]
-    own = [f"{SECTION.get(text.split('=')[0], 'train')}.{text}" for text in CONFIGURATIONS[name][1].split()]
+    own = [text if "." in text.split("=")[0] else in_section(text) for text in CONFIGURATIONS[name][1].split()]
     settings += [*BASE, "checkpoint.every=never", *own]
     command = [sys.executable, "-m", "fasttune.cli", "train", str(tree), *settings]
     subprocess.run(command, check=True, env=os.environ | {"PYTHONPATH": str(ROOT)}, stderr=subprocess.DEVNULL)
 
 
+def in_section(text: str) -> str:
+    return f"{SECTION.get(text.split('=')[0], 'train')}.{text}"
+
+
 def compared(name: str, folder: Path) -> dict[str, Any]:
-    """The forecast of a finished run by the code as it is now, beside what it measured."""
+    """A finished run: its forecasts beside what it measured, and the share of the matmul rate that it reached."""
     config = configuration.load(folder / "config.yaml")
     measured = json.loads((folder / "run.json").read_text(encoding="utf-8"))
     machine = replace(hardware.detect(), gpus=())
     chosen = plan.resolve(config, machine, Shape.of(pretrained.read_architecture(config.model)))
     data = load.encode(config, pretrained.read_tokenizer(config.model), chosen.packed, lambda what, share: None)
     data.share_prefix = chosen.packed
-    expected = forecast.of_run(config, chosen, data, machine, None)
+    matmul, speed = measured["measured_matmul_tflops"], measured["tokens_per_s"]
+    expected = forecast.of_run(config, chosen, data, machine, matmul, None)
     fitted, settings = CONFIGURATIONS[name]
+    share = None
+    if expected.tokens_per_s is not None:
+        sample = forecast.lay_out(data, measured["steps"])
+        flops = forecast.step_flops(config, chosen, sample, chosen.gradient_checkpointing != "none")
+        share = flops * speed * sample.steps / sample.tokens / (matmul * 1e12)
+    before = measured["forecast"]
     return {
         "what": f"{MODELS[name[0]]}: {settings}",
         "fitted": fitted,
@@ -109,6 +132,18 @@ def compared(name: str, folder: Path) -> dict[str, Any]:
         "forecast_gib": round(expected.peak_memory_gib.expected, 3),
         "parts_gib": {part: round(gib, 3) for part, gib in vars(expected.memory_gib).items()},
         "measured_gib": round(measured["peak_memory_gib"], 3),
+        "forecast_s": before["hours"] and round(3600 * before["hours"]["expected"], 1),
+        "measured_s": round(measured["wall_s"], 1),
+        "forecast_tokens_per_s": before["tokens_per_s"] and round(before["tokens_per_s"]["expected"], 1),
+        "measured_tokens_per_s": round(speed, 1),
+        "share": share and round(share, 3),
+        "job": {
+            "machine": forecast.machine_name(machine),
+            "dtype": chosen.dtype,
+            "method": config.train.method,
+            "packed": chosen.packed,
+            "gradient_checkpointing": chosen.gradient_checkpointing,
+        },
     }
 
 

@@ -112,49 +112,79 @@ def scale(row: dict[str, Any]) -> str:
 
 
 def forecast_error(row: dict[str, Any]) -> str:
-    """A row of `forecast_error.py`: forecast peaks against measured ones."""
-    unseen = [abs(run["forecast_gib"] / run["measured_gib"] - 1) for run in row["runs"] if not run["fitted"]]
-    errors = [run["forecast_gib"] / run["measured_gib"] - 1 for run in row["runs"]]
+    """A row of `forecast_error.py`: forecast peaks and times against measured ones."""
+    head = [f"{row['date']}, revision `{row['git']}`, {row['hardware']}", error_of("memory", row["runs"], "gib")]
+    timed = [run for run in row["runs"] if run.get("forecast_s")]
+    head += [error_of("time of the whole command", timed, "s")] if timed else []
     lines = [
-        f"{row['date']}, revision `{row['git']}`, {row['hardware']}: {len(errors)} configurations, largest error "
-        f"**{max(map(abs, errors)):.0%}**, mean {statistics.mean(errors):+.0%}; {len(unseen)} of them were not seen "
-        f"when the constants were chosen, largest error {max(unseen, default=0):.0%}.",
+        ": ".join([head[0], "; ".join(head[1:])]) + ".",
         "",
-        "| configuration | tokens at once | forecast GiB | measured GiB | error | |",
-        "| --- | --- | --- | --- | --- | --- |",
+        "| configuration | tokens at once | forecast GiB | measured GiB | error | forecast s | measured s | error | |",
+        "| --- | --- | --- | --- | --- | --- | --- | --- | --- |",
     ]
-    for run, error in zip(row["runs"], errors, strict=True):
+    for run in row["runs"]:
         cells = [run["what"], f"{run['tokens']:,}", f"{run['forecast_gib']:.2f}", f"{run['measured_gib']:.2f}"]
-        lines.append("| " + " | ".join([*cells, f"{error:+.1%}", "" if run["fitted"] else "not seen before"]) + " |")
+        cells += [f"{error(run, 'gib'):+.1%}"]
+        seconds = (
+            [f"{run['forecast_s']:.0f}", f"{run['measured_s']:.0f}", f"{error(run, 's'):+.0%}"] if run in timed else []
+        )
+        lines.append(
+            "| " + " | ".join([*cells, *(seconds or [""] * 3), "" if run["fitted"] else "not seen before"]) + " |"
+        )
     return "\n".join(lines)
 
 
-def rates(rows: dict[str, list[dict[str, Any]]]) -> list[dict[str, Any]]:
-    """What `fasttune plan` counts on: model FLOPs a second that fasttune's arm computed, by kind of machine.
+def error_of(what: str, runs: list[dict[str, Any]], unit: str) -> str:
+    """The errors of all runs in words, and of those that the constants were not chosen with."""
+    errors = [error(run, unit) for run in runs]
+    unseen = [abs(error(run, unit)) for run in runs if not run["fitted"]]
+    told = f"{what} of {len(errors)} configurations, largest error **{max(map(abs, errors)):.0%}**"
+    not_seen = f"{len(unseen)} of them not seen when the constants were chosen, largest {max(unseen, default=0):.0%}"
+    return f"{told}, mean {statistics.mean(errors):+.0%} ({not_seen})"
 
-    The newest measurement of a job on a machine, if nothing stands against it.
+
+def error(run: dict[str, Any], unit: str) -> float:
+    return float(run[f"forecast_{unit}"] / run[f"measured_{unit}"] - 1)
+
+
+def rates(rows: dict[str, list[dict[str, Any]]]) -> list[dict[str, Any]]:
+    """What `fasttune plan` counts on, by kind of machine and job, the newest measurement of each.
+
+    Of a GPU the model FLOPs a second that fasttune's arm computed, if nothing stands against the benchmark; of a CPU
+    the share of its matmul rate in the runs of forecast_error.py that its constants may be chosen with.
     """
     found: dict[tuple[Any, ...], dict[str, Any]] = {}
     for name, measured in rows.items():
         for row in measured:
-            arm = next((arm for arm in row.get("arms", []) if arm["name"] == "fasttune" and arm["tokens_per_s"]), None)
-            if arm is None or arm["share_of_limit"] is None or row["objections"]:
-                continue
-            middle = arm["share_of_limit"] * row["limit"]["tflops"] / statistics.median(arm["tokens_per_s"])
-            train = (row["settings"] or {}).get("train", {})
-            kind = row["hardware"]
-            rate = {
-                "machine": kind["gpus"][0]["name"] if kind["gpus"] else f"{kind['cpu_model']}, {kind['cores']} cores",
-                "dtype": row["dtype"],
-                "method": train.get("method", "lora"),
-                "packed": arm["backend"]["packing"].startswith("packed"),
-                "gradient_checkpointing": arm["backend"]["gradient_checkpointing"],
-                "tflops": [round(middle * value, 4) for value in arm["tokens_per_s"]],
-                "date": row["date"],
-                "source": f"benchmarks/results/{name}",
-            }
-            found[rate["machine"], rate["dtype"], rate["method"], row["name"]] = rate
+            for job, what, values in [*gpu_rate(row), *cpu_shares(row)]:
+                source = {"date": row["date"], "source": f"benchmarks/results/{name}"}
+                found[*job.values(), row.get("name")] = job | {what: values} | source
     return sorted(found.values(), key=lambda rate: rate["date"], reverse=True)
+
+
+def gpu_rate(row: dict[str, Any]) -> list[tuple[dict[str, Any], str, list[float]]]:
+    """(job, "tflops", a value for each repeat) of a benchmark on a GPU."""
+    arm = next((arm for arm in row.get("arms", []) if arm["name"] == "fasttune" and arm["tokens_per_s"]), None)
+    if arm is None or arm["share_of_limit"] is None or row["objections"] or not row["hardware"]["gpus"]:
+        return []
+    middle = arm["share_of_limit"] * row["limit"]["tflops"] / statistics.median(arm["tokens_per_s"])
+    job = {
+        "machine": row["hardware"]["gpus"][0]["name"],
+        "dtype": row["dtype"],
+        "method": (row["settings"] or {}).get("train", {}).get("method", "lora"),
+        "packed": arm["backend"]["packing"].startswith("packed"),
+        "gradient_checkpointing": arm["backend"]["gradient_checkpointing"],
+    }
+    return [(job, "tflops", [round(middle * value, 4) for value in arm["tokens_per_s"]])]
+
+
+def cpu_shares(row: dict[str, Any]) -> list[tuple[dict[str, Any], str, list[float]]]:
+    """(job, "shares", a value for each run) of a row of `forecast_error.py`."""
+    shares: dict[tuple[Any, ...], list[float]] = {}
+    for run in row.get("runs", []):
+        if run["fitted"] and run.get("share") is not None:
+            shares.setdefault(tuple(run["job"].items()), []).append(run["share"])
+    return [(dict(job), "shares", sorted(values)) for job, values in shares.items()]
 
 
 SHOWN = {"forecast_error": forecast_error, "bench": measurement, "prepare_rows rate": rate, "prepare_rows scale": scale}

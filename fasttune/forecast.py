@@ -1,9 +1,10 @@
 """What a run will need, from its plan and its encoded rows: memory, tokens, hours, dollars, each with a range.
 
-    expected = of_run(config, chosen, data, machine, usd_per_hour)
+    expected = of_run(config, chosen, data, machine, matmul_tflops, usd_per_hour)
 
 Speed is model FLOPs of a step over the rate that this kind of machine has shown (rates.json, made from
-benchmarks/results); where it has shown none, a wide range of what such chips do. Pure, no torch.
+benchmarks/results); where it has shown none, a wide range of what such chips do. A CPU's rate is a share of what its
+matmuls do just now, because a rented one is faster or slower with its neighbours. Pure, no torch.
 """
 
 import json
@@ -29,10 +30,11 @@ MEMORY_ERROR = {"cpu": (0.9, 1.1), "gpu": (0.8, 1.3)}  # the first as measured, 
 RATE_ERROR = 1.2  # around the repeats of a rate on file
 OTHER_JOB_ERROR = 1.5  # where that rate is of another method or layout
 MFU = (0.20, 0.60)  # of a GPU without a rate on file: published single-GPU fine-tuning lies between (docs/measuring.md)
-CPU_GFLOPS_A_CORE = (15.0, 90.0)  # of a CPU without one: AVX2 and AVX-512 cores, fp32
+CPU_SHARE = (0.35, 0.9)  # of the matmul rate, on a CPU without one
+CPU_FIXED_TOKENS = 100  # of a micro-batch on a CPU: their time is spent however few tokens it has (docs/LOG.md)
 LAUNCH_S_A_LAYER = Range(0.003, 0.001, 0.0003)  # of a micro-batch on a GPU, forward and backward: a guess; slow first
 SMALLEST = 20e6  # parameters: below, Python and launches take the time, not arithmetic
-START_S = Range(10.0, 20.0, 60.0)  # imports and preparation
+START_S = Range(15.0, 30.0, 60.0)  # imports and preparation
 LOAD_S_A_GIB = Range(0.3, 1.0, 3.0)  # of weights
 
 
@@ -49,18 +51,27 @@ class Sample:
 
 
 def of_run(
-    config: Config, chosen: Plan, data: Batches, machine: Hardware, usd_per_hour: float | None, scale: float = 1.0
+    config: Config,
+    chosen: Plan,
+    data: Batches,
+    machine: Hardware,
+    matmul_tflops: float | None,
+    usd_per_hour: float | None,
+    scale: float = 1.0,
 ) -> Forecast:
-    """The forecast of a run on `data`, the rows it has or a sample of them; `scale`: how many times as many it has."""
+    """The forecast of a run on `data`, the rows it has or a sample of them; `scale`: how many times as many it has.
+
+    matmul_tflops: of the model's MLP on this CPU, measured now; None for a GPU.
+    """
     steps = data.total_steps(config.train.epochs, config.train.max_steps, scale)
     sample = lay_out(data, min(steps, data.steps_per_epoch))
     memories = {each: forecast(config, chosen.shape, chosen, each) for each in set(sample.micro_batches)}
     largest = max(memories, key=lambda each: memories[each].total)
     memory, tokens = memories[largest], round(sample.tokens / sample.steps * steps)
-    rate, recomputed, source = rate_tflops(config, chosen, machine)
+    rate, recomputed, source = rate_tflops(config, chosen, machine, matmul_tflops)
     speed = hours = cost = None
     if rate is not None:
-        flops = _step_flops(config, chosen, sample, recomputed)
+        flops = step_flops(config, chosen, sample, recomputed)
         tokens_a_step = sample.tokens / sample.steps
         layers = 0 if chosen.gpu_gib is None else chosen.shape.layers * len(sample.micro_batches) / sample.steps
         paired = zip(vars(rate).values(), vars(LAUNCH_S_A_LAYER).values(), strict=True)
@@ -103,7 +114,9 @@ def lay_out(data: Batches, steps: int) -> Sample:
     return Sample(done, rows, tokens, labels, cells, found)
 
 
-def rate_tflops(config: Config, chosen: Plan, machine: Hardware) -> tuple[Range | None, bool, str]:
+def rate_tflops(
+    config: Config, chosen: Plan, machine: Hardware, matmul_tflops: float | None
+) -> tuple[Range | None, bool, str]:
     """(TFLOP/s of the model to count on, whether layers were recomputed beside it, where that comes from); the first is
     None where nothing can be said, and the last why.
     """
@@ -115,15 +128,18 @@ def rate_tflops(config: Config, chosen: Plan, machine: Hardware) -> tuple[Range 
         alike = [row for row in here if (row["method"], row["packed"], row["gradient_checkpointing"]) == job]
         row, same = (alike or here)[0], bool(alike)
         error = RATE_ERROR if same else RATE_ERROR * OTHER_JOB_ERROR
-        rates = row["tflops"]
+        rates = row["tflops"] if machine.gpus else [share * (matmul_tflops or 0) for share in row["shares"]]
         middle = statistics.median(rates)
-        source = f"{middle:.3g} TFLOP/s measured on {row['machine']}, {row['date']} ({row['source']})"
+        source = f"{middle:.3g} TFLOP/s, "
+        if not machine.gpus:
+            source += f"{statistics.median(row['shares']):.0%} of the {matmul_tflops:.3g} its matmuls do just now, "
+        source += f"as measured on {row['machine']}, {row['date']} ({row['source']})"
         source += "" if same else "; for another job"
         return Range(min(rates) / error, middle, max(rates) * error), row["gradient_checkpointing"] != "none", source
     if not machine.gpus:
-        low, high = (each * machine.cores / 1000 for each in CPU_GFLOPS_A_CORE)
-        source = "nothing measured on such a CPU: what cores do, a wide range"
-        return Range(low, math.sqrt(low * high), high), False, source
+        (least, most), matmul = CPU_SHARE, matmul_tflops or 0
+        source = f"no run measured on such a CPU: {least:.0%} to {most:.0%} of the {matmul:.3g} TFLOP/s its matmuls do"
+        return Range(least * matmul, math.sqrt(least * most) * matmul, most * matmul), False, source
     peak = hardware.peak_bf16_tflops(machine.gpus[0].name)
     if peak is None or chosen.dtype != "bfloat16":
         source = f"nothing measured on {machine.gpus[0].name} in {chosen.dtype}, and no datasheet peak to go by"
@@ -134,7 +150,10 @@ def rate_tflops(config: Config, chosen: Plan, machine: Hardware) -> tuple[Range 
 
 
 def on_file() -> list[dict[str, Any]]:
-    """rates.json: a row for each kind of machine and job measured, the newest first. benchmarks/render.py writes it."""
+    """rates.json: a row for each kind of machine and job measured, the newest first. benchmarks/render.py writes it.
+
+    tflops of a GPU, for a CPU shares of its matmul rate; a value for each repeat or run.
+    """
     text = (Path(__file__).parent / "rates.json").read_text(encoding="utf-8")
     found: list[dict[str, Any]] = json.loads(text)
     return found
@@ -145,8 +164,9 @@ def machine_name(machine: Hardware) -> str:
     return machine.gpus[0].name if machine.gpus else f"{machine.cpu_model}, {machine.cores} cores"
 
 
-def _step_flops(config: Config, chosen: Plan, sample: Sample, recomputed: bool) -> float:
-    """FLOPs of a step as the rate counts them: of the model, times what this run recomputes and the rate's did not.
+def step_flops(config: Config, chosen: Plan, sample: Sample, recomputed: bool) -> float:
+    """FLOPs of a step as the rate counts them: of the model, times what this run recomputes and the rate's did not,
+    and on a CPU CPU_FIXED_TOKENS for each micro-batch.
 
     recomputed: whether the run that showed the rate recomputed its layers; they are in its time, not in its FLOPs.
     """
@@ -156,7 +176,8 @@ def _step_flops(config: Config, chosen: Plan, sample: Sample, recomputed: bool) 
     model = flops.of_step(sample.cells, sample.labels, sample.rows)
     again = 1 + 2 * (shape.linear_weights + adapter) * sample.cells / model
     recomputes = chosen.gradient_checkpointing != "none"
-    return model / sample.steps * again ** (recomputes - recomputed)
+    fixed = 0 if chosen.gpu_gib is not None else CPU_FIXED_TOKENS * len(sample.micro_batches) / sample.cells
+    return (1 + fixed) * model / sample.steps * again ** (recomputes - recomputed)
 
 
 def _evaluates(config: Config) -> bool:

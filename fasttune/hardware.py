@@ -257,3 +257,9 @@ def measure_matmul_tflops(
             times_s.append(time.perf_counter() - start)
         rates[m, k, n] = 2 * m * k * n / statistics.median(times_s) / 1e12
     return rates
+
+
+def cpu_matmul_tflops(machine: Hardware, dtype: str, hidden: int, mlp: int) -> float | None:
+    """What this CPU's matmuls do just now at the widths of a model; None where the GPU does the work."""
+    shape = (512, hidden, mlp)  # tokens as in a small micro-batch
+    return None if machine.gpus else measure_matmul_tflops("cpu", dtype, [shape], seconds=1.0)[shape]

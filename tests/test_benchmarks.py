@@ -98,9 +98,6 @@ def test_a_result_becomes_a_row_a_table_and_a_sentence(repository: Path) -> None
     assert script("render.py", "--check", "--root", repository).returncode == 0
     table = (repository / "benchmarks" / "README.md").read_text()
     assert "| fasttune | 179 (179 to 180, 5 repeats) | 2.00 (" in table and "| hf-tuned | failed: OutOfMemory" in table
-    (rate,) = json.loads((repository / "fasttune" / "rates.json").read_text())
-    assert (rate["machine"], rate["dtype"], rate["packed"]) == ("Some CPU, 2 cores", "float32", True)
-    assert rate["tflops"] == pytest.approx([1e9 * v / 1e12 for v in row["arms"][0]["tokens_per_s"]], rel=0.02)
     page = (repository / "README.md").read_text()
     assert "**fasttune** 179, **vanilla** 89.6; fasttune is **2.00×** plain Hugging Face" in page
     assert "at 45% of the measured matmul limit" in page and "Some CPU (2 cores, no GPU)" in page
@@ -110,6 +107,29 @@ def test_a_result_becomes_a_row_a_table_and_a_sentence(repository: Path) -> None
 
     (repository / "README.md").write_text(page.replace("2.00×", "3.00×"))
     assert script("render.py", "--check", "--root", repository).returncode == 1
+
+
+def test_rates_are_of_benchmarks_on_a_gpu_and_of_forecast_runs_on_a_cpu(repository: Path) -> None:
+    rates = repository / "fasttune" / "rates.json"
+    add(repository, bench())
+    assert script("render.py", "--root", repository).returncode == 0
+    assert json.loads(rates.read_text()) == []  # a CPU's speed moves with its neighbours
+    gpu = bench()["hardware"] | {"gpus": [{"name": "NVIDIA H200"}], "driver": "580"}
+    document = bench(name="lora-4096", hardware=gpu)
+    assert add(repository, document).returncode == 0
+    job = {"machine": "Some CPU, 2 cores", "dtype": "float32", "method": "lora", "packed": True}
+    run = {"what": "x", "tokens": 9, "forecast_gib": 2.0, "measured_gib": 1.9, "forecast_s": 90.0, "measured_s": 100.0}
+    runs = [run | {"fitted": fitted, "share": share, "job": job} for fitted, share in ((True, 0.6), (False, 0.1))]
+    row = {"benchmark": "forecast_error", "date": "2026-11-22", "git": "abc1234", "hardware": "x", "runs": runs}
+    (repository / "benchmarks" / "results" / "forecast-error.jsonl").write_text(json.dumps(row) + "\n")
+    assert script("render.py", "--root", repository).returncode == 0
+    on_cpu, on_gpu = json.loads(rates.read_text())
+    assert (on_cpu["machine"], on_cpu["shares"], "tflops" in on_cpu) == ("Some CPU, 2 cores", [0.6], False)
+    assert (on_gpu["machine"], on_gpu["dtype"], on_gpu["packed"]) == ("NVIDIA H200", "float32", True)
+    speeds = document["arms"][0]["tokens_per_s"]["values"]
+    assert on_gpu["tflops"] == pytest.approx([1e9 * v / 1e12 for v in speeds], rel=0.02)
+    page = (repository / "benchmarks" / "README.md").read_text()
+    assert "time of the whole command of 2 configurations, largest error **10%**" in page
 
 
 def test_rows_are_only_added_and_each_once(repository: Path) -> None:
