@@ -3,7 +3,8 @@
 
 Trains every configuration below on the CPU, alone in its process (what is in DIR already is not run again), and appends
 one line to results/forecast-error.jsonl. Memory is forecast with the code as it is now; time is what the run itself
-forecast before its first step, so nothing else may run on the machine. Then run benchmarks/render.py.
+forecast before its first step, so nothing else may run on the machine; the first time on a kind of machine there is no
+rate on file, and only the rate is kept. Then run benchmarks/render.py.
 """
 
 import argparse
@@ -115,15 +116,16 @@ def compared(name: str, folder: Path) -> dict[str, Any]:
     chosen = plan.resolve(config, machine, Shape.of(pretrained.read_architecture(config.model)))
     data = load.encode(config, pretrained.read_tokenizer(config.model), chosen.packed, lambda what, share: None)
     data.share_prefix = chosen.packed
-    matmul, speed = measured["measured_matmul_tflops"], measured["tokens_per_s"]
-    expected = forecast.of_run(config, chosen, data, machine, matmul, None)
+    expected = forecast.of_run(config, chosen, data, machine, None)
     fitted, settings = CONFIGURATIONS[name]
-    share = None
+    speed, share, before = measured["tokens_per_s"], None, measured["forecast"]
+    timed = before["hours"] is not None and any(
+        row["machine"] == forecast.machine_name(machine) for row in forecast.on_file()
+    )
     if expected.tokens_per_s is not None:
         sample = forecast.lay_out(data, measured["steps"])
-        flops = forecast.step_flops(config, chosen, sample, chosen.gradient_checkpointing != "none")
-        share = flops * speed * sample.steps / sample.tokens / (matmul * 1e12)
-    before = measured["forecast"]
+        tflops = forecast.step_flops(config, chosen, sample) * speed * sample.steps / sample.tokens / 1e12
+        share = round(tflops / measured["measured_matmul_tflops"], 3)
     return {
         "what": f"{MODELS[name[0]]}: {settings}",
         "fitted": fitted,
@@ -132,18 +134,13 @@ def compared(name: str, folder: Path) -> dict[str, Any]:
         "forecast_gib": round(expected.peak_memory_gib.expected, 3),
         "parts_gib": {part: round(gib, 3) for part, gib in vars(expected.memory_gib).items()},
         "measured_gib": round(measured["peak_memory_gib"], 3),
-        "forecast_s": before["hours"] and round(3600 * before["hours"]["expected"], 1),
+        "forecast_s": round(3600 * before["hours"]["expected"], 1) if timed else None,
         "measured_s": round(measured["wall_s"], 1),
-        "forecast_tokens_per_s": before["tokens_per_s"] and round(before["tokens_per_s"]["expected"], 1),
+        "forecast_tokens_per_s": round(before["tokens_per_s"]["expected"], 1) if timed else None,
         "measured_tokens_per_s": round(speed, 1),
-        "share": share and round(share, 3),
-        "job": {
-            "machine": forecast.machine_name(machine),
-            "dtype": chosen.dtype,
-            "method": config.train.method,
-            "packed": chosen.packed,
-            "gradient_checkpointing": chosen.gradient_checkpointing,
-        },
+        "share": share,
+        "machine": forecast.machine_name(machine),
+        "dtype": chosen.dtype,
     }
 
 

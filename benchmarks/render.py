@@ -148,43 +148,44 @@ def error(run: dict[str, Any], unit: str) -> float:
 
 
 def rates(rows: dict[str, list[dict[str, Any]]]) -> list[dict[str, Any]]:
-    """What `fasttune plan` counts on, by kind of machine and job, the newest measurement of each.
+    """What `fasttune plan` counts on, by kind of machine, the newest measurement of each.
 
-    Of a GPU the model FLOPs a second that fasttune's arm computed, if nothing stands against the benchmark; of a CPU
-    the share of its matmul rate in the runs of forecast_error.py that its constants may be chosen with.
+    Of a GPU the FLOPs a second that fasttune's arm computed, for each job; of a CPU the share of its matmul rate in the
+    runs of forecast_error.py that its constants may be chosen with.
     """
     found: dict[tuple[Any, ...], dict[str, Any]] = {}
     for name, measured in rows.items():
         for row in measured:
-            for job, what, values in [*gpu_rate(row), *cpu_shares(row)]:
+            if rate := gpu_rate(row) or cpu_shares(row):
                 source = {"date": row["date"], "source": f"benchmarks/results/{name}"}
-                found[*job.values(), row.get("name")] = job | {what: values} | source
+                found[rate["machine"], rate["dtype"], rate.get("method"), row.get("name")] = rate | source
     return sorted(found.values(), key=lambda rate: rate["date"], reverse=True)
 
 
-def gpu_rate(row: dict[str, Any]) -> list[tuple[dict[str, Any], str, list[float]]]:
-    """(job, "tflops", a value for each repeat) of a benchmark on a GPU."""
+def gpu_rate(row: dict[str, Any]) -> dict[str, Any] | None:
+    """Of a benchmark on a GPU, if nothing stands against it and nothing was recomputed, which would not be counted."""
     arm = next((arm for arm in row.get("arms", []) if arm["name"] == "fasttune" and arm["tokens_per_s"]), None)
-    if arm is None or arm["share_of_limit"] is None or row["objections"] or not row["hardware"]["gpus"]:
-        return []
+    if arm is None or arm["share_of_limit"] is None or row["objections"] or not row["settings"]:
+        return None
+    if not row["hardware"]["gpus"] or arm["backend"]["gradient_checkpointing"] != "none":
+        return None
     middle = arm["share_of_limit"] * row["limit"]["tflops"] / statistics.median(arm["tokens_per_s"])
-    job = {
+    return {
         "machine": row["hardware"]["gpus"][0]["name"],
         "dtype": row["dtype"],
-        "method": (row["settings"] or {}).get("train", {}).get("method", "lora"),
+        "method": row["settings"]["train"].get("method", "lora"),
         "packed": arm["backend"]["packing"].startswith("packed"),
-        "gradient_checkpointing": arm["backend"]["gradient_checkpointing"],
+        "tflops": [round(middle * value, 4) for value in arm["tokens_per_s"]],
     }
-    return [(job, "tflops", [round(middle * value, 4) for value in arm["tokens_per_s"]])]
 
 
-def cpu_shares(row: dict[str, Any]) -> list[tuple[dict[str, Any], str, list[float]]]:
-    """(job, "shares", a value for each run) of a row of `forecast_error.py`."""
-    shares: dict[tuple[Any, ...], list[float]] = {}
-    for run in row.get("runs", []):
-        if run["fitted"] and run.get("share") is not None:
-            shares.setdefault(tuple(run["job"].items()), []).append(run["share"])
-    return [(dict(job), "shares", sorted(values)) for job, values in shares.items()]
+def cpu_shares(row: dict[str, Any]) -> dict[str, Any] | None:
+    """Of a row of `forecast_error.py`."""
+    runs = [run for run in row.get("runs", []) if run["fitted"] and run.get("share") is not None]
+    if not runs:
+        return None
+    where = {key: runs[0][key] for key in ("machine", "dtype")}
+    return where | {"shares": sorted(run["share"] for run in runs)}
 
 
 SHOWN = {"forecast_error": forecast_error, "bench": measurement, "prepare_rows rate": rate, "prepare_rows scale": scale}

@@ -1,10 +1,10 @@
 """What a run will need, from its plan and its encoded rows: memory, tokens, hours, dollars, each with a range.
 
-    expected = of_run(config, chosen, data, machine, matmul_tflops, usd_per_hour)
+    expected = of_run(config, chosen, data, machine, usd_per_hour)
 
 Speed is model FLOPs of a step over the rate that this kind of machine has shown (rates.json, made from
 benchmarks/results); where it has shown none, a wide range of what such chips do. A CPU's rate is a share of what its
-matmuls do just now, because a rented one is faster or slower with its neighbours. Pure, no torch.
+matmuls do just now, because a rented one is faster or slower with its neighbours: a second goes into measuring that.
 """
 
 import json
@@ -31,11 +31,12 @@ RATE_ERROR = 1.2  # around the repeats of a rate on file
 OTHER_JOB_ERROR = 1.5  # where that rate is of another method or layout
 MFU = (0.20, 0.60)  # of a GPU without a rate on file: published single-GPU fine-tuning lies between (docs/measuring.md)
 CPU_SHARE = (0.35, 0.9)  # of the matmul rate, on a CPU without one
-CPU_FIXED_TOKENS = 100  # of a micro-batch on a CPU: their time is spent however few tokens it has (docs/LOG.md)
+CPU_FIXED_TOKENS = 75  # of a micro-batch on a CPU: their time is spent however few tokens it has (docs/LOG.md)
 LAUNCH_S_A_LAYER = Range(0.003, 0.001, 0.0003)  # of a micro-batch on a GPU, forward and backward: a guess; slow first
 SMALLEST = 20e6  # parameters: below, Python and launches take the time, not arithmetic
-START_S = Range(15.0, 30.0, 60.0)  # imports and preparation
-LOAD_S_A_GIB = Range(0.3, 1.0, 3.0)  # of weights
+START_S, CPU_START_S = Range(10.0, 20.0, 60.0), Range(8.0, 14.0, 30.0)  # imports and preparation; the first a guess
+LOAD_S_A_GIB = Range(0.3, 1.0, 3.0)  # of weights, on a GPU: a guess
+TOUCH_S_A_GIB = Range(1.0, 4.0, 8.0)  # of peak memory, on a CPU: its first step has the pages given (docs/LOG.md)
 
 
 @dataclass(frozen=True)
@@ -55,28 +56,24 @@ def of_run(
     chosen: Plan,
     data: Batches,
     machine: Hardware,
-    matmul_tflops: float | None,
     usd_per_hour: float | None,
     scale: float = 1.0,
 ) -> Forecast:
-    """The forecast of a run on `data`, the rows it has or a sample of them; `scale`: how many times as many it has.
-
-    matmul_tflops: of the model's MLP on this CPU, measured now; None for a GPU.
-    """
+    """The forecast of a run on `data`, the rows it has or a sample of them; `scale`: how many times as many it has."""
     steps = data.total_steps(config.train.epochs, config.train.max_steps, scale)
     sample = lay_out(data, min(steps, data.steps_per_epoch))
     memories = {each: forecast(config, chosen.shape, chosen, each) for each in set(sample.micro_batches)}
     largest = max(memories, key=lambda each: memories[each].total)
     memory, tokens = memories[largest], round(sample.tokens / sample.steps * steps)
-    rate, recomputed, source = rate_tflops(config, chosen, machine, matmul_tflops)
+    rate, source = rate_tflops(config, chosen, machine)
     speed = hours = cost = None
     if rate is not None:
-        flops = step_flops(config, chosen, sample, recomputed)
+        flops = step_flops(config, chosen, sample)
         tokens_a_step = sample.tokens / sample.steps
         layers = 0 if chosen.gpu_gib is None else chosen.shape.layers * len(sample.micro_batches) / sample.steps
         paired = zip(vars(rate).values(), vars(LAUNCH_S_A_LAYER).values(), strict=True)
         speed = Range(*(tokens_a_step / (flops / (tera * 1e12) + layers * launch_s) for tera, launch_s in paired))
-        hours = _hours(tokens, speed, memory)
+        hours = _hours(tokens, speed, _start_s(chosen, memory))
         cost = None if usd_per_hour is None else Range(*(usd_per_hour * each for each in vars(hours).values()))
     low, high = MEMORY_ERROR["cpu" if chosen.gpu_gib is None else "gpu"]
     peak = Range(low * memory.total, memory.total, high * memory.total)
@@ -114,45 +111,51 @@ def lay_out(data: Batches, steps: int) -> Sample:
     return Sample(done, rows, tokens, labels, cells, found)
 
 
-def rate_tflops(
-    config: Config, chosen: Plan, machine: Hardware, matmul_tflops: float | None
-) -> tuple[Range | None, bool, str]:
-    """(TFLOP/s of the model to count on, whether layers were recomputed beside it, where that comes from); the first is
-    None where nothing can be said, and the last why.
-    """
+def rate_tflops(config: Config, chosen: Plan, machine: Hardware) -> tuple[Range | None, str]:
+    """(TFLOP/s to count on, where that comes from); the first is None where nothing can be said, and the last why."""
     if chosen.shape.parameters < SMALLEST:
-        return None, False, "a model this small is bound by overhead, which is not forecast"
-    job = (config.train.method, chosen.packed, chosen.gradient_checkpointing)
-    here = [row for row in on_file() if (row["machine"], row["dtype"]) == (machine_name(machine), chosen.dtype)]
-    if here:
-        alike = [row for row in here if (row["method"], row["packed"], row["gradient_checkpointing"]) == job]
-        row, same = (alike or here)[0], bool(alike)
-        error = RATE_ERROR if same else RATE_ERROR * OTHER_JOB_ERROR
-        rates = row["tflops"] if machine.gpus else [share * (matmul_tflops or 0) for share in row["shares"]]
-        middle = statistics.median(rates)
-        source = f"{middle:.3g} TFLOP/s, "
-        if not machine.gpus:
-            source += f"{statistics.median(row['shares']):.0%} of the {matmul_tflops:.3g} its matmuls do just now, "
-        source += f"as measured on {row['machine']}, {row['date']} ({row['source']})"
-        source += "" if same else "; for another job"
-        return Range(min(rates) / error, middle, max(rates) * error), row["gradient_checkpointing"] != "none", source
+        return None, "a model this small is bound by overhead, which is not forecast"
+    name = machine_name(machine)
+    here = [row for row in on_file() if (row["machine"], row["dtype"]) == (name, chosen.dtype)]
     if not machine.gpus:
-        (least, most), matmul = CPU_SHARE, matmul_tflops or 0
-        source = f"no run measured on such a CPU: {least:.0%} to {most:.0%} of the {matmul:.3g} TFLOP/s its matmuls do"
-        return Range(least * matmul, math.sqrt(least * most) * matmul, most * matmul), False, source
-    peak = hardware.peak_bf16_tflops(machine.gpus[0].name)
+        return _of_cpu(chosen, name, here)
+    if here:
+        job = (config.train.method, chosen.packed)
+        alike = [row for row in here if (row["method"], row["packed"]) == job]
+        row, error = (alike or here)[0], RATE_ERROR if alike else RATE_ERROR * OTHER_JOB_ERROR
+        rates = row["tflops"]
+        middle = statistics.median(rates)
+        source = f"{middle:.3g} TFLOP/s measured on {name}, {row['date']} ({row['source']})"
+        source += "" if alike else "; for another job"
+        return Range(min(rates) / error, middle, max(rates) * error), source
+    peak = hardware.peak_bf16_tflops(name)
     if peak is None or chosen.dtype != "bfloat16":
-        source = f"nothing measured on {machine.gpus[0].name} in {chosen.dtype}, and no datasheet peak to go by"
-        return None, False, source
+        return None, f"nothing measured on {name} in {chosen.dtype}, and no datasheet peak to go by"
     low, high = (each * peak for each in MFU)
-    source = f"nothing measured on {machine.gpus[0].name}: {MFU[0]:.0%} to {MFU[1]:.0%} of its {peak:g} TFLOP/s"
-    return Range(low, math.sqrt(low * high), high), False, source
+    source = f"nothing measured on {name}: {MFU[0]:.0%} to {MFU[1]:.0%} of its {peak:g} TFLOP/s"
+    return Range(low, math.sqrt(low * high), high), source
+
+
+def _of_cpu(chosen: Plan, name: str, here: list[dict[str, Any]]) -> tuple[Range, str]:
+    """A share of the rate that the matmuls of the model's MLP reach now."""
+    matmul = hardware.cpu_matmul_tflops(chosen.dtype, chosen.shape.hidden, chosen.shape.mlp)
+    if not here:
+        low, high = CPU_SHARE
+        source = (
+            f"no run measured on such a CPU: {low:.0%} to {high:.0%} of the {matmul:.2g} TFLOP/s its matmuls do now"
+        )
+        return Range(low * matmul, math.sqrt(low * high) * matmul, high * matmul), source
+    shares = here[0]["shares"]
+    middle = statistics.median(shares)
+    source = f"{middle:.0%} of the {matmul:.2g} TFLOP/s that matmuls do now, as in {len(shares)} runs on {name}"
+    source += f", {here[0]['date']} ({here[0]['source']})"
+    return Range(min(shares) / RATE_ERROR * matmul, middle * matmul, max(shares) * RATE_ERROR * matmul), source
 
 
 def on_file() -> list[dict[str, Any]]:
     """rates.json: a row for each kind of machine and job measured, the newest first. benchmarks/render.py writes it.
 
-    tflops of a GPU, for a CPU shares of its matmul rate; a value for each repeat or run.
+    Of a GPU and a job TFLOP/s, a value for each repeat; of a CPU the share of its matmul rate, a value for each run.
     """
     text = (Path(__file__).parent / "rates.json").read_text(encoding="utf-8")
     found: list[dict[str, Any]] = json.loads(text)
@@ -164,20 +167,15 @@ def machine_name(machine: Hardware) -> str:
     return machine.gpus[0].name if machine.gpus else f"{machine.cpu_model}, {machine.cores} cores"
 
 
-def step_flops(config: Config, chosen: Plan, sample: Sample, recomputed: bool) -> float:
-    """FLOPs of a step as the rate counts them: of the model, times what this run recomputes and the rate's did not,
-    and on a CPU CPU_FIXED_TOKENS for each micro-batch.
-
-    recomputed: whether the run that showed the rate recomputed its layers; they are in its time, not in its FLOPs.
-    """
+def step_flops(config: Config, chosen: Plan, sample: Sample) -> float:
+    """FLOPs of a step: the model's, what is recomputed, and on a CPU CPU_FIXED_TOKENS more for each micro-batch."""
     full, shape = config.train.method == "full", chosen.shape.computed
     adapter = 0 if full else shape.adapter_weights(config.lora.rank, config.lora.targets)
-    flops = shape.flops(full, adapter)
-    model = flops.of_step(sample.cells, sample.labels, sample.rows)
-    again = 1 + 2 * (shape.linear_weights + adapter) * sample.cells / model
-    recomputes = chosen.gradient_checkpointing != "none"
+    flops = shape.flops(full, adapter).of_step(sample.cells, sample.labels, sample.rows)
+    if chosen.gradient_checkpointing != "none":
+        flops += 2 * (shape.linear_weights + adapter) * sample.cells
     fixed = 0 if chosen.gpu_gib is not None else CPU_FIXED_TOKENS * len(sample.micro_batches) / sample.cells
-    return (1 + fixed) * model / sample.steps * again ** (recomputes - recomputed)
+    return (1 + fixed) * flops / sample.steps
 
 
 def _evaluates(config: Config) -> bool:
@@ -185,8 +183,16 @@ def _evaluates(config: Config) -> bool:
     return held_out and (config.eval.every != "never" or config.eval.problems > 0 or config.samples > 0)
 
 
-def _hours(tokens: int, speed: Range, memory: Memory) -> Range:
-    """Of the whole command: start, loading and all steps."""
-    start, load, gib = vars(START_S).values(), vars(LOAD_S_A_GIB).values(), memory.weights
+def _hours(tokens: int, speed: Range, start_s: Range) -> Range:
+    """Of the whole command: the start, and all steps."""
     seconds = [tokens / rate for rate in (speed.high, speed.expected, speed.low)]
-    return Range(*((s + a + gib * b) / 3600 for s, a, b in zip(seconds, start, load, strict=True)))
+    return Range(*((step_s + start) / 3600 for step_s, start in zip(seconds, vars(start_s).values(), strict=True)))
+
+
+def _start_s(chosen: Plan, memory: Memory) -> Range:
+    """Imports, loading, and what a first step takes longer than another."""
+    on_cpu = chosen.gpu_gib is None
+    start, a_gib, gib = (
+        (CPU_START_S, TOUCH_S_A_GIB, memory.total) if on_cpu else (START_S, LOAD_S_A_GIB, memory.weights)
+    )
+    return Range(*(fixed + each * gib for fixed, each in zip(vars(start).values(), vars(a_gib).values(), strict=True)))

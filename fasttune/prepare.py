@@ -107,8 +107,7 @@ def prepare(config: Config, folder: Path, reporter: Reporter) -> Job:
     output.check_space(folder, needed_gib(config, models.trained_gib(model)))
     usd_per_hour, price = plan.price_of(config, machine)
     settings += [price] if price else []
-    matmul_tflops = hardware.cpu_matmul_tflops(machine, chosen.dtype, chosen.shape.hidden, chosen.shape.mlp)
-    expected = forecast.of_run(config, replace(chosen, packed=packed), data, machine, matmul_tflops, usd_per_hour)
+    expected = forecast.of_run(config, replace(chosen, packed=packed), data, machine, usd_per_hour)
     settings.append(Setting("forecast", forecast.in_words(expected), f"speed: {expected.rate}"))
     return Job(
         config=config,

@@ -69,8 +69,7 @@ def _figures(config: Config, machine: Hardware, shape: Shape, tokenizer: Any, re
     data = load.encode(sample, tokenizer, chosen.packed, reporter.progress)
     data.share_prefix = chosen.packed and not machine.gpus  # as packed.shares_prefix says of a live model
     usd_per_hour, price = plan.price_of(config, machine)
-    matmul_tflops = hardware.cpu_matmul_tflops(machine, chosen.dtype, shape.hidden, shape.mlp)
-    expected = forecast.of_run(sample, chosen, data, machine, matmul_tflops, usd_per_hour, scale)
+    expected = forecast.of_run(sample, chosen, data, machine, usd_per_hour, scale)
     usable_gib = plan.USABLE_MEMORY * plan.memory_gib(machine)
     fits = expected.peak_memory_gib.expected <= usable_gib
     settings = [

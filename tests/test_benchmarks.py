@@ -115,17 +115,17 @@ def test_rates_are_of_benchmarks_on_a_gpu_and_of_forecast_runs_on_a_cpu(reposito
     assert script("render.py", "--root", repository).returncode == 0
     assert json.loads(rates.read_text()) == []  # a CPU's speed moves with its neighbours
     gpu = bench()["hardware"] | {"gpus": [{"name": "NVIDIA H200"}], "driver": "580"}
-    document = bench(name="lora-4096", hardware=gpu)
+    document = bench(name="lora-4096", hardware=gpu, settings={"train": {"method": "full"}})
     assert add(repository, document).returncode == 0
-    job = {"machine": "Some CPU, 2 cores", "dtype": "float32", "method": "lora", "packed": True}
     run = {"what": "x", "tokens": 9, "forecast_gib": 2.0, "measured_gib": 1.9, "forecast_s": 90.0, "measured_s": 100.0}
-    runs = [run | {"fitted": fitted, "share": share, "job": job} for fitted, share in ((True, 0.6), (False, 0.1))]
+    run |= {"machine": "Some CPU, 2 cores", "dtype": "float32"}
+    runs = [run | {"fitted": fitted, "share": share} for fitted, share in ((True, 0.6), (False, 0.1))]
     row = {"benchmark": "forecast_error", "date": "2026-11-22", "git": "abc1234", "hardware": "x", "runs": runs}
     (repository / "benchmarks" / "results" / "forecast-error.jsonl").write_text(json.dumps(row) + "\n")
     assert script("render.py", "--root", repository).returncode == 0
     on_cpu, on_gpu = json.loads(rates.read_text())
     assert (on_cpu["machine"], on_cpu["shares"], "tflops" in on_cpu) == ("Some CPU, 2 cores", [0.6], False)
-    assert (on_gpu["machine"], on_gpu["dtype"], on_gpu["packed"]) == ("NVIDIA H200", "float32", True)
+    assert (on_gpu["machine"], on_gpu["method"], on_gpu["packed"]) == ("NVIDIA H200", "full", True)
     speeds = document["arms"][0]["tokens_per_s"]["values"]
     assert on_gpu["tflops"] == pytest.approx([1e9 * v / 1e12 for v in speeds], rel=0.02)
     page = (repository / "benchmarks" / "README.md").read_text()
