@@ -46,13 +46,15 @@ CONFIGURATIONS: dict[str, tuple[bool, str]] = {
     "s4": (True, "gradient_checkpointing=full batch_rows=2"),
     "q1": (True, "data.train=builtin:arithmetic max_steps=16"),
     "q2": (False, "data.train=builtin:arithmetic batch_rows=12"),
-    "s6": (False, "batch_rows=8"),
+    "s6": (True, "batch_rows=8"),
     "s7": (False, "batch_rows=2 rank=16 data.train_on=all"),
+    "s8": (False, "batch_rows=6 rank=32"),
+    "s9": (False, "batch_rows=12 micro_batch_rows=12"),
     "m7": (False, "batch_rows=8 micro_batch_rows=1 max_length=1024 rank=64"),
     "m8": (False, "method=full gradient_checkpointing=full batch_rows=2"),
     "m9": (False, "packing=false gradient_checkpointing=full micro_batch_rows=2"),
     "m10": (False, "targets=[q_proj,v_proj] rank=8 batch_rows=3 micro_batch_rows=3"),
-    "m11": (False, "packing=false method=full batch_rows=2 max_length=640"),
+    "m11": (False, "packing=false method=full batch_rows=2 max_length=640 max_steps=40"),
     "s5": (False, "method=full gradient_checkpointing=full batch_rows=2 packing=false"),
     "t4": (False, "packing=false gradient_checkpointing=full rank=64 batch_rows=16 micro_batch_rows=4"),
 }
@@ -63,6 +65,7 @@ def main(argv: list[str] | None = None) -> int:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("rows", type=Path, help="JSONL to train on")
     parser.add_argument("--runs", type=Path, required=True, metavar="DIR")
+    parser.add_argument("--memory", action="store_true", help="only memory: other programs run on the machine")
     parser.add_argument("--only", help="names of configurations, comma-separated")
     parser.add_argument("--results", type=Path, default=RESULTS, help=argparse.SUPPRESS)
     options = parser.parse_args(argv)
@@ -74,6 +77,8 @@ def main(argv: list[str] | None = None) -> int:
         if not (folder / "run.json").exists():
             run(name, folder, options.rows)
         found.append(compared(name, folder))
+        if options.memory:
+            found[-1]["forecast_s"] = found[-1]["share"] = None
         told = [
             f"{found[-1][f'forecast_{unit}']} against {found[-1][f'measured_{unit}']} {unit}" for unit in ("gib", "s")
         ]

@@ -16,11 +16,13 @@ from fasttune.quiet import native_stderr_closed
 
 ATTENTION_OPERATORS = (
     "scaled_dot_product",
+    "flash_attention",
+    "efficient_attention",
+    "cudnn_attention",
     "fmha",
     "flash_attn",
     "flash_fwd",
     "varlen_attn",
-    "cudnn_attention",
     "RowsAttention",
 )
 

@@ -28,6 +28,7 @@ CPU_PROCESS_GIB, PROFILE_GIB, TOKEN_BYTES = 0.60, 0.019, 1600
 # What glibc cannot give again: a share of the activations of packs, where attention keeps many small tensors between
 # the large ones, and a share of a tensor for every moment of an adapter, which lie all over the heap.
 CPU_SLACK, CPU_PINNED = 0.10, 0.08
+HOLES_TOKENS = 1000  # of a micro-batch: the holes of a larger one are no larger
 GPU_SLACK = 0.10  # of activations and logits: a guess
 
 
@@ -142,7 +143,8 @@ def _cpu_slack(config: Config, shape: Shape, choices: Choices, micro: MicroBatch
     kept = 4 * (shape.hidden + shape.mlp) + 2 * (shape.query_width + shape.key_width)
     mean_tensor = 4 * micro.tokens * kept / 12
     moments = 2 * 2 * shape.layers * len(config.lora.targets)
-    return gradients + CPU_SLACK * activations * choices.packed + CPU_PINNED * moments * mean_tensor
+    holes = CPU_SLACK * activations * choices.packed + CPU_PINNED * moments * mean_tensor
+    return gradients + holes * min(1, HOLES_TOKENS / micro.tokens)
 
 
 def _logits(shape: Shape, choices: Choices, micro: MicroBatch, full: bool, held: float) -> float:

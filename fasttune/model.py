@@ -9,6 +9,7 @@ import logging
 import os
 import tempfile
 import warnings
+from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
@@ -126,6 +127,30 @@ def for_inference(model: Any) -> None:
 
 def for_training(model: Any, gradient_checkpointing: str) -> None:
     FastLanguageModel.for_training(model, use_gradient_checkpointing=gradient_checkpointing != "none")
+
+
+def take_varlen_kernel() -> Callable[[], None] | None:
+    """Let Unsloth run packs through torch 2.11's variable-length Flash Attention. Returns what undoes it, or None where
+    Unsloth has a kernel by itself, UNSLOTH_TORCH_VARLEN=0 asks for none, or there is none.
+
+    Unsloth waits for torch 2.12, whose public function has enable_gqa, and until then runs a pack as one SDPA call for
+    every length in it. Its own autograd function calls aten._flash_attention_forward, which takes grouped keys in 2.11.
+    Source: unsloth/utils/attention_dispatch.py (2026.10.9), torch/nn/attention/varlen.py (2.11.0).
+    """
+    from unsloth.utils import attention_dispatch as dispatch  # not made for a CPU-only import
+
+    asked = os.environ.get("UNSLOTH_TORCH_VARLEN", "1").lower() not in ("0", "false", "no", "off")
+    if dispatch.HAS_FLASH_ATTENTION or dispatch._TORCH_VARLEN_ATTN is not None or not asked:
+        return None
+    from torch.nn.attention.varlen import varlen_attn
+
+    def attention(*args: Any, enable_gqa: bool = False, **kwargs: Any) -> torch.Tensor:
+        return varlen_attn(*args, **kwargs)
+
+    mine = {"_TORCH_VARLEN_ATTN": attention, "_LEAN_VARLEN": True, "_varlen_can_use_cudnn": lambda *args: False}
+    before = {name: getattr(dispatch, name, None) for name in mine}
+    vars(dispatch).update(mine)
+    return lambda: vars(dispatch).update(before)
 
 
 def enable_packed_kernels(model: Any, trainer: Any) -> None:

@@ -8,7 +8,7 @@ from typing import Any
 
 import numpy as np
 
-import fasttune.model  # noqa: F401  first: it imports unsloth
+from fasttune import model as models  # first: it imports unsloth
 
 import torch
 from transformers import AttentionInterface
@@ -76,8 +76,13 @@ def enable(model: Any, max_length: int) -> str | None:
         AttentionInterface.register(NAME, rows_attention)
         AttentionMaskInterface.register(NAME, rows_mask)
         config._attn_implementation = NAME
+    tolerance = TOLERANCE.get(next(model.parameters()).dtype, 5e-2)
+    undo = None if shares_prefix() else models.take_varlen_kernel()
     error = packing_error(model, alone)
-    if error <= TOLERANCE.get(next(model.parameters()).dtype, 5e-2):
+    if error > tolerance and undo is not None:
+        undo()
+        error = packing_error(model, alone)
+    if error <= tolerance:
         return None
     config._attn_implementation = before
     return f"its rows see each other in a pack (logits differ by {error:.1%})"

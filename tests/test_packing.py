@@ -1,5 +1,7 @@
 """Order, packs and micro-batches: nothing is lost, doubled or leaked; a step has the same rows in every layout."""
 
+import sys
+import types
 from collections import Counter
 from typing import Any
 
@@ -253,3 +255,25 @@ def test_a_shared_beginning_changes_no_row(unsloth: None, shapes: list[tuple[int
 def test_a_row_longer_than_a_pack_still_trains(packed: bool) -> None:
     made = batches([rows([300, 4])], micro_rows=1, packed=packed)
     assert sum(learned_rows(made.micro_batches(0)).values()) == 2
+
+
+def test_unsloth_is_given_a_varlen_kernel_unless_it_is_told_not_to(
+    unsloth: None, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """That Unsloth's switches are set, and set back. Its module needs a GPU to be imported, the kernel to run."""
+    from fasttune import model as models
+
+    dispatch, package = types.ModuleType("unsloth.utils.attention_dispatch"), types.ModuleType("unsloth.utils")
+    before = {"HAS_FLASH_ATTENTION": False, "_TORCH_VARLEN_ATTN": None, "_LEAN_VARLEN": False}
+    vars(dispatch).update(before)
+    package.attention_dispatch = dispatch  # type: ignore[attr-defined]
+    monkeypatch.setitem(sys.modules, "unsloth.utils", package)
+    undo = models.take_varlen_kernel()
+    now = dict(vars(dispatch))
+    assert undo is not None and callable(now["_TORCH_VARLEN_ATTN"]) and now["_LEAN_VARLEN"]
+    assert not now["_varlen_can_use_cudnn"]()
+    assert models.take_varlen_kernel() is None  # there is one already
+    undo()
+    assert {name: vars(dispatch)[name] for name in before} == before
+    monkeypatch.setenv("UNSLOTH_TORCH_VARLEN", "0")
+    assert models.take_varlen_kernel() is None and vars(dispatch)["_TORCH_VARLEN_ATTN"] is None

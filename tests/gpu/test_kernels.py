@@ -49,8 +49,9 @@ def test_bf16_matmul_runs_on_the_gpu() -> None:
     assert torch.cuda.get_device_name() in seen.detail
 
 
-def test_unsloth_agrees_with_plain_and_patches_every_layer() -> None:
+def test_unsloth_agrees_with_plain_and_patches_every_layer(monkeypatch: pytest.MonkeyPatch) -> None:
     """bf16: Unsloth's error against plain float32 stays under twice that of plain bf16."""
+    monkeypatch.delenv("UNSLOTH_ENABLE_FULL_FINETUNING", raising=False)  # left by a full fine-tuning in this process
     seen = {result.name: result for result in results_of("parity", "import:unsloth", "unsloth-parity")}
     assert seen["unsloth-parity"].status == "pass", seen["unsloth-parity"].detail
     assert "patched 2 of 2 layers" in seen["unsloth-parity"].detail
