@@ -48,7 +48,7 @@ CONFIGURATIONS: dict[str, tuple[bool, str]] = {
     "q2": (False, "data.train=builtin:arithmetic batch_rows=12"),
     "s6": (True, "batch_rows=8"),
     "s7": (False, "batch_rows=2 rank=16 data.train_on=all"),
-    "s8": (False, "batch_rows=6 rank=32"),
+    "s8": (True, "batch_rows=6 rank=32"),
     "s9": (False, "batch_rows=12 micro_batch_rows=12"),
     "m7": (False, "batch_rows=8 micro_batch_rows=1 max_length=1024 rank=64"),
     "m8": (False, "method=full gradient_checkpointing=full batch_rows=2"),

@@ -28,7 +28,7 @@ CPU_PROCESS_GIB, PROFILE_GIB, TOKEN_BYTES = 0.60, 0.019, 1600
 # What glibc cannot give again: a share of the activations of packs, where attention keeps many small tensors between
 # the large ones, and a share of a tensor for every moment of an adapter, which lie all over the heap.
 CPU_SLACK, CPU_PINNED = 0.10, 0.08
-HOLES_TOKENS = 1000  # of a micro-batch: the holes of a larger one are no larger
+HOLES_TOKENS = 900  # of a micro-batch: the holes of a larger one are no larger
 GPU_SLACK = 0.10  # of activations and logits: a guess
 
 
