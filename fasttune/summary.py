@@ -74,9 +74,8 @@ def summarize(job: Job, outcome: Outcome, trainer: Any, started: float) -> RunRe
         achieved = statistics.median(flops.of_step(n, s.loss_tokens, rows) / s.seconds for n, s in computed) / 1e12
         matmul = measured_matmul_tflops(job)
     peak = hardware.peak_bf16_tflops(job.machine.gpus[0].name) if job.machine.gpus else None
-    wall_s = outcome.earlier_s + time.perf_counter() - started
     price = job.usd_per_hour
-    return RunResult(
+    result = RunResult(
         status=outcome.status,
         name=job.config.name,
         output_dir=str(job.folder),
@@ -90,13 +89,13 @@ def summarize(job: Job, outcome: Outcome, trainer: Any, started: float) -> RunRe
         loss_tokens_per_s=metrics.median_rate(steps, "loss_tokens"),
         steady_steps=len(steady),
         seconds_to_first_step=trainer.first_step_done - started if trainer.first_step_done else None,
-        wall_s=wall_s,
+        wall_s=0.0,  # both: set_cost
         peak_memory_gib=live.peak_memory_gib(),
         mfu=achieved / peak if achieved and peak and job.plan.dtype == "bfloat16" else None,
         fraction_of_measured_matmul=achieved / matmul if achieved and matmul else None,
         measured_matmul_tflops=matmul,
         flops_formula=metrics.FLOPS_FORMULA,
-        cost_usd=price * wall_s / 3600 if price is not None else None,
+        cost_usd=None,
         usd_per_hour=price,
         usd_per_million_tokens=price / 3600 / speed * 1e6 if price is not None and speed else None,
         backend=backend(trainer),
@@ -106,6 +105,15 @@ def summarize(job: Job, outcome: Outcome, trainer: Any, started: float) -> RunRe
         forecast=job.forecast,
         warnings=outcome.warnings,
         error=outcome.error,
+    set_cost(result, outcome, started)
+    return result
+
+
+def set_cost(result: RunResult, outcome: Outcome, started: float) -> None:
+    """Seconds and dollars of the whole run up to now, with what it had taken before it was resumed."""
+    result.wall_s = outcome.earlier_s + time.perf_counter() - started
+    if result.usd_per_hour is not None:
+        result.cost_usd = result.usd_per_hour * result.wall_s / 3600
         resumed_from_step=outcome.resumed_from_step,
         resume_command=_resume_command(job, outcome),
     )

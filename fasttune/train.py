@@ -61,6 +61,7 @@ def run(config: Config, reporter: Reporter, resume: Path | None = None) -> RunRe
         result = summary.summarize(job, outcome, trainer, started)
         result.held_out = validator.result(outcome.saved_step)
         report.write_json(folder / "run.json", result.as_dict())  # what comes now is only for the report
+            summary.set_cost(result, outcome, started)
         if outcome.status == "completed":
             answer_again(job, result, before)
         report.write_json(folder / "run.json", result.as_dict())

@@ -4,6 +4,7 @@ import json
 import os
 import resource
 import shutil
+import time
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
@@ -165,17 +166,23 @@ def test_what_cannot_be_halved_names_the_settings_in_order(tmp_path: Path, littl
 def test_what_fails_after_training_costs_a_warning(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     from fasttune import samples
 
-    answer, calls = samples.answer, []
+    answer, file = samples.answer, tmp_path / "run" / "run.json"
+    written: list[float] = []
 
     def failing(*arguments: Any) -> list[str]:
-        calls.append(1)
-        if len(calls) > 1:
+        if file.exists():
+            written.append(json.loads(file.read_text())["wall_s"])
+            time.sleep(0.2)
             raise RuntimeError("CUDA out of memory\nand a lot more")
         return answer(*arguments)
 
     monkeypatch.setattr(samples, "answer", failing)
-    result = run(tmp_path / "run", {"data": {"eval": "builtin:arithmetic"}, "samples": 1, "train": {"max_steps": 2}})
+    changes = {"data": {"eval": "builtin:arithmetic"}, "samples": 1, "usd_per_hour": 3.6}
+    result = run(tmp_path / "run", changes | {"train": {"max_steps": 2}})
     assert (result.status, result.samples) == ("completed", [])
+    assert result.wall_s >= written[0] + 0.2, "the last answers are part of the run"
+    assert result.cost_usd == pytest.approx(0.001 * result.wall_s)
+    assert json.loads(file.read_text())["wall_s"] == result.wall_s
     assert result.warnings == ["the held-out problems were not answered after training: CUDA out of memory"]
     assert learned(tmp_path / "run") and (tmp_path / "run" / "report.html").is_file()
 
