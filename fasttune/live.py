@@ -13,6 +13,7 @@ from fasttune import metrics
 from fasttune.data.tokens import IGNORE
 from fasttune.metrics import Flops
 from fasttune.quiet import native_stderr_closed
+from fasttune.shape import Shape
 
 ATTENTION_OPERATORS = (
     "scaled_dot_product",
@@ -100,19 +101,23 @@ def dtypes(model: Any, autocast: bool) -> str:
     return ", ".join([*found, "bf16 autocast" if autocast else "no autocast"])
 
 
-def count_flops(model: Any) -> Flops:
-    """FLOPs per token of a training step of this live model (see metrics.count_flops); not for quantized weights."""
+def count_flops(model: Any) -> Flops | None:
+    """FLOPs per token of a training step of this live model (see metrics.count_flops), from its linear layers.
+
+    None where they do not tell: quantized weights are packed, and transformers keeps experts as one tensor, no layers.
+    """
+    shape = Shape.of(getattr(model.config, "get_text_config", lambda: model.config)())
     head = model.get_output_embeddings()
     linear = [m for m in model.modules() if isinstance(m, torch.nn.Linear) and m is not head]
-    config = getattr(model.config, "get_text_config", lambda: model.config)()
-    width = getattr(config, "head_dim", None) or config.hidden_size // config.num_attention_heads
+    if shape.experts > 1 or not all(module.weight.is_floating_point() for module in linear):
+        return None
     return metrics.count_flops(
         linear_weights=sum(module.weight.numel() for module in linear),
         trained_weights=sum(module.weight.numel() for module in linear if module.weight.requires_grad),
         head_weights=head.weight.numel(),
         head_trained=head.weight.requires_grad,
-        layers=config.num_hidden_layers,
-        attention_width=config.num_attention_heads * width,
+        layers=shape.layers,
+        attention_width=shape.query_width,
     )
 
 

@@ -85,7 +85,7 @@ def key_figures(result: RunResult) -> list[Figure]:
             result.mfu,
             percent,
             "of the dense datasheet peak",
-            "needs a chip with a known datasheet peak, unquantised weights and steady steps",
+            "needs a chip with a known datasheet peak, unquantised weights, no mixture of experts and steady steps",
         ),
         _known(
             "matmul share",
@@ -93,7 +93,7 @@ def key_figures(result: RunResult) -> list[Figure]:
             percent,
             "of the matmul rate measured on this machine"
             + (f", {measured:,.2f} TFLOP/s" if measured is not None else ""),
-            "the matmul rate was not measured" if measured is None else "not enough steps to say",
+            "needs unquantised weights, no mixture of experts and steady steps",
         ),
         *([] if result.forecast is None else [_forecast(result, result.forecast)]),
     ]

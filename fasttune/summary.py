@@ -67,8 +67,8 @@ def summarize(job: Job, outcome: Outcome, trainer: Any, started: float) -> RunRe
     padding = sum(step.padding_tokens for step in steps)
     speed = metrics.median_rate(steps)
     achieved = matmul = None
-    if steady and job.config.model.quantization == "none":
-        flops = live.count_flops(job.model)
+    flops = live.count_flops(job.model) if steady else None
+    if flops is not None:
         rows = job.config.train.batch_rows
         computed = ((step.tokens - step.shared_tokens, step) for step in steady)
         achieved = statistics.median(flops.of_step(n, s.loss_tokens, rows) / s.seconds for n, s in computed) / 1e12

@@ -260,6 +260,32 @@ def test_a_setting_that_does_not_run_is_a_warning(tmp_path: Path) -> None:
     assert train(tmp_path / "plain").warnings == []
 
 
+def test_what_is_not_counted_gives_no_share(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """transformers keeps experts as one tensor, bitsandbytes packs two weights into a byte: no layers to count."""
+    import torch
+    from transformers import LlamaConfig, LlamaForCausalLM, MixtralConfig, MixtralForCausalLM
+
+    from fasttune import live, report
+    from fasttune.shape import Shape
+
+    sizes = {"hidden_size": 16, "intermediate_size": 64, "num_hidden_layers": 1, "vocab_size": 32}
+    sizes |= {"num_attention_heads": 2, "num_key_value_heads": 1}
+    dense, mixture = LlamaForCausalLM(LlamaConfig(**sizes)), MixtralForCausalLM(MixtralConfig(**sizes))
+    assert live.count_flops(dense) == Shape.of(dense.config).flops(full=True, adapter_weights=0)
+    linear = sum(module.weight.numel() for module in mixture.modules() if isinstance(module, torch.nn.Linear))
+    assert linear < Shape.of(mixture.config).computed.parameters / 3
+    assert live.count_flops(mixture) is None
+    layer = dense.model.layers[0].mlp.down_proj
+    layer.weight = torch.nn.Parameter(torch.zeros(8, dtype=torch.uint8), requires_grad=False)
+    assert live.count_flops(dense) is None
+
+    monkeypatch.setattr(live, "count_flops", lambda model: None)
+    result = train(tmp_path / "run")
+    assert result.tokens_per_s and (result.mfu, result.fraction_of_measured_matmul) == (None, None)
+    notes = {figure.label: figure.note for figure in report.key_figures(result)}
+    assert all("no mixture of experts" in notes[name] for name in ("MFU", "matmul share"))
+
+
 def test_a_loss_that_is_not_finite_fails_the_run(tmp_path: Path) -> None:
     result = train(tmp_path / "run", train={"learning_rate": 1e30, "max_grad_norm": 1e30, "max_bad_steps": 0})
     assert result.status == "failed" and "learning_rate" in (result.error or "")

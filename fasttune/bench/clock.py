@@ -101,7 +101,7 @@ def repeat(clock: Clock, counter: Counter, model: Any, rows_per_step: int, backe
     steps = len(clock.seconds)
     tokens, learned = counter.per_steps("tokens", steps), counter.per_steps("loss_tokens", steps)
     computed = sum(tokens) - sum(counter.per_steps("shared_tokens", steps))
-    flops = live.count_flops(model).of_step(computed, sum(learned), rows_per_step * steps)
+    flops = live.count_flops(model)
     return Repeat(
         tokens=tokens,
         loss_tokens=learned,
@@ -111,6 +111,6 @@ def repeat(clock: Clock, counter: Counter, model: Any, rows_per_step: int, backe
         rows_digest=counter.digest(steps),
         peak_memory_gib=live.peak_memory_gib(),
         seconds_to_first_step=clock.seconds_to_first_step,
-        flops_per_token=flops / sum(tokens),
+        flops_per_token=flops.of_step(computed, sum(learned), rows_per_step * steps) / sum(tokens) if flops else None,
         backend=backend,
     )

@@ -111,7 +111,8 @@ def _tables(bench: Bench, console: Console) -> list[RenderableType]:
     note = "speeds count no padding; second line: range of the repeats, 95 % interval of a ratio"
     if bench.usd_per_hour is not None:
         note += f"; whole job: {bench.job_tokens:,} tokens at {usd(bench.usd_per_hour)} per hour"
-    return [*shown, Text(note, style="dim")]
+    notes = [note, bench.limit_unknown] if bench.limit_unknown else [note]
+    return [*shown, *(Text(text, style="dim") for text in notes)]
 
 
 def _columns(table: report.Table, which: range) -> Table:

@@ -39,7 +39,7 @@ class Repeat:
     rows_digest: str
     peak_memory_gib: float
     seconds_to_first_step: float
-    flops_per_token: float
+    flops_per_token: float | None  # see live.count_flops
     backend: Backend
 
     @property
@@ -145,21 +145,31 @@ class Bench:
     def valid(self) -> bool:
         return all(comparison.invalid is None for comparison in self.comparisons())
 
+    @property
+    def limit_unknown(self) -> str | None:
+        """Why there is no share of a limit and no MFU, where the model is the reason."""
+        repeats = [repeat for arm in self.arms for repeat in arm.repeats]
+        if not repeats or any(repeat.flops_per_token is not None for repeat in repeats):
+            return None
+        return "the FLOPs of quantised weights and of a mixture of experts are not counted: no share of a limit, no MFU"
+
     def mfu(self, arm: Arm) -> float | None:
         """Model FLOPs (metrics.FLOPS_FORMULA) over the dense bf16 peak of the datasheet.
 
-        None for another dtype, quantised weights or an unknown chip.
+        None for another dtype, quantised weights, a mixture of experts or an unknown chip.
         """
-        if not arm.repeats or self.dtype != "bfloat16" or not self.hardware["gpus"]:
+        done = _tflops(arm)
+        if done is None or self.dtype != "bfloat16" or not self.hardware["gpus"]:
             return None
         peak = hardware.peak_bf16_tflops(self.hardware["gpus"][0]["name"])
         if not peak or re.search("int|float8", arm.repeats[-1].backend.dtype):  # integers: quantised
             return None
-        return _tflops(arm) / peak
+        return done / peak
 
     def share_of_limit(self, arm: Arm) -> float | None:
         """Model FLOPs over the matmul rate that was measured in the same run."""
-        return _tflops(arm) / self.limit.tflops if arm.repeats and self.limit else None
+        done = _tflops(arm)
+        return done / self.limit.tflops if done is not None and self.limit else None
 
     def as_dict(self) -> dict[str, Any]:
         """bench.json."""
@@ -224,9 +234,10 @@ def _bootstrap(numerator: tuple[float, ...], denominator: tuple[float, ...], see
     return ratios[round(0.025 * BOOTSTRAP_DRAWS)], ratios[round(0.975 * BOOTSTRAP_DRAWS) - 1]
 
 
-def _tflops(arm: Arm) -> float:
-    """Median of the model TFLOP/s of its repeats."""
-    return statistics.median(repeat.tokens_per_s * repeat.flops_per_token for repeat in arm.repeats) / 1e12
+def _tflops(arm: Arm) -> float | None:
+    """Median of the model TFLOP/s of its repeats; None where there are none, or their FLOPs are not known."""
+    rates = [repeat.tokens_per_s * repeat.flops_per_token for repeat in arm.repeats if repeat.flops_per_token]
+    return statistics.median(rates) / 1e12 if rates else None
 
 
 def spread(values: list[float]) -> dict[str, Any]:

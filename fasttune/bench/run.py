@@ -170,7 +170,7 @@ class Measurements:
         """The best of the measured matmul rates: other work on the machine only ever lowers it."""
         rates = [line for number in range(repeats) if (line := self.get("limit", number)) and "failure" not in line]
         # The most of any arm: one that computes a shared beginning once has less to do.
-        counted = max((line["flops_per_token"] for line in self.lines if "flops_per_token" in line), default=None)
+        counted = max((known for line in self.lines if (known := line.get("flops_per_token"))), default=None)
         if not rates or counted is None:
             return None
         best = max(rates, key=lambda line: line["tflops"])
