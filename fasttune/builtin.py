@@ -6,6 +6,7 @@ builtin:smollm2-135m     SmolLM2-135M-Instruct, from the weights inside the llm-
 
 import importlib.metadata
 import importlib.util
+from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
@@ -23,20 +24,22 @@ TINY_SEED = 0
 
 def path(name: str) -> Path:
     """Folder of a built-in model; made at the first use. Raises ModelError for an unknown name or a missing wheel."""
-    if name == "builtin:tiny":
-        return cache.folder(f"models/tiny-{TINY_VERSION}", _make_tiny)
-    if name == "builtin:smollm2-135m":
-        version = _smollm2_version()
-        return cache.folder(f"models/smollm2-135m-{version}", _make_smollm2)
-    raise ModelError(f"model.name: {name} is unknown; built in are builtin:smollm2-135m and builtin:tiny")
+    return cache.folder(*_recipe(name))
 
 
 def check(name: str) -> None:
-    """Raise ModelError before anything heavy is imported, if `path(name)` would."""
+    """Raise ModelError before anything heavy is imported, if `path` would; other names than `builtin:…` pass."""
+    if name.startswith("builtin:"):
+        _recipe(name)
+
+
+def _recipe(name: str) -> tuple[str, Callable[[Path], None]]:
+    """The name of a model's folder in the cache, and what fills it."""
+    if name == "builtin:tiny":
+        return f"models/tiny-{TINY_VERSION}", _make_tiny
     if name == "builtin:smollm2-135m":
-        _smollm2_version()
-    elif name != "builtin:tiny":
-        path(name)
+        return f"models/smollm2-135m-{_smollm2_version()}", _make_smollm2
+    raise ModelError(f"model.name: {name} is unknown; built in are builtin:smollm2-135m and builtin:tiny")
 
 
 def _smollm2_version() -> str:

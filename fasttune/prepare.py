@@ -58,15 +58,19 @@ class Job:
 def preflight(config: Config, resume: Path | None = None) -> Path:
     """Everything that can be refused without importing torch. Returns the output folder, not yet made."""
     folder = output.choose(config, resume)
+    check(config)
+    return folder
+
+
+def check(config: Config) -> None:
+    """As `preflight`, of everything but the folder. Raises DataError and ModelError."""
     splits = dict.fromkeys(config.data.sources, config.data.split)
     splits |= {config.data.eval: config.data.held_out_split} if config.data.eval else {}
     for source, split in splits.items():
         sources.check(source, split)
         if not looks_like_hub(source):
-            load.form_of(config, source)
-    if config.model.name.startswith("builtin:"):
-        builtin.check(config.model.name)
-    return folder
+            load.form_of(config, source, split)
+    builtin.check(config.model.name)
 
 
 def prepare(config: Config, folder: Path, reporter: Reporter) -> Job:

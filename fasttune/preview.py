@@ -8,7 +8,7 @@ Of the model only config.json and the tokenizer are read, of the data the first 
 from dataclasses import asdict, dataclass
 from typing import Any
 
-from fasttune import builtin, forecast, hardware, plan, pretrained, terminal
+from fasttune import forecast, hardware, plan, prepare, pretrained, terminal
 from fasttune.config import Config, looks_like_hub
 from fasttune.data import chat, load, sources
 from fasttune.errors import ConfigError, DataError
@@ -46,10 +46,7 @@ def look(config: Config, gpu: str | None, reporter: terminal.Reporter) -> Figure
     """
     if gpu is not None and gpu not in hardware.KNOWN_GPUS:
         raise ConfigError([f"--gpu {gpu}: is not known; one of {', '.join(hardware.KNOWN_GPUS)}"])
-    for source in config.data.sources:
-        sources.check(source, config.data.split)
-    if config.model.name.startswith("builtin:"):
-        builtin.check(config.model.name)
+    prepare.check(config)
     here = hardware.detect()
     machine = here if gpu is None else hardware.with_gpu(here, gpu)
     try:

@@ -13,9 +13,9 @@ from typing import Any
 
 import numpy as np
 
-from fasttune import builtin, pretrained, terminal
+from fasttune import prepare, pretrained, terminal
 from fasttune.config import Config
-from fasttune.data import chat, load, packing, sources
+from fasttune.data import chat, load, packing
 from fasttune.data.batches import Batches
 from fasttune.data.store import Rows
 from fasttune.data.tokens import IGNORE, labels
@@ -139,10 +139,7 @@ def look(config: Config, rows: int, reporter: terminal.Reporter) -> Figures:
 
     Raises DataError and ModelError.
     """
-    for source in config.data.sources:
-        sources.check(source, config.data.split)
-    if config.model.name.startswith("builtin:"):
-        builtin.check(config.model.name)
+    prepare.check(config)
     try:
         with library_log():
             reporter.note(f"reading the tokenizer of {config.model.name} …")

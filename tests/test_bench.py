@@ -225,3 +225,8 @@ def test_too_few_rows_for_the_steps(tmp_path: Path) -> None:
         run.run(settings, ["vanilla"], 1, STEPS, tmp_path / "out", "", lambda what, share: None)
     with pytest.raises(FasttuneError, match="lora.init=pissa"):
         run.check(config.parse(TREE | {"lora": {"init": "pissa"}}), None, 1, None)
+
+
+def test_a_finished_run_in_output_dir_is_no_hindrance(tmp_path: Path) -> None:
+    (tmp_path / "run.json").write_text("{}")
+    assert run.check(config.parse(TREE | {"output_dir": str(tmp_path)}), "vanilla", 1, None) == ["vanilla"]

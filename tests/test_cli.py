@@ -8,6 +8,8 @@ from pathlib import Path
 
 import pytest
 
+from fasttune import cli, config, prepare
+
 TINY = "model: {name: builtin:tiny}\ndata: {train: builtin:arithmetic}\n"
 
 
@@ -43,6 +45,26 @@ def test_a_user_error_is_one_line_and_exit_2(tmp_path: Path, override: str, told
     assert done.returncode == 2
     assert told in done.stderr and done.stderr.count("\n") == 1 and "Traceback" not in done.stderr
     assert [path.name for path in tmp_path.iterdir()] == ["tiny.yaml"]
+
+
+@pytest.mark.parametrize("command", ["train", "plan", "data", "bench"])
+def test_what_train_refuses_is_refused_by_those_that_look(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str], command: str
+) -> None:
+    monkeypatch.chdir(tmp_path)
+    Path("tiny.yaml").write_text(TINY)
+    Path("empty.jsonl").write_text("\n")
+    for name, told in (("nowhere.jsonl", "no file nowhere.jsonl"), ("empty.jsonl", "empty.jsonl holds no rows")):
+        assert cli.main([command, "tiny.yaml", f"data.eval={name}"]) == 2
+        assert told in capsys.readouterr().err
+    assert sorted(path.name for path in tmp_path.iterdir()) == ["empty.jsonl", "tiny.yaml"]
+
+
+def test_held_out_rows_are_looked_at_in_their_own_split(tmp_path: Path) -> None:
+    """That of the hub's rows is no split of a file."""
+    (tmp_path / "rows.jsonl").write_text('{"text": "a"}\n')
+    data = {"train": "owner/name", "split": "validation", "eval": str(tmp_path / "rows.jsonl")}
+    prepare.check(config.parse({"model": {"name": "builtin:tiny"}, "data": data}))
 
 
 def test_debug_shows_the_traceback(tmp_path: Path) -> None:

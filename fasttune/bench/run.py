@@ -47,7 +47,7 @@ def check(config: Config, arms: str | None, repeats: int, steps: int | None) -> 
         )
     if config.lora.init != "default":
         raise FasttuneError("bench: lora.init=pissa changes the base weights of one arm only; add lora.init=default")
-    prepare.preflight(config)
+    prepare.check(config)
     return names
 
 
