@@ -58,20 +58,20 @@ def _flat(entries: dict[str, Any]) -> dict[str, Any]:
 
 
 def restore_weights(model: Any, checkpoint: Checkpoint) -> None:
-    """The trained parameters as they were."""
-    now = trained(model)
-    if set(now) != set(checkpoint.tensors["weights"]):  # the identity has been compared: this is a fault of ours
+    """The trained parameters as they were. The checkpoint gives them away: a second copy would fill the host."""
+    now, saved = trained(model), checkpoint.tensors.pop("weights")
+    if set(now) != set(saved):  # the identity has been compared: this is a fault of ours
         raise RuntimeError("the checkpoint holds other parameters than are trained")
     with torch.no_grad():
         for name, parameter in now.items():
-            parameter.copy_(checkpoint.tensors["weights"][name])
+            parameter.copy_(saved[name])
 
 
 def restore_optimizer(trainer: Any, checkpoint: Checkpoint) -> None:
-    """Optimizer and scheduler as they were."""
+    """Optimizer and scheduler as they were. The checkpoint gives the moments away, as it does the weights."""
     saved = checkpoint.state["optimizer"]
     entries: dict[int, dict[str, Any]] = {}
-    for name, value in [*checkpoint.tensors["optimizer"].items(), *saved["plain"].items()]:
+    for name, value in [*checkpoint.tensors.pop("optimizer").items(), *saved["plain"].items()]:
         index, _, key = name.partition(".")
         entries.setdefault(int(index), {})[key] = value
     trainer.optimizer.load_state_dict({"state": entries, "param_groups": saved["groups"]})

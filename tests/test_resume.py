@@ -6,6 +6,7 @@ import signal
 import subprocess
 import sys
 import time
+import weakref
 from collections.abc import Callable
 from contextlib import suppress
 from pathlib import Path
@@ -149,6 +150,25 @@ def test_a_base_model_that_changed_is_refused(copy: Path, monkeypatch: pytest.Mo
 def test_how_a_step_is_computed_may_change(copy: Path) -> None:
     result = run(copy, {"train": {"micro_batch_rows": 2}}, resume=True)
     assert (result.status, result.resumed_from_step) == ("completed", 4)
+
+
+def test_a_resumed_run_keeps_no_second_copy_of_its_weights(copy: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    from fasttune import resume
+
+    find, held = resume.find, []
+    seen: list[tuple[set[str], int]] = []
+
+    def watched(*arguments: Any) -> Any:
+        found = find(*arguments)
+        held.extend([found, *map(weakref.ref, found.tensors["weights"].values())])
+        return found
+
+    def after(step: int) -> None:
+        seen.append((set(held[0].tensors), sum(ref() is not None for ref in held[1:])))
+
+    monkeypatch.setattr(resume, "find", watched)
+    run(copy, resume=True, after=after)
+    assert len(held) > 1 and seen == [({"random"}, 0)] * (STEPS - 4)
 
 
 def test_when_none_holds_the_run_does_not_begin_anew_by_itself(copy: Path) -> None:
