@@ -3,12 +3,20 @@
 transformers is imported inside the functions: whoever trains has imported unsloth first (model.py says why).
 """
 
+import re
 from pathlib import Path
 from typing import Any
 
 from fasttune import builtin, hub
 from fasttune.config import ModelConfig
 from fasttune.errors import ModelError
+
+# As huggingface_hub (utils/_http.py, file_download.py) and transformers (utils/hub.py) write them: numbers alone are in
+# any text. MISSING is asked first, for there the hub answers 401 too and adds that the repository may be gated.
+MISSING = r"Repository Not Found|not a valid model identifier|404 (Client Error|Not Found)|Unrecognized model"
+GATED = r"gated repo|40[13] (Client Error|Forbidden|Unauthorized)"
+UNREACHABLE = r"[Cc]onnection\b|couldn't connect|offline mode|[Ff]ailed to resolve|name resolution|Max retries"
+TOO_LARGE = r"out of memory|can't allocate memory"  # torch, on a GPU and on a CPU
 
 
 def locate(config: ModelConfig) -> str:
@@ -69,7 +77,17 @@ def explain(name: str, error: Exception) -> ModelError:
         return ModelError(
             f"model.name: {name}: {text[:300]}; try again later, or download it elsewhere and give the folder"
         )
-    if "gated" in text or "401" in text or "403" in text:
+    if re.search(TOO_LARGE, text):
+        return ModelError(
+            f"model.name: {name} does not fit into the memory that is free; end what else is using it (`nvidia-smi` "
+            "lists the programs on a GPU), or choose what fits: `fasttune plan` says what would"
+        )
+    if re.search(MISSING, text):
+        return ModelError(
+            f"model.name: {name} is no model folder and no hub id that can be read; check the spelling, and run "
+            "`hf auth login` for a private one"
+        )
+    if re.search(GATED, text):
         return ModelError(
             f"model.name: {name} is gated: accept its licence at https://huggingface.co/{name}, then run "
             f"`hf auth login`, and `hf download {name} config.json` to see that access is granted"
@@ -81,9 +99,7 @@ def explain(name: str, error: Exception) -> ModelError:
         )
     if "file named model.safetensors" in text:
         return _pickled(name, "pytorch_model.bin")
-    if any(
-        sign in text for sign in ("connect", "offline", "resolve", "Max retries", "couldn't find them in the cached")
-    ):
+    if re.search(UNREACHABLE, text):
         if hub.is_offline():
             return ModelError(
                 f"model.name: {name} is neither a local folder nor in the hub's cache, and HF_HUB_OFFLINE is set; "
@@ -93,8 +109,6 @@ def explain(name: str, error: Exception) -> ModelError:
             f"model.name: {name} is neither a local folder nor in the hub's cache, and the hub cannot be reached; "
             "check the name and the network, or download it elsewhere and give the folder"
         )
-    if "not a valid model identifier" in text or "404" in text or "Unrecognized model" in text:
-        return ModelError(f"model.name: {name} is no model folder and no hub id that can be read; check the spelling")
     return ModelError(f"model.name: {name} cannot be loaded: {text[:300]}")
 
 

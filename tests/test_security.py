@@ -203,6 +203,39 @@ def test_a_gated_model_says_where_and_the_two_commands() -> None:
     assert "`hf auth login`" in error and f"`hf download {name} config.json`" in error
 
 
+OUT_OF_MEMORY = (
+    "CUDA out of memory. Tried to allocate 112.00 MiB. GPU 0 has a total capacity of 79.19 GiB of which 403.19 MiB is "
+    "free. Process 401 has 78.79 GiB memory in use. Of the allocated memory 404.00 MiB is connected."
+)
+
+
+@pytest.mark.parametrize(
+    ("text", "told"),
+    [
+        (OUT_OF_MEMORY, "does not fit into the memory that is free"),
+        ("DefaultCPUAllocator: can't allocate memory: you tried to allocate 4030 bytes", "does not fit"),
+        ("403 Forbidden: Please enable access to public gated repositories.\nCannot access content at: x", "is gated"),
+        ("401 Client Error. (Request ID: 1)\n\nCannot access gated repo for url https://x/resolve/y", "is gated"),
+        ("401 Client Error: Unauthorized for url: https://huggingface.co/x", "is gated"),
+        ("You are trying to access a gated repo.\nMake sure to have access to it at x.", "is gated"),
+        (
+            "401 Client Error. (Request ID: 1)\n\nRepository Not Found for url: https://huggingface.co/api/models/x.\n"
+            "If you are trying to access a private or gated repo, make sure you are authenticated",
+            "check the spelling",
+        ),
+        ("404 Client Error: Not Found for url: https://huggingface.co/x/resolve/main/y", "check the spelling"),
+        ("Unrecognized model in models/connect-4. Should have a `model_type` key", "check the spelling"),
+        ("We couldn't connect to 'https://huggingface.co' to load the files", "the hub cannot be reached"),
+        ("Cannot reach https://huggingface.co/x: offline mode is enabled.", "the hub cannot be reached"),
+        ("x is of an unknown kind: 401 layers, 403 heads, disconnected", "cannot be loaded: x is of an unknown kind"),
+    ],
+)
+def test_what_a_load_says_is_read_as_it_is_meant(monkeypatch: pytest.MonkeyPatch, text: str, told: str) -> None:
+    monkeypatch.delenv("HF_HUB_OFFLINE", raising=False)
+    line = str(pretrained.explain("owner/name", RuntimeError(text)))
+    assert told in line and "\n" not in line
+
+
 @pytest.fixture
 def tiny_folder(unsloth: None, tmp_path: Path) -> Path:
     """A copy of builtin:tiny, to be spoiled."""
