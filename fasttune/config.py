@@ -295,11 +295,9 @@ def _apply_overrides(tree: dict[str, Any], overrides: list[str]) -> list[str]:
             problems.append(f"{override}: not of the form key=value, e.g. train.max_steps=20")
             continue
         try:
-            value = yaml.safe_load(text) if text else None
+            value = yaml.safe_load(text) if text else None  # 3e-4 is text in YAML 1.1: pydantic makes it a number
         except yaml.YAMLError:
             value = text
-        if isinstance(value, str):
-            value = _number(value)
         node = tree
         *sections, leaf = key.split(".")
         for section in sections:
@@ -309,14 +307,6 @@ def _apply_overrides(tree: dict[str, Any], overrides: list[str]) -> list[str]:
             node = child
         node[leaf] = value
     return problems
-
-
-def _number(text: str) -> str | float:
-    """YAML 1.1 reads 3e-4 as a string; a person means a number."""
-    try:
-        return float(text)
-    except ValueError:
-        return text
 
 
 def _one_line(item: Any) -> str:

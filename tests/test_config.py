@@ -83,6 +83,12 @@ def test_overrides_win_and_are_typed(tmp_path: Path) -> None:
     assert loaded.train.max_steps == 20
     assert loaded.train.learning_rate == 3e-4
     assert loaded.data.columns == {"question": "q"}
+    texts = config.load(path, ["name=1e5", "model.revision=12e4567", "data.eval=nan", "output_dir="])
+    assert (texts.name, texts.model.revision, texts.data.eval) == ("1e5", "12e4567", "nan")
+    assert config.load(path, ["name=nan", "checkpoint.max_hours=5e-1"]).checkpoint.max_hours == 0.5
+    assert texts.output_dir is None
+    with pytest.raises(ConfigError, match="train.learning_rate"):
+        config.load(path, ["train.learning_rate=nan"])
     with pytest.raises(ConfigError, match="train.max_steps"):
         config.load(path, ["train.max_steps=many"])
     with pytest.raises(ConfigError, match="not of the form key=value"):
