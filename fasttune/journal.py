@@ -16,7 +16,7 @@ from fasttune.quiet import LibraryLog
 from fasttune.summary import Outcome
 from fasttune.tracking import Tracker
 
-METRICS = "metrics.jsonl"
+CONFIG, METRICS = "config.yaml", "metrics.jsonl"
 
 
 def begin(job: Job, log: LibraryLog, resumed: bool) -> IO[str]:
@@ -26,14 +26,6 @@ def begin(job: Job, log: LibraryLog, resumed: bool) -> IO[str]:
     log.move_to(job.folder / "library.log", append=resumed)
     _write_config(job)
     return lock
-
-
-def make_again(job: Job, outcome: Outcome) -> None:
-    """The output folder, which somebody has removed while the run wrote into it."""
-    outcome.warnings.append(f"{job.folder} was removed while the run wrote into it: made again")
-    job.folder.mkdir(parents=True, exist_ok=True)  # a checkpoint may have made it already
-    write_metrics(job.folder, outcome.steps)
-    _write_config(job)
 
 
 def read_metrics(folder: Path, step: int) -> list[StepMetrics]:
@@ -46,37 +38,28 @@ def read_metrics(folder: Path, step: int) -> list[StepMetrics]:
     return found
 
 
-def write_metrics(folder: Path, steps: list[StepMetrics]) -> None:
-    """metrics.jsonl with these steps, the old one until it is whole."""
-    made = folder / f".{METRICS}"
-    made.write_text("".join(_line(step) for step in steps), encoding="utf-8")
-    made.replace(folder / METRICS)
-
-
 class Journal:
-    """Told of every step that is done: writes its line, flushed, shows it, and warns of what it must."""
+    """Told of every step that is done: writes its line, shows it, and warns of what it must."""
 
     def __init__(self, job: Job, trainer: Any, reporter: Reporter, outcome: Outcome):
         self.job, self.trainer, self.reporter, self.outcome = job, trainer, reporter, outcome
         self._rows_at_once: int | None = None
         self._first = True
-        self._lines: IO[str] | None = None
+        self._path = job.folder / METRICS
         self._disk_is_full = False
         self.tracker = Tracker(job, outcome.resumed_from_step, self.warn)
 
     def __enter__(self) -> "Journal":
         for text in self.job.warnings:
             self.reporter.warn(text)
-        self._begin_metrics()
+        self._write_all()
         return self
 
     def __exit__(self, *_: object) -> None:
         self.reporter.stop()
         with suppress(OSError):
-            if self._disk_is_full:
-                self._begin_metrics()
-            if self._lines is not None:
-                self._lines.close()
+            if self._disk_is_full or not self._path.exists():
+                self._write_all()
 
     def warn(self, text: str) -> None:
         self.outcome.warnings.append(text)
@@ -101,13 +84,13 @@ class Journal:
             )
 
     def _write(self, step: StepMetrics) -> None:
-        """Its line, flushed. On a full disk the run goes on, and the file is made anew as soon as there is room."""
+        """Its line. On a full disk the run goes on, and the file is made anew as soon as there is room."""
         try:
-            if self._lines is None or self._disk_is_full:
-                self._begin_metrics()
+            if self._disk_is_full or not self._path.exists():
+                self._write_all()
             else:
-                self._lines.write(_line(step))
-                self._lines.flush()
+                with self._path.open("a", encoding="utf-8") as file:
+                    file.write(_line(step))
             self._disk_is_full = False
         except OSError as error:
             if not self._disk_is_full:
@@ -116,13 +99,16 @@ class Journal:
                 )
             self._disk_is_full = True
 
-    def _begin_metrics(self) -> None:
-        """A file with all steps so far, open for more."""
-        write_metrics(self.job.folder, self.outcome.steps)
-        if self._lines is not None:
-            with suppress(OSError):  # what is left in its buffer is in the new file already
-                self._lines.close()
-        self._lines = (self.job.folder / METRICS).open("a", encoding="utf-8")
+    def _write_all(self) -> None:
+        """A file with all steps so far, the old one until it is whole; its folder again, where somebody removed it."""
+        folder = self.job.folder
+        if not (folder / CONFIG).exists():
+            folder.mkdir(parents=True, exist_ok=True)  # a checkpoint may have made it already
+            _write_config(self.job)
+            self.warn(f"{folder} was removed while the run wrote into it: made again")
+        made = folder / f".{METRICS}"
+        made.write_text("".join(map(_line, self.outcome.steps)), encoding="utf-8")
+        made.replace(self._path)
 
     def _what_runs(self, step: StepMetrics) -> None:
         """Warns where that is not what was asked for, or not any more."""
@@ -147,7 +133,7 @@ def _line(step: StepMetrics) -> str:
 def _write_config(job: Job) -> None:
     header = "# Resolved by fasttune; run it again with: fasttune train config.yaml\n"
     text = configuration.dump(_portable(job.config), header)
-    (job.folder / "config.yaml").write_text(text, encoding="utf-8")
+    (job.folder / CONFIG).write_text(text, encoding="utf-8")
 
 
 def _portable(config: Config) -> Config:

@@ -55,8 +55,6 @@ def run(config: Config, reporter: Reporter, resume: Path | None = None) -> RunRe
         record = Journal(job, trainer, reporter, outcome)
         held.callback(record.tracker.close)  # last: a service that hangs must not hold up what is saved
         validator = train(job, trainer, record, outcome, identity, started)
-        if not (folder / journal.METRICS).exists():
-            journal.make_again(job, outcome)
         save(job, outcome, initial)
         result = summary.summarize(job, outcome, trainer, started)
         result.held_out = validator.result(outcome.saved_step)
