@@ -47,6 +47,27 @@ class AttentionSeen:
         gc.collect()
 
 
+class Watched:
+    """Mixed in before any Hugging Face trainer: takes rows in their order, and profiles the first micro-batch for its
+    attention. Runs and all arms of a benchmark share it, so that what is timed is the same code.
+    """
+
+    attention_seen: str | None = None
+    train_dataset: Any
+
+    def _get_train_sampler(self, train_dataset: Any = None) -> Any:
+        return torch.utils.data.SequentialSampler(train_dataset or self.train_dataset)
+
+    def training_step(self, *args: Any, **kwargs: Any) -> torch.Tensor:
+        step = super().training_step  # type: ignore[misc]
+        if self.attention_seen is not None:
+            return step(*args, **kwargs)
+        with AttentionSeen() as seen:
+            loss = step(*args, **kwargs)
+        self.attention_seen = seen.operators
+        return loss
+
+
 def count_tokens(batches: list[dict[str, torch.Tensor]]) -> dict[str, int]:
     """Tokens, trained tokens, padding of the micro-batches of a step; shared: tokens that were not computed again.
 

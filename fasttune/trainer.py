@@ -21,7 +21,7 @@ from datasets import Dataset
 from fasttune import fused_lora
 from fasttune.data.batches import Batches
 from fasttune.metrics import Backend, StepMetrics
-from fasttune.live import AttentionSeen, count_tokens, dtypes, peak_memory_gib, rows_of, synchronize
+from fasttune.live import Watched, count_tokens, dtypes, peak_memory_gib, rows_of, synchronize
 from fasttune.prepare import Job
 from fasttune.validation import Validator
 
@@ -29,8 +29,8 @@ from fasttune.validation import Validator
 MAX_HOURS = "checkpoint.max_hours"
 
 
-class MeasuredTrainer(trl.SFTTrainer):
-    """Counts tokens in the very tensors that are trained on, and profiles the first micro-batch for its attention.
+class MeasuredTrainer(Watched, trl.SFTTrainer):
+    """Counts tokens in the very tensors that are trained on, and has less of them at once where memory runs out.
 
     A batch of its data loader is a whole optimizer step, a list of micro-batches: how many there are depends on how
     the step's rows fit together.
@@ -40,7 +40,6 @@ class MeasuredTrainer(trl.SFTTrainer):
     rows_seen: int = 0  # of the last step, and in how many micro-batches
     micro_batches_seen: int = 0
     packed_seen: bool = False
-    attention_seen: str | None = None
     started: float = 0.0  # of the present step
     step_loss: float = 0.0
     rows_at_once: int | None = None  # fewer than planned, since memory ran out
@@ -101,15 +100,7 @@ class MeasuredTrainer(trl.SFTTrainer):
         return micro_batches
 
     def _micro_step(self, model: Any, batch: dict[str, Any], learned: Any) -> torch.Tensor:
-        if self.attention_seen is not None:
-            return super().training_step(model, batch, learned)
-        with AttentionSeen() as seen:
-            loss = super().training_step(model, batch, learned)
-        self.attention_seen = seen.operators
-        return loss
-
-    def _get_train_sampler(self, train_dataset: Any = None) -> Any:
-        return torch.utils.data.SequentialSampler(train_dataset or self.train_dataset)  # Batches has shuffled
+        return super().training_step(model, batch, learned)
 
 
 @dataclass

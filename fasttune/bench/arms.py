@@ -107,7 +107,9 @@ def _notebook(config: Config, steps: int, shared: Path, scratch: Path) -> Repeat
     )
     data = Dataset.from_dict({key: [row[key] for row in rows] for key in ("input_ids", "labels")})
 
-    trainer = _watched(trl.SFTTrainer)(model=model, args=arguments, train_dataset=data, processing_class=tokenizer)
+    class Trainer(live.Watched, trl.SFTTrainer): ...
+
+    trainer = Trainer(model=model, args=arguments, train_dataset=data, processing_class=tokenizer)
     clock, counter = Clock(PROCESS_STARTED), Counter(trainer.data_collator, accumulation)
     trainer.data_collator = counter
     trainer.add_callback(clock)
@@ -157,7 +159,9 @@ def _hugging_face(config: Config, steps: int, shared: Path, scratch: Path, tuned
     collator = transformers.DataCollatorWithFlattening() if tuned else padded
     counter, clock = Counter(collator, accumulation), Clock(PROCESS_STARTED)
 
-    trainer = _watched(transformers.Trainer)(
+    class Trainer(live.Watched, transformers.Trainer): ...
+
+    trainer = Trainer(
         model=model, args=arguments, train_dataset=_rows(shared), data_collator=counter, callbacks=[clock]
     )
     trainer.remove_callback(transformers.PrinterCallback)
@@ -171,29 +175,6 @@ def _hugging_face(config: Config, steps: int, shared: Path, scratch: Path, tuned
         dtype=live.dtypes(model, trainer.args.bf16),
     )
     return repeat(clock, counter, model, config.train.batch_rows, backend)
-
-
-def _watched(base: Any) -> Any:
-    """A trainer class that takes the rows in their order, and notes which attention runs in its first micro-batch."""
-    import torch
-
-    from fasttune import live
-
-    class Watched(base):  # type: ignore[misc]
-        attention_seen: str | None = None
-
-        def _get_train_sampler(self, dataset: Any = None) -> Any:
-            return torch.utils.data.SequentialSampler(dataset or self.train_dataset)
-
-        def training_step(self, *args: Any, **kwargs: Any) -> Any:
-            if self.attention_seen is not None:
-                return super().training_step(*args, **kwargs)
-            with live.AttentionSeen() as seen:
-                loss = super().training_step(*args, **kwargs)
-            self.attention_seen = seen.operators
-            return loss
-
-    return Watched
 
 
 def _plain_lora(model: Any, config: Config) -> Any:
