@@ -1,4 +1,4 @@
-"""Every error a person can cause, and how it leaves the program.
+"""Every error a person can cause, and how it leaves the program; an error of others in one line.
 
 FasttuneError          one line on stderr: what, where, how to mend it; exit 2
 ├── ConfigError        the config file or a key=value: all problems at once, one line each
@@ -39,3 +39,18 @@ class RunFailed(FasttuneError):
     """The run started and could not be finished."""
 
     exit_code = 1
+
+
+def first_line(error: BaseException) -> str:
+    """The first line of an error's text that says something, or the name of its kind."""
+    return next((line.strip() for line in str(error).splitlines() if line.strip()), type(error).__name__)
+
+
+def kind_and_line(error: BaseException) -> str:
+    """An error of somebody else's code in one line: `ValueError: …`."""
+    return f"{type(error).__name__}: {first_line(error)}"
+
+
+def last_line(text: str, otherwise: str) -> str:
+    """The last line of what a program printed that says something: where a traceback has its error."""
+    return next((line.strip() for line in reversed(text.splitlines()) if line.strip()), otherwise)

@@ -76,10 +76,13 @@ def detect(path: str | Path = ".") -> Hardware:
 
 
 def disk_free_gib(path: str | Path) -> float:
-    place = Path(path).absolute()
-    while not place.exists():
-        place = place.parent
-    return shutil.disk_usage(place).free / GIB
+    return shutil.disk_usage(nearest_existing(path)).free / GIB
+
+
+def nearest_existing(path: str | Path) -> Path:
+    """`path`, or the nearest of its parents that is there: where it would be made."""
+    whole = Path(path).absolute()
+    return next(place for place in (whole, *whole.parents) if place.exists())
 
 
 def usable_cores() -> int:

@@ -5,6 +5,8 @@ import time
 from collections.abc import Callable
 from typing import TypeVar
 
+from fasttune.errors import first_line
+
 PAUSES_S = (2, 5, 15)  # before the hub is asked again
 AGAIN = {429, 500, 502, 503, 504}  # HTTP: busy, or a fault of its own
 
@@ -29,7 +31,7 @@ def patiently(ask: Callable[[], Answer]) -> Answer:
                 raise
             if pause_s is None:
                 raise TimeoutError(
-                    f"the hub did not answer {len(PAUSES_S) + 1} times in {sum(PAUSES_S)} s ({_first_line(error)})"
+                    f"the hub did not answer {len(PAUSES_S) + 1} times in {sum(PAUSES_S)} s ({first_line(error)})"
                 ) from error
             print(f"the hub does not answer ({type(error).__name__}): asking again in {pause_s} s")  # into library.log
         time.sleep(pause_s)
@@ -43,7 +45,3 @@ def _is_passing(error: BaseException | None) -> bool:
             return True
         error = error.__cause__ or error.__context__
     return False
-
-
-def _first_line(error: BaseException) -> str:
-    return next((line.strip() for line in str(error).splitlines() if line.strip()), type(error).__name__)

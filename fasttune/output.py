@@ -7,6 +7,7 @@ from datetime import datetime
 from pathlib import Path
 from typing import IO
 
+from fasttune import hardware
 from fasttune.config import Config
 from fasttune.errors import OutputError
 
@@ -28,7 +29,7 @@ def choose(config: Config, resume: Path | None = None) -> Path:
             f"output_dir: {folder} already holds a run; name another, go on with it (--resume), or set overwrite=true "
             "to replace it"
         )
-    parent = _nearest_existing(folder)
+    parent = hardware.nearest_existing(folder)
     if not os.access(parent, os.W_OK | os.X_OK):
         raise OutputError(f"output_dir: {parent} is not writable; name a folder you may write to")
     check_space(folder, 0)
@@ -56,13 +57,12 @@ def to_resume(config: Config, named: str) -> Path:
     return runs[-1]
 
 
-def check_space(folder: Path, weights_gib: float) -> None:
-    """Raise OutputError unless the disk can hold the weights to be saved."""
-    needed_gib = weights_gib + SLACK_GIB
-    free_gib = shutil.disk_usage(_nearest_existing(folder)).free / 2**30
+def check_space(folder: Path, weights_gib: float, what: str = "output_dir") -> None:
+    """Raise OutputError unless the disk can hold the weights to be saved. `what`: the setting that names the folder."""
+    needed_gib, free_gib = weights_gib + SLACK_GIB, hardware.disk_free_gib(folder)
     if free_gib < needed_gib:
         raise OutputError(
-            f"output_dir: the disk of {folder} has {free_gib:.2f} GiB free, this run needs {needed_gib:.2f} GiB; "
+            f"{what}: the disk of {folder} has {free_gib:.2f} GiB free, {needed_gib:.2f} GiB are needed; "
             "free some, or name a folder on another disk"
         )
 
@@ -95,10 +95,3 @@ def create(folder: Path, resume: bool = False) -> IO[str]:
     except OSError as error:
         raise OutputError(f"output_dir: {folder} cannot be made ({error.strerror}); name another folder") from error
     return lock
-
-
-def _nearest_existing(folder: Path) -> Path:
-    folder = folder.absolute()
-    while not folder.exists():
-        folder = folder.parent
-    return folder

@@ -12,7 +12,7 @@ import warnings
 from collections.abc import Callable
 from urllib.parse import urlsplit
 
-from fasttune.errors import ConfigError
+from fasttune.errors import ConfigError, kind_and_line
 from fasttune.metrics import StepMetrics
 from fasttune.prepare import Job
 
@@ -65,8 +65,7 @@ class Tracker:
                 action()
         except Exception as error:  # a service that is down must not cost the run
             self._send, self._close = None, lambda: None
-            text = next(iter(str(error).splitlines()), "")
-            self.warn(f"train.report_to: nothing more is reported: {type(error).__name__}: {text}")
+            self.warn(f"train.report_to: nothing more is reported: {kind_and_line(error)}")
 
 
 def _tensorboard(job: Job, resumed_from_step: int | None) -> tuple[Send, Callable[[], None]]:

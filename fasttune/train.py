@@ -15,7 +15,7 @@ from typing import Any
 
 from fasttune import card, journal, report, summary, tracking
 from fasttune.config import Config
-from fasttune.errors import FasttuneError
+from fasttune.errors import FasttuneError, first_line, kind_and_line
 from fasttune.journal import Journal
 from fasttune.metrics import RunResult
 from fasttune.plan import smaller
@@ -130,8 +130,7 @@ def answer_again(job: Job, result: RunResult, before: list[str]) -> None:
         result.samples, result.exact_match = samples.compare(job.config, job.problems, before, after)
     except (Exception, KeyboardInterrupt) as error:
         print(traceback.format_exc())  # into library.log
-        why = next(iter(str(error).splitlines()), "") or type(error).__name__
-        result.warnings.append(f"the held-out problems were not answered after training: {why}")
+        result.warnings.append(f"the held-out problems were not answered after training: {first_line(error)}")
 
 
 @contextmanager
@@ -149,5 +148,4 @@ def _one_line(error: Exception, job: Job) -> str:
     if type(error).__name__ == "OutOfMemoryError":
         ways = smaller(job.config, bool(job.machine.gpus))
         return f"out of memory with the fewest rows at once; try, in this order: {'; '.join(ways)}"
-    text = next((line for line in str(error).splitlines() if line.strip()), "")
-    return text if isinstance(error, FasttuneError) else f"{type(error).__name__}: {text}"
+    return first_line(error) if isinstance(error, FasttuneError) else kind_and_line(error)

@@ -47,5 +47,7 @@ def test_a_folder_that_cannot_be_written(tmp_path: Path, monkeypatch: pytest.Mon
 def test_too_little_disk_says_how_much_is_needed(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(shutil, "disk_usage", lambda _: SimpleNamespace(free=2**30))
     output.check_space(tmp_path / "new" / "run", 0.5)
-    with pytest.raises(OutputError, match=r"1\.00 GiB free, this run needs 16\.10 GiB"):
+    with pytest.raises(OutputError, match=r"^output_dir: .* 1\.00 GiB free, 16\.10 GiB are needed"):
         output.check_space(tmp_path / "new" / "run", 16)
+    with pytest.raises(OutputError, match="^--out: the disk of "):
+        output.check_space(tmp_path, 1, "--out")

@@ -21,7 +21,7 @@ from fasttune import config as configuration, hardware, metrics, prepare, summar
 from fasttune.bench.arms import WHAT
 from fasttune.bench.result import MIN_REPEATS, WARMUP_STEPS, Arm, Bench, Limit, Repeat
 from fasttune.config import Config, EvalConfig
-from fasttune.errors import DataError, FasttuneError, OutputError, RunFailed
+from fasttune.errors import DataError, FasttuneError, OutputError, RunFailed, last_line
 from fasttune.hardware import Hardware
 from fasttune.metrics import Backend
 
@@ -119,8 +119,7 @@ def fresh_process(what: str, shared: Path, steps: int) -> dict[str, Any]:
     except (IndexError, ValueError):
         if done.returncode in (-9, 137):
             return {"failure": "killed by the system, most likely out of memory"}
-        last = next((line for line in reversed(done.stderr.splitlines()) if line.strip()), "said nothing")
-        return {"failure": f"ended with code {done.returncode}: {last[:300]}"}
+        return {"failure": f"ended with code {done.returncode}: {last_line(done.stderr, 'said nothing')[:300]}"}
 
 
 class Measurements:

@@ -14,6 +14,7 @@ from typing import Any
 from fasttune import config as configuration
 from fasttune.bench import arms
 from fasttune.config import Config
+from fasttune.errors import kind_and_line
 
 LIMIT_SECONDS, LIMIT_STEPS = 4.0, 6  # fewer steps than these, as in a dry run: as much less time
 
@@ -25,7 +26,7 @@ def main() -> int:
         try:
             result = _measure(what, config, steps, shared, Path(scratch))
         except Exception as error:  # an arm that cannot do the job is a row of the table
-            result = {"failure": _one_line(error)}
+            result = {"failure": kind_and_line(error)[:300]}
     print("\n" + json.dumps(result))
     return 0
 
@@ -66,11 +67,6 @@ def limit(config: Config, shared: Path, seconds: float = LIMIT_SECONDS) -> dict[
         "tflops": sum(flops.values()) / sum(flops[shape] / rates[shape] for shape in flops),
         "shapes": {" x ".join(map(str, shape)): rate for shape, rate in rates.items()},
     }
-
-
-def _one_line(error: Exception) -> str:
-    text = next((line for line in str(error).splitlines() if line.strip()), "")
-    return f"{type(error).__name__}: {text}"[:300]
 
 
 if __name__ == "__main__":
