@@ -18,8 +18,10 @@ from fasttune.shape import Shape
 GIB = 2**30
 BYTES = {"bfloat16": 2, "float32": 4}
 NF4_BYTES = 0.53  # 4 bits and a constant of 8 bits for 64 weights: https://arxiv.org/abs/2305.14314, section 3
-BLOCK, KEPT = 64, 512  # rows_attention's: queries at once, and up to which length of a row its probabilities are kept
-RANK_MULTIPLE = 16  # fused_lora's
+# Of the kernels for a CPU, which import them from here: this file imports no torch.
+BLOCK = 64  # queries at once (rows_attention)
+KEPT = 512  # rows longer than this compute their probabilities again backward: kept, they would be T² of memory
+RANK_MULTIPLE = 16  # to which a rank is filled up (fused_lora): one of 8 costs the BLAS three times the time of 16
 CPU_LOGIT_VALUES = 16 * 2**20  # of one chunk of Unsloth's cross entropy on a CPU (unsloth_zoo.cpu.ops)
 GPU_LOGIT_BYTES, GPU_LOGIT_GIB = 16, 4.0  # a logit, and at most: unsloth_zoo.fused_losses.cross_entropy_loss
 # Measured on a CPU, see docs/LOG.md: Python, torch, transformers and Unsloth; a tokenizer, by entry; and, while it

@@ -10,8 +10,8 @@ from typing import Any
 import torch
 from torch.autograd.function import once_differentiable
 
-BLOCK = 64  # queries at once
-KEPT = 512  # rows longer than this compute their probabilities again backward: kept, they would be T² of memory
+from fasttune.memory_forecast import BLOCK, KEPT
+
 FUTURE = torch.ones(BLOCK, BLOCK, dtype=torch.bool).triu(1)
 
 

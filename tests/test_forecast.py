@@ -44,13 +44,6 @@ def test_a_micro_batch_is_counted_as_it_is_computed() -> None:
     assert MicroBatch.full(2, 1024, packed=True).probabilities == 0  # longer rows compute them again
 
 
-def test_what_attention_keeps_is_what_the_kernel_keeps(unsloth: None) -> None:
-    from fasttune import fused_lora, rows_attention
-
-    assert (memory_forecast.BLOCK, memory_forecast.KEPT) == (rows_attention.BLOCK, rows_attention.KEPT)
-    assert memory_forecast.RANK_MULTIPLE == fused_lora.RANK_MULTIPLE
-
-
 @pytest.mark.parametrize("packed", [True, False])
 @pytest.mark.parametrize("method", ["lora", "full"])
 def test_activations_are_the_tensors_that_are_saved(unsloth: None, method: str, packed: bool) -> None:
