@@ -188,11 +188,11 @@ def write_rows(path: Path, rows: int) -> Path:
 
 
 def where() -> dict[str, Any]:
-    from fasttune import hardware, summary
+    from fasttune import hardware, stack
 
     git = subprocess.run(["git", "describe", "--always", "--dirty"], capture_output=True, text=True, check=False)
-    machine = summary.hardware_line(hardware.detect(Path.cwd()))
-    return {"hardware": machine, "versions": summary.versions(), "git": git.stdout.strip()}
+    machine = hardware.line(hardware.detect(Path.cwd()))
+    return {"hardware": machine, "versions": stack.versions(), "git": git.stdout.strip()}
 
 
 if __name__ == "__main__":

@@ -19,7 +19,7 @@ from rich.padding import Padding
 from rich.table import Table
 from rich.text import Text
 
-from fasttune import card, finished as finished_models, hardware, report, summary, tasks as own, terminal
+from fasttune import card, finished as finished_models, hardware, report, stack, tasks as own, terminal
 from fasttune.data import answers, chat, sources
 from fasttune.errors import FasttuneError, OutputError, RunFailed
 from fasttune.finished import Finished
@@ -125,8 +125,8 @@ def run(
         from_cache=asked.from_cache,
         seconds=time.perf_counter() - started,
         date=datetime.now().isoformat(timespec="seconds"),
-        hardware=summary.hardware_line(hardware.detect(folder)),
-        versions=summary.versions() | {"lm_eval": importlib.metadata.version("lm_eval")},
+        hardware=hardware.line(hardware.detect(folder)),
+        versions=stack.versions() | {"lm_eval": importlib.metadata.version("lm_eval")},
         warnings=finished.warnings,
     )
     write(folder, result, [problem(task, sample) for task, found in raw["samples"].items() for sample in found])

@@ -11,7 +11,7 @@ import statistics
 import subprocess
 import time
 from collections.abc import Sequence
-from dataclasses import dataclass, replace
+from dataclasses import asdict, dataclass, replace
 from pathlib import Path
 from typing import Any
 
@@ -46,8 +46,9 @@ class Hardware:
         return int(self.driver.split(".")[0]) if self.driver else None
 
 
-def line(facts: dict[str, Any]) -> str:
-    """A machine in one line, from `asdict(Hardware)` or what run.json keeps of it."""
+def line(machine: Hardware | dict[str, Any]) -> str:
+    """A machine in one line; a dict is what run.json keeps of one."""
+    facts = asdict(machine) if isinstance(machine, Hardware) else machine
     if gpus := facts.get("gpus"):
         return f"{gpus[0]['name']}, {gpus[0]['memory_gib']:.0f} GiB, driver {facts.get('driver')}"
     return f"{facts.get('cpu_model')}, {facts.get('cores')} cores, {facts.get('memory_gib') or 0:.0f} GiB, no GPU"

@@ -157,13 +157,9 @@ def _micro_batch(config: Config, shape: Shape, choices: Choices, usable_gib: flo
     if micro == useful[0]:
         return micro, f"a CPU gains nothing beyond {CPU_MICRO_BATCH_TOKENS:,} tokens at once"
     needed = full_memory(config, shape, choices, useful[useful.index(micro) - 1] if fitting else 1).total
-    return micro, f"more would need about {needed:.0f} of {usable_gib:.0f} GiB" if fitting else _too_much(
-        needed, usable_gib
-    )
-
-
-def _too_much(needed_gib: float, usable_gib: float) -> str:
-    return f"even one full row needs about {needed_gib:.0f} GiB, {usable_gib:.0f} GiB can be used"
+    if fitting:
+        return micro, f"more would need about {needed:.0f} of {usable_gib:.0f} GiB"
+    return micro, f"even one full row needs about {needed:.0f} GiB, {usable_gib:.0f} GiB can be used"
 
 
 def _batch(config: Config, micro: int, reason: str | None) -> Setting:

@@ -60,14 +60,11 @@ def read_tokenizer(config: ModelConfig) -> Any:
         )
     except (OSError, ValueError) as error:
         raise explain(config.name, error) from error
-    check_fast(tokenizer, config.name)
+    if not getattr(tokenizer, "is_fast", False):  # it alone can say which characters a token stands for
+        raise ModelError(
+            f"model.name: {config.name} has no fast tokenizer (tokenizer.json), so labels cannot be placed"
+        )
     return tokenizer
-
-
-def check_fast(tokenizer: Any, name: str) -> None:
-    """Raise ModelError for a tokenizer that cannot say which characters a token stands for."""
-    if not getattr(tokenizer, "is_fast", False):
-        raise ModelError(f"model.name: {name} has no fast tokenizer (tokenizer.json), so labels cannot be placed")
 
 
 def explain(name: str, error: Exception) -> ModelError:

@@ -1,6 +1,5 @@
 """What ran and what it cost: every number of run.json, from measured steps and live objects, never from the request."""
 
-import importlib.metadata
 import shlex
 import statistics
 import time
@@ -8,13 +7,11 @@ from dataclasses import asdict, dataclass, field
 from pathlib import Path
 from typing import Any, Literal
 
-from fasttune import hardware, metrics
+from fasttune import hardware, metrics, stack
 from fasttune.checkpoint import Checkpoint
-from fasttune.hardware import Hardware
 from fasttune.metrics import RunResult, StepMetrics
 from fasttune.prepare import Job
 
-PACKAGES = ["torch", "triton", "transformers", "trl", "peft", "unsloth", "unsloth_zoo", "xformers", "flash-attn"]
 MATMUL_SECONDS = 1.0  # spent after the run on measuring this machine's matmul rate
 
 
@@ -99,12 +96,15 @@ def summarize(job: Job, outcome: Outcome, trainer: Any, started: float) -> RunRe
         usd_per_hour=price,
         usd_per_million_tokens=price / 3600 / speed * 1e6 if price is not None and speed else None,
         backend=backend(trainer),
-        versions=versions(),
+        versions=stack.versions(),
         hardware=asdict(job.machine),
         settings=job.settings,
         forecast=job.forecast,
         warnings=outcome.warnings,
         error=outcome.error,
+        resumed_from_step=outcome.resumed_from_step,
+        resume_command=_resume_command(job, outcome),
+    )
     set_cost(result, outcome, started)
     return result
 
@@ -114,9 +114,6 @@ def set_cost(result: RunResult, outcome: Outcome, started: float) -> None:
     result.wall_s = outcome.earlier_s + time.perf_counter() - started
     if result.usd_per_hour is not None:
         result.cost_usd = result.usd_per_hour * result.wall_s / 3600
-        resumed_from_step=outcome.resumed_from_step,
-        resume_command=_resume_command(job, outcome),
-    )
 
 
 def _resume_command(job: Job, outcome: Outcome) -> str | None:
@@ -128,25 +125,8 @@ def _resume_command(job: Job, outcome: Outcome) -> str | None:
 
 def measured_matmul_tflops(job: Job) -> float:
     """This machine's matmul rate at the run's own shape: tokens of a micro-batch of step 1 × hidden × MLP width."""
-    architecture = job.model.config
-    width = getattr(architecture, "intermediate_size", None) or 4 * architecture.hidden_size
-    tokens = sum(batch["input_ids"].size for batch in job.data.micro_batches(0)) // len(job.data.micro_batches(0))
-    shape = (tokens, architecture.hidden_size, width)
+    batches = job.data.micro_batches(0)
+    tokens = sum(batch["input_ids"].size for batch in batches) // len(batches)
+    shape = (tokens, job.plan.shape.hidden, job.plan.shape.mlp)
     device = "cuda" if job.machine.gpus else "cpu"
     return hardware.measure_matmul_tflops(device, job.plan.dtype, [shape], MATMUL_SECONDS)[shape]
-
-
-def versions() -> dict[str, str]:
-    """Versions of the packages that did the work, where they are installed."""
-    found = {}
-    for package in ["fasttune", *PACKAGES]:
-        try:
-            found[package] = importlib.metadata.version(package)
-        except importlib.metadata.PackageNotFoundError:
-            continue
-    return found
-
-
-def hardware_line(machine: Hardware) -> str:
-    """The machine in one line."""
-    return hardware.line(asdict(machine))

@@ -13,7 +13,7 @@ from contextlib import ExitStack, contextmanager
 from pathlib import Path
 from typing import Any
 
-from fasttune import card, journal, report, summary, tracking
+from fasttune import card, hardware, journal, report, summary, tracking
 from fasttune.config import Config
 from fasttune.errors import FasttuneError, first_line, kind_and_line
 from fasttune.journal import Journal
@@ -50,7 +50,7 @@ def run(config: Config, reporter: Reporter, resume: Path | None = None) -> RunRe
             state.restore_weights(job.model, found)
             trainer.add_callback(resuming.Resumed(trainer, found))
             outcome.go_on(found, journal.read_metrics(folder, found.state["step"]))
-        machine = summary.hardware_line(job.machine)
+        machine = hardware.line(job.machine)
         reporter.start(job.config.name, machine, job.settings, job.total_steps, job.usd_per_hour)
         record = Journal(job, trainer, reporter, outcome)
         held.callback(record.tracker.close)  # last: a service that hangs must not hold up what is saved
@@ -59,9 +59,9 @@ def run(config: Config, reporter: Reporter, resume: Path | None = None) -> RunRe
         result = summary.summarize(job, outcome, trainer, started)
         result.held_out = validator.result(outcome.saved_step)
         report.write_json(folder / "run.json", result.as_dict())  # what comes now is only for the report
-            summary.set_cost(result, outcome, started)
         if outcome.status == "completed":
             answer_again(job, result, before)
+            summary.set_cost(result, outcome, started)
         report.write_json(folder / "run.json", result.as_dict())
         report.write_html(folder / "report.html", result, outcome.steps)
         card.of_run(folder)

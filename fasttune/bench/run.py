@@ -17,7 +17,7 @@ from datetime import UTC, datetime
 from pathlib import Path
 from typing import Any
 
-from fasttune import config as configuration, hardware, metrics, prepare, summary
+from fasttune import config as configuration, hardware, metrics, prepare, stack
 from fasttune.bench.arms import WHAT
 from fasttune.bench.result import MIN_REPEATS, WARMUP_STEPS, Arm, Bench, Limit, Repeat
 from fasttune.config import Config, EvalConfig
@@ -84,7 +84,7 @@ def run(
         limit=measured.limit(repeats),
         usd_per_hour=price(config, machine),
         hardware=asdict(machine),
-        versions=summary.versions(),
+        versions=stack.versions(),
         git=_git(),
         date=datetime.now(UTC).strftime("%Y-%m-%d"),
         objections=list(dict.fromkeys(objections)),
