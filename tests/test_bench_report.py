@@ -191,14 +191,14 @@ def test_mfu_only_for_bf16_on_a_known_chip(machine: Hardware, dtype: str, ran: s
 def test_what_is_not_counted_has_no_share_and_says_why(tmp_path: Path) -> None:
     arms = [make_arm(name, *[100.0] * 5, flops_per_token=None) for name in ("fasttune", "vanilla")]
     bench = make_bench(*arms, machine=H100, dtype="bfloat16", limit=None)
-    arm = bench.as_dict()["arms"][0]
-    assert (arm["mfu"], arm["share_of_limit"]) == (None, None)
+    plain = bench.as_dict()["arms"][0]
+    assert (plain["mfu"], plain["share_of_limit"]) == (None, None)
     assert "of limit" not in report.table(bench).headings
     assert all("mixture of experts are not counted" in text for text in (shown(bench, 200), html_of(bench, tmp_path)))
     assert make_bench().limit_unknown is None and bench.limit_unknown
-    lines = [{"arm": "fasttune", "repeat": 0, "flops_per_token": None}, {"arm": "limit", "repeat": 0, "tflops": 1.0}]
     measured = object.__new__(run.Measurements)
-    measured.lines = lines
+    measured.lines = [{"arm": arm.name, "repeat": 0, "flops_per_token": None} for arm in arms]
+    measured.lines.append({"arm": "limit", "repeat": 0, "tflops": 1.0})
     assert measured.limit(1) is None
 
 

@@ -18,9 +18,10 @@ from fasttune.errors import OutputError
 pytestmark = pytest.mark.usefixtures("unsloth")
 
 
-def test_an_output_folder_that_is_removed_is_made_again(tmp_path: Path) -> None:
+@pytest.mark.parametrize("last", [5, STEPS])
+def test_an_output_folder_that_is_removed_is_made_again(tmp_path: Path, last: int) -> None:
     def after(step: int) -> None:
-        if step == 5:
+        if step == last:
             shutil.rmtree(tmp_path / "run")
 
     result = run(tmp_path / "run", after=after)
