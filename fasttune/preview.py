@@ -102,12 +102,10 @@ def _sample(config: Config) -> tuple[Config, float]:
         rows = _rows_of(config, source)
         whole += weight * (rows if most is None else min(rows, most))
         read += weight * min(rows, SAMPLED_ROWS, most or SAMPLED_ROWS)
-    if whole == read:
-        return config, 1.0
     hub = any(looks_like_hub(source) for source in config.data.sources)
-    data = config.data.model_copy(
-        update={"max_rows": min(most or SAMPLED_ROWS, SAMPLED_ROWS), "streaming": hub or config.data.streaming}
-    )
+    if whole == read and not hub:
+        return config, 1.0
+    data = config.data.model_copy(update={"max_rows": min(most or SAMPLED_ROWS, SAMPLED_ROWS), "streaming": hub})
     return config.model_copy(update={"data": data}), whole / read
 
 

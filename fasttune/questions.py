@@ -74,7 +74,8 @@ def _answered(row: Row) -> Row:
     ):
         said = row.get(turns)
         if isinstance(said, list) and said and isinstance(said[-1], dict):
-            over = said[-1].get(speaker) not in ("assistant", "gpt", "chatgpt", "bing", "bard")
+            last = str(said[-1].get(speaker))
+            over = formats.SHAREGPT_ROLES.get(last, last) != "assistant"
             return {**row, turns: [*said, {speaker: assistant, text: NONE_YET}]} if over else row
     for question, answer in ANSWERS.items():
         if question in row and not row.get(answer):
@@ -88,7 +89,7 @@ def identity(finished: Finished, source: str, settings: dict[str, Any]) -> dict[
     return {
         "base": _weights(finished.base.name) + (f" {finished.base.revision}" if finished.base.revision else ""),
         "adapter": _weights(str(finished.adapter)) if finished.adapter else None,
-        "rows": sources.fingerprint(source, "test", finished.reading(source)[0], False),
+        "rows": sources.fingerprint(source, "test", finished.reading(source)[0]),
         **settings,
     }
 

@@ -34,25 +34,24 @@ def read(config: Config, tokenizer: Any, batches: Batches, warn: Callable[[str],
     out, and with a warning those whose question alone is longer than `model.max_length`. Raises DataError where one is
     to be scored and its reference holds no `#### N`.
     """
-    problems: list[Problem] = []
-    too_long = 0
+    template, problems, too_long = chat.template_of(tokenizer), list[Problem](), 0
     for place, row in _held_out(config, batches):
         row = formats.rename(row, config.data.columns, place)
         form = config.data.format if config.data.format != "auto" else formats.detect(row, place)
         try:
             conversation = formats.convert(row, form, place)
+            if isinstance(conversation, str) or not conversation.answers:
+                continue
+            messages, last = conversation.messages, conversation.answers[-1]
+            prompt = template.render(messages[:last], conversation.tools, ask=True)
         except formats.Unusable:
             continue
-        if isinstance(conversation, str) or not conversation.answers:
-            continue
-        messages, last = conversation.messages, conversation.answers[-1]
         question = messages[last - 1]["content"]
         scored = len(problems) < config.eval.problems
         if scored and answers.final_number(messages[last]["content"]) is None:
             raise DataError(
                 f"eval.problems: {place}: its answer holds no `#### N`, so none can be checked; set eval.problems=0"
             )
-        prompt = chat.prompt(messages, tokenizer)
         if len(tokenizer(prompt, add_special_tokens=False).input_ids) > config.model.max_length:
             too_long += 1
             continue
@@ -70,12 +69,12 @@ def _held_out(config: Config, batches: Batches) -> Iterator[tuple[str, Row]]:
     if not count:
         return
     if data.eval is not None:
-        for _, place, row in sources.first_rows(data.eval, "test", data.held_out_split, count):
+        for _, place, row in sources.first_rows(data.eval, "test", data.held_out_split, count, data.streaming):
             yield place, row
         return
     part, held_out = batches.parts[0], batches.split[0][1]
     wanted = set(part.numbers[held_out[:count]].tolist())
-    rows = sources.first_rows(part.source, "train", data.split, max(wanted, default=0))
+    rows = sources.first_rows(part.source, "train", data.split, max(wanted, default=0), data.streaming)
     yield from ((place, row) for number, place, row in rows if number in wanted)
 
 

@@ -286,8 +286,9 @@ def test_a_conversation_the_template_cannot_show_is_unusable(template: str, reas
 
 
 def test_the_prompt_ends_where_the_learned_answer_begins(tiny_tokenizer: Any) -> None:
-    text, spans = chat.template_of(tiny_tokenizer).text(TWO_ANSWERS, "last", "row 1")
-    assert chat.prompt(MESSAGES, tiny_tokenizer) == text[: spans[0][0]]
+    template = chat.template_of(tiny_tokenizer)
+    text, spans = template.text(TWO_ANSWERS, "last", "row 1")
+    assert template.render(MESSAGES[:3], ask=True) == text[: spans[0][0]]
 
 
 def test_templates_render_as_transformers_renders_them() -> None:

@@ -157,9 +157,10 @@ def test_the_harness_generates_what_the_model_generates(tmp_path: Path, harness:
     result, lines = score(tmp_path, tasks="builtin:arithmetic", limit=3, batch_rows=2, keep_answers=False)
     rows = arithmetic.generate("test", rows=3)
     model, tokenizer = finished.load(open_run("builtin:tiny"), "float32")
+    template = chat.template_of(tiny_tokenizer)
     for row, line in zip(rows, lines, strict=True):
-        turns = [{"role": "user", "content": row["question"]}, {"role": "assistant", "content": row["answer"]}]
-        assert line["prompt"] == chat.prompt(turns, tiny_tokenizer) and line["reference"] == row["answer"]
+        asked = template.render([{"role": "user", "content": row["question"]}], ask=True)
+        assert (line["prompt"], line["reference"]) == (asked, row["answer"])
         ids = tokenizer(line["prompt"], return_tensors="pt", add_special_tokens=False)
         with models.torch.inference_mode():
             out = model.generate(**ids, max_new_tokens=128, do_sample=False, pad_token_id=tokenizer.pad_token_id)

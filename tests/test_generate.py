@@ -163,8 +163,12 @@ USER, SYSTEM = [formats._turn("user", "Hi")], [formats._turn("system", "Be kind.
             {"messages": [*USER, formats._turn("assistant", "Ho"), *USER]},
             [*USER, formats._turn("assistant", "Ho"), *USER],
         ),
-        ({"conversations": [{"from": "human", "value": "Hi"}, {"from": "gpt", "value": "Ho"}]}, USER),
         ({"conversations": [{"from": "human", "value": "Hi"}]}, USER),
+        *(
+            ({"conversations": [{"from": "human", "value": "Hi"}, {"from": speaker, "value": "Ho"}]}, USER)
+            for speaker, role in formats.SHAREGPT_ROLES.items()
+            if role == "assistant"
+        ),
     ],
 )
 def test_the_question_part_of_every_form(tmp_path: Path, row: dict[str, Any], messages: Any) -> None:

@@ -48,6 +48,37 @@ def test_a_problem_that_cannot_be_scored_is_refused(tiny_tokenizer: Any, tmp_pat
     assert told == ["1 of the held-out problems are not asked: longer than model.max_length=512"]
 
 
+TOOLS = (
+    "{% for tool in tools or [] %}can {{ tool.function.name }}\n{% endfor %}"
+    "{% for m in messages %}{% if 'forbidden' in m.content %}{{ raise_exception('no') }}{% endif %}"
+    "{{ m.role }}: {{ m.content }}<|im_end|>\n{% endfor %}{{ 'assistant: ' if add_generation_prompt }}"
+)
+
+
+def test_what_is_asked_is_what_training_has_before_the_answer(tiny_tokenizer: Any, tmp_path: Path) -> None:
+    """With its tools, up to the last answer that is learned; a row that the template refuses is left out of both."""
+    from fasttune import samples
+    from fasttune.data import chat, formats
+
+    def said(role: str, content: str, **more: Any) -> dict[str, Any]:
+        return {"role": role, "content": content, **more}
+
+    turns = [said("user", "1 + 1?"), said("assistant", "#### 2"), said("user", "Hm"), said("assistant", "", weight=0)]
+    tools = [{"type": "function", "function": {"name": "add"}}]
+    rows = [{"messages": turns, "tools": tools}, {"messages": [said("user", "forbidden"), *turns[1:]]}]
+    file = tmp_path / "held_out.jsonl"
+    file.write_text("".join(json.dumps(row) + "\n" for row in rows))
+    tiny_tokenizer.chat_template = TOOLS
+    asked = config.parse(TREE | {"samples": 2, "eval": {"problems": 2}, "data": {**TREE["data"], "eval": str(file)}})
+    batches: Any = None
+    [problem] = samples.read(asked, tiny_tokenizer, batches, print)
+    assert (problem.question, problem.reference) == ("1 + 1?", "#### 2")
+    trained = formats.convert(rows[0], "messages", "row 1")
+    text, [(start, end)] = chat.template_of(tiny_tokenizer).text(trained, "assistant", "row 1")
+    assert (problem.prompt, text[start:end]) == (text[:start], "#### 2<|im_end|>")
+    assert problem.prompt.startswith("can add")
+
+
 def test_answers_in_parts_are_the_answers_at_once(
     tiny_tokenizer: Any, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:

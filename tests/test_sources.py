@@ -181,7 +181,11 @@ def test_a_bad_line_far_down_is_named(tmp_path: Path) -> None:
         (b"a,b\n1,2\n\n1\n", "line 4 has 1 fields, the header has 2"),
         (b'a,b\n1,2\n1,"2\n', "line 3 is no valid CSV: unexpected end of data"),
         (b'a,b\n1,"2"3\n', "line 2 is no valid CSV"),
-        ("a,b\n1,é\n".encode("latin-1"), r"is not UTF-8 \(byte 0xe9\)"),
+        ("é,b\n1,2\n".encode("latin-1"), r"line 1 is not UTF-8 \(byte 0xe9\): convert it, e.g. iconv"),
+        ("a,b\n1,é\n".encode("latin-1"), r"line 2 is not UTF-8 \(byte 0xe9\)"),
+        (b"\xef\xbb\xbfa,b\r\n" + b"1,2\r\n" * 5 + b"1,\xe9\r\n", "line 7 is not UTF-8"),
+        (b"a,b\n" + b'1,"2\n2"\n' * 5000 + b"1,2\xe9\n", "line 10002 is not UTF-8"),
+        (b"a,b\n" + b"1,%s\n" % (b"2" * 9000) + b"1,\xff\n", "line 3 is not UTF-8"),
     ],
 )
 def test_a_bad_csv_row_is_named(tmp_path: Path, content: bytes, told: str) -> None:
@@ -262,7 +266,7 @@ def test_a_split_of_a_file_would_be_ignored(tmp_path: Path) -> None:
 
 def test_the_fingerprint_is_of_the_content(tmp_path: Path) -> None:
     def fingerprint(name: str, rows: list[dict[str, Any]]) -> str:
-        return sources.fingerprint(write(tmp_path / name, jsonl(rows)), "train", "train", False)
+        return sources.fingerprint(write(tmp_path / name, jsonl(rows)), "train", "train")
 
     assert fingerprint("a.jsonl", ROWS) == fingerprint("b.jsonl", ROWS) != fingerprint("a.jsonl", ROWS[:-1])
 

@@ -8,11 +8,12 @@ import signal
 from collections.abc import Callable, Iterator
 from dataclasses import replace
 from pathlib import Path
+from types import SimpleNamespace
 from typing import Any
 
 import pytest
 
-from fasttune import config
+from fasttune import config, preview, terminal
 from fasttune.data import arithmetic, files, load, sources, store
 from fasttune.data.files import Chunk
 from fasttune.data.tokens import Recipe
@@ -54,7 +55,7 @@ def write(path: Path, rows: list[dict[str, Any]]) -> str:
 
 
 def stored(recipe: Recipe, source: str) -> store.Rows:
-    key = sources.fingerprint(source, "train", "train", False)
+    key = sources.fingerprint(source, "train", "train")
     return store.load(source, key, recipe, lambda: sources.read(source, "train"), lambda share: None)
 
 
@@ -313,3 +314,56 @@ def test_a_wrong_file_is_one_clear_line(
     with pytest.raises(DataError, match=told) as caught:
         encode(tiny_tokenizer, write(tmp_path / "rows.jsonl", rows), **data)
     assert "\n" not in str(caught.value)
+
+
+@pytest.fixture
+def hub(monkeypatch: pytest.MonkeyPatch) -> SimpleNamespace:
+    """A hub of one data set. `streamed`: how it was asked for."""
+    import datasets
+
+    it = SimpleNamespace(commit="1", rows=arithmetic.generate("train", rows=30), rows_said=5000, streamed=[])
+
+    def load_dataset(name: str, subset: str | None, split: str, streaming: bool) -> Any:
+        it.streamed.append(streaming)
+        made = datasets.Dataset.from_list(it.rows)
+        return made.to_iterable_dataset() if streaming else made
+
+    def builder(name: str, subset: str | None) -> Any:
+        splits = {"train": SimpleNamespace(num_examples=it.rows_said)}
+        return SimpleNamespace(hash=it.commit, info=SimpleNamespace(splits=splits))
+
+    monkeypatch.setattr(datasets, "load_dataset", load_dataset)
+    monkeypatch.setattr(datasets, "load_dataset_builder", builder)
+    return it
+
+
+@pytest.mark.parametrize("streaming", [True, False])
+def test_a_hub_set_is_streamed_where_that_is_asked_for(
+    cache: Path, tiny_tokenizer: Any, hub: Any, streaming: bool
+) -> None:
+    asked = settings("owner/name", streaming=streaming, eval_share=0.5)
+    made = encode(tiny_tokenizer, "owner/name", streaming=streaming, eval_share=0.5)
+    assert load.with_format(asked).data.format == "question_answer"
+    from fasttune import samples
+
+    asked.samples = 2
+    assert len(samples.read(asked, tiny_tokenizer, made, print)) == 2
+    assert set(hub.streamed) == {streaming} and len(hub.streamed) == 4
+
+
+@pytest.mark.parametrize(("rows_said", "max_rows"), [(5000, None), (5000, 20), (30, None)])
+def test_a_plan_downloads_no_hub_set(
+    unsloth: None, cache: Path, hub: Any, rows_said: int, max_rows: int | None
+) -> None:
+    hub.rows_said = rows_said
+    figures = preview.look(settings("owner/name", max_rows=max_rows), "h100-80", terminal.Reporter(None, quiet=True))
+    assert hub.streamed and all(hub.streamed)
+    assert figures.sampled == (rows_said > preview.SAMPLED_ROWS and max_rows is None)
+
+
+@pytest.mark.parametrize("streaming", [True, False])
+def test_another_revision_makes_another_entry(cache: Path, tiny_tokenizer: Any, hub: Any, streaming: bool) -> None:
+    assert len(encode(tiny_tokenizer, "owner/name", streaming=streaming).parts[0]) == 30
+    hub.commit, hub.rows = "2", hub.rows[:20]
+    assert len(encode(tiny_tokenizer, "owner/name", streaming=streaming).parts[0]) == 20
+    assert len(entries(cache)) == 2

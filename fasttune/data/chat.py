@@ -134,12 +134,6 @@ def template_of(tokenizer: Any) -> Template:
     return Template(tokenizer.get_chat_template(), special, adds_bos)
 
 
-def prompt(messages: list[Message], tokenizer: Any) -> str:
-    """What the model is given before its last answer, ready to generate from."""
-    last = max(index for index, message in enumerate(messages) if message["role"] == "assistant")
-    return template_of(tokenizer).render(messages[:last], ask=True)
-
-
 @lru_cache
 def _compiled(source: str) -> Any:
     """A template as transformers compiles it; tests compare the two. Importing that here costs every worker seconds."""

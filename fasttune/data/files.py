@@ -124,35 +124,28 @@ def _csv(source: str, path: Path) -> Iterator[Chunk]:
     csv.field_size_limit(MAX_LINE_BYTES)
     with path.open("rb") as raw, _decompressed(raw, path) as stream:
         reader = csv.DictReader(io.TextIOWrapper(stream, "utf-8-sig", newline=""), strict=True)
-        names = _csv_header(source, reader)
-        if len(set(names)) < len(names):
-            raise DataError(f"data: {source} line 1 names a column twice ({', '.join(names)}): rename one")
-        yield from grouped(source, _csv_rows(source, reader))
+        lines: Any = reader.reader  # its line_num: those read so far; DictReader's own is that of the row before
+        try:
+            names = list(reader.fieldnames or [])
+            if len(set(names)) < len(names):
+                raise DataError(f"data: {source} line 1 names a column twice ({', '.join(names)}): rename one")
+            yield from grouped(source, _csv_rows(source, reader, len(names)))
+        except csv.Error as error:
+            raise DataError(f"data: {source} line {lines.line_num} is no valid CSV: {error}") from error
+        except UnicodeDecodeError as error:  # of a block of which no line has been read yet
+            number = lines.line_num + len((error.object[: error.start] + b"x").splitlines())
+            raise DataError(f"data: {source} line {number} is {_not_utf8(error)}") from error
 
 
-def _csv_header(source: str, reader: Any) -> list[str]:
-    try:
-        return list(reader.fieldnames or [])
-    except csv.Error as error:
-        raise DataError(f"data: {source} line 1 is no valid CSV: {error}") from error
-    except UnicodeDecodeError as error:
-        raise DataError(f"data: {source} line 1 is {_not_utf8(error)}") from error
-
-
-def _csv_rows(source: str, reader: Any) -> Iterator[Row]:
-    try:
-        for row in reader:
-            if None in row or None in row.values():
-                found = len(row[None]) + len(row) - 1 if None in row else sum(v is not None for v in row.values())
-                raise DataError(
-                    f"data: {source} line {reader.line_num} has {found} fields, the header has "
-                    f"{len(reader.fieldnames or [])}: quote fields that hold a comma or a line break"
-                )
-            yield row
-    except csv.Error as error:  # DictReader's own line number is that of the row before
-        raise DataError(f"data: {source} line {reader.reader.line_num} is no valid CSV: {error}") from error
-    except UnicodeDecodeError as error:
-        raise DataError(f"data: {source} after line {reader.reader.line_num} is {_not_utf8(error)}") from error
+def _csv_rows(source: str, reader: Any, columns: int) -> Iterator[Row]:
+    for row in reader:
+        if None in row or None in row.values():
+            found = len(row[None]) + len(row) - 1 if None in row else sum(v is not None for v in row.values())
+            raise DataError(
+                f"data: {source} line {reader.line_num} has {found} fields, the header has {columns}: "
+                "quote fields that hold a comma or a line break"
+            )
+        yield row
 
 
 def _parquet(source: str, path: Path) -> Iterator[Chunk]:

@@ -63,7 +63,7 @@ def _encode_one(
     progress(what, 0.0)
     form = form_of(config, source, split)
     recipe = tokens.recipe_of(tokenizer, form, data.columns, data.train_on, config.model.max_length, data.too_long)
-    content = sources.fingerprint(source, part, split, data.streaming)
+    content = sources.fingerprint(source, part, split)
 
     def chunks() -> Iterator[Chunk]:
         return sources.read(source, part, split, max_rows, data.streaming)
@@ -75,10 +75,11 @@ def _encode_one(
 
 def form_of(config: Config, source: str, split: str | None = None) -> str:
     """The format of a source: as the config says, or by its first row. Raises DataError."""
-    if config.data.format != "auto":
-        return config.data.format
-    for _, place, row in sources.first_rows(source, "train", split or config.data.split, 1):
-        return formats.detect(formats.rename(row, config.data.columns, place), place)
+    data = config.data
+    if data.format != "auto":
+        return data.format
+    for _, place, row in sources.first_rows(source, "train", split or data.split, 1, data.streaming):
+        return formats.detect(formats.rename(row, data.columns, place), place)
     raise DataError(f"data: {source} holds no rows")
 
 

@@ -4,7 +4,7 @@ owner/name:subset) and builtin:arithmetic → chunks of rows. Nothing here holds
 
 import hashlib
 import json
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from dataclasses import replace
 from pathlib import Path
 from typing import Any
@@ -58,9 +58,11 @@ def read(
             return
 
 
-def first_rows(source: str, part: arithmetic.Part, split: str, rows: int) -> Iterator[tuple[int, str, Row]]:
+def first_rows(
+    source: str, part: arithmetic.Part, split: str, rows: int, streaming: bool = False
+) -> Iterator[tuple[int, str, Row]]:
     """The first rows of a source, as Chunk.numbered gives them."""
-    for chunk in read(source, part, split, rows):
+    for chunk in read(source, part, split, rows, streaming):
         yield from chunk.numbered()
 
 
@@ -74,13 +76,16 @@ def _at_most(chunk: Chunk, rows: int) -> tuple[Chunk, int]:
     return replace(chunk, lines=lines), rows - len(filled)
 
 
-def fingerprint(source: str, part: arithmetic.Part, split: str, streaming: bool) -> str:
+def fingerprint(source: str, part: arithmetic.Part, split: str) -> str:
     """Hash of a source's content (of a file's bytes, or of a hub data set's revision): what a cache is keyed by."""
     if source == "builtin:arithmetic":
         return hashlib.sha256(json.dumps(arithmetic.generate(part, rows=BUILTIN_ROWS[part])).encode()).hexdigest()
     path = Path(source).expanduser()
     if not path.is_file():
-        return _hub_fingerprint(source, split, streaming)
+        import datasets
+
+        commit = _ask_hub(source, datasets.load_dataset_builder).hash  # of the local copy where the hub is away
+        return f"{source} {split} {commit}"
     try:
         with path.open("rb") as file:
             return hashlib.file_digest(file, "sha256").hexdigest()
@@ -103,22 +108,23 @@ def _chunks(source: str, part: arithmetic.Part, split: str, max_rows: int | None
 def _hub(source: str, split: str, streaming: bool) -> Iterator[Chunk]:
     import datasets
 
-    rows = _load_hub(source, split, streaming)
+    rows = _ask_hub(source, lambda *name: datasets.load_dataset(*name, split=split, streaming=streaming))
     total = None if isinstance(rows, datasets.IterableDataset) else len(rows)
     yield from grouped(source, iter(rows), total)
 
 
-def _load_hub(source: str, split: str, streaming: bool) -> Any:
+def _ask_hub(source: str, ask: Callable[..., Any]) -> Any:
+    """What `ask(name, subset)` gets from the hub or its local copy. Raises DataError with the remedy."""
     import datasets
     from datasets.exceptions import DatasetGenerationError
 
     datasets.disable_progress_bars()
     name, _, subset = source.partition(":")
     try:
-        return hub.patiently(lambda: datasets.load_dataset(name, subset or None, split=split, streaming=streaming))
+        return hub.patiently(lambda: ask(name, subset or None))
     except TimeoutError as error:
         raise DataError(f"data: {source}: {error}; try again later, or download it and give the file") from error
-    except (OSError, ValueError, DatasetGenerationError) as error:
+    except (OSError, ValueError, NotImplementedError, DatasetGenerationError) as error:
         if hub.is_offline():
             raise DataError(
                 f"data: {source} is no file and not in the cache, and HF_HUB_OFFLINE is set; check the path, unset it, "
@@ -128,14 +134,3 @@ def _load_hub(source: str, split: str, streaming: bool) -> Any:
             f"data: {source} cannot be loaded ({first_line(error)}); check the id and split, `hf auth login` for a "
             "gated set, or download it and give the file"
         ) from error
-
-
-def _hub_fingerprint(source: str, split: str, streaming: bool) -> str:
-    """The commit where the hub answers, else what `datasets` calls its local copy."""
-    import huggingface_hub
-
-    try:
-        commit = huggingface_hub.HfApi().dataset_info(source.partition(":")[0], timeout=10).sha
-    except Exception:  # offline, gated or a mirror without this call: load_dataset will say what is wrong
-        commit = getattr(_load_hub(source, split, streaming), "_fingerprint", None)
-    return f"{source} {split} {commit}"
