@@ -9,8 +9,7 @@ from fasttune import model as fasttune_model  # noqa: F401  first: it imports un
 import torch
 
 from fasttune import samples
-from fasttune.data import packing
-from fasttune.data.batches import MicroBatch, flat
+from fasttune.data.batches import MicroBatch, best_fit, flat
 from fasttune.data.tokens import IGNORE
 from fasttune.metrics import Evaluation, HeldOut
 from fasttune.prepare import Job
@@ -100,7 +99,7 @@ class Validator:
 
 def _in_packs(job: Job) -> list[MicroBatch]:
     """Packs of one full row at most: a GPU computes the logits of every token of them."""
-    groups = packing.best_fit([len(ids) for ids, _ in job.held_out], job.config.model.max_length)
+    groups = best_fit([len(ids) for ids, _ in job.held_out], job.config.model.max_length)
     return [flat([job.held_out[i] for i in group], job.data.share_prefix) for group in groups]
 
 

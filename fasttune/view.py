@@ -15,8 +15,8 @@ import numpy as np
 
 from fasttune import prepare, pretrained, terminal
 from fasttune.config import Config
-from fasttune.data import chat, load, packing
-from fasttune.data.batches import Batches
+from fasttune.data import chat, load
+from fasttune.data.batches import Batches, best_fit
 from fasttune.data.store import Rows
 from fasttune.data.tokens import IGNORE, labels
 from fasttune.quiet import library_log
@@ -232,8 +232,8 @@ def _packs(lengths: np.ndarray, capacity: int) -> Packs:
     if len(lengths) > PACKED_ROWS:
         lengths = lengths[np.linspace(0, len(lengths) - 1, PACKED_ROWS).astype(int)]
     listed = lengths.tolist()
-    packs = packing.best_fit(listed, capacity)
-    return Packs(len(listed), capacity, len(packs), packing.fill(listed, packs, capacity))
+    packs = best_fit(listed, capacity)
+    return Packs(len(listed), capacity, len(packs), sum(listed) / (len(packs) * capacity))
 
 
 def _first_rows(data: Batches, tokenizer: Any, wanted: int) -> list[Row]:

@@ -9,8 +9,7 @@ import numpy as np
 import pytest
 from hypothesis import given, strategies as st
 
-from fasttune.data import packing
-from fasttune.data.batches import Batches, common_prefix, flat, padded
+from fasttune.data.batches import Batches, best_fit, common_prefix, epoch_order, flat, padded
 from fasttune.data.store import Rows
 from fasttune.data.tokens import IGNORE
 
@@ -67,44 +66,32 @@ def learned_rows(micro_batches: list[dict[str, Any]]) -> Counter[tuple[tuple[int
 
 @given(LENGTHS, st.integers(50, 400))
 def test_best_fit_holds_every_row_once_and_never_too_much(lengths: list[int], capacity: int) -> None:
-    packs = packing.best_fit(lengths, capacity)
+    packs = best_fit(lengths, capacity)
     assert sorted(index for pack in packs for index in pack) == list(range(len(lengths)))
     assert all(len(pack) == 1 or sum(lengths[i] for i in pack) <= capacity for pack in packs)
-    assert packs == packing.best_fit(list(lengths), capacity)
+    assert packs == best_fit(list(lengths), capacity)
     sizes = [sum(lengths[i] for i in pack) for pack in packs]
     smallest, second = sorted([*sizes, capacity, capacity])[:2]
     assert len(packs) == 1 or smallest + second > capacity  # no two packs could be one
 
 
 def test_best_fit_takes_the_fullest_pack_with_room() -> None:
-    assert packing.best_fit([60, 50, 40, 50], 100) == [[0, 2], [1, 3]]
-    assert packing.best_fit([7, 6, 3, 4, 10, 11], 10) == [[5], [4], [0, 2], [1, 3]]
+    assert best_fit([60, 50, 40, 50], 100) == [[0, 2], [1, 3]]
+    assert best_fit([7, 6, 3, 4, 10, 11], 10) == [[5], [4], [0, 2], [1, 3]]
 
 
 def test_packs_of_lengths_like_gsm8k_are_97_percent_full() -> None:
     rng = np.random.default_rng(0)
     drawn = np.clip(rng.lognormal(np.log(204), 0.34, 7473), 60, 512).astype(int).tolist()
     assert 212 < np.mean(drawn) < 220
-    assert packing.fill(drawn, packing.best_fit(drawn, 2048), 2048) >= 0.97
-
-
-def test_fill_counts_empty_room() -> None:
-    assert packing.fill([60, 40, 50], [[0, 1], [2]], 100) == 0.75
-
-
-@given(st.integers(1, 200), st.integers(1, 17))
-def test_rectangles_keep_the_order(count: int, size: int) -> None:
-    groups = packing.rectangles([5] * count, size)
-    assert [index for group in groups for index in group] == list(range(count))
-    assert {len(group) for group in groups[:-1]} <= {size}
-    assert 1 <= len(groups[-1]) <= size
+    assert sum(drawn) / (2048 * len(best_fit(drawn, 2048))) >= 0.97
 
 
 @given(SIZES_AND_WEIGHTS, st.integers(0, 2**32), st.integers(0, 5))
 def test_each_row_is_seen_as_often_as_its_weight(sets: list[tuple[int, float]], seed: int, epoch: int) -> None:
     sizes, weights = [size for size, _ in sets], [weight for _, weight in sets]
-    order = packing.epoch_order(sizes, weights, seed, epoch)
-    assert len(order) == packing.rows_per_epoch(sizes, weights)
+    order = epoch_order(sizes, weights, seed, epoch)
+    assert len(order) == batches([rows([9] * size) for size in sizes], weights=weights).rows_per_epoch
     seen, first = Counter(order.tolist()), 0
     for size, weight in sets:
         times = [seen.pop(row, 0) for row in range(first, first + size)]
@@ -116,7 +103,7 @@ def test_each_row_is_seen_as_often_as_its_weight(sets: list[tuple[int, float]], 
 
 def test_the_order_is_seeded_and_new_in_each_epoch() -> None:
     def order(seed: int, epoch: int) -> list[int]:
-        return packing.epoch_order([40, 60], [0.5, 1.0], seed, epoch).tolist()
+        return epoch_order([40, 60], [0.5, 1.0], seed, epoch).tolist()
 
     assert order(1, 0) == order(1, 0)
     assert len({tuple(order(seed, epoch)) for seed in (1, 2) for epoch in (0, 1)}) == 4

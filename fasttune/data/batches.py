@@ -1,15 +1,17 @@
-"""Steps of a run: which rows each learns from, and their micro-batches as arrays. A step depends on the seed and its
-number alone, so any step can be made at any time, by any process.
+"""Steps of a run: seeded order → which rows each step learns from → micro-batches as arrays. A step depends on the seed
+and its number alone, so any step can be made at any time, by any process.
+
+A step is always the same rows, packed or padded: packing decides only how they lie in memory.
 """
 
 import math
+from bisect import bisect_left, insort
 from dataclasses import dataclass
 from functools import cached_property
 from typing import Any
 
 import numpy as np
 
-from fasttune.data import packing
 from fasttune.data.store import Rows
 from fasttune.data.tokens import IGNORE, labels
 
@@ -21,7 +23,7 @@ HOLD_OUT_STREAM = 1 << 32  # keeps the hold-out draw apart from the epochs' shuf
 
 @dataclass
 class Batches:
-    """All steps of a run. `parts` are the data sets, with `weights` (see packing.epoch_order).
+    """All steps of a run. `parts` are the data sets, with `weights` (see epoch_order).
 
     eval_share: share of each set's rows that is held out and never trained on.
     batch_rows: rows of a step. micro_rows: full rows (of max_length tokens) that fit at once.
@@ -59,7 +61,9 @@ class Batches:
 
     @property
     def rows_per_epoch(self) -> int:
-        return packing.rows_per_epoch(self.sizes, self.weights)
+        """How many rows `epoch_order` gives."""
+        sets = zip(self.sizes, self.weights, strict=True)
+        return sum(size * int(weight) + round((weight % 1.0) * size) for size, weight in sets)
 
     @property
     def steps_per_epoch(self) -> int:
@@ -78,7 +82,7 @@ class Batches:
         """(part, row) of every row of a step, from 0."""
         epoch, within = divmod(step, self.steps_per_epoch)
         if epoch != getattr(self, "_epoch", None):
-            self._epoch, self._order = epoch, packing.epoch_order(self.sizes, self.weights, self.seed, epoch)
+            self._epoch, self._order = epoch, epoch_order(self.sizes, self.weights, self.seed, epoch)
         chosen = self._order[within * self.batch_rows : (within + 1) * self.batch_rows]
         ends = np.cumsum(self.sizes)
         parts = np.searchsorted(ends, chosen, side="right")
@@ -96,12 +100,47 @@ class Batches:
     def micro_batches(self, step: int) -> list[MicroBatch]:
         """A step as micro-batches: flat packs (1, T), or padded rectangles (B, T) of a model that cannot be packed."""
         rows = [self.parts[part].row(row) for part, row in self.rows_of(step)]
-        lengths = [len(ids) for ids, _ in rows]
         if self.packed:
-            groups = packing.best_fit(lengths, self.micro_rows * self.max_length)
+            groups = best_fit([len(ids) for ids, _ in rows], self.micro_rows * self.max_length)
             return [flat([rows[i] for i in group], self.share_prefix) for group in groups]
-        groups = packing.rectangles(lengths, self.micro_rows)
-        return [padded([rows[i] for i in group], self.pad_id) for group in groups]
+        return [padded(rows[at : at + self.micro_rows], self.pad_id) for at in range(0, len(rows), self.micro_rows)]
+
+
+def epoch_order(sizes: list[int], weights: list[float], seed: int, epoch: int) -> np.ndarray:
+    """Global row indexes of one epoch, shuffled; rows of data set d have the indexes after those of the sets before it.
+
+    weights: how often a row of each set is seen in an epoch. 2 is twice, 0.5 is every other row (others each epoch).
+    """
+    rng = np.random.default_rng([seed, epoch])
+    chosen, first = [], 0
+    for size, weight in zip(sizes, weights, strict=True):
+        whole, part = divmod(weight, 1.0)
+        rows = np.arange(first, first + size)
+        chosen += [np.tile(rows, int(whole)), rng.permutation(rows)[: round(part * size)]]
+        first += size
+    return rng.permutation(np.concatenate(chosen))
+
+
+def best_fit(lengths: list[int], capacity: int) -> list[list[int]]:
+    """Indexes of `lengths` in packs of at most `capacity` tokens: best-fit decreasing, each row into the fullest pack
+    that takes it. A row longer than that has a pack of its own. Deterministic.
+
+    Source: https://doi.org/10.1137/0203025 (at most 11/9 of the fewest possible packs).
+    """
+    packs: list[list[int]] = []
+    room: list[tuple[int, int]] = []  # (free tokens, pack), sorted
+    for index in sorted(range(len(lengths)), key=lambda i: -lengths[i]):
+        place = bisect_left(room, (lengths[index], -1))
+        if place == len(room):
+            packs.append([index])
+            free, pack = capacity - lengths[index], len(packs) - 1
+        else:
+            free, pack = room.pop(place)
+            packs[pack].append(index)
+            free -= lengths[index]
+        if free > 0:
+            insort(room, (free, pack))
+    return packs
 
 
 def flat(rows: list[Encoded], share_prefix: bool = False) -> MicroBatch:
