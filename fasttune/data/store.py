@@ -2,7 +2,7 @@
 does not grow with the data, and read back memory-mapped.
 
     <cache>/data/<key>/   ids.i32 (tokens) · learned.bool (tokens) · lengths.i32 (rows) · numbers.i64 (rows)
-                          manifest.json: size and CRC of each file, counts; an entry that does not match is made anew
+                          manifest.json: CRC of each file, counts; an entry that does not match is made anew
 """
 
 import hashlib
@@ -17,6 +17,7 @@ from concurrent.futures import Future, ProcessPoolExecutor
 from concurrent.futures.process import BrokenProcessPool
 from contextlib import ExitStack
 from dataclasses import astuple, dataclass
+from itertools import chain, islice
 from pathlib import Path
 from typing import Any
 
@@ -71,10 +72,12 @@ def load(source: str, key: str, recipe: Recipe, chunks: Callable[[], Iterator[Ch
     """
     name = hashlib.sha256(json.dumps([VERSION, key, *astuple(recipe)], default=str).encode()).hexdigest()[:32]
     folder = cache.root() / "data" / name
-    if folder.is_dir() and not _whole(folder):
-        shutil.rmtree(folder)  # torn or changed: never used, made again
-    folder = cache.folder(f"data/{name}", lambda made: _make(made, source, recipe, chunks(), progress))
-    return _open(folder, source)
+    try:
+        return _open(folder, source, check=True)
+    except (OSError, ValueError, KeyError, TypeError):
+        if folder.is_dir():
+            shutil.rmtree(folder)  # torn or changed: never used, made again
+    return _open(cache.folder(f"data/{name}", lambda made: _make(made, source, recipe, chunks(), progress)), source)
 
 
 def _make(folder: Path, source: str, recipe: Recipe, chunks: Iterator[Chunk], progress: Progress) -> None:
@@ -95,18 +98,16 @@ def _make(folder: Path, source: str, recipe: Recipe, chunks: Iterator[Chunk], pr
             examples = block.examples | examples
             progress(done)
     _check_left(source, counts, examples, recipe.max_length)
-    sizes = {name: (folder / name).stat().st_size for name in ARRAYS}
-    manifest = {"source": source, "sizes": sizes, "crc32": checks, "counts": counts}
-    (folder / "manifest.json").write_text(json.dumps(manifest), encoding="utf-8")
+    (folder / "manifest.json").write_text(json.dumps({"crc32": checks, "counts": counts}), encoding="utf-8")
 
 
 def _encoded(recipe: Recipe, chunks: Iterator[Chunk]) -> Iterator[tuple[Block, float]]:
     """Blocks in the order of the chunks, whatever the number of workers; few chunks are encoded in this process."""
-    first = [chunk for _, chunk in zip(range(POOL_FROM_CHUNKS), chunks, strict=False)]
+    first = list(islice(chunks, POOL_FROM_CHUNKS))
     workers = len(os.sched_getaffinity(0))
     if len(first) < POOL_FROM_CHUNKS or workers == 1:
         encoder = Encoder(recipe)
-        for chunk in _both(first, chunks):
+        for chunk in chain(first, chunks):
             os.environ["TOKENIZERS_PARALLELISM"] = "true"  # the tokenizer's own threads, and only for this
             block = encoder.encode(chunk)
             os.environ["TOKENIZERS_PARALLELISM"] = "false"
@@ -116,7 +117,7 @@ def _encoded(recipe: Recipe, chunks: Iterator[Chunk]) -> Iterator[tuple[Block, f
     context = multiprocessing.get_context("spawn")  # a fork of a process with threads (torch) may hang
     with ProcessPoolExecutor(workers, context, _start_worker, (recipe,)) as pool:
         try:
-            for chunk in _both(first, chunks):
+            for chunk in chain(first, chunks):
                 waiting.append((pool.submit(_encode_in_worker, chunk), chunk))
                 if len(waiting) > CHUNKS_IN_FLIGHT * workers:
                     yield _answer(*waiting.popleft())
@@ -140,12 +141,6 @@ def _answer(future: Future[Block], chunk: Chunk) -> tuple[Block, float]:
             f"data: tokenising stalled: no answer within {STALLED_S:.0f} s for {len(chunk):,} rows of {chunk.source} "
             f"from {chunk.first:,} on; look whether one of them is enormous or the machine out of memory, and run again"
         ) from error
-
-
-def _both(first: list[Chunk], rest: Iterator[Chunk]) -> Iterator[Chunk]:
-    while first:
-        yield first.pop(0)
-    yield from rest
 
 
 _encoder: Encoder  # of this worker process
@@ -183,19 +178,6 @@ def _check_left(source: str, counts: Counter[str], examples: dict[str, str], max
         )
 
 
-def _whole(folder: Path) -> bool:
-    """Whether every file has the size and checksum of the manifest."""
-    try:
-        manifest = json.loads((folder / "manifest.json").read_text(encoding="utf-8"))
-        return all(
-            (folder / name).stat().st_size == manifest["sizes"][name]
-            and _crc32(folder / name) == manifest["crc32"][name]
-            for name in ARRAYS
-        )
-    except (OSError, ValueError, KeyError, TypeError):
-        return False
-
-
 def _crc32(path: Path) -> int:
     check = 0
     with path.open("rb") as file:
@@ -204,9 +186,12 @@ def _crc32(path: Path) -> int:
     return check
 
 
-def _open(folder: Path, source: str) -> Rows:
-    arrays: dict[str, Any] = {name: np.memmap(folder / name, dtype, mode="r") for name, dtype in ARRAYS.items()}
+def _open(folder: Path, source: str, check: bool = False) -> Rows:
+    """An entry; `check` reads every byte. What is not whole raises OSError, ValueError, KeyError or TypeError."""
     manifest = json.loads((folder / "manifest.json").read_text(encoding="utf-8"))
+    if check and any(_crc32(folder / name) != manifest["crc32"][name] for name in ARRAYS):
+        raise ValueError(f"{folder} is not as it was written")
+    arrays: dict[str, Any] = {name: np.memmap(folder / name, dtype, mode="r") for name, dtype in ARRAYS.items()}
     checksum = f"{zlib.crc32(json.dumps(manifest['crc32'], sort_keys=True).encode()):08x}"
     starts = np.concatenate([[0], np.cumsum(arrays["lengths.i32"], dtype=np.int64)])
     counts = Counter(manifest["counts"])
