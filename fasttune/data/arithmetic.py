@@ -15,6 +15,7 @@ Part = Literal["train", "test"]
 
 NAMES = ["Ana", "Ben", "Carla", "David", "Elena", "Farid", "Grace", "Hugo", "Ines", "Jonas", "Kira", "Liam"]
 THINGS = ["apples", "books", "coins", "eggs", "marbles", "pencils", "shells", "stamps", "stickers", "tickets"]
+LARGEST = 60  # of the numbers that are drawn
 HELD_OUT_SHARE = 0.1  # of all number pairs
 
 Problem = tuple[str, str]  # question, answer
@@ -40,16 +41,16 @@ def _multiply(name: str, thing: str, a: int, b: int) -> Problem:
 KINDS = {"add": _add, "subtract": _subtract, "multiply": _multiply}
 
 
-def generate(part: Part, seed: int = 0, rows: int = 2000, largest: int = 60) -> list[dict[str, str]]:
-    """`rows` problems of the part, with numbers from 2 to `largest`; the same arguments give the same rows."""
-    draws = _draws(random.Random(f"{part}-{seed}"), part, largest)
+def generate(part: Part, seed: int = 0, rows: int = 2000) -> list[dict[str, str]]:
+    """`rows` problems of the part, with numbers from 2 to LARGEST; the same arguments give the same rows."""
+    draws = _draws(random.Random(f"{part}-{seed}"), part)
     return [next(draws) for _ in range(rows)]
 
 
-def _draws(rng: random.Random, part: Part, largest: int) -> Iterator[dict[str, str]]:
+def _draws(rng: random.Random, part: Part) -> Iterator[dict[str, str]]:
     while True:
         kind = rng.choice(list(KINDS))
-        a, b = rng.randint(2, largest), rng.randint(2, largest)
+        a, b = rng.randint(2, LARGEST), rng.randint(2, LARGEST)
         name, thing = rng.choice(NAMES), rng.choice(THINGS)
         question, answer = KINDS[kind](name, thing, a, b)
         if part_of(answer) == part:

@@ -36,12 +36,6 @@ def gsm8k(data: str, split: str = "train", columns: dict[str, str] | None = None
     return _split([_numbered(row, place) for place, row in _rows(data, ("question", "answer"), split, columns)], data)
 
 
-def held_out(data: str = "builtin:arithmetic", **_: Any) -> dict[str, Any]:
-    """The held-out problems of builtin:arithmetic, at the level that `data` names."""
-    source = data if data.startswith("builtin:") else "builtin:arithmetic"
-    return _split([row for _, row in _rows(source, ("question", "answer"))], source)
-
-
 def multiple_choice(data: str, split: str = "train", columns: dict[str, str] | None = None, **_: Any) -> dict[str, Any]:
     """question, options, and `right`: the index of the right one."""
     rows = []
