@@ -3,21 +3,30 @@
 from typing import Any
 
 from fasttune.data import chat
-from fasttune.data.formats import Unusable
 
 # What a model's own generation_config may put otherwise: greedy means greedy.
 NEUTRAL = {"num_beams": 1, "repetition_penalty": 1.0}
 
 
-def greedy(tokenizer: Any, stops: list[int], max_new_tokens: int) -> dict[str, Any]:
-    """Arguments of `model.generate` for greedy answers that end at one of `stops`."""
-    return {
+def generate(model: Any, tokenizer: Any, prompts: list[str], stops: list[int], max_new_tokens: int, **more: Any) -> Any:
+    """New ids (B, new) of the answers, in the order of the prompts, which are padded on the left.
+
+    Greedy unless `more`, which goes to `model.generate`, says otherwise. An answer ends with one of `stops`; padding
+    follows.
+    """
+    import torch
+
+    batch = tokenizer(prompts, return_tensors="pt", padding=True, padding_side="left", add_special_tokens=False)
+    given = {name: batch[name].to(model.device) for name in ("input_ids", "attention_mask")}  # (B, T); no token types
+    settings = {
         "max_new_tokens": max_new_tokens,
         "do_sample": False,
         **NEUTRAL,
         "eos_token_id": stops,
         "pad_token_id": tokenizer.pad_token_id,
     }
+    with torch.inference_mode():
+        return model.generate(**given, **{**settings, **more})[:, given["input_ids"].shape[1] :]
 
 
 def stop_ids(model: Any, tokenizer: Any) -> list[int]:
@@ -27,11 +36,7 @@ def stop_ids(model: Any, tokenizer: Any) -> list[int]:
     """
     said = model.generation_config.eos_token_id
     found = {tokenizer.eos_token_id, *(said if isinstance(said, list) else [said])}
-    if tokenizer.chat_template:
-        try:
-            rest = chat.template_of(tokenizer).render(chat.PROBE).rpartition(chat.PROBE_ANSWER)[2].strip()
-        except Unusable:
-            rest = ""
-        first = tokenizer(rest, add_special_tokens=False).input_ids[:1] if rest else []
+    if tokenizer.chat_template and (closing := chat.template_of(tokenizer).closing):
+        first = tokenizer(closing, add_special_tokens=False).input_ids[:1]
         found |= {token for token in first if token in tokenizer.added_tokens_decoder}
     return sorted(found - {None})

@@ -50,7 +50,6 @@ class Speaker:
         self.template = chat.template_of(tokenizer) if tokenizer.chat_template else None
         self.stops = decoding.stop_ids(model, tokenizer)
         self.positions = getattr(model.config.get_text_config(), "max_position_embeddings", None)
-        tokenizer.padding_side = "left"
 
     def prompt(self, messages: list[Message], tools: list[Any] | None = None) -> str:
         """The text the model is given. Raises Unusable where the chat template refuses."""
@@ -71,25 +70,21 @@ class Speaker:
 
     def batch(self, prompts: list[str], seed: int = 0, streamer: Any = None) -> list[Answer]:
         """Answers in the order of the prompts, which are padded on the left. Raises RunFailed out of memory."""
-        batch = self.tokenizer(prompts, return_tensors="pt", padding=True, add_special_tokens=False)  # (B, T)
-        batch = {name: batch[name].to(self.model.device) for name in ("input_ids", "attention_mask")}
+        heat, more = self.sampling.temperature, {"streamer": streamer}
+        more |= {"do_sample": True, "temperature": heat, "top_p": 1.0, "top_k": 0} if heat > 0 else {}
         torch.manual_seed(self.sampling.seed + seed)
         try:
-            with torch.inference_mode():
-                out = self.model.generate(**batch, **self._generation(), streamer=streamer)
+            found = decoding.generate(
+                self.model, self.tokenizer, prompts, self.stops, self.sampling.max_new_tokens, **more
+            )
         except torch.OutOfMemoryError as error:
             raise RunFailed(f"out of memory with {len(prompts)} rows at once: lower --batch-rows") from error
-        return [self._answer(ids) for ids in out[:, batch["input_ids"].shape[1] :].tolist()]
+        return [self._answer(ids) for ids in found.tolist()]
 
     def stream(self, prompt: str, write: Callable[[str], None]) -> Answer:
         """One answer, given to `write` as it comes."""
         self.length(prompt)
         return self.batch([prompt], streamer=Pieces(self.tokenizer, write))[0]
-
-    def _generation(self) -> dict[str, Any]:
-        hot = self.sampling.temperature > 0
-        sampled = {"do_sample": True, "temperature": self.sampling.temperature, "top_p": 1.0, "top_k": 0}
-        return decoding.greedy(self.tokenizer, self.stops, self.sampling.max_new_tokens) | (sampled if hot else {})
 
     def _answer(self, ids: list[int]) -> Answer:
         ends = [at for at, token in enumerate(ids) if token in self.stops]
@@ -128,13 +123,16 @@ def answer_file(
     asked, unusable = [], {}
     columns, split = finished.config.data.columns if finished.config else {}, finished.reading(source)[0]
     for row, question in questions.read(source, columns, system, split):
+        if isinstance(question, Unusable):
+            unusable[row] = str(question)
+            continue
         if speaker.raw and (len(question.messages) > 1 or question.tools):
             raise DataError(
                 f"--file: {source}: row {row} has several turns or tools, and without a chat template only one "
                 'text can be continued; write {"prompt": …}'
             )
         try:
-            prompt = speaker.prompt(*question.turns())
+            prompt = speaker.prompt(question.messages, question.tools)
             asked.append((speaker.length(prompt), row, prompt))
         except Unusable as error:
             unusable[row] = str(error)

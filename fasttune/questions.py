@@ -9,13 +9,12 @@ import json
 import os
 from collections.abc import Iterator
 from contextlib import contextmanager
-from dataclasses import dataclass
 from pathlib import Path
 from typing import IO, Any
 
 from fasttune import report
 from fasttune.data import formats, sources
-from fasttune.data.formats import Message, Row
+from fasttune.data.formats import Conversation, Row, Unusable
 from fasttune.errors import DataError, OutputError
 from fasttune.finished import Finished
 
@@ -24,27 +23,13 @@ NONE_YET = "?"  # stands for an answer that a row does not have; it is never sho
 SAMPLE_BYTES = 1 << 20
 
 
-@dataclass(frozen=True)
-class Question:
-    """The turns of a row up to where the assistant would answer; or why there are none, which `turns` raises."""
-
-    messages: list[Message]
-    tools: list[Any] | None = None
-    unusable: str = ""
-
-    def turns(self) -> tuple[list[Message], list[Any] | None]:
-        if self.unusable:
-            raise formats.Unusable(self.unusable)
-        return self.messages, self.tools
-
-
 def read(
     source: str, columns: dict[str, str], system: str | None, split: str = "train"
-) -> Iterator[tuple[int, Question]]:
-    """(row number from 1, question) of every row, in any form that can be trained on, answered or not.
+) -> Iterator[tuple[int, Conversation | Unusable]]:
+    """(row number from 1, its turns up to where the assistant would answer, or why there are none) of every row.
 
-    `columns` as data.columns, where a row has them; `system` for rows without a system turn; `split` of a hub set.
-    Raises DataError.
+    Rows may have any form that can be trained on, answered or not. `columns` as data.columns, where a row has them;
+    `system` for rows without a system turn; `split` of a hub set. Raises DataError.
     """
     for chunk in sources.read(source, "test", split):
         for number, place, row in chunk.numbered():
@@ -55,15 +40,15 @@ def read(
                 raise DataError(f'--file: {place} is plain text without a question; write {{"prompt": …}}')
             try:
                 yield number, _question(formats.convert(row, form, place), system)
-            except formats.Unusable as error:
-                yield number, Question([], unusable=str(error))
+            except Unusable as error:
+                yield number, error
 
 
-def _question(row: Any, system: str | None) -> Question:
+def _question(row: Any, system: str | None) -> Conversation:
     messages = row.messages[: max(i for i, turn in enumerate(row.messages) if turn["role"] == "assistant")]
     if system and messages[0]["role"] not in ("system", "developer"):
         messages = [{"role": "system", "content": system}, *messages]
-    return Question(messages, row.tools)
+    return Conversation(messages, [], row.tools)
 
 
 def _answered(row: Row) -> Row:

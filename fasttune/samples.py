@@ -5,9 +5,6 @@ from dataclasses import dataclass
 from typing import Any
 
 from fasttune import model as models  # first: it imports unsloth
-
-import torch
-
 from fasttune import decoding
 from fasttune.config import Config
 from fasttune.data import answers, chat, formats, sources
@@ -88,17 +85,11 @@ def answer(model: Any, tokenizer: Any, problems: list[Problem], checkpointing: s
     longest = max(map(len, tokenizer([problem.reference for problem in problems]).input_ids))
     room = min(max(longest + longest // 2 + 16, LEAST_NEW_TOKENS), MOST_NEW_TOKENS)
     models.for_inference(model)
-    tokenizer.padding_side = "left"
     texts, stops = [], decoding.stop_ids(model, tokenizer)
     for start in range(0, len(problems), ROWS_AT_ONCE):
         prompts = [problem.prompt for problem in problems[start : start + ROWS_AT_ONCE]]
-        batch = tokenizer(prompts, return_tensors="pt", padding=True, add_special_tokens=False).to(
-            model.device
-        )  # (B, T)
-        with torch.inference_mode():
-            out = model.generate(**batch, **decoding.greedy(tokenizer, stops, room))
-        texts += tokenizer.batch_decode(out[:, batch["input_ids"].shape[1] :], skip_special_tokens=True)
-    tokenizer.padding_side = "right"
+        ids = decoding.generate(model, tokenizer, prompts, stops, room)
+        texts += tokenizer.batch_decode(ids, skip_special_tokens=True)
     models.for_training(model, checkpointing)
     return texts
 

@@ -175,10 +175,10 @@ def test_the_question_part_of_every_form(tmp_path: Path, row: dict[str, Any], me
     path = tmp_path / "rows.jsonl"
     path.write_text("\n" + json.dumps(row) + "\n")
     [(number, question)] = questions.read(str(path), {}, None)
-    assert (number, question.turns()) == (2, (messages, None))
+    assert (number, question) == (2, formats.Conversation(messages, []))
     [(_, question)] = questions.read(str(path), {}, "Be brief.")
     first = messages if messages[0]["role"] == "system" else [formats._turn("system", "Be brief."), *messages]
-    assert question.turns()[0] == first
+    assert question == formats.Conversation(first, [])
 
 
 def test_rows_that_cannot_be_asked(tmp_path: Path) -> None:
@@ -186,9 +186,8 @@ def test_rows_that_cannot_be_asked(tmp_path: Path) -> None:
     path.write_text('{"problem": "Hi"}\n{"problem": " "}\n')
     columns = {"question": "problem"}
     [(_, good), (number, empty)] = questions.read(str(path), columns, None)
-    assert good.messages == USER and number == 2
-    with pytest.raises(formats.Unusable, match="empty question"):
-        empty.turns()
+    assert good == formats.Conversation(USER, []) and number == 2
+    assert isinstance(empty, formats.Unusable) and str(empty) == "empty question"
     for text in ('{"text": "Once"}', '{"other": 1}'):
         path.write_text(text)
         with pytest.raises(DataError):

@@ -92,7 +92,9 @@ def test_answers_in_parts_are_the_answers_at_once(
     said.repetition_penalty = 9.0  # greedy means greedy
     assert samples.answer(job.model, job.tokenizer, job.problems, "none") == plain
     said.repetition_penalty = 1.0
+    job.tokenizer.model_input_names = ["input_ids", "token_type_ids", "attention_mask"]  # as BERT's
     whole = samples.answer(job.model, job.tokenizer, job.problems, "none")
+    assert whole == plain
     monkeypatch.setattr(samples, "ROWS_AT_ONCE", 2)
     assert samples.answer(job.model, job.tokenizer, job.problems, "none") == whole
     longest = max(len(job.tokenizer(problem.reference).input_ids) for problem in job.problems)

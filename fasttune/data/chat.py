@@ -35,12 +35,12 @@ class Template:
     adds_bos: bool  # the tokenizer puts BOS before a plain text
 
     @cached_property
-    def closes(self) -> bool:
-        """Whether something is written after an answer, from which its end is learned."""
+    def closing(self) -> str | None:
+        """What is written after an answer, from which its end is learned; None where even that is refused."""
         try:
-            return bool(self.render(PROBE).rpartition(PROBE[1]["content"])[2].strip())
+            return self.render(PROBE).rpartition(PROBE_ANSWER)[2].strip()
         except Unusable:
-            return True  # its rows will be refused one by one
+            return None  # its rows will be refused one by one
 
     @property
     def eos(self) -> str:
@@ -74,7 +74,7 @@ class Template:
             return text, [(0, len(text))]
         messages, tools = conversation.messages, conversation.tools
         whole = self.render(messages, tools)
-        if train_on == "all" and self.closes:
+        if train_on == "all" and self.closing != "":
             return whole, [(0, len(whole))]
         answers = conversation.answers[-1:] if train_on == "last" else conversation.answers
         spans, gaps = [], []
@@ -121,7 +121,7 @@ def complete(tokenizer: Any) -> list[tuple[str, str]]:
     if template.bos and not text.startswith(template.bos):
         tokenizer.chat_template = BOS_FIRST + tokenizer.chat_template
         changes.append(("BOS put in front", "the tokenizer adds it to every text, the template does not"))
-    if template.eos and not template.closes:
+    if template.eos and template.closing == "":
         changes.append(("EOS put after each answer", "the template never closes one, so the end would not be learned"))
     return changes
 
