@@ -1,5 +1,6 @@
 """What every test shares: no network, no trace on the machine, and the tiny model's tokenizer."""
 
+import functools
 import os
 import tempfile
 import warnings
@@ -30,6 +31,17 @@ def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
 
 def pytest_unconfigure() -> None:
     _CACHE.cleanup()
+
+
+@pytest.fixture(scope="session", autouse=True)
+def matmuls_measured_once() -> Iterator[None]:
+    """A run measures this machine's matmuls for a second before and after: no test looks at the rate of a real one."""
+    from fasttune import hardware, summary
+
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(hardware, "cpu_matmul_tflops", functools.cache(hardware.cpu_matmul_tflops))
+        patch.setattr(summary, "MATMUL_SECONDS", 0.01)
+        yield
 
 
 @pytest.fixture(scope="session")

@@ -47,9 +47,8 @@ def settings(folder: Path, changes: dict[str, Any] | None = None) -> config.Conf
 
 
 def run(folder: Path, changes: dict[str, Any] | None = None, resume: bool = False, **reporter: Any) -> Any:
-    from fasttune import summary, train
+    from fasttune import train
 
-    summary.MATMUL_SECONDS = 0.01  # no test looks at that rate
     told = Reporter(**reporter)
     result = train.run(settings(folder, changes), told, folder if resume else None)
     result.told = told.told
