@@ -36,10 +36,10 @@ def tree(file: Path, **data: Any) -> dict[str, Any]:
     }
 
 
-def train(file: Path, **data: Any) -> Any:
+def train(file: Path, changes: dict[str, Any] | None = None, **data: Any) -> Any:
     from fasttune import train as training
 
-    return training.run(config.parse(tree(file, **data)), terminal.Reporter(None, quiet=True))
+    return training.run(config.parse(tree(file, **data) | (changes or {})), terminal.Reporter(None, quiet=True))
 
 
 def write(path: Path, rows: list[dict[str, Any]]) -> Path:
@@ -58,18 +58,30 @@ def write(path: Path, rows: list[dict[str, Any]]) -> Path:
 NESTED = [(form, ending) for form in ("messages", "alpaca") for ending in ("jsonl.gz", "parquet")]
 
 
-@pytest.mark.parametrize(("form", "ending"), [*((form, "jsonl") for form in ROWS), *NESTED])
-def test_a_file_of_every_form_trains(unsloth: None, tmp_path: Path, form: str, ending: str) -> None:
-    result = train(write(tmp_path / f"rows.{ending}", [ROWS[form]] * 8))
-    assert (result.status, result.steps) == ("completed", 1)
-    assert result.backend.packing.startswith("packed: 4 rows")
-    answers = 2 if form in ("conversations", "alpaca") else 1
-    learned = 4 * (answers * (len(ANSWER) + 1))  # byte tokens and the end of each turn
-    if form == "alpaca":
-        learned = 4 * (len("Hello") + 1 + len(ANSWER) + 1)
-    elif form == "text":
-        learned = 4 * len(QUESTION + "\n" + ANSWER)  # EOS too, but the first token is predicted from nothing
-    assert result.loss_tokens == learned
+def learned_of(form: str) -> int:
+    """Byte tokens of the answers and the end of each turn."""
+    if form == "text":
+        return len(QUESTION + "\n" + ANSWER)  # EOS too, but the first token is predicted from nothing
+    answer = len(ANSWER) + 1
+    return {"conversations": 2 * answer, "alpaca": len("Hello") + 1 + answer}.get(form, answer)
+
+
+def test_files_of_every_form_train(tiny_tokenizer: Any, tmp_path: Path) -> None:
+    """Each by itself gives the tokens to learn, and one run learns those of all."""
+    from fasttune.data import load
+    from fasttune.data.tokens import IGNORE
+
+    files = {}
+    for number, (form, ending) in enumerate([*((form, "jsonl") for form in ROWS), *NESTED]):
+        file = write(tmp_path / f"{number}.{ending}", [ROWS[form]] * 4)
+        files[str(file)] = 4 * learned_of(form)
+        made = load.encode(config.parse(tree(file)), tiny_tokenizer, True, lambda what, share: None)
+        learned = sum(int((batch["labels"] != IGNORE).sum()) for batch in made.micro_batches(0))
+        assert (made.steps_per_epoch, learned) == (1, files[str(file)]), (form, ending)
+    result = train(file, {"train": {"batch_rows": 4 * len(files), "max_steps": 1}}, train=dict.fromkeys(files, 1))
+    assert (result.status, result.steps, result.held_out) == ("completed", 1, None)
+    assert result.backend.packing.startswith(f"packed: {4 * len(files)} rows")
+    assert result.loss_tokens == sum(files.values())
 
 
 GOOD = json.dumps(ROWS["question_answer"])

@@ -52,18 +52,33 @@ def reference(folder: Path) -> tuple[float, float, int]:
     return loss / count, right / count, count
 
 
+AT_THE_ENDS = {"data": HELD_OUT["data"], "eval": {"rows": 10}}
+
+
+@pytest.fixture(scope="module")
+def whole(tmp_path_factory: pytest.TempPathFactory) -> tuple[Path, Any]:
+    """Folder and result of a run that was measured before its first step and after its last."""
+    folder = tmp_path_factory.mktemp("whole") / "run"
+    return folder, run(folder, AT_THE_ENDS)
+
+
 @pytest.mark.parametrize("packing", [True, False])
-def test_loss_and_accuracy_are_those_of_plain_transformers(tmp_path: Path, packing: bool) -> None:
-    result = run(tmp_path / "run", changed(train={"packing": packing}))
-    loss, accuracy, count = reference(tmp_path / "run")
+def test_loss_and_accuracy_are_those_of_plain_transformers(
+    tmp_path: Path, whole: tuple[Path, Any], packing: bool
+) -> None:
+    folder, result = whole if packing else (tmp_path, run(tmp_path, AT_THE_ENDS | {"train": {"packing": False}}))
+    loss, accuracy, count = reference(folder)
     assert (result.held_out.rows, result.held_out.loss_tokens) == (10, count)
     assert result.held_out.after.loss == pytest.approx(loss, rel=1e-5)
     assert result.held_out.after.token_accuracy == pytest.approx(accuracy)
     assert result.held_out.before.loss > 1.02 * loss and result.held_out.saved_step == STEPS
 
 
-def test_training_does_not_notice(tmp_path: Path) -> None:
+def test_training_does_not_notice(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     """Not even with dropout, which draws random numbers."""
+    from fasttune import samples
+
+    monkeypatch.setattr(samples, "MOST_NEW_TOKENS", 8)
     dropout = {"lora": {"dropout": 0.1}, "samples": 1}
     run(tmp_path / "never", changed(eval={"every": "never"}) | dropout)
     run(tmp_path / "often", changed(eval={"problems": 2}) | dropout)
@@ -82,7 +97,6 @@ def test_held_out_share_is_looked_at_and_start_and_end_is_the_default(tmp_path: 
     result = run(tmp_path / "run", {"data": {"eval_share": 0.25}, "train": {"max_steps": 2}})
     assert result.held_out.rows == 6
     assert (result.held_out.before.step, result.held_out.after.step) == (0, 2)
-    assert run(tmp_path / "none", {"train": {"max_steps": 1}}).held_out is None
 
 
 def losses_are(monkeypatch: pytest.MonkeyPatch, curve: dict[int, float]) -> None:
@@ -116,35 +130,29 @@ def test_the_best_checkpoint_is_kept_and_its_weights_saved(tmp_path: Path, monke
     assert learned(tmp_path / "last")["adapter_model.safetensors"] != learned(tmp_path / "run")
 
 
-def test_a_loss_that_is_no_number_is_never_the_best(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    losses_are(monkeypatch, {0: 9, 2: float("nan"), 4: 4, 6: 5, 8: 6})
-    assert run(tmp_path / "run", changed(checkpoint={"every": "never"})).held_out.best.step == 4
-
-
-def test_a_run_that_was_ended_at_its_last_step_is_still_measured(tmp_path: Path) -> None:
-    changes = {"data": {"eval": "builtin:arithmetic"}}
-    whole = run(tmp_path / "whole", changes)
-
+def test_a_run_that_was_ended_at_its_last_step_is_still_measured(tmp_path: Path, whole: tuple[Path, Any]) -> None:
     def after(step: int) -> None:
         if step == STEPS - 1:  # the next one is finished and saved, and there is no time for more
             os.kill(os.getpid(), signal.SIGTERM)
 
-    first = run(tmp_path / "run", changes, after=after)
+    first = run(tmp_path / "run", AT_THE_ENDS, after=after)
     assert (first.status, first.steps, first.held_out.after.step) == ("interrupted", STEPS, 0)
-    result = run(tmp_path / "run", changes, resume=True)
-    assert (result.status, result.held_out.after) == ("completed", whole.held_out.after)
+    result = run(tmp_path / "run", AT_THE_ENDS, resume=True)
+    assert (result.status, result.held_out.after) == ("completed", whole[1].held_out.after)
 
 
-def test_a_best_checkpoint_that_does_not_hold_is_said(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    losses_are(monkeypatch, {0: 9, 2: 3, 4: 4, 6: 5, 8: 6})
+def test_no_number_is_never_the_best_and_a_best_checkpoint_that_does_not_hold_is_said(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    losses_are(monkeypatch, {0: 9, 2: float("nan"), 4: 4, 6: 5, 8: 6})
 
     def after(step: int) -> None:
         if step == 7:
-            (tmp_path / "run" / "checkpoints" / "step-2" / "weights.safetensors").unlink()
+            (tmp_path / "run" / "checkpoints" / "step-4" / "weights.safetensors").unlink()
 
     result = run(tmp_path / "run", changed(eval={"keep_best": True}), after=after)
-    assert result.held_out.saved_step == STEPS
-    assert any("step-2 does not hold (weights.safetensors is missing)" in text for text in result.warnings)
+    assert (result.held_out.best.step, result.held_out.saved_step) == (4, STEPS)
+    assert any("step-4 does not hold (weights.safetensors is missing)" in text for text in result.warnings)
 
 
 @pytest.mark.parametrize(
