@@ -27,7 +27,8 @@ def test_the_quickstart_is_scored_on_sums_it_never_trains_on() -> None:
     settings = config.load("configs/quickstart.yaml")
     assert settings.eval.problems == 40 and settings.data.eval is not None
     (source,) = settings.data.sources
-    trained = [row for _, _, row in sources.first_rows(source, "train", "train", 10**6)]
+    read = sources.read(source, "train", max_rows=settings.data.max_rows)
+    trained = [row for chunk in read for _, _, row in chunk.numbered()]
     held_out = [row for _, _, row in sources.first_rows(settings.data.eval, "test", "train", settings.eval.problems)]
     assert len(trained) >= settings.train.batch_rows * (settings.train.max_steps or 0) and len(held_out) == 40
     assert not {row["question"] for row in held_out} & {row["question"] for row in trained}
