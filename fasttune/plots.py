@@ -30,26 +30,23 @@ def of_run(
     loss = [step.loss if math.isfinite(step.loss) else math.nan for step in steps]
     speed = [step.tokens_per_s for step in steps]
     memory = [step.peak_memory_gib for step in steps]
-    loss_lines, loss_note = [loss], "each step"
+    every = stride(steps)
+    loss_lines, loss_note = [loss[::every]], "each step"
     if len(steps) >= SMOOTH_FROM_STEPS:
         window = max(3, len(steps) // 15)
-        loss_lines.append([statistics.fmean(loss[max(0, i - window + 1) : i + 1]) for i in range(len(loss))])
+        drawn = range(0, len(loss), every)
+        loss_lines.append([statistics.fmean(loss[max(0, i - window + 1) : i + 1]) for i in drawn])
         loss_note = f"mean of the last {window} steps; pale: each step"
     counted = {step.step for step in metrics.steady(list(steps))}
     steady = [value if step in counted else math.nan for step, value in zip(number, speed, strict=True)]
     speed_note = "tokens/s without padding; " + ("pale: warm-up" if counted else "warm-up only")
-    every = stride(steps)
     x = number[::every]
-
-    def thin(*lines: list[float]) -> list[list[float]]:
-        return [line[::every] for line in lines]
-
     return [
-        ("Loss", loss_note, line_plot(x, thin(*loss_lines), width_in=9.0, height_in=3.0)),
+        ("Loss", loss_note, line_plot(x, loss_lines, width_in=9.0, height_in=3.0)),
         *_held_out(steps, held_out),
         *_exact_match(steps, answered),
-        ("Speed", speed_note, line_plot(x, thin(speed, steady), from_zero=True)),
-        ("Memory", "peak so far, GiB", line_plot(x, thin(memory), from_zero=True)),
+        ("Speed", speed_note, line_plot(x, [speed[::every], steady[::every]], from_zero=True)),
+        ("Memory", "peak so far, GiB", line_plot(x, [memory[::every]], from_zero=True)),
     ]
 
 

@@ -383,6 +383,21 @@ def test_page_of_any_number_of_steps_with_losses_that_are_not_finite(tmp_path, c
     assert len(text) < 400_000
 
 
+def test_the_smoothed_loss_is_made_for_the_drawn_points_only(monkeypatch):
+    drawn, means = [], []
+    fmean = plots.statistics.fmean
+    monkeypatch.setattr(plots, "line_plot", lambda x, lines, **options: drawn.append((x, lines)) or "")
+    monkeypatch.setattr(plots.statistics, "fmean", lambda values: means.append(len(values)) or fmean(values))
+    steps = make_steps(5000)
+    plots.of_run(steps)
+    x, (each, smooth) = drawn[0]
+    window = 5000 // 15
+    assert len(means) == len(smooth) == len(each) == len(x) == plots.MAX_POINTS
+    for at in (0, 1, 500, 999):
+        last = steps[max(0, x[at] - window) : x[at]]
+        assert each[at] == steps[x[at] - 1].loss and smooth[at] == fmean(step.loss for step in last)
+
+
 def test_a_single_step_is_a_visible_point():
     with_marker = plots.of_run(make_steps(1))[0][2]
     assert "<use" in with_marker and "var(--accent)" in with_marker
