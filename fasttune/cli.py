@@ -6,6 +6,7 @@ Exit codes: 0 fine, 1 a run or check failed, 2 wrong input.
 
 import argparse
 import os
+import shlex
 import signal
 import sys
 
@@ -191,9 +192,10 @@ def bench(options: argparse.Namespace) -> int:
     settings = config.load(options.config, [*options.overrides, *price])
     names = run.check(settings, options.arms, options.repeats, options.steps)
     folder = Path(options.output or f"runs/bench-{settings.name}")
-    said = [f"--repeats {options.repeats}"] + ([f"--steps {options.steps}"] if options.steps else [])
-    said += [f"--arms {options.arms}"] if options.arms else []
-    command = " ".join(["fasttune bench", options.config, *options.overrides, *said])
+    said = {"--repeats": options.repeats, "--steps": options.steps, "--arms": options.arms}
+    said["--usd-per-hour"] = options.usd_per_hour
+    flags = [text for flag, value in said.items() if value is not None for text in (flag, str(value))]
+    command = shlex.join(["fasttune", "bench", options.config, *options.overrides, *flags])
     with page.Progress() as progress:
         result = run.run(settings, names, options.repeats, options.steps, folder, command, progress.told)
     report.write(result, folder)

@@ -1,6 +1,6 @@
 """`fasttune bench`: every arm once, then every arm again, each time in a fresh process, until all repeats are there.
 
-OUTPUT_DIR/  job.json  measurements.jsonl (one line as each ends; an interrupted benchmark goes on from there)
+OUTPUT_DIR/  measurements.jsonl (one line as each ends; an interrupted benchmark goes on from there)
              bench.json  bench.html  bench.png
 """
 
@@ -10,23 +10,28 @@ import shutil
 import subprocess
 import sys
 import tempfile
-import time
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
 from dataclasses import asdict
 from datetime import UTC, datetime
 from pathlib import Path
 from typing import Any
 
-from fasttune import config as configuration, hardware, metrics, prepare, stack
+from fasttune import config as configuration, errors, forecast, hardware, plan, prepare, stack
 from fasttune.bench.arms import WHAT
-from fasttune.bench.result import MIN_REPEATS, WARMUP_STEPS, Arm, Bench, Limit, Repeat
+from fasttune.bench.measurements import Measurements
+from fasttune.bench.result import MIN_REPEATS, WARMUP_STEPS, Bench
 from fasttune.config import Config, EvalConfig
-from fasttune.errors import DataError, FasttuneError, OutputError, RunFailed, last_line
+from fasttune.errors import DataError, FasttuneError, RunFailed, last_line
 from fasttune.hardware import Hardware
-from fasttune.metrics import Backend
 
 CPU_STEPS, GPU_STEPS = 6, 20  # of a repeat
 BUSY_LOAD = 0.25  # of the cores: what other programs may use on a CPU before the numbers are doubted
+USER_ERRORS = {  # as worker.py names them
+    each.__name__ for each in (FasttuneError, errors.ConfigError, DataError, errors.ModelError, errors.OutputError)
+}
+# The driver's names: https://docs.nvidia.com/deploy/nvidia-smi/ (--help-query-gpu)
+THROTTLED = ("hw_thermal_slowdown", "sw_thermal_slowdown", "hw_power_brake_slowdown")
 
 Told = Callable[[str, float], None]  # what is measured now, and the share of all measurements that are done
 
@@ -57,17 +62,20 @@ def run(
     """Measure what is not in the folder yet; returns all of it. Raises FasttuneError for what cannot be compared."""
     machine = hardware.detect(folder)
     steps = steps or (GPU_STEPS if machine.gpus else CPU_STEPS)
-    objections = busy(machine)
+    beside = busy(machine)
     with tempfile.TemporaryDirectory() as shared:
         facts = share(config, Path(shared), steps)
         resolved = configuration.load(Path(shared) / "config.yaml")
-        measured = Measurements(folder, resolved, steps)
-        plan = [(name, number) for number in range(repeats) for name in [*arms, "limit"]]
-        for done, (name, number) in enumerate(plan):
+        identity = identify(resolved, steps, machine)
+        measured = Measurements(folder, identity, datetime.now(UTC).strftime("%Y-%m-%d"))
+        all_of_it = [(name, number) for number in range(repeats) for name in [*arms, "limit"]]
+        for done, (name, number) in enumerate(all_of_it):
             if measured.get(name, number) is None and not measured.failed(name):
-                told(f"repeat {number + 1} of {repeats}: {name}", done / len(plan))
-                measured.add(name, number, fresh_process(name, Path(shared), steps))
-    objections += throttled(machine)
+                told(f"repeat {number + 1} of {repeats}: {name}", done / len(all_of_it))
+                with throttling(machine) as slowed:
+                    result = fresh_process(name, Path(shared), steps)
+                measured.add(name, number, result, [*beside, *slowed])
+    objections = measured.objections()
     if repeats < MIN_REPEATS:
         objections.append(f"{repeats} repeats, fewer than {MIN_REPEATS}")
     return Bench(
@@ -82,13 +90,24 @@ def run(
         job_tokens=job_tokens(config, facts),
         arms=[measured.arm(name, repeats) for name in arms],
         limit=measured.limit(repeats),
-        usd_per_hour=price(config, machine),
+        usd_per_hour=plan.price_of(config, machine)[0],
         hardware=asdict(machine),
-        versions=stack.versions(),
-        git=_git(),
-        date=datetime.now(UTC).strftime("%Y-%m-%d"),
+        versions=identity["versions"],
+        git=identity["git"],
+        date=measured.date,
         objections=list(dict.fromkeys(objections)),
     )
+
+
+def identify(config: Config, steps: int, machine: Hardware) -> dict[str, Any]:
+    """What all measurements of a benchmark have in common: the job, the code and the kind of machine."""
+    return {
+        "config": config.model_dump(mode="json", exclude={"output_dir", "overwrite"}),
+        "steps": steps,
+        "git": _git(),
+        "versions": stack.versions(),
+        "machine": forecast.machine_name(machine),
+    }
 
 
 def share(config: Config, shared: Path, steps: int) -> dict[str, Any]:
@@ -101,7 +120,9 @@ def share(config: Config, shared: Path, steps: int) -> dict[str, Any]:
     facts = fresh_process("share", shared, steps)
     if "failure" in facts:
         kind, _, text = facts["failure"].partition(": ")
-        raise (DataError if kind.endswith("Error") else RunFailed)(text)
+        if kind in USER_ERRORS:
+            raise FasttuneError(text)
+        raise RunFailed(f"bench: nothing was measured, the job could not be prepared: {facts['failure']}")
     if facts["full_steps_per_epoch"] < steps:
         raise DataError(
             f"data: {facts['full_steps_per_epoch']} full steps of {config.train.batch_rows} rows are too few for "
@@ -122,71 +143,11 @@ def fresh_process(what: str, shared: Path, steps: int) -> dict[str, Any]:
         return {"failure": f"ended with code {done.returncode}: {last_line(done.stderr, 'said nothing')[:300]}"}
 
 
-class Measurements:
-    """measurements.jsonl: what has been measured of this very job, so that an interrupted benchmark can go on."""
-
-    def __init__(self, folder: Path, config: Config, steps: int):
-        self.path = folder / "measurements.jsonl"
-        job = {"config": config.model_dump(mode="json", exclude={"output_dir", "overwrite"}), "steps": steps}
-        try:
-            folder.mkdir(parents=True, exist_ok=True)
-            lines = self.path.read_text(encoding="utf-8").splitlines() if self.path.exists() else []
-            if not lines:
-                self.path.write_text(json.dumps(job) + "\n", encoding="utf-8")
-        except OSError as error:
-            raise OutputError(f"output: {folder} cannot be written ({error.strerror}); name another folder") from error
-        if lines and json.loads(lines[0]) != job:
-            raise OutputError(
-                f"output: {folder} holds measurements of another job; name another folder with --output, or remove it"
-            )
-        self.lines: list[dict[str, Any]] = [json.loads(line) for line in lines[1:]]
-
-    def get(self, arm: str, number: int) -> dict[str, Any] | None:
-        return next((line for line in self.lines if (line["arm"], line["repeat"]) == (arm, number)), None)
-
-    def failed(self, arm: str) -> str | None:
-        """Why an arm cannot do the job: it is not tried again in the same benchmark."""
-        return next((line["failure"] for line in self.lines if line["arm"] == arm and "failure" in line), None)
-
-    def add(self, arm: str, number: int, result: dict[str, Any]) -> None:
-        line = {"arm": arm, "repeat": number, **result}
-        self.lines.append(line)
-        with self.path.open("a", encoding="utf-8") as file:
-            file.write(json.dumps(line) + "\n")
-            file.flush()
-            os.fsync(file.fileno())
-
-    def arm(self, name: str, repeats: int) -> Arm:
-        lines = [line for number in range(repeats) if (line := self.get(name, number)) and "failure" not in line]
-        fields = Repeat.__dataclass_fields__
-        found = [
-            Repeat(**{key: line[key] for key in fields if key != "backend"}, backend=Backend(**line["backend"]))
-            for line in lines
-        ]
-        return Arm(name, WHAT[name], found, self.failed(name))
-
-    def limit(self, repeats: int) -> Limit | None:
-        """The best of the measured matmul rates: other work on the machine only ever lowers it."""
-        rates = [line for number in range(repeats) if (line := self.get("limit", number)) and "failure" not in line]
-        # The most of any arm: one that computes a shared beginning once has less to do.
-        counted = max((known for line in self.lines if (known := line.get("flops_per_token"))), default=None)
-        if not rates or counted is None:
-            return None
-        best = max(rates, key=lambda line: line["tflops"])
-        return Limit(best["tflops"], counted, best["tflops"] * 1e12 / counted, metrics.FLOPS_FORMULA, best["shapes"])
-
-
 def job_tokens(config: Config, facts: dict[str, Any]) -> int:
     """Tokens of the user's whole job, all epochs."""
     steps = config.train.max_steps
     epochs = config.train.epochs if steps is None else steps / facts["steps_per_epoch"]
     return round(epochs * facts["tokens_per_epoch"])
-
-
-def price(config: Config, machine: Hardware) -> float | None:
-    if config.usd_per_hour is not None or not machine.gpus:
-        return config.usd_per_hour
-    return hardware.usd_per_hour(machine.gpus[0].name)
 
 
 def busy(machine: Hardware) -> list[str]:
@@ -196,20 +157,33 @@ def busy(machine: Hardware) -> list[str]:
         if others:
             raise FasttuneError(f"bench: another process is on the GPU ({others[0]}): end it, or wait for it")
         return []
-    time.sleep(0.1)
     load = os.getloadavg()[0] / machine.cores
     return [f"other programs ran beside it (load {load:.0%} of the cores before the start)"] if load > BUSY_LOAD else []
 
 
-def throttled(machine: Hardware) -> list[str]:
-    """What slowed the GPU down while it was measured, as the driver counts it."""
+@contextmanager
+def throttling(machine: Hardware) -> Iterator[list[str]]:
+    """What slows the GPU down meanwhile, as the driver says every second; the list is filled at the end."""
+    found: list[str] = []
     if not machine.gpus:
-        return []
-    names = ["clocks_event_reasons.hw_thermal_slowdown", "clocks_event_reasons.sw_thermal_slowdown"]
-    names += ["clocks_event_reasons.hw_power_brake_slowdown"]
-    active = [line.split(", ") for line in _smi(f"--query-gpu={','.join(names)}")]
-    found = [name for values in active for name, value in zip(names, values, strict=False) if value.strip() == "Active"]
-    return [f"the GPU was throttled ({name.rpartition('.')[2]})" for name in found]
+        yield found
+        return
+    query = f"--query-gpu={','.join(f'clocks_event_reasons.{name}' for name in THROTTLED)}"
+    with tempfile.TemporaryFile("w+", encoding="utf-8") as said:
+        watch = subprocess.Popen(
+            ["nvidia-smi", query, "--format=csv,noheader", "--loop=1"], stdout=said, stderr=subprocess.DEVNULL
+        )
+        try:
+            yield found
+        finally:
+            watch.terminate()
+            watch.wait()
+            said.seek(0)
+            seen = [[value.strip() for value in line.split(",")] for line in said]
+    known = [values for values in seen if len(values) == len(THROTTLED) and {*values} & {"Active", "Not Active"}]
+    active = [name for i, name in enumerate(THROTTLED) if any(values[i] == "Active" for values in known)]
+    found += [f"the GPU was throttled ({name})" for name in active]
+    found += [] if known else ["nvidia-smi does not say whether the GPU was throttled"]
 
 
 def _smi(query: str) -> list[str]:
