@@ -9,6 +9,7 @@ import os
 import shlex
 import signal
 import sys
+from typing import Any
 
 from fasttune import __version__
 from fasttune.errors import ConfigError, FasttuneError
@@ -50,7 +51,7 @@ def main(argv: list[str] | None = None) -> int:
     commands = {"bench": bench, "data": data, "eval": evaluate, "generate": generate, "merge": merge, "plan": plan}
     commands["train"] = train
     try:
-        return commands[options.command](options)
+        code, document = commands[options.command](options)
     except KeyboardInterrupt:
         print(f"fasttune: interrupted{INTERRUPTED[options.command]}", file=sys.stderr)
         return 128 + signal.SIGINT
@@ -62,6 +63,21 @@ def main(argv: list[str] | None = None) -> int:
             line = "".join(c if c.isprintable() else " " for c in problem)  # a file's name may steer a terminal
             print(f"fasttune: {line}", file=sys.stderr)
         return error.exit_code
+    try:
+        if options.json:
+            from fasttune import report
+
+            print(report.to_json_line(document))
+        sys.stdout.flush()
+    except BrokenPipeError:
+        return _stdout_is_closed()
+    return code
+
+
+def _stdout_is_closed() -> int:
+    """The exit code where nobody reads stdout any more, as behind `| head`."""
+    os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())  # what is left goes there when Python ends
+    return 128 + signal.SIGPIPE
 
 
 def parser() -> argparse.ArgumentParser:
@@ -155,7 +171,10 @@ def _with_config(command: argparse.ArgumentParser, required: bool = True) -> arg
     return command
 
 
-def train(options: argparse.Namespace) -> int:
+Done = tuple[int, Any]  # the exit code, and what --json prints
+
+
+def train(options: argparse.Namespace) -> Done:
     """`fasttune train`: 0 completed, 1 failed, 130 / 143 interrupted by SIGINT / SIGTERM (143 by max_hours too)."""
     from fasttune import config, output, terminal, train as training
 
@@ -171,17 +190,13 @@ def train(options: argparse.Namespace) -> int:
     reporter = terminal.Reporter(None)
     result = training.run(settings, reporter, resume)
     reporter.finish(result)
-    if options.json:
-        from fasttune import report
-
-        print(report.to_json_line(result.as_dict()))
     if result.status == "interrupted":
         by_hand = result.error is not None and ("SIGINT" in result.error or "second signal" in result.error)
-        return 128 + (signal.SIGINT if by_hand else signal.SIGTERM)
-    return 0 if result.status == "completed" else 1
+        return 128 + (signal.SIGINT if by_hand else signal.SIGTERM), result
+    return 0 if result.status == "completed" else 1, result
 
 
-def bench(options: argparse.Namespace) -> int:
+def bench(options: argparse.Namespace) -> Done:
     """`fasttune bench`: 0, or 1 when the arms cannot be compared (INVALID)."""
     from pathlib import Path
 
@@ -200,14 +215,10 @@ def bench(options: argparse.Namespace) -> int:
         result = run.run(settings, names, options.repeats, options.steps, folder, command, progress.told)
     report.write(result, folder)
     page.show(result, folder)
-    if options.json:
-        from fasttune.report import to_json_line
-
-        print(to_json_line(result.as_dict()))
-    return 0 if result.valid else 1
+    return 0 if result.valid else 1, result.as_dict()
 
 
-def evaluate(options: argparse.Namespace) -> int:
+def evaluate(options: argparse.Namespace) -> Done:
     """`fasttune eval`: 0, with the scores on stderr."""
     from fasttune import evaluate as evaluation, terminal
 
@@ -225,14 +236,10 @@ def evaluate(options: argparse.Namespace) -> int:
         keep_answers=not options.no_cache,
     )
     evaluation.show(result)
-    if options.json:
-        from fasttune import report
-
-        print(report.to_json_line(result.as_dict()))
-    return 0
+    return 0, result
 
 
-def data(options: argparse.Namespace) -> int:
+def data(options: argparse.Namespace) -> Done:
     """`fasttune data`: 0, with the page on stderr."""
     from fasttune import config, terminal, view, view_page
 
@@ -240,43 +247,28 @@ def data(options: argparse.Namespace) -> int:
         raise ConfigError([f"--rows {options.rows}: how many rows to print, 0 or more"])
     figures = view.look(config.load(options.config, options.overrides), options.rows, terminal.Reporter(None))
     view_page.show(figures)
-    if options.json:
-        from fasttune import report
-
-        print(report.to_json_line(figures.as_dict()))
-    return 0
+    return 0, figures
 
 
-def generate(options: argparse.Namespace) -> int:
+def generate(options: argparse.Namespace) -> Done:
     """`fasttune generate`: 0, with the answers on stdout or in a file; 141 when stdout is closed, as by `| head`."""
     from fasttune import generate_command
 
     try:
-        done = generate_command.run(options)
-        if options.json:
-            from fasttune.report import to_json_line
-
-            print(to_json_line(done))
-        sys.stdout.flush()
+        return 0, generate_command.run(options)
     except BrokenPipeError:
-        os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())  # what is left goes there when Python ends
-        return 128 + signal.SIGPIPE
-    return 0
+        return _stdout_is_closed(), None
 
 
-def merge(options: argparse.Namespace) -> int:
+def merge(options: argparse.Namespace) -> Done:
     """`fasttune merge`: 0, or 1 when the written model does not answer as base + adapter does."""
     from fasttune import merge_command
 
     done = merge_command.run(options)
-    if options.json:
-        from fasttune.report import to_json_line
-
-        print(to_json_line(done))
-    return 0 if done["verified"] else 1
+    return 0 if done["verified"] else 1, done
 
 
-def plan(options: argparse.Namespace) -> int:
+def plan(options: argparse.Namespace) -> Done:
     """`fasttune plan`: 0, or 1 when it does not fit; the page goes to stderr."""
     from fasttune import config, preview, preview_page, terminal
 
@@ -284,11 +276,7 @@ def plan(options: argparse.Namespace) -> int:
     settings = config.load(options.config, [*options.overrides, *price])
     figures = preview.look(settings, options.gpu, terminal.Reporter(None))
     preview_page.show(figures)
-    if options.json:
-        from fasttune import report
-
-        print(report.to_json_line(figures.as_dict()))
-    return 0 if figures.fits else 1
+    return 0 if figures.fits else 1, figures
 
 
 if __name__ == "__main__":

@@ -5,7 +5,7 @@
 Of the model only config.json and the tokenizer are read, of the data the first rows.
 """
 
-from dataclasses import asdict, dataclass
+from dataclasses import dataclass
 from typing import Any
 
 from fasttune import forecast, hardware, plan, prepare, pretrained, terminal
@@ -33,10 +33,6 @@ class Figures:
     sampled: bool
     usd_per_hour: float | None
     smaller: list[str]  # what to change where it does not fit
-
-    def as_dict(self) -> dict[str, Any]:
-        """A JSON document, keys as above."""
-        return asdict(self)
 
 
 def look(config: Config, gpu: str | None, reporter: terminal.Reporter) -> Figures:

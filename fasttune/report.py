@@ -7,7 +7,7 @@ import json
 import math
 import os
 from collections.abc import Callable, Mapping
-from dataclasses import dataclass
+from dataclasses import dataclass, fields, is_dataclass
 from pathlib import Path
 from typing import Any
 
@@ -156,8 +156,8 @@ def what_ran(result: RunResult) -> list[tuple[str, str]]:
     return [(name.replace("_", " "), str(value)) for name, value in vars(result.backend).items()]
 
 
-def write_json(path: Path | str, data: Mapping[str, Any]) -> None:
-    """Write `data` as JSON, atomically; NaN and infinities, which JSON does not have, become null.
+def write_json(path: Path | str, data: Any) -> None:
+    """Write a mapping or dataclass as JSON, atomically; NaN and infinities, which JSON does not have, become null.
 
     Raises OutputError where the file cannot be written, TypeError for a value that JSON cannot hold.
     """
@@ -165,8 +165,8 @@ def write_json(path: Path | str, data: Mapping[str, Any]) -> None:
     write_bytes(Path(path), _encode(text))
 
 
-def to_json_line(data: Mapping[str, Any]) -> str:
-    """`data` as one line of JSON for stdout, ASCII only so that any terminal or pipe can take it; NaN becomes null."""
+def to_json_line(data: Any) -> str:
+    """A mapping or dataclass as one line of JSON, ASCII only so that any terminal or pipe can take it; NaN is null."""
     return json.dumps(_finite(data), allow_nan=False)
 
 
@@ -223,6 +223,8 @@ def readable(value: Any) -> str:
 def _finite(value: Any) -> Any:
     if isinstance(value, float):
         return value if math.isfinite(value) else None
+    if is_dataclass(value):
+        return {each.name: _finite(getattr(value, each.name)) for each in fields(value)}
     if isinstance(value, Mapping):
         return {str(name): _finite(item) for name, item in value.items()}
     if isinstance(value, (list, tuple)):

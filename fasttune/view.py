@@ -1,13 +1,14 @@
 """`fasttune data`: the rows of a config as they will be trained, as figures. Loads no weights.
 
     figures = look(config.load("configs/quickstart.yaml"), rows=3, reporter=terminal.Reporter(None))
-    figures.as_dict()            # what --json prints: every key below, by its name; view_page.py has the page
+
+--json prints every field below, by its name; view_page.py has the page.
 
 Tokens count as learned where the loss is taken: never the first token of a row, which nothing predicts.
 """
 
 import math
-from dataclasses import asdict, dataclass, replace
+from dataclasses import dataclass, replace
 from itertools import pairwise
 from typing import Any
 
@@ -128,10 +129,6 @@ class Figures:
     padding: PaddingFigures
     packs: Packs
     shown: list[Row]
-
-    def as_dict(self) -> dict[str, Any]:
-        """A JSON document, keys as above."""
-        return asdict(self)
 
 
 def look(config: Config, rows: int, reporter: terminal.Reporter) -> Figures:

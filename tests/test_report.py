@@ -263,7 +263,7 @@ def test_the_exact_match_is_told_where_there_is_one(tmp_path):
 def test_json_is_valid_whatever_the_numbers(tmp_path):
     path = tmp_path / "run.json"
     result = make_result(tmp_path, make_steps(2), last_loss=math.nan, hardware={"x": [math.inf, {"y": -math.inf}]})
-    report.write_json(path, {**result.as_dict(), "path": tmp_path, "odd": "é \udc80"})
+    report.write_json(path, {**vars(result), "path": tmp_path, "odd": "é \udc80"})
 
     def refuse(constant):
         raise AssertionError(constant)
