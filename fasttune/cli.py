@@ -187,7 +187,7 @@ def train(options: argparse.Namespace) -> Done:
         raise ConfigError(["train: name a config, e.g. configs/quickstart.yaml, or --resume RUN"])
     settings = config.load(options.config, options.overrides)
     resume = None if options.resume is None else output.to_resume(settings, options.resume)
-    reporter = terminal.Reporter(None)
+    reporter = terminal.Reporter()
     result = training.run(settings, reporter, resume)
     reporter.finish(result)
     if result.status == "interrupted":
@@ -227,7 +227,7 @@ def evaluate(options: argparse.Namespace) -> Done:
             raise FasttuneError(f"{name} {value}: a number of problems, 1 or more")
     result = evaluation.run(
         options.model,
-        terminal.Reporter(None),
+        terminal.Reporter(),
         options.tasks,
         options.data,
         options.limit,
@@ -245,7 +245,7 @@ def data(options: argparse.Namespace) -> Done:
 
     if options.rows < 0:
         raise ConfigError([f"--rows {options.rows}: how many rows to print, 0 or more"])
-    figures = view.look(config.load(options.config, options.overrides), options.rows, terminal.Reporter(None))
+    figures = view.look(config.load(options.config, options.overrides), options.rows, terminal.Reporter())
     view_page.show(figures)
     return 0, figures
 
@@ -274,7 +274,7 @@ def plan(options: argparse.Namespace) -> Done:
 
     price = [] if options.usd_per_hour is None else [f"usd_per_hour={options.usd_per_hour}"]
     settings = config.load(options.config, [*options.overrides, *price])
-    figures = preview.look(settings, options.gpu, terminal.Reporter(None))
+    figures = preview.look(settings, options.gpu, terminal.Reporter())
     preview_page.show(figures)
     return 0 if figures.fits else 1, figures
 

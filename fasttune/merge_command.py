@@ -30,7 +30,7 @@ def run(options: argparse.Namespace) -> dict[str, Any]:
 
     A model that was written and is not proved to agree with base + adapter is kept as DIR.unverified.
     """
-    started, reporter = time.perf_counter(), terminal.Reporter(None)
+    started, reporter = time.perf_counter(), terminal.Reporter()
     finished, out = opening.open_run(options.model), Path(options.out).expanduser()
     for text in finished.warnings:
         reporter.warn(text)

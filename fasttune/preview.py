@@ -1,6 +1,6 @@
 """`fasttune plan`: what a run would choose, need and cost, on this machine or another. Trains nothing.
 
-    figures = look(config.load("configs/quickstart.yaml"), "h100-80", terminal.Reporter(None))
+    figures = look(config.load("configs/quickstart.yaml"), "h100-80", terminal.Reporter())
 
 Of the model only config.json and the tokenizer are read, of the data the first rows.
 """

@@ -34,9 +34,9 @@ class Reporter:
     Dollars count from the creation of the reporter, because the machine is paid for while the model loads.
     """
 
-    def __init__(self, usd_per_hour: float | None, quiet: bool = False, console: Console = console):
-        self.warnings: list[str] = []  # all of them, in order, each once: RunResult.warnings should hold them
-        self._usd_per_hour = usd_per_hour
+    def __init__(self, quiet: bool = False, console: Console = console):
+        self._warned: set[str] = set()
+        self._usd_per_hour: float | None = None  # comes with the machine
         self._quiet = quiet
         self._console = console
         # FORCE_COLOR makes rich believe in a terminal where there is a log file, which wants lines
@@ -79,9 +79,9 @@ class Reporter:
             self.note(f"{what} …" + (f" {share:.0%}" if share else ""))
 
     def warn(self, text: str) -> None:
-        """A warning, above the bar; the final report repeats it."""
-        if text not in self.warnings:
-            self.warnings.append(text)
+        """A warning, once, above the bar; the final report has those of the result."""
+        if text not in self._warned:
+            self._warned.add(text)
             self._line(Text.assemble(("warning: ", "bold yellow"), plain(text)))
 
     def start(
@@ -92,13 +92,8 @@ class Reporter:
         total_steps: int,
         usd_per_hour: float | None = None,
     ) -> None:
-        """The panel (model, hardware, settings with the reason of each automatic one), then the progress bar.
-
-        usd_per_hour: the price, where it became known only with the machine.
-        """
-        self._total_steps = total_steps
-        if usd_per_hour is not None:
-            self._usd_per_hour = usd_per_hour
+        """The panel (model, hardware, settings with the reason of each automatic one), then the progress bar."""
+        self._total_steps, self._usd_per_hour = total_steps, usd_per_hour
         if self._quiet:
             return
         table = Table.grid(padding=(0, 2))
@@ -144,7 +139,6 @@ class Reporter:
     def finish(self, result: RunResult) -> None:
         """The final report: figures with what they count, what ran, samples, warnings and where the files are."""
         self.stop()
-        warnings = [*result.warnings, *(text for text in self.warnings if text not in result.warnings)]
         status = Text(result.status, style=f"bold {STATUS_STYLE[result.status]}")
         if self._quiet:
             if result.status != "completed":
@@ -158,7 +152,7 @@ class Reporter:
         parts.append(Padding(_figure_table(result), (1, 2)))
         parts.extend(_samples(result.samples, wide=self._console.width >= 60))
         self._console.print(Group(*parts))
-        for text in warnings:
+        for text in result.warnings:
             self._line(Text.assemble(("warning: ", "bold yellow"), plain(text)))
         for label, value in _files(result):  # not in a table: a path must stay in one piece to be copied
             self._console.print(Text.assemble((f"{label:<9}", "bold"), plain(value)), soft_wrap=True)

@@ -1,6 +1,6 @@
 """`fasttune data`: the rows of a config as they will be trained, as figures. Loads no weights.
 
-    figures = look(config.load("configs/quickstart.yaml"), rows=3, reporter=terminal.Reporter(None))
+    figures = look(config.load("configs/quickstart.yaml"), rows=3, reporter=terminal.Reporter())
 
 --json prints every field below, by its name; view_page.py has the page.
 

@@ -89,7 +89,7 @@ def finished_run(unsloth: None, tmp_path_factory: pytest.TempPathFactory) -> Any
         "train": {"batch_rows": 8, "max_steps": 2},
     }
     folder = tmp_path_factory.mktemp("finished") / "run"
-    result = train.run(config.parse({**tree, "output_dir": str(folder)}), terminal.Reporter(None, quiet=True))
+    result = train.run(config.parse({**tree, "output_dir": str(folder)}), terminal.Reporter(quiet=True))
     assert result.status == "completed"
     path, random = folder / "adapter" / "adapter_model.safetensors", torch.Generator().manual_seed(0)
     noise = {

@@ -268,7 +268,7 @@ def test_rows_are_sampled_and_tokens_scaled(tmp_path: Path, monkeypatch: pytest.
     path = tmp_path / "rows.jsonl"
     path.write_text("".join(json.dumps(row) + "\n" for row in rows))
     asked = config.parse({"model": {"name": "builtin:tiny"}, "data": {"train": str(path)}})
-    reporter = terminal.Reporter(None, quiet=True)
+    reporter = terminal.Reporter(quiet=True)
     whole = preview.look(asked, None, reporter)
     monkeypatch.setattr(preview, "SAMPLED_ROWS", 500)
     started = time.perf_counter()
@@ -289,7 +289,7 @@ def test_a_price_is_checked_like_the_config(tmp_path: Path, capsys: pytest.Captu
 def test_a_user_error_names_what_is_known() -> None:
     asked = config.parse({"model": {"name": "builtin:tiny"}, "data": {"train": "builtin:arithmetic"}})
     with pytest.raises(config.ConfigError, match="h100-80"):
-        preview.look(asked, "h100", terminal.Reporter(None, quiet=True))
+        preview.look(asked, "h100", terminal.Reporter(quiet=True))
 
 
 def test_forecast_against_what_a_run_measures(tmp_path: Path) -> None:

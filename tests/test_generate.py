@@ -88,7 +88,7 @@ def test_a_file_is_gone_on_with(speaker: Any, finished_run: Path, tmp_path: Path
     from fasttune import finished, generate, terminal
 
     opened, source, out = finished.open_run(str(finished_run)), rows(tmp_path), tmp_path / "out.jsonl"
-    reporter = terminal.Reporter(None, quiet=True)
+    reporter = terminal.Reporter(quiet=True)
 
     def answer(**settings: Any) -> dict[str, Any]:
         return generate.answer_file(speaker, opened, str(source), out, 2, None, {"dtype": "x", **settings}, reporter)
@@ -255,9 +255,7 @@ def test_turns_without_a_template_are_refused(
     path, opened = tmp_path / "rows.jsonl", finished.open_run(str(finished_run))
     path.write_text('{"prompt": "Hi"}\n' + json.dumps({"messages": [*SYSTEM, *USER]}) + "\n")
     with pytest.raises(DataError, match="row 2 has several turns"):
-        generate.answer_file(
-            speaker, opened, str(path), tmp_path / "out", 2, None, {}, terminal.Reporter(None, quiet=True)
-        )
+        generate.answer_file(speaker, opened, str(path), tmp_path / "out", 2, None, {}, terminal.Reporter(quiet=True))
     assert not (tmp_path / "out").exists()
 
 

@@ -85,7 +85,7 @@ def test_answers_in_parts_are_the_answers_at_once(
     from fasttune import prepare, samples
 
     tree = TREE | {"eval": {"problems": 5}, "data": {**TREE["data"], "max_rows": 8, "eval": "builtin:arithmetic"}}
-    job = prepare.prepare(config.parse(tree), tmp_path / "run", terminal.Reporter(None, quiet=True))
+    job = prepare.prepare(config.parse(tree), tmp_path / "run", terminal.Reporter(quiet=True))
     assert len(job.problems) == 5
     said = job.model.generation_config
     plain = samples.answer(job.model, job.tokenizer, job.problems, "none")

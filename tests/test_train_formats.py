@@ -39,7 +39,7 @@ def tree(file: Path, **data: Any) -> dict[str, Any]:
 def train(file: Path, changes: dict[str, Any] | None = None, **data: Any) -> Any:
     from fasttune import train as training
 
-    return training.run(config.parse(tree(file, **data) | (changes or {})), terminal.Reporter(None, quiet=True))
+    return training.run(config.parse(tree(file, **data) | (changes or {})), terminal.Reporter(quiet=True))
 
 
 def write(path: Path, rows: list[dict[str, Any]]) -> Path:
@@ -132,7 +132,7 @@ def test_several_sets_with_weights_and_a_hold_out(unsloth: None, tmp_path: Path)
     settings = config.parse(
         tree(files[0], train={str(files[0]): 2, str(files[1]): 0.5}, eval_share=0.1) | {"samples": 1}
     )
-    job = prepare.prepare(settings, tmp_path / "run", terminal.Reporter(None, quiet=True))
+    job = prepare.prepare(settings, tmp_path / "run", terminal.Reporter(quiet=True))
     assert job.data.sizes == [18, 18]
     assert job.data.rows_per_epoch == 2 * 18 + 9
     assert [problem.question for problem in job.problems] == [QUESTION]
@@ -144,7 +144,7 @@ def test_a_preparation_is_named_once_in_a_log() -> None:
     from rich.console import Console
 
     out = io.StringIO()
-    reporter = terminal.Reporter(None, console=Console(file=out))
+    reporter = terminal.Reporter(console=Console(file=out))
     for share in (0.0, 0.0, 0.3, 0.6, 1.0):
         reporter.progress("reading rows.jsonl", share)
     assert out.getvalue() == "reading rows.jsonl …\n"

@@ -40,7 +40,7 @@ def folder(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
 
 
 def look(rows: int, *overrides: str) -> view.Figures:
-    return view.look(config.load("c.yaml", list(overrides)), rows, terminal.Reporter(None, quiet=True))
+    return view.look(config.load("c.yaml", list(overrides)), rows, terminal.Reporter(quiet=True))
 
 
 def write(path: Path, rows: list[dict[str, Any]]) -> None:

@@ -59,7 +59,7 @@ def _prepare(config: Config, scratch: Path) -> Any:
     from fasttune.quiet import library_log
 
     with library_log():
-        return prepare.prepare(config, scratch / "run", terminal.Reporter(None, quiet=True))
+        return prepare.prepare(config, scratch / "run", terminal.Reporter(quiet=True))
 
 
 def _fasttune(config: Config, shared: Path, scratch: Path) -> Repeat:

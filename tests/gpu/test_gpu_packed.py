@@ -45,7 +45,7 @@ def test_packed_and_padded_rows_teach_the_same(tmp_path: Path) -> None:
         "train": {"batch_rows": 8, "max_steps": 1},
         "output_dir": str(tmp_path / "run"),
     }
-    job = prepare.prepare(configuration.parse(tree), tmp_path / "run", terminal.Reporter(None, quiet=True))
+    job = prepare.prepare(configuration.parse(tree), tmp_path / "run", terminal.Reporter(quiet=True))
     assert job.data.packed, job.warnings
     trainer = trainers.build(job, tmp_path)
     trained = {name: p for name, p in job.model.named_parameters() if p.requires_grad}

@@ -117,7 +117,7 @@ def test_a_run_says_that_it_was_fused(unsloth: None, tmp_path: Path) -> None:
             "output_dir": str(tmp_path / "run"),
         }
     )
-    job = prepare.prepare(wanted, tmp_path / "run", terminal.Reporter(None, quiet=True))
+    job = prepare.prepare(wanted, tmp_path / "run", terminal.Reporter(quiet=True))
     layers = 7 * job.plan.shape.layers
     assert any(setting.value == f"fused in {layers} layers" for setting in job.settings)
     assert f"LoRA fused in {layers} layers" in trainers.backend(trainers.build(job, tmp_path)).library

@@ -45,7 +45,7 @@ def step(
     from fasttune import prepare, terminal, trainer as trainers
 
     folder = tmp_path_factory.mktemp(request.param)
-    job = prepare.prepare(settings(folder, method=request.param), folder / "run", terminal.Reporter(None, quiet=True))
+    job = prepare.prepare(settings(folder, method=request.param), folder / "run", terminal.Reporter(quiet=True))
     trainer = trainers.build(job, folder)
     with torch.no_grad():  # B is zero at the start, which would hide A's gradient
         generator = torch.Generator().manual_seed(1)
@@ -116,7 +116,7 @@ def test_such_a_model_trains_padded_with_a_warning(
     from fasttune import packed, terminal, train as training
 
     monkeypatch.setattr(packed, "enable", lambda model, max_length: "it has a memory")
-    result = training.run(settings(tmp_path), terminal.Reporter(None, quiet=True))
+    result = training.run(settings(tmp_path), terminal.Reporter(quiet=True))
     assert result.status == "completed"
     assert result.backend.packing.startswith("padded")
     assert result.warnings == ["rows are padded, not packed: it has a memory"]
