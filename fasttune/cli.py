@@ -270,12 +270,12 @@ def merge(options: argparse.Namespace) -> Done:
 
 def plan(options: argparse.Namespace) -> Done:
     """`fasttune plan`: 0, or 1 when it does not fit; the page goes to stderr."""
-    from fasttune import config, preview, preview_page, terminal
+    from fasttune import config, preview, terminal
 
     price = [] if options.usd_per_hour is None else [f"usd_per_hour={options.usd_per_hour}"]
     settings = config.load(options.config, [*options.overrides, *price])
     figures = preview.look(settings, options.gpu, terminal.Reporter())
-    preview_page.show(figures)
+    preview.show(figures)
     return 0 if figures.fits else 1, figures
 
 

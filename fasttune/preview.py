@@ -1,6 +1,7 @@
 """`fasttune plan`: what a run would choose, need and cost, on this machine or another. Trains nothing.
 
     figures = look(config.load("configs/quickstart.yaml"), "h100-80", terminal.Reporter())
+    show(figures)            # on stderr
 
 Of the model only config.json and the tokenizer are read, of the data the first rows.
 """
@@ -8,16 +9,25 @@ Of the model only config.json and the tokenizer are read, of the data the first 
 from dataclasses import dataclass
 from typing import Any
 
+from rich.console import Console
+from rich.padding import Padding
+from rich.rule import Rule
+from rich.table import Table
+from rich.text import Text
+
 from fasttune import forecast, hardware, plan, prepare, pretrained, terminal
 from fasttune.config import Config, looks_like_hub
 from fasttune.data import chat, load, sources
 from fasttune.errors import ConfigError, DataError
+from fasttune.forecast import span
 from fasttune.hardware import Hardware
 from fasttune.metrics import Forecast, Setting
 from fasttune.quiet import library_log
+from fasttune.report import duration, rate, steps_text, usd
 from fasttune.shape import Shape
 
 SAMPLED_ROWS = sources.BUILTIN_ROWS["train"]  # of each source; a built-in one would make more if it were asked for them
+NEVER_ON_A_GPU = "counted, not fitted; never measured on a GPU"
 
 
 @dataclass(frozen=True)
@@ -129,3 +139,43 @@ def _hub_rows(source: str, split: str) -> int:
             f"data: the hub does not say how many rows {source} has ({type(error).__name__}); give a file, or "
             "download the set and name the file"
         ) from error
+
+
+def show(figures: Figures, console: Console = terminal.console) -> None:
+    """Print the page: settings with their reasons, memory by part, tokens, time and dollars."""
+    console.print(Rule(Text.assemble(("plan ", "bold"), figures.name, (" on ", "dim"), figures.machine), align="left"))
+    settings = terminal.grid((each.name, each.value, each.reason) for each in figures.settings)
+    for table in (settings, _memory(figures), _bill(figures)):
+        console.print(Padding(table, (1, 2, 0, 2), expand=False))
+    if figures.fits:
+        return
+    console.print()
+    needed = f"{figures.forecast.peak_memory_gib.expected:,.1f} GiB needed, {figures.usable_gib:,.1f} GiB can be used"
+    console.print(Text.assemble(("does not fit: ", "bold red"), needed, "; try, in this order:"), soft_wrap=True)
+    for way in figures.smaller:
+        console.print(Text(f"  {way}"), soft_wrap=True)
+
+
+def _memory(figures: Figures) -> Table:
+    """A line for every part that is not nothing, and the peak."""
+    expected, peak = figures.forecast, figures.forecast.peak_memory_gib
+    note = f"{peak.low:,.1f} to {peak.high:,.1f}; {figures.usable_gib:,.1f} can be used"
+    note += f"; largest micro-batch {expected.largest_micro_batch_tokens:,} tokens"
+    note += "" if expected.memory_gib.process else f"; {NEVER_ON_A_GPU}"  # Python counts on a CPU only
+    parts = [(part, f"{gib:8.2f} GiB", "") for part, gib in vars(expected.memory_gib).items() if gib >= 0.005]
+    return terminal.grid([*parts, ("peak memory", Text(f"{peak.expected:8.2f} GiB", style="bold"), note)])
+
+
+def _bill(figures: Figures) -> Table:
+    expected = figures.forecast
+    about = "by the first rows of the data" if figures.sampled else ""
+    lines = [("tokens", f"{expected.tokens:,} in {steps_text(expected.steps)}", about)]
+    if expected.tokens_per_s is None or expected.hours is None:
+        return terminal.grid([*lines, ("time", "not known", expected.rate)])
+    left_out = "without evaluation" if expected.without_evaluation else ""
+    lines.append(("speed", f"{span(expected.tokens_per_s, rate)} tokens/s", expected.rate))
+    lines.append(("time", span(expected.hours, lambda hours: duration(3600 * hours)), left_out))
+    if expected.usd is None:
+        return terminal.grid([*lines, ("cost", "not known", "no price: give --usd-per-hour")])
+    price = f"at {usd(figures.usd_per_hour or 0)} an hour{', ' if left_out else ''}{left_out}"
+    return terminal.grid([*lines, ("cost", span(expected.usd, usd), price)])

@@ -6,7 +6,7 @@ Text that people or models wrote is never read as markup and cannot send control
 import statistics
 import time
 from collections import deque
-from collections.abc import Iterator
+from collections.abc import Iterable, Iterator
 from pathlib import Path
 
 from rich.console import Console, Group, RenderableType
@@ -96,15 +96,7 @@ class Reporter:
         self._total_steps, self._usd_per_hour = total_steps, usd_per_hour
         if self._quiet:
             return
-        table = Table.grid(padding=(0, 2))
-        table.add_column(style="bold", no_wrap=True, max_width=28)
-        table.add_column(overflow="fold")
-        table.add_row("hardware", Text(plain(hardware_line)))  # a bare str would be read as markup
-        for setting in settings:
-            value = Text(plain(setting.value))
-            if setting.reason is not None:
-                value.append(f"  {plain(setting.reason)}", style="dim")
-            table.add_row(Text(plain(setting.name)), value)
+        table = grid([("hardware", hardware_line, ""), *((each.name, each.value, each.reason) for each in settings)])
         self._console.print(Panel(table, title=Text(plain(title), style="bold"), title_align="left", padding=(0, 1)))
         if self._live:
             # 20 columns: the step counter and a bar that can still be read
@@ -197,15 +189,23 @@ def plain(text: str) -> str:
     return "".join(c if c.isprintable() or c in "\n\t " else "�" for c in text)
 
 
-def _figure_table(result: RunResult) -> Table:
+def grid(lines: Iterable[tuple[str, str | Text, str | None]]) -> Table:
+    """A line each: name, value, and a pale note. Text of people or models is not read as markup."""
     table = Table.grid(padding=(0, 2))
-    table.add_column(style="bold", no_wrap=True)
-    table.add_column()
-    for figure in key_figures(result):
-        value = Text(figure.value, style="dim" if figure.value == "not known" else "")
-        table.add_row(figure.label, value.append(f"  {figure.note}", style="dim"))
-    table.add_row("what ran", Text(" · ".join(f"{label} {plain(value)}" for label, value in what_ran(result))))
+    table.add_column(style="bold", no_wrap=True, max_width=28)
+    table.add_column(overflow="fold")
+    for name, value, note in lines:
+        text = Text(plain(value)) if isinstance(value, str) else value
+        table.add_row(Text(plain(name)), Text.assemble(text, (f"  {plain(note)}" if note else "", "dim")))
     return table
+
+
+def _figure_table(result: RunResult) -> Table:
+    lines: list[tuple[str, str | Text, str]] = [
+        (figure.label, Text(figure.value, style="dim") if figure.value == "not known" else figure.value, figure.note)
+        for figure in key_figures(result)
+    ]
+    return grid([*lines, ("what ran", " · ".join(f"{label} {value}" for label, value in what_ran(result)), "")])
 
 
 def _samples(samples: list[Sample], wide: bool) -> Iterator[RenderableType]:

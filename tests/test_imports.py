@@ -19,7 +19,7 @@ LAYERS = [
     {"finished", "fused_lora", "packed", "samples", "tasks"},
     {"card", "harness", "merge", "prepare", "questions"},
     {"generate", "merge_command", "preview", "state", "tracking", "validation", "view"},
-    {"generate_command", "preview_page", "trainer", "view_page"},
+    {"generate_command", "trainer", "view_page"},
     {"resume", "summary"},
     {"journal"},
     {"bench", "evaluate", "train"},

@@ -141,16 +141,14 @@ def _failures(bench: Bench) -> list[RenderableType]:
 
 
 def _ran(bench: Bench) -> list[RenderableType]:
-    grid = Table.grid(padding=(0, 2))
-    grid.add_column(style="bold", no_wrap=True)
-    grid.add_column(overflow="fold")
+    lines = []
     for arm in bench.arms:
         if arm.repeats:
             ran = arm.repeats[-1].backend
             parts = [ran.library, f"attention {ran.attention}", ran.packing, f"{ran.patched_layers} layers patched"]
             parts += [f"checkpointing {ran.gradient_checkpointing}", ran.dtype]
-            grid.add_row(Text(plain(arm.name)), Text(plain(" · ".join(parts))))
-    return [Text("what ran", style="bold underline"), grid] if grid.row_count else []
+            lines.append((arm.name, " · ".join(parts), ""))
+    return [Text("what ran", style="bold underline"), terminal.grid(lines)] if lines else []
 
 
 def _parity(bench: Bench) -> list[RenderableType]:
