@@ -30,13 +30,12 @@ def of_run(folder: Path) -> None:
 
 def write(folder: Path, finished: Finished, compared: Comparison | None = None) -> None:
     """README.md into a folder of weights; `compared` is what a merge has shown. Raises OutputError."""
-    report.write_bytes(folder / "README.md", text(finished, compared).encode())
+    report.write_text(folder / "README.md", text(finished, compared))
 
 
 def text(finished: Finished, compared: Comparison | None) -> str:
     """The card. Evaluations are those of eval.json in the run's folder."""
     import huggingface_hub
-    import jinja2
 
     config = finished.config
     base = config.model.name if config else finished.base.name
@@ -49,20 +48,13 @@ def text(finished: Finished, compared: Comparison | None) -> str:
         pipeline_tag="text-generation",
         tags=["fasttune", *(["lora"] if finished.adapter else [])],
     )
-    environment = jinja2.Environment(
-        loader=jinja2.FileSystemLoader(Path(__file__).parent),
-        undefined=jinja2.StrictUndefined,
-        trim_blocks=True,
-        lstrip_blocks=True,
-        autoescape=False,  # Markdown; cells are escaped by `cell`
-    )
-    environment.filters["cell"] = lambda value: str(value).replace("|", "\\|").replace("\n", " ")
     result = result_of(finished)
 
     def clean(line: str) -> str:
         return _without_paths(line, [*config.data.sources, config.data.eval or "", base] if config else [base])
 
-    return environment.get_template("card.md.j2").render(
+    return report.fill(
+        "card.md.j2",
         metadata=data.to_yaml(),
         name=config.name if config else shown(finished.name),
         base=shown(base),

@@ -162,7 +162,7 @@ def write_json(path: Path | str, data: Any) -> None:
     Raises OutputError where the file cannot be written, TypeError for a value that JSON cannot hold.
     """
     text = json.dumps(_finite(data), indent=2, ensure_ascii=False, allow_nan=False) + "\n"
-    write_bytes(Path(path), _encode(text))
+    write_text(Path(path), text)
 
 
 def to_json_line(data: Any) -> str:
@@ -177,32 +177,38 @@ def write_html(path: Path | str, result: RunResult, steps: list[StepMetrics]) ->
     """
     from markupsafe import Markup
 
-    write_page(
-        path,
+    drawn = plots.of_run(steps, result.held_out, result.exact_match)
+    page = fill(
         "report.html.j2",
         result=result,
         figures=key_figures(result),
         what_ran=what_ran(result),
-        facts=[(name.replace("_", " "), readable(value)) for name, value in result.hardware.items()],
-        plots=[
-            (title, note, Markup(svg)) for title, note, svg in plots.of_run(steps, result.held_out, result.exact_match)
-        ],
+        hardware=facts(result.hardware),
+        versions=result.versions.items(),
+        plots=[(title, note, Markup(svg)) for title, note, svg in drawn],
         drawn_every=plots.stride(steps),
     )
+    write_text(Path(path), page)
 
 
-def write_page(path: Path | str, template: str, **values: Any) -> None:
-    """Fill a template of this folder, every value escaped, and write it atomically. Raises OutputError."""
+def fill(template: str, **values: Any) -> str:
+    """A template of this folder with its values: escaped in HTML, as they are in Markdown."""
     import jinja2  # with matplotlib about a second of imports that only pages need
 
     environment = jinja2.Environment(
         loader=jinja2.FileSystemLoader(Path(__file__).parent),
-        autoescape=True,
+        autoescape=jinja2.select_autoescape(["html.j2"]),
         undefined=jinja2.StrictUndefined,
         trim_blocks=True,
         lstrip_blocks=True,
     )
-    write_bytes(Path(path), _encode(environment.get_template(template).render(values)))
+    environment.filters["cell"] = lambda value: str(value).replace("|", "\\|").replace("\n", " ")  # of a Markdown table
+    return environment.get_template(template).render(values)
+
+
+def facts(values: Mapping[str, Any]) -> list[tuple[str, str]]:
+    """A dict as rows of a table."""
+    return [(name.replace("_", " "), readable(value)) for name, value in values.items()]
 
 
 def readable(value: Any) -> str:
@@ -232,9 +238,9 @@ def _finite(value: Any) -> Any:
     return str(value) if isinstance(value, Path) else value
 
 
-def _encode(text: str) -> bytes:
-    """UTF-8; a lone surrogate (odd file names) becomes its \\u escape."""
-    return text.encode("utf-8", errors="backslashreplace")
+def write_text(path: Path, text: str) -> None:
+    """As UTF-8, atomically; a lone surrogate (odd file names) becomes its \\u escape. Raises OutputError."""
+    write_bytes(path, text.encode("utf-8", errors="backslashreplace"))
 
 
 def write_bytes(path: Path, content: bytes) -> None:

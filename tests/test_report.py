@@ -408,6 +408,16 @@ def test_same_run_same_page(tmp_path):
     assert first == write_page(tmp_path / "b.html", make_result(tmp_path, steps), steps)
 
 
+def test_a_card_of_a_name_that_is_no_unicode(tmp_path):
+    from fasttune import card, finished
+    from fasttune.config import ModelConfig
+
+    odd = "caf\udce9"  # a folder's name in another encoding, as Python gives it
+    opened = finished.Finished(f"/old/runs/{odd}", ModelConfig(name="builtin:tiny"), adapter=tmp_path / odd)
+    card.write(tmp_path, opened)
+    assert "# caf\\udce9\n" in (tmp_path / "README.md").read_text(encoding="utf-8")
+
+
 def test_importing_the_terminal_imports_nothing_heavy():
     code = "import sys, fasttune.terminal, fasttune.report; print(*sys.modules)"
     loaded = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=True).stdout.split()

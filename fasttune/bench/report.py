@@ -10,7 +10,7 @@ from pathlib import Path
 from fasttune import metrics, plots, report
 from fasttune.bench import picture
 from fasttune.bench.result import BASELINE, FASTEST, MIN_REPEATS, WARMUP_STEPS, Arm, Bench, Comparison, usd_per_million
-from fasttune.report import duration, percent, rate, readable, usd
+from fasttune.report import duration, percent, rate, usd
 
 
 @dataclass(frozen=True)
@@ -38,8 +38,7 @@ def write(bench: Bench, folder: Path) -> None:
 
     curves = loss_curves(bench)
     svg = plots.line_plot(list(range(1, len(curves[0]) + 1)), curves, width_in=9.0, height_in=2.6) if curves else None
-    report.write_page(
-        folder / "bench.html",
+    page = report.fill(
         "bench/bench.html.j2",
         bench=bench,
         quote=quote(bench),
@@ -51,12 +50,13 @@ def write(bench: Bench, folder: Path) -> None:
         machine=machine(bench),
         flops_formula=metrics.FLOPS_FORMULA,
         warmup_steps=WARMUP_STEPS,
-        hardware=[(name.replace("_", " "), readable(value)) for name, value in bench.hardware.items()],
+        hardware=report.facts(bench.hardware),
+        versions=bench.versions.items(),
         rate=rate,
-        percent=percent,
         difference=difference,
         steps_text=report.steps_text,
     )
+    report.write_text(folder / "bench.html", page)
 
 
 def quote(bench: Bench) -> str:
