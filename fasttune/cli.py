@@ -200,7 +200,7 @@ def bench(options: argparse.Namespace) -> Done:
     """`fasttune bench`: 0, or 1 when the arms cannot be compared (INVALID)."""
     from pathlib import Path
 
-    from fasttune import config
+    from fasttune import config, terminal
     from fasttune.bench import page, report, run
 
     price = [] if options.usd_per_hour is None else [f"usd_per_hour={options.usd_per_hour}"]
@@ -211,8 +211,11 @@ def bench(options: argparse.Namespace) -> Done:
     said["--usd-per-hour"] = options.usd_per_hour
     flags = [text for flag, value in said.items() if value is not None for text in (flag, str(value))]
     command = shlex.join(["fasttune", "bench", options.config, *options.overrides, *flags])
-    with page.Progress() as progress:
-        result = run.run(settings, names, options.repeats, options.steps, folder, command, progress.told)
+    reporter = terminal.Reporter()
+    try:
+        result = run.run(settings, names, options.repeats, options.steps, folder, command, reporter.progress)
+    finally:
+        reporter.stop()
     report.write(result, folder)
     page.show(result, folder)
     return 0 if result.valid else 1, result.as_dict()

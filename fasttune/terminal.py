@@ -3,6 +3,7 @@
 Text that people or models wrote is never read as markup and cannot send control codes to the terminal.
 """
 
+import math
 import statistics
 import time
 from collections import deque
@@ -14,7 +15,7 @@ from rich.padding import Padding
 from rich.panel import Panel
 from rich.progress import BarColumn, Progress, TaskID, TextColumn, TimeRemainingColumn
 from rich.rule import Rule
-from rich.table import Table
+from rich.table import Column, Table
 from rich.text import Text
 
 from fasttune.metrics import RunResult, Sample, Setting, StepMetrics
@@ -62,15 +63,19 @@ class Reporter:
         if self._live and 0 < share < 1:
             if self._progress is None:
                 self._progress = Progress(
+                    TextColumn("{task.description}", markup=False, table_column=Column(no_wrap=True, ratio=2)),
                     TextColumn("{task.percentage:>3.0f} %"),
-                    BarColumn(),
+                    BarColumn(bar_width=None, table_column=Column(ratio=1)),
                     TimeRemainingColumn(),
+                    TextColumn("left"),
                     console=self._console,
                     transient=True,
+                    expand=True,
+                    speed_estimate_period=math.inf,  # one measurement of a benchmark lasts minutes
                 )
-                self._task = self._progress.add_task("", total=1.0)
+                self._task = self._progress.add_task(plain(what), total=1.0)
                 self._progress.start()
-            self._progress.update(self._task, completed=share)
+            self._progress.update(self._task, completed=share, description=plain(what))
         elif share >= 1:
             self.stop()
         elif what != self._prepared or time.monotonic() - self._last_line_s >= PLAIN_LINE_EVERY_S:

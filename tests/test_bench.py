@@ -86,7 +86,7 @@ def test_fasttune_is_compared_with_all_and_all_with_the_baseline() -> None:
     arms.append(Arm("unsloth-notebook", "", [], "out of memory"))
     empty: dict[str, Any] = dict.fromkeys(Bench.__dataclass_fields__)
     bench = Bench(**empty | {"arms": arms, "dtype": "float32", "objections": [], "job_tokens": 1, "usd_per_hour": 3.6})
-    pairs = [(c.arm, c.over) for c in bench.comparisons()]
+    pairs = [(c.arm, c.over) for c in bench.comparisons]
     assert sorted(pairs) == [("fasttune", "hf-tuned"), ("fasttune", "vanilla"), ("hf-tuned", "vanilla")]
     document = bench.as_dict()
     assert document["arms"][0]["tokens_per_s"]["median"] == 100.0

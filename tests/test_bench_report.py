@@ -328,44 +328,9 @@ def test_terminal_says_invalid_in_red_and_shows_no_ratio() -> None:
 def test_terminal_shows_objections_and_a_failure_after_some_repeats() -> None:
     arms = [make_arm("fasttune", *[9.0] * 5), make_arm("vanilla", 9, 9, 9, failure="killed")]
     text = flat(shown(make_bench(*arms, objections=["other programs ran beside it"])))
-    assert "vanilla failed: killed" in text and "objection: other programs ran beside it" in text
+    assert "vanilla failed: killed" in text and text.count("other programs ran beside it") == 1
     assert "not a claim: 3 repeats, fewer than 5; other programs ran beside it" in text
 
 
 def test_without_a_price_there_is_no_column_of_dollars() -> None:
     assert "$" not in shown(make_bench()) and "whole job" not in shown(make_bench())
-
-
-# progress
-
-
-def test_progress_lines_know_the_time_left_from_real_measurements_only(monkeypatch: pytest.MonkeyPatch) -> None:
-    now_s = [0.0]
-    monkeypatch.setattr(page.time, "monotonic", lambda: now_s[0])
-    console = Console(file=io.StringIO(), width=40)
-    with page.Progress(console) as progress:
-        for share, took_s in ((0.0, 0.01), (0.1, 0.01), (0.2, 30.0), (0.3, 40.0), (0.4, 0.0)):
-            progress.told(f"repeat [1] at {share}", share)
-            now_s[0] += took_s
-    assert console.file.getvalue().splitlines() == [  # type: ignore[attr-defined]
-        "repeat [1] at 0.0 · 0% done",
-        "repeat [1] at 0.1 · 10% done",
-        "repeat [1] at 0.2 · 20% done",
-        "repeat [1] at 0.3 · 30% done · 3:30 left",
-        "repeat [1] at 0.4 · 40% done · 3:30 left",
-    ]
-
-
-class Terminal(io.StringIO):
-    def isatty(self) -> bool:
-        return True
-
-
-def test_progress_bar_in_a_terminal_is_closed_after_an_exception() -> None:
-    file = Terminal()
-    with pytest.raises(RuntimeError), page.Progress(Console(file=file, force_terminal=True, width=80)) as progress:
-        progress.told("repeat 1 of 5: vanilla", 0.25)
-        raise RuntimeError
-    text = file.getvalue()
-    assert "repeat 1 of 5: vanilla" in text and "━" in text and "time left not known yet" in text
-    assert text.count("\x1b[?25l") == text.count("\x1b[?25h") == 1

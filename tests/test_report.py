@@ -166,6 +166,36 @@ def test_stop_closes_the_bar_after_an_exception_and_twice():
     assert file.getvalue().count("\x1b[?25l") == file.getvalue().count("\x1b[?25h") == 1
 
 
+@pytest.mark.parametrize("width", [40, 80])
+def test_progress_is_a_bar_with_the_time_left(width):
+    """As of a benchmark: minutes lie between two shares."""
+    now_s = [0.0]
+    file = Screen()
+    console = Console(file=file, width=width, force_terminal=True, _environ={}, get_time=lambda: now_s[0])
+    reporter = terminal.Reporter(console=console)
+    for what, share in (("repeat 1: x", 0.0), ("repeat 1: y", 0.25), ("y [2]", 0.5), ("a long name " * 20, 0.75)):
+        reporter.progress(what, share)
+        now_s[0] += 400
+        if share:
+            reporter._progress.refresh()
+    reporter.stop()
+    frames = re.sub(r"\x1b\[[0-9;?]*[A-Za-z]", "", file.getvalue()).replace("\r", "\n").splitlines()
+    assert all(len(line) <= width for line in frames)
+    assert any(re.fullmatch(r"y \[2\] +50 % [━╸╺]+ 0:13:20 left *", line) for line in frames), frames
+    assert any(line.startswith("a long n") and line.rstrip().endswith("0:06:40 left") for line in frames), frames
+    assert file.getvalue().count("\x1b[?25l") == file.getvalue().count("\x1b[?25h") == 1
+
+
+def test_progress_lines_of_a_log_come_with_each_new_thing_or_by_the_clock(monkeypatch):
+    now_s = [0.0]
+    monkeypatch.setattr(terminal.time, "monotonic", lambda: now_s[0])
+    reporter, file = make_reporter()
+    for what, share, took_s in (("a [1]", 0.0, 1), ("a [1]", 0.1, 20), ("a [1]", 0.2, 1), ("b", 0.5, 1), ("b", 1.0, 1)):
+        reporter.progress(what, share)
+        now_s[0] += took_s
+    assert file.getvalue().splitlines() == ["a [1] …", "a [1] … 20%", "b … 50%"]
+
+
 def test_warnings_are_shown_at_once_and_again_at_the_end(tmp_path):
     reporter, file = make_reporter(width=60)
     long = "3 rows were dropped [data.train] because " + "they were too long " * 5

@@ -1,9 +1,7 @@
-"""The page of `fasttune bench` and its progress, on stderr. Names and reasons are never read as markup."""
+"""The page of `fasttune bench`, on stderr. Names and reasons are never read as markup."""
 
-import time
 from pathlib import Path
 
-from rich import progress
 from rich.console import Console, Group, RenderableType
 from rich.padding import Padding
 from rich.rule import Rule
@@ -14,76 +12,9 @@ from fasttune import terminal
 from fasttune.bench import report
 from fasttune.bench.result import Bench
 from fasttune.report import steps_text, usd
-from fasttune.terminal import clock, plain
+from fasttune.terminal import plain
 
 FIRST_COLUMNS = 5  # of the upper table, where all columns in one would be too wide
-MEASURED_S = 0.5  # a measurement that was in the folder already takes less, and says nothing of the time left
-
-
-class Progress:
-    """How far a benchmark is and the time left, as a bar; without a terminal a line a measurement.
-
-    The time left is known once a measurement has ended: all of them cost much the same, because arms are interleaved.
-    """
-
-    def __init__(self, console: Console = terminal.console):
-        self._console = console
-        live = console.is_interactive and console.file.isatty()
-        columns = (
-            progress.TextColumn("{task.description}"),
-            progress.BarColumn(),
-            _Left(self),
-            progress.TextColumn(""),
-        )
-        self._bar = progress.Progress(*columns, console=console, transient=True) if live else None
-        self._task = self._bar.add_task("starting", total=1.0) if self._bar else None
-        self._share = self._measured_share = self._measured_s = 0.0
-        self._told_s: float | None = None
-
-    def __enter__(self) -> "Progress":
-        if self._bar:
-            self._bar.start()
-        return self
-
-    def __exit__(self, *_: object) -> None:
-        if self._bar:
-            self._bar.stop()
-
-    def told(self, what: str, share: float) -> None:
-        """What is measured now, and the share, 0 to 1, of all that is done."""
-        now = time.monotonic()
-        if self._told_s is not None and now - self._told_s >= MEASURED_S:
-            self._measured_s += now - self._told_s
-            self._measured_share += share - self._share
-        self._share, self._told_s = share, now
-        if self._bar and self._task is not None:
-            self._bar.update(self._task, description=plain(what), completed=share)
-        else:
-            left = "" if self.left_s() is None else f" · {self.left()} left"
-            self._console.print(Text(f"{plain(what)} · {share:.0%} done{left}", style="dim"), soft_wrap=True)
-
-    def left_s(self) -> float | None:
-        """Seconds left, counted down while a measurement runs; None while it cannot be known."""
-        if not self._measured_share or self._told_s is None:
-            return None
-        left_s = (1 - self._share) * self._measured_s / self._measured_share
-        return max(0.0, left_s - (time.monotonic() - self._told_s))
-
-    def left(self) -> str:
-        left_s = self.left_s()
-        return "time left not known yet" if left_s is None else clock(left_s)
-
-
-class _Left(progress.ProgressColumn):
-    """The time left. rich's own column forgets what is longer ago than half a minute; a measurement lasts longer."""
-
-    def __init__(self, of: Progress):
-        super().__init__()
-        self._of = of
-
-    def render(self, task: progress.Task) -> Text:
-        known = self._of.left_s() is not None
-        return Text(f"{task.percentage:.0f} % · {self._of.left()}{' left' if known else ''}", style="cyan")
 
 
 def show(bench: Bench, folder: Path, console: Console = terminal.console) -> None:
@@ -153,7 +84,7 @@ def _ran(bench: Bench) -> list[RenderableType]:
 
 def _parity(bench: Bench) -> list[RenderableType]:
     """One line where all agree, else one for each comparison that does not."""
-    comparisons = bench.comparisons()
+    comparisons = bench.comparisons
     if not comparisons:
         return []
     if bad := [each for each in comparisons if each.invalid]:
@@ -168,8 +99,5 @@ def _parity(bench: Bench) -> list[RenderableType]:
 
 
 def _verdict(bench: Bench) -> list[RenderableType]:
-    objections: list[RenderableType] = [
-        Text.assemble(("objection: ", "bold yellow"), plain(text)) for text in bench.objections
-    ]
     style = "bold red" if not bench.valid else "bold yellow" if report.reasons_against(bench) else "bold"
-    return [*objections, *([Text()] if objections else []), Text(plain(report.quote(bench)), style=style)]
+    return [Text(plain(report.quote(bench)), style=style)]

@@ -48,7 +48,7 @@ def png(bench: Bench, title: str, conditions: str, verdict: str, good: bool) -> 
         FigureCanvasAgg(figure)
         axes = figure.add_axes((0.19, 0.2, 0.77, 0.61), facecolor=PAPER)
         view = bars(bench)
-        over = {each.arm: each for each in bench.comparisons() if each.over == BASELINE}
+        over = {each.arm: each for each in bench.comparisons if each.over == BASELINE}
         for at, arm in enumerate(bench.arms):
             _bar(axes, at, arm, view, over.get(arm.name))
         _axes(axes, bench, view)

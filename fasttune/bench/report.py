@@ -44,7 +44,7 @@ def write(bench: Bench, folder: Path) -> None:
         quote=quote(bench),
         reasons=reasons_against(bench),
         table=table(bench),
-        comparisons=bench.comparisons(),
+        comparisons=bench.comparisons,
         bars=picture.bars(bench),
         losses=Markup(svg) if svg else None,
         machine=machine(bench),
@@ -64,7 +64,7 @@ def quote(bench: Bench) -> str:
     if reasons := reasons_against(bench):
         return f"not a claim: {'; '.join(reasons)}"
     arm, plain = bench.arm(FASTEST), bench.arm(BASELINE)
-    over = next(c for c in bench.comparisons() if (c.arm, c.over) == (FASTEST, BASELINE))
+    over = next(c for c in bench.comparisons if (c.arm, c.over) == (FASTEST, BASELINE))
     assert arm and plain
     speed = arm.median("tokens_per_s")
     assert speed
@@ -83,7 +83,7 @@ def quote(bench: Bench) -> str:
 
 def reasons_against(bench: Bench) -> list[str]:
     """Why the numbers are no claim of fasttune over the baseline; empty where they are one."""
-    found = [f"INVALID: {c.arm} against {c.over}: {c.invalid}" for c in bench.comparisons() if c.invalid]
+    found = [f"INVALID: {c.arm} against {c.over}: {c.invalid}" for c in bench.comparisons if c.invalid]
     for name in (FASTEST, BASELINE):
         arm = bench.arm(name)
         if arm is None:
@@ -117,7 +117,7 @@ def difference(relative: float) -> str:
 
 def table(bench: Bench) -> Table:
     """Every arm, also one that failed, with everything that was measured of it."""
-    over = {c.arm: c for c in bench.comparisons() if c.over == BASELINE}
+    over = {c.arm: c for c in bench.comparisons if c.over == BASELINE}
     columns: list[tuple[str, Callable[[Arm], Cell]]] = [
         ("tokens/s", lambda arm: _spread(arm, "tokens_per_s", rate)),
         (f"× {BASELINE}", lambda arm: _ratio(arm, over.get(arm.name))),
@@ -142,7 +142,7 @@ def _png(bench: Bench) -> bytes:
     title = f"Training speed of {bench.model.rpartition('/')[2]}"
     if reasons := reasons_against(bench):
         return picture.png(bench, title, conditions, f"not a claim: {'; '.join(reasons)}", good=False)
-    over = next(c for c in bench.comparisons() if (c.arm, c.over) == (FASTEST, BASELINE))
+    over = next(c for c in bench.comparisons if (c.arm, c.over) == (FASTEST, BASELINE))
     verdict = (
         f"Tokens a second without padding, median of the repeats; dots: each repeat. {BASELINE}: plain Hugging Face, "
         f"same rows in the same order; losses agree within {difference(over.largest_loss_difference)}."

@@ -8,7 +8,7 @@ import random
 import re
 import statistics
 from dataclasses import asdict, dataclass, field
-from functools import lru_cache
+from functools import cached_property
 from typing import Any
 
 from fasttune import hardware
@@ -131,6 +131,7 @@ class Bench:
     def arm(self, name: str) -> Arm | None:
         return next((arm for arm in self.arms if arm.name == name), None)
 
+    @cached_property
     def comparisons(self) -> list[Comparison]:
         """Every arm that ran against the baseline, and fasttune against every other."""
         ran = [arm for arm in self.arms if arm.repeats]
@@ -143,7 +144,7 @@ class Bench:
 
     @property
     def valid(self) -> bool:
-        return all(comparison.invalid is None for comparison in self.comparisons())
+        return all(comparison.invalid is None for comparison in self.comparisons)
 
     @property
     def limit_unknown(self) -> str | None:
@@ -189,7 +190,7 @@ class Bench:
             arm["name"]: {key: arm[key] for key in ("usd_per_million_tokens", "job_hours")} for arm in document["arms"]
         }
         document["cost"] = {"usd_per_hour": self.usd_per_hour, "job_tokens": self.job_tokens, "arms": cost}
-        return document | {"comparisons": [asdict(c) for c in self.comparisons()], "valid": self.valid}
+        return document | {"comparisons": [asdict(c) for c in self.comparisons], "valid": self.valid}
 
 
 def compare(arm: Arm, over: Arm, tolerance: float) -> Comparison:
@@ -215,12 +216,6 @@ def compare(arm: Arm, over: Arm, tolerance: float) -> Comparison:
 
 
 def bootstrap_ratio(numerator: list[float], denominator: list[float], seed: int = 0) -> tuple[float, float]:
-    """The interval of `_bootstrap`, which is drawn once for the same values."""
-    return _bootstrap(tuple(numerator), tuple(denominator), seed)
-
-
-@lru_cache
-def _bootstrap(numerator: tuple[float, ...], denominator: tuple[float, ...], seed: int) -> tuple[float, float]:
     """95 % percentile interval of the ratio of medians, repeats drawn with replacement within each arm.
 
     Source: Efron and Tibshirani, An Introduction to the Bootstrap, chapter 13.
