@@ -14,16 +14,16 @@ from typing import Any
 
 import numpy as np
 
-from fasttune import prepare, pretrained, terminal
+from fasttune import hardware, plan, prepare, pretrained, terminal
 from fasttune.config import Config
 from fasttune.data import chat, load
-from fasttune.data.batches import Batches, best_fit
+from fasttune.data.batches import Batches
 from fasttune.data.store import Rows
 from fasttune.data.tokens import IGNORE, labels
+from fasttune.forecast import lay_out
 from fasttune.quiet import library_log
+from fasttune.shape import Shape
 
-MEASURED_STEPS, MEASURED_TOKENS = 200, 20_000_000  # padding is measured until the first of them is reached
-PACKED_ROWS = 100_000  # best-fit packs are made of so many rows at most, evenly spread: packing is one process's work
 BARS = 7  # of the histogram, and one for the longest rows where they are far out
 
 
@@ -66,34 +66,13 @@ class Lengths:
 
 
 @dataclass(frozen=True)
-class Layout:
-    """Micro-batches of real steps, in one of the two layouts. padding_share: of the positions that are computed."""
-
-    micro_batches: int
-    positions: int
-    padding_share: float
-
-
-@dataclass(frozen=True)
-class PaddingFigures:
-    """The same first steps of the run, padded and packed."""
+class Padding:
+    """Share of the computed positions that hold no token, over the first `steps` steps of the run, in either layout."""
 
     steps: int
     rows_at_once: int  # of a padded micro-batch; of a pack: how many rows of max_length_tokens fit
-    rows_at_once_assumed: bool  # train.micro_batch_rows is auto, which only the machine decides: a whole step is taken
-    tokens: int
-    padded: Layout
-    packed: Layout
-
-
-@dataclass(frozen=True)
-class Packs:
-    """Best-fit packs of `rows` kept rows. fill: share of the packs' capacity that holds tokens."""
-
-    rows: int
-    capacity_tokens: int
-    packs: int
-    fill: float
+    padded_share: float
+    packed_share: float
 
 
 @dataclass(frozen=True)
@@ -109,7 +88,7 @@ class Row:
 
 @dataclass(frozen=True)
 class Figures:
-    """Everything the page shows. *_share and fill: 0 to 1."""
+    """Everything the page shows. *_share: 0 to 1."""
 
     name: str
     model: str
@@ -126,13 +105,12 @@ class Figures:
     rows_per_epoch: int
     steps_per_epoch: int
     lengths: Lengths
-    padding: PaddingFigures
-    packs: Packs
+    padding: Padding
     shown: list[Row]
 
 
 def look(config: Config, rows: int, reporter: terminal.Reporter) -> Figures:
-    """Encode the data of a config (or take it from the cache) and measure it; `rows` of them are decoded.
+    """Encode the data of a config (or take it from the cache) and lay it out as a run here would; decode `rows` of it.
 
     Raises DataError and ModelError.
     """
@@ -142,7 +120,9 @@ def look(config: Config, rows: int, reporter: terminal.Reporter) -> Figures:
             reporter.note(f"reading the tokenizer of {config.model.name} …")
             tokenizer = pretrained.read_tokenizer(config.model)
             changes = chat.complete(tokenizer)
-            data = load.encode(config, tokenizer, True, reporter.progress)
+            shape = Shape.of(pretrained.read_architecture(config.model))
+            chosen = plan.resolve(config, hardware.detect(), shape)  # how many rows at once a run would take here
+            data = load.encode(chosen.apply(config), tokenizer, True, reporter.progress)
     finally:
         reporter.stop()
     return measure(config, tokenizer, changes, data, rows)
@@ -155,7 +135,6 @@ def measure(config: Config, tokenizer: Any, changes: list[tuple[str, str]], data
         for part, weight, (_, held) in zip(data.parts, data.weights, data.split, strict=True)
     ]
     lengths = np.concatenate([part.lengths for part in data.parts])
-    steps = config.train.max_steps or math.ceil(config.train.epochs * data.steps_per_epoch)
     return Figures(
         name=config.name,
         model=config.model.name,
@@ -172,8 +151,7 @@ def measure(config: Config, tokenizer: Any, changes: list[tuple[str, str]], data
         rows_per_epoch=data.rows_per_epoch,
         steps_per_epoch=data.steps_per_epoch,
         lengths=_lengths(lengths),
-        padding=_padding(data, min(steps, MEASURED_STEPS), config.train.micro_batch_rows == "auto"),
-        packs=_packs(lengths, data.max_length),
+        padding=_padding(data, data.total_steps(config.train.epochs, config.train.max_steps)),
         shown=_first_rows(data, tokenizer, min(rows, data.rows_per_epoch)),
     )
 
@@ -209,28 +187,11 @@ def _lengths(lengths: np.ndarray) -> Lengths:
     return Lengths(low, float(median), float(lengths.mean()), float(p95), high, bins)
 
 
-def _padding(data: Batches, steps: int, assumed: bool) -> PaddingFigures:
-    """Counted in the very micro-batches that would be trained on."""
-    layouts = {packed: replace(data, packed=packed) for packed in (False, True)}
-    batches, positions = dict.fromkeys(layouts, 0), dict.fromkeys(layouts, 0)
-    tokens = done = 0
-    while done < steps and tokens < MEASURED_TOKENS:
-        for packed, layout in layouts.items():
-            for batch in layout.micro_batches(done):
-                batches[packed] += 1
-                positions[packed] += batch["input_ids"].size
-                tokens += 0 if packed else int(batch["attention_mask"].sum())
-        done += 1
-    counted = {key: Layout(batches[key], positions[key], 1 - tokens / positions[key]) for key in layouts}
-    return PaddingFigures(done, data.micro_rows, assumed, tokens, padded=counted[False], packed=counted[True])
-
-
-def _packs(lengths: np.ndarray, capacity: int) -> Packs:
-    if len(lengths) > PACKED_ROWS:
-        lengths = lengths[np.linspace(0, len(lengths) - 1, PACKED_ROWS).astype(int)]
-    listed = lengths.tolist()
-    packs = best_fit(listed, capacity)
-    return Packs(len(listed), capacity, len(packs), sum(listed) / (len(packs) * capacity))
+def _padding(data: Batches, steps: int) -> Padding:
+    """As the steps are laid out to be trained on; a beginning that a pack computes once counts with every row of it."""
+    packed, padded = (lay_out(replace(data, packed=way, share_prefix=False), steps) for way in (True, False))
+    shares = [1 - each.tokens / each.cells for each in (padded, packed)]
+    return Padding(padded.steps, data.micro_rows, *shares)
 
 
 def _first_rows(data: Batches, tokenizer: Any, wanted: int) -> list[Row]:

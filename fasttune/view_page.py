@@ -26,7 +26,7 @@ def show(figures: Figures, console: Console = terminal.console) -> None:
     """Print the page."""
     colour = console.color_system is not None and not console.no_color
     console.print(Rule(Text.assemble(("data ", "bold"), _visible(figures.name)), align="left", style="dim"))
-    for part in (_sets(figures), _histogram(figures.lengths, console.width), _layouts(figures)):
+    for part in (_sets(figures), _histogram(figures.lengths, console.width), _padding(figures)):
         console.print(Padding(Group(*part), (1, 2, 0, 2), expand=False))
     if not figures.shown:
         return
@@ -109,25 +109,19 @@ def _histogram(lengths: Lengths, width: int) -> list[RenderableType]:
     return [title, quantiles, table]
 
 
-def _layouts(figures: Figures) -> list[RenderableType]:
-    padding, packs = figures.padding, figures.packs
-    at_once = f"{padding.rows_at_once:,} rows at once"
-    at_once += " (train.batch_rows, as micro_batch_rows is auto)" if padding.rows_at_once_assumed else ""
-    every = "all" if packs.rows == figures.rows else f"{packs.rows:,} of {figures.rows:,}"
-    capacity = f"{packs.capacity_tokens:,}"
-    table = Table.grid(padding=(0, 2, 0, 0))
-    for justify, style in (("left", "bold"), ("right", ""), ("left", "dim")):
-        table.add_column(justify=justify, style=style)  # type: ignore[arg-type]
-    table.add_row("padded", f"{padding.padded.padding_share:.1%}", f"of the positions computed are padding; {at_once}")
-    per = padding.packed.positions / padding.packed.micro_batches
-    end_to_end = f"of them: the same rows end to end, {per:,.0f} tokens at once on average"
-    table.add_row("packed", f"{padding.packed.padding_share:.1%}", end_to_end)
-    table.add_row("best-fit packs", f"{packs.fill:.1%}", f"full: {packs.packs:,} packs of {capacity} hold {every} rows")
+def _padding(figures: Figures) -> list[RenderableType]:
+    padding = figures.padding
+    padded = f"with train.packing=false: {padding.rows_at_once:,} row{'s' * (padding.rows_at_once > 1)} at once"
+    lines = [
+        ("packed", f"{padding.packed_share:6.1%}", "of what is computed: rows lie end to end"),
+        ("padded", f"{padding.padded_share:6.1%}", padded),
+    ]
     runs = "off: train.packing=false, rows will be padded"
     if figures.packing is not False:
         runs = "on, once train has proved on the model that rows of a pack do not see each other"
-    title = Text.assemble(("padding", "bold"), f"  measured over the first {steps_text(padding.steps)} of the run")
-    return [title, table, Text(f"packing is {runs}", style="dim")]
+    first = steps_text(padding.steps)
+    title = Text.assemble(("padding", "bold"), f"  over the first {first} of a run on this machine")
+    return [title, terminal.grid(lines), Text(f"packing is {runs}", style="dim")]
 
 
 def _marked(text: str, learned: bool, colour: bool) -> tuple[str, str]:

@@ -14,7 +14,7 @@ import pytest
 from hypothesis import given, strategies
 from rich.console import Console
 
-from fasttune import cli, config, terminal, view, view_page
+from fasttune import cli, config, forecast, hardware, terminal, view, view_page
 from fasttune.data import arithmetic
 from fasttune.data.batches import Batches
 from fasttune.data.store import Rows
@@ -120,42 +120,37 @@ def test_the_figures_of_the_command_add_up(folder: Path) -> None:
     assert found["rows_per_epoch"] == 59 + 1000 and found["steps_per_epoch"] == 265
     assert found["lengths"]["mean_tokens"] == pytest.approx(found["tokens"] / 2059)
     assert found["lengths"]["longest_tokens"] <= found["max_length_tokens"] == 160
-    for layout in ("padded", "packed"):
-        counted = found["padding"][layout]
-        assert counted["padding_share"] == pytest.approx(1 - found["padding"]["tokens"] / counted["positions"])
-    assert found["padding"]["packed"]["padding_share"] == 0 < found["padding"]["padded"]["padding_share"]
+    assert found["padding"]["packed_share"] == 0 < found["padding"]["padded_share"] < 1
+    assert found["padding"]["steps"] == 100 and found["padding"]["rows_at_once"] == 4
+    assert f"padded  {found['padding']['padded_share']:6.1%}" in done.stderr and "packed    0.0%" in done.stderr
     assert "1 row (1.7%) truncated: longer than model.max_length=160 tokens" in done.stderr
     assert "1 row (1.7%) dropped: empty answer" in done.stderr
     assert not {"c.yaml", "rows.jsonl"} ^ {path.name for path in folder.iterdir()}
 
 
 def test_padding_is_counted_in_the_micro_batches() -> None:
-    lengths = [4, 2, 3, 3]
-    found = measured(encoded(lengths)).padding
-    assert (found.steps, found.tokens, found.padded.positions, found.packed.positions) == (1, 12, 16, 12)
-    assert (found.padded.padding_share, found.packed.padding_share) == (0.25, 0)
-    assert (
-        found.rows_at_once_assumed and not measured(encoded(lengths), micro_batch_rows=4).padding.rows_at_once_assumed
-    )
-    alone = measured(encoded(lengths, micro_rows=1), micro_batch_rows=1).padding
-    assert (alone.padded.micro_batches, alone.packed.micro_batches) == (4, 2)  # [4, 3] and [3, 2] in packs of 8
-    assert alone.padded.padding_share == 0
+    found = measured(encoded([4, 2, 3, 3])).padding
+    assert (found.steps, found.rows_at_once, found.padded_share, found.packed_share) == (1, 4, 0.25, 0)
+    assert measured(encoded([4, 2, 3, 3], micro_rows=1)).padding.padded_share == 0
+    alike = encoded([20] * 4, max_length=40, share_prefix=True)  # what a pack computes once is no padding below zero
+    assert (measured(alike).padding.padded_share, measured(alike).padding.packed_share) == (0, 0)
 
 
-def test_no_more_steps_are_measured_than_the_run_has() -> None:
+def test_no_more_steps_are_laid_out_than_the_run_has() -> None:
     assert measured(encoded([3] * 40)).padding.steps == 10
     assert measured(encoded([3] * 40), max_steps=2).padding.steps == 2
     assert measured(encoded([3] * 40), epochs=2).padding.steps == 20
-    assert measured(encoded([3] * 4000)).padding.steps == view.MEASURED_STEPS
+    assert measured(encoded([3] * 4000)).padding.steps == forecast.SAMPLED_STEPS
 
 
-def test_the_page_says_when_packs_are_made_of_a_part_of_the_rows(monkeypatch: pytest.MonkeyPatch) -> None:
-    whole = measured(encoded([4] * 40))
-    assert (whole.packs.packs, whole.packs.fill) == (20, 1.0) and "hold all rows" in page(whole)
-    monkeypatch.setattr(view, "PACKED_ROWS", 10)
-    part = measured(encoded([3] * 40))
-    assert (part.packs.rows, part.packs.packs, part.packs.fill) == (10, 5, 0.75)
-    assert "hold 10 of 40 rows" in page(part)
+def test_rows_at_once_are_those_a_run_here_would_take(
+    folder: Path, unsloth: None, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    here = view.replace(hardware.detect(), gpus=())
+    monkeypatch.setattr(view.hardware, "detect", lambda: here)
+    changes = ["train.batch_rows=16", "model.max_length=1024", "data.max_rows=32"]
+    assert look(0, *changes).padding.rows_at_once == 2  # a CPU gains nothing beyond 2,048 tokens
+    assert look(0, *changes, "train.micro_batch_rows=8").padding.rows_at_once == 8
 
 
 @given(strategies.lists(strategies.integers(1, 5000), min_size=1, max_size=300))
