@@ -1,6 +1,6 @@
 """`fasttune eval`: a finished run or a model on tasks of EleutherAI's harness → scores, and every problem beside them.
 
-result = run("runs/quickstart-…", tasks="builtin:arithmetic", reporter=terminal.Reporter(None))
+result = run("runs/quickstart-…", tasks="builtin:arithmetic", reporter=terminal.Reporter())
 
 Writes eval.json and eval_samples.jsonl (a line a problem: prompt, generation, extracted answer, reference, right).
 """
@@ -9,7 +9,7 @@ import importlib.metadata
 import importlib.util
 import os
 import time
-from dataclasses import asdict, dataclass, field
+from dataclasses import dataclass, field
 from datetime import datetime
 from pathlib import Path
 from typing import Any
@@ -24,7 +24,6 @@ from fasttune.data import answers, chat, sources
 from fasttune.errors import FasttuneError, OutputError, RunFailed
 from fasttune.finished import Finished
 from fasttune.output import EVAL_FILES
-from fasttune.prepare import Reporter
 from fasttune.quiet import library_log, take_over_loggers
 
 BATCH_ROWS_CPU, BATCH_ROWS_GPU = 16, 64
@@ -64,13 +63,10 @@ class EvalResult:
     versions: dict[str, str]
     warnings: list[str] = field(default_factory=list)
 
-    def as_dict(self) -> dict[str, Any]:
-        return asdict(self)
-
 
 def run(
     name: str,
-    reporter: Reporter,
+    reporter: terminal.Reporter,
     tasks: str | None = None,
     data: str | None = None,
     limit: int | None = None,
@@ -210,7 +206,7 @@ def write(folder: Path, result: EvalResult, problems: list[dict[str, Any]]) -> N
         raise OutputError(f"--out {folder}: cannot be made ({error.strerror}); name another folder") from error
     lines = "".join(report.to_json_line(line) + "\n" for line in problems)
     report.write_bytes(folder / EVAL_FILES[1], lines.encode())
-    report.write_json(folder / EVAL_FILES[0], result.as_dict())
+    report.write_json(folder / EVAL_FILES[0], result)
 
 
 def show(result: EvalResult, page: Console = terminal.console) -> None:

@@ -3,7 +3,6 @@
 import json
 import math
 from contextlib import suppress
-from dataclasses import asdict
 from pathlib import Path
 from typing import IO, Any
 
@@ -11,9 +10,10 @@ from fasttune import checkpoint, config as configuration, output, report, summar
 from fasttune.config import Config
 from fasttune.errors import RunFailed
 from fasttune.metrics import StepMetrics
-from fasttune.prepare import Job, Reporter
+from fasttune.prepare import Job
 from fasttune.quiet import LibraryLog
 from fasttune.summary import Outcome
+from fasttune.terminal import Reporter
 from fasttune.tracking import Tracker
 
 CONFIG, METRICS = "config.yaml", "metrics.jsonl"
@@ -127,7 +127,7 @@ class Journal:
 
 
 def _line(step: StepMetrics) -> str:
-    return report.to_json_line(asdict(step)) + "\n"
+    return report.to_json_line(step) + "\n"
 
 
 def _write_config(job: Job) -> None:

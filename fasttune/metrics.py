@@ -39,9 +39,6 @@ class StepMetrics:
     eval_token_accuracy: float | None = None
     eval_exact_match: float | None = None
 
-    def as_dict(self) -> dict[str, Any]:
-        return asdict(self)
-
 
 @dataclass(frozen=True)
 class Evaluation:
@@ -189,9 +186,6 @@ class RunResult:
     error: str | None = None
     resumed_from_step: int | None = None
     resume_command: str | None = None  # of a run that did not complete and has a checkpoint
-
-    def as_dict(self) -> dict[str, Any]:
-        return asdict(self)
 
 
 def steady(steps: list[StepMetrics]) -> list[StepMetrics]:

@@ -5,34 +5,17 @@ Unsloth and torch are imported inside `prepare`: bad input must fail in a second
 
 from dataclasses import dataclass, replace
 from pathlib import Path
-from typing import Any, Protocol
+from typing import Any
 
 from fasttune import builtin, forecast, hardware, output, plan, pretrained, shape
 from fasttune.config import Config, looks_like_hub
 from fasttune.data import chat, load, sources
 from fasttune.data.batches import Batches, Encoded
 from fasttune.hardware import Hardware
-from fasttune.metrics import Forecast, Setting, StepMetrics
+from fasttune.metrics import Forecast, Setting
 from fasttune.plan import Plan
 from fasttune.quiet import take_over_loggers
-
-
-class Reporter(Protocol):
-    """What a run tells the person; terminal.Reporter prints it."""
-
-    def note(self, text: str) -> None: ...
-    def progress(self, what: str, share: float) -> None: ...
-    def start(
-        self,
-        title: str,
-        hardware_line: str,
-        settings: list[Setting],
-        total_steps: int,
-        usd_per_hour: float | None = None,
-    ) -> None: ...
-    def step(self, step: StepMetrics) -> None: ...
-    def warn(self, text: str) -> None: ...
-    def stop(self) -> None: ...
+from fasttune.terminal import Reporter
 
 
 @dataclass

@@ -19,9 +19,10 @@ from fasttune.errors import FasttuneError, first_line, kind_and_line
 from fasttune.journal import Journal
 from fasttune.metrics import RunResult
 from fasttune.plan import smaller
-from fasttune.prepare import Job, Reporter, preflight, prepare
+from fasttune.prepare import Job, preflight, prepare
 from fasttune.quiet import library_log
 from fasttune.summary import Outcome
+from fasttune.terminal import Reporter
 
 AT_ONCE = "stopped at once by a second signal"
 
@@ -58,11 +59,11 @@ def run(config: Config, reporter: Reporter, resume: Path | None = None) -> RunRe
         save(job, outcome, initial)
         result = summary.summarize(job, outcome, trainer, started)
         result.held_out = validator.result(outcome.saved_step)
-        report.write_json(folder / "run.json", result.as_dict())  # what comes now is only for the report
+        report.write_json(folder / "run.json", result)  # what comes now is only for the report
         if outcome.status == "completed":
             answer_again(job, result, before)
             summary.set_cost(result, outcome, started)
-        report.write_json(folder / "run.json", result.as_dict())
+        report.write_json(folder / "run.json", result)
         report.write_html(folder / "report.html", result, outcome.steps)
         card.of_run(folder)
     return result

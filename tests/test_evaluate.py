@@ -1,5 +1,6 @@
 """fasttune eval: the data set's own answer rule, problem by problem; answers kept by the weights; no network."""
 
+import dataclasses
 import json
 import shutil
 import subprocess
@@ -60,7 +61,7 @@ def write(path: Path, rows: list[dict[str, Any]]) -> str:
 def score(folder: Path, name: str = "builtin:tiny", **arguments: Any) -> tuple[Any, list[dict[str, Any]]]:
     result = evaluate.run(name, Silent(), output=str(folder), **arguments)
     lines = [json.loads(line) for line in (folder / "eval_samples.jsonl").read_text().splitlines()]
-    assert json.loads((folder / "eval.json").read_text()) == json.loads(json.dumps(result.as_dict()))
+    assert json.loads((folder / "eval.json").read_text()) == json.loads(json.dumps(dataclasses.asdict(result)))
     return result, lines
 
 
