@@ -25,6 +25,7 @@ import json, sys, torch
 print(json.dumps({"torch": torch.__version__, "cuda": torch.version.cuda, "abi": torch._C._GLIBCXX_USE_CXX11_ABI,
                   "python": f"cp{sys.version_info[0]}{sys.version_info[1]}"}))
 """
+INSTALLED = "import importlib.metadata; print(importlib.metadata.version('flash-attn'))"
 PROVE = """
 import torch, flash_attn
 q, k, v = (torch.randn(2, 128, heads, 64, device="cuda", dtype=torch.bfloat16) for heads in (8, 2, 2))
@@ -46,6 +47,14 @@ def install(mode: str, hardware: Hardware, shell: Shell) -> str:
     facts = _describe(shell)
     if facts is None or not facts["cuda"]:
         return f"torch is no CUDA build; {FALLBACK}"
+    broken = _run(shell, INSTALLED)
+    if broken:  # pip would take it for the one that is wanted
+        shell.try_pip("uninstall", "-y", "flash-attn")
+    said = _get(mode, facts, hardware, shell)
+    return f"{broken.strip()} did not run and was removed; {said}" if broken else said
+
+
+def _get(mode: str, facts: dict[str, str], hardware: Hardware, shell: Shell) -> str:
     if mode == "build":
         problem = _build(hardware, facts["cuda"], shell)
         if problem:
@@ -98,6 +107,7 @@ def _build(hardware: Hardware, cuda: str, shell: Shell) -> str | None:
         "--no-deps",
         "--no-build-isolation",
         "--no-binary=flash-attn",
+        "--no-cache-dir",  # a wheel that pip built for another torch lies there under the same name
         f"flash-attn=={VERSIONS[-1]}",
     ]
     return None if shell.try_pip(*arguments, **build) else "the compiler failed, see the log"

@@ -51,7 +51,9 @@ def parse(argv: list[str]) -> argparse.Namespace:
     parser.add_argument(
         "--no-hashes", action="store_true", help="take other files than PyPI's (an index that re-packs wheels)"
     )
-    parser.add_argument("--flash-attn", choices=("auto", "build", "skip"), default="auto", help="default: auto")
+    parser.add_argument(
+        "--flash-attn", choices=("auto", "build", "skip"), help="default: auto where something is installed"
+    )
     return parser.parse_args(argv)
 
 
@@ -110,17 +112,14 @@ class Setup:
         print(f"{machine.disk_free_gib:.0f} GiB disk free, {gpus[0].name if gpus else 'no GPU'}")
         print(f"stack {self.stack}: {self.reason}")
         plan, why = self.judge()
-        if plan != "keep" and not self.options.dry_run:
+        idle = plan == "keep" and self.options.flash_attn in (None, "skip")
+        if idle or self.options.dry_run:
+            self.work(plan, why)
+        else:
             self.venv.mkdir(parents=True, exist_ok=True)
             with shell.lock(self.venv):
-                plan, why = self.judge()  # again, now that nobody else is at work in it
-                print(f"environment {self.venv}: {why}")
-                self.install(plan)
-        else:
-            print(f"environment {self.venv}: {why}")
-            if plan != "keep":
-                self.install(plan)
-        return self.verify(quick=plan == "keep")
+                self.work(*self.judge())  # again, now that nobody else is at work in it
+        return self.verify(quick=idle)
 
     # -- what is there -------------------------------------------------------------------------------------------
 
@@ -200,6 +199,13 @@ class Setup:
 
     # -- what is done --------------------------------------------------------------------------------------------
 
+    def work(self, plan: str, why: str) -> None:
+        print(f"environment {self.venv}: {why}")
+        if plan != "keep":
+            self.install(plan)
+        elif self.options.flash_attn:
+            self.install_flash_attn(self.options.flash_attn)
+
     def install(self, plan: str) -> None:
         dev = self.options.dev or (plan == "repair" and self.read_marker().get("dev", False))
         python = platform.python_version() if plan != "repair" else self.read_marker()["python"]
@@ -216,8 +222,7 @@ class Setup:
         if dev:
             self.shell.pip_step("tools for tests", "--no-deps", *self.dev_arguments(python))
         self.install_package()
-        if self.options.flash_attn != "skip":
-            self.install_flash_attn()
+        self.install_flash_attn(self.options.flash_attn or "auto")
         self.mark(state="ok", stack=self.stack, python=python, dev=dev, fingerprint=self.fingerprint(dev))
 
     def mark(self, **facts: object) -> None:
@@ -296,13 +301,13 @@ class Setup:
     def install_package(self) -> None:
         self.shell.pip_step("fasttune", "--no-deps", "--no-build-isolation", "--editable", str(ROOT))
 
-    def install_flash_attn(self) -> None:
-        if self.options.dry_run:
-            print(f"# flash-attn: {self.options.flash_attn}, decided by the installed torch")
+    def install_flash_attn(self, mode: str) -> None:
+        if mode == "skip":
             return
-
-        said = flash_attention.install(self.options.flash_attn, self.hardware, self.shell)
-        print(f"→ flash-attn … {said}")
+        if self.options.dry_run:
+            print(f"# flash-attn: {mode}, decided by the installed torch")
+            return
+        print(f"→ flash-attn … {flash_attention.install(mode, self.hardware, self.shell)}")
 
     def verify(self, quick: bool) -> int:
         command = [str(self.python), "-m", "fasttune.verify", *(["--quick"] if quick else [])]

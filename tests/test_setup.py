@@ -9,8 +9,11 @@ import subprocess
 import sys
 import zipfile
 from pathlib import Path
+from typing import Any
 
 import pytest
+
+from fasttune.hardware import Gpu, Hardware
 
 ROOT = Path(__file__).resolve().parent.parent
 SCRIPT = ROOT / "scripts" / "setup_h100.sh"
@@ -142,7 +145,17 @@ def test_a_good_environment_is_left_as_it_is(place: Place) -> None:
     assert done.returncode == 0
     assert snapshot(place.folder) == before
     assert "left as it is" in done.stdout
+    assert "flash-attn" not in done.stdout
     assert "VERIFY quick=True" in done.stdout
+
+
+def test_flash_attn_that_is_asked_for_is_seen_to_in_a_good_environment_too(place: Place) -> None:
+    done = place.run("--flash-attn", "build")
+    assert done.returncode == 0, done.stderr
+    assert "left as it is" in done.stdout
+    assert "→ flash-attn … no GPU: not used" in done.stdout
+    assert "VERIFY quick=False" in done.stdout
+    assert "# flash-attn: auto" in place.run("--flash-attn", "auto", "--dry-run").stdout
 
 
 def test_a_drifted_version_is_named_and_repaired_inside_the_environment_only(place: Place, tmp_path: Path) -> None:
@@ -286,13 +299,44 @@ def test_no_fitting_python_is_one_line() -> None:
     refused(done, "no Python 3.11 to 3.13 (tried /bin/false); install one")
 
 
-def test_the_flash_attn_wheel_is_named_as_the_project_names_it() -> None:
-    code = (
-        "import sys; sys.path[:0] = sys.argv[1:]; import flash_attention;"
-        "print(*flash_attention.wheel_urls({'torch': '2.11.0+cu130', 'cuda': '13.0', 'abi': True, 'python': 'cp312'}))"
-    )
-    command = [sys.executable, "-c", code, str(ROOT / "scripts"), str(ROOT)]
-    urls = subprocess.run(command, capture_output=True, text=True, check=True).stdout.split()
+FACTS = {"torch": "2.11.0+cu130", "cuda": "13.0", "abi": True, "python": "cp312"}
+
+
+@pytest.fixture
+def flash_attention(monkeypatch: pytest.MonkeyPatch) -> Any:
+    monkeypatch.syspath_prepend(str(ROOT / "scripts"))
+    import flash_attention
+
+    return flash_attention
+
+
+@pytest.mark.parametrize("mode", ["auto", "build"])
+def test_a_flash_attn_that_does_not_run_is_removed_before_another_is_looked_for(
+    flash_attention: Any, monkeypatch: pytest.MonkeyPatch, mode: str
+) -> None:
+    """pip would take it for the one that is wanted, or a wheel that it built once for another torch."""
+    there, asked = {"flash-attn"}, []
+
+    class Shell:
+        def try_pip(self, verb: str, *arguments: str, **_: str) -> bool:
+            asked.append((verb, *arguments))
+            there.discard("flash-attn") if verb == "uninstall" else None
+            return "flash-attn" in there or arguments == ("--no-deps", "ninja")
+
+    answers = {flash_attention.PROVE: None, flash_attention.DESCRIBE: json.dumps(FACTS)}
+    monkeypatch.setattr(flash_attention, "_run", lambda shell, code: answers.get(code, "2.8.3\n" if there else None))
+    monkeypatch.setattr(flash_attention, "_from_release", lambda facts, shell: False)
+    monkeypatch.setattr(flash_attention.shutil, "which", lambda name, path=None: name)
+    machine = Hardware("linux", "x86_64", "2.35", "3.12", "", 2, 24.0, 64.0, (Gpu("NVIDIA H200", (9, 0), 140.0),))
+    said = flash_attention.install(mode, machine, Shell())
+    assert said.startswith("2.8.3 did not run and was removed; ") and said.endswith(flash_attention.FALLBACK)
+    assert asked[0] == ("uninstall", "-y", "flash-attn")
+    assert [verb for verb, *_ in asked[1:]] == ["install"] * len(asked[1:]) and len(asked) > 1
+    assert ("--no-cache-dir" in asked[-1]) == (mode == "build")
+
+
+def test_the_flash_attn_wheel_is_named_as_the_project_names_it(flash_attention: Any) -> None:
+    urls = flash_attention.wheel_urls(FACTS)
     assert urls[-1] == (
         "https://github.com/Dao-AILab/flash-attention/releases/download/v2.8.3/"
         "flash_attn-2.8.3%2Bcu13torch2.11cxx11abiTRUE-cp312-cp312-linux_x86_64.whl"
