@@ -60,7 +60,13 @@ STAGES = [
         for policy in ("none", "full", "unsloth")
     ),
     Stage("attention-per-segment", 8, PER_SEGMENT + bench(f"{R64} {GSM8K}", "fasttune"), f"{SMALL} {ANSWERS_FIT}"),
-    Stage("attention-xformers", 8, XFORMERS + bench(f"{R64} {GSM8K}", "fasttune"), SMALL, needs="xformers"),
+    Stage(
+        "attention-xformers",
+        8,
+        XFORMERS + bench(f"{R64} {GSM8K}", "fasttune"),
+        f"{SMALL} {ANSWERS_FIT}",
+        needs="xformers",
+    ),
     Stage("full-1024", 9, bench(f"train.method=full {FULL_1024}", "fasttune,vanilla"), SMALL),
     Stage("nf4-1024", 8, bench(f"{R16} {FULL_1024} model.quantization=nf4", "fasttune"), SMALL, needs="bitsandbytes"),
     Stage("fp8-1024", 0, "skip: Unsloth has FP8 base weights (load_in_fp8), but fasttune has no setting for them yet"),
