@@ -13,11 +13,10 @@ from dataclasses import dataclass
 
 from fasttune.hardware import Hardware
 from fasttune.stack import (
-    CU12_INDEX,
-    DRIVERS_URL,
     OLDEST_DRIVER,
     canonical,
     compare,
+    fix_command,
     installed,
     mend_command,
     read_dist_file,
@@ -29,18 +28,15 @@ Versions = Mapping[str, str]  # canonical name → version, as stack.installed()
 
 @dataclass(frozen=True)
 class Rule:
-    """`check(installed, hardware)` says what is wrong, or None; `fix(stack)` is the command that mends it."""
+    """What belongs together: `check` says what is wrong, or None; `fix(stack)` is the command that mends it."""
 
     name: str
     reason: str
     source: str
     packages: tuple[str, ...]  # fix() puts these to the pins of the stack
-    test: Callable[[Versions, Hardware], str | None]
+    check: Callable[[Versions, Hardware], str | None]
     remedy: str | None = None  # what to do instead of installing the pins
     severity: str = "fail"  # or "warn": slower or noisier, but correct
-
-    def check(self, installed: Versions, hardware: Hardware) -> str | None:
-        return self.test(installed, hardware)
 
     def fix(self, stack: str) -> str:
         """Puts what differs to the stack's pins and removes what the stack does without."""
@@ -98,26 +94,16 @@ def requires(package: str) -> list[str]:
 
 
 def _declared(*packages: str, among: tuple[str, ...] = ()) -> Callable[[Versions, Hardware], str | None]:
-    def test(installed: Versions, hardware: Hardware) -> str | None:
-        return (
-            "; ".join(dict.fromkeys(text for package in packages for text in unmet(package, installed, among))) or None
-        )
+    def check(installed: Versions, hardware: Hardware) -> str | None:
+        found = dict.fromkeys(text for package in packages for text in unmet(package, installed, among))
+        return "; ".join(found) or None
 
-    return test
+    return check
 
 
 def _llama31(installed: Versions, hardware: Hardware) -> str | None:
     version = installed.get("transformers")
     return f"transformers {version} is older than 4.43" if version and release(version) < (4, 43) else None
-
-
-def _torchvision(installed: Versions, hardware: Hardware) -> str | None:
-    torch, vision = release(installed.get("torch", "")), release(installed.get("torchvision", ""))
-    if len(torch) < 2 or len(vision) < 2 or torch[0] != 2 or vision[0] != 0 or vision[1] == torch[1] + 15:
-        return None  # torch 2.N goes with torchvision 0.(N + 15)
-    return (
-        f"torchvision {installed['torchvision']} beside torch {installed['torch']}, which goes with 0.{torch[1] + 15}"
-    )
 
 
 # The first release of each that works with numpy 2: https://github.com/numpy/numpy/issues/26191
@@ -178,14 +164,8 @@ def _cpu_torch(installed: Versions, hardware: Hardware) -> str | None:
     return f"torch {torch} cannot use the {hardware.gpus[0].name}" if hardware.gpus and "+cpu" in torch else None
 
 
-def _driver_too_old(installed: Versions, hardware: Hardware) -> str | None:
-    torch, driver = installed.get("torch", ""), hardware.driver_major or OLDEST_DRIVER
-    if driver >= OLDEST_DRIVER or cuda_of(torch) not in (12, 13):
-        return None
-    return f"torch {torch} needs driver {OLDEST_DRIVER} or newer, {hardware.driver} is installed"
-
-
 def _driver_for_cuda12(installed: Versions, hardware: Hardware) -> str | None:
+    """One before 525, which runs neither, fails the check `driver`."""
     torch, driver = installed.get("torch", ""), hardware.driver_major or 580
     if driver < OLDEST_DRIVER or driver >= 580 or cuda_of(torch) != 13:
         return None
@@ -208,7 +188,7 @@ def _unsloth_on_cpu(installed: Versions, hardware: Hardware) -> str | None:
 
 PIP = shlex.join([sys.executable, "-m", "pip"])
 RECREATE = "bash scripts/setup_h100.sh --recreate"
-CU12_TORCH = " ".join(f"{name}=={read_pins('cu12')[name]}" for name in ("torch", "torchvision"))
+FLASH_ATTN_ANEW = f"{PIP} uninstall -y flash-attn && bash scripts/setup_h100.sh --flash-attn auto"
 UNSLOTH_PYPROJECT = "https://github.com/unslothai/unsloth/blob/main/pyproject.toml"
 HUGGING_FACE = ("transformers", "trl", "peft", "accelerate", "datasets", "tokenizers", "huggingface-hub", "safetensors")
 
@@ -240,7 +220,7 @@ RULES: tuple[Rule, ...] = (
         'each torchvision is compiled for one torch ("operator torchvision::nms does not exist")',
         "https://github.com/pytorch/vision#installation",
         ("torch", "torchvision"),
-        _torchvision,
+        _declared("torchvision", among=("torch",)),
     ),
     Rule(
         "triton-torch",
@@ -272,7 +252,7 @@ RULES: tuple[Rule, ...] = (
         "https://github.com/Dao-AILab/flash-attention/issues/975",
         ("flash-attn",),
         _flash_attn,
-        remedy=f"{PIP} uninstall -y flash-attn && bash scripts/setup_h100.sh --flash-attn auto",
+        remedy=FLASH_ATTN_ANEW,
     ),
     Rule(
         "torch-cpu-build",
@@ -283,20 +263,12 @@ RULES: tuple[Rule, ...] = (
         remedy=RECREATE,
     ),
     Rule(
-        "driver-too-old",
-        "the oldest driver that runs a CUDA 12 build is 525",
-        "https://docs.nvidia.com/deploy/cuda-compatibility/minor-version-compatibility.html",
-        ("torch",),
-        _driver_too_old,
-        remedy=f"update the driver to 580 or newer ({DRIVERS_URL}), then: bash scripts/setup_h100.sh",
-    ),
-    Rule(
         "driver-cuda-13",
         "CUDA 13 builds need driver 580; an older one runs the CUDA 12 builds",
         "https://docs.nvidia.com/deploy/cuda-compatibility/minor-version-compatibility.html",
         ("torch",),
         _driver_for_cuda12,
-        remedy=f"{PIP} install {CU12_TORCH} --index-url {CU12_INDEX}",
+        remedy=fix_command(("torch", "torchvision"), "cu12"),
     ),
     Rule(
         "cuda-11-hopper",

@@ -1,6 +1,7 @@
 """`python -m fasttune.verify`: the real command, and proof that each of its checks can fail."""
 
 import dataclasses
+import importlib.util
 import io
 import json
 import os
@@ -206,13 +207,24 @@ def test_facts_fail_where_the_machine_cannot_do_it() -> None:
     assert (good["os"], good["gpu"], good["driver"], good["memory"], good["disk"]) == ("pass",) * 5
     turing = dataclasses.replace(H100, gpus=(Gpu("Tesla T4", (7, 5), 16.0),))
     assert status_of(turing)["gpu"] == "fail"
-    assert status_of(dataclasses.replace(H100, gpus=H100.gpus * 2))["gpu"] == "warn"
     assert status_of(dataclasses.replace(MACHINE, silent_gpu=True))["driver"] == "fail"
     assert status_of(dataclasses.replace(MACHINE, arch="aarch64"))["os"] == "fail"
     assert status_of(dataclasses.replace(MACHINE, glibc="2.17"))["os"] == "fail"
     assert status_of(dataclasses.replace(MACHINE, disk_free_gib=0.5))["disk"] == "fail"
     assert status_of(dataclasses.replace(MACHINE, disk_free_gib=5))["disk"] == "warn"
     assert status_of(dataclasses.replace(MACHINE, memory_gib=4))["memory"] == "warn"
+    assert status_of(dataclasses.replace(MACHINE, memory_gib=5.5))["memory"] == "pass"
+
+
+@pytest.mark.parametrize(
+    ("visible", "status"),
+    [("", "warn"), ("0,1", "warn"), ("GPU-5a2b,GPU-77c1", "warn"), ("1", "pass"), ("GPU-5a2b-4c", "pass")],
+)
+def test_one_of_several_gpus_can_be_chosen_by_number_or_name(
+    monkeypatch: pytest.MonkeyPatch, visible: str, status: str
+) -> None:
+    monkeypatch.setenv("CUDA_VISIBLE_DEVICES", visible)
+    assert status_of(dataclasses.replace(H100, gpus=H100.gpus * 2))["gpu"] == status
 
 
 def test_a_wrong_or_missing_package_fails_with_the_command_that_pins_it(monkeypatch: pytest.MonkeyPatch) -> None:
@@ -301,6 +313,19 @@ def test_another_kernel_than_the_one_asked_for_fails(attention: Any) -> None:
     assert "asked for flash_attention" in results[0].detail
 
 
+@pytest.mark.parametrize(
+    ("name", "fix"),
+    [("flash-attn", "uninstall -y flash-attn && bash scripts/setup_h100.sh --flash-attn auto"),
+     ("flash-attn-3", "uninstall -y flash-attn-3")],
+)  # fmt: skip
+def test_a_wrong_flash_attn_is_not_mended_by_the_pins_which_have_none(attention: Any, name: str, fix: str) -> None:
+    def right(q: Any, k: Any, v: Any, lengths: Any) -> tuple[Any, str]:
+        return attention.reference(q, k, v, lengths), ""
+
+    seen = next(attention.check(f"attention:{name}", right, "a kernel that does not run"))
+    assert (seen.status, seen.fix) == ("fail", f"{sys.executable} -m pip {fix}")
+
+
 def test_matmul_and_rope_can_fail(unsloth: None, monkeypatch: pytest.MonkeyPatch) -> None:
     torch = pytest.importorskip("torch")
     from fasttune.checks import kernels
@@ -342,29 +367,46 @@ def test_parity_can_fail() -> None:
     assert parity.judge({**rounding, "gradient": 0.03}, rounding, 2, 2).status == "fail"
 
 
-def test_statistics_check_fails_if_unsloth_would_download(monkeypatch: pytest.MonkeyPatch) -> None:
-    """A stand-in for unsloth.models._utils that obeys the switch, and one that does not."""
+# Unsloth's own functions, read from its source (its GPU side imports on a GPU only) and run under the guard.
+STATISTICS = """
+import ast, functools, os, pathlib, psutil, socket, sys, types
+source = pathlib.Path(sys.argv[1]).read_text()
+wanted = ("has_internet", "_statistics_environment", "_download_statistics", "get_statistics")
+tree = ast.parse(source)
+tree.body = [node for node in tree.body if isinstance(node, ast.FunctionDef) and node.name in wanted]
+gpu = types.SimpleNamespace(total_memory=80 * 2**30)
+torch = types.SimpleNamespace(cuda=types.SimpleNamespace(get_device_properties=lambda index: gpu))
+names = dict(functools=functools, os=os, psutil=psutil, socket=socket, torch=torch, DEVICE_TYPE="cuda", DEVICE_COUNT=1)
+exec(compile(tree, sys.argv[1], "exec"), names)
+child = sys.modules["unsloth_zoo.rl_environments"] = types.ModuleType("unsloth_zoo.rl_environments")
+child.execute_with_time_limit = None
+from fasttune.checks import guard, parity
+guard.block_network(parity.connections)
+parity.imported.append("it is there")
+for allowed in (False, True):
+    os.environ.pop("UNSLOTH_DISABLE_STATISTICS", None) if allowed else os.environ.update(UNSLOTH_DISABLE_STATISTICS="1")
+    names["get_statistics"]()
+    os.environ["UNSLOTH_DISABLE_STATISTICS"] = "1"
+    print(*((result.status, result.detail) for result in parity.statistics()))
+"""
 
-    class Live:
-        @staticmethod
-        def _download_statistics(names: list[str]) -> None:
-            raise AssertionError("the check must not download anything")
 
-    def obeys() -> None:
-        if "UNSLOTH_DISABLE_STATISTICS" not in os.environ:
-            Live._download_statistics(["x"])
+def test_statistics_that_unsloth_would_send_are_seen() -> None:
+    spec = importlib.util.find_spec("unsloth")
+    if spec is None or spec.origin is None:
+        pytest.skip("unsloth is not installed")
+    file = Path(spec.origin).parent / "models/_utils.py"
+    environment = {name: value for name, value in os.environ.items() if not name.endswith("_OFFLINE")}
+    arguments = [sys.executable, "-c", STATISTICS, str(file)]
+    done = subprocess.run(arguments, cwd=ROOT, env=environment, capture_output=True, text=True, timeout=60)
+    assert done.returncode == 0, done.stderr
+    switched_off, allowed = done.stdout.splitlines()
+    assert "pass" in switched_off and "no connection tried" in switched_off
+    assert "fail" in allowed and "connections tried: 8.8.8.8" in allowed
 
-    monkeypatch.setitem(sys.modules, "unsloth.models._utils", Live)  # type: ignore[arg-type]
+
+def test_statistics_fail_where_the_switch_is_not_set(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(parity, "imported", ["2026.1"])
     monkeypatch.setattr(parity, "connections", [])
-    monkeypatch.setenv("UNSLOTH_DISABLE_STATISTICS", "1")
-    ignores, is_gone = (lambda: Live._download_statistics(["x"])), (lambda: None)
-    for behaviour, status in ((obeys, "pass"), (ignores, "fail"), (is_gone, "fail")):
-        monkeypatch.setattr(Live, "get_statistics", staticmethod(behaviour), raising=False)
-        assert [result.status for result in parity.statistics()] == [status]
-    monkeypatch.setattr(Live, "get_statistics", staticmethod(obeys), raising=False)
-    monkeypatch.setattr(parity, "connections", ["huggingface.co"])
-    assert "huggingface.co" in next(iter(parity.statistics())).detail
-    monkeypatch.setattr(parity, "connections", [])
-    monkeypatch.delenv("UNSLOTH_DISABLE_STATISTICS")
-    assert next(iter(parity.statistics())).status == "fail"
+    monkeypatch.delenv("UNSLOTH_DISABLE_STATISTICS", raising=False)
+    assert [result.status for result in parity.statistics()] == ["fail"]

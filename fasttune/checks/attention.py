@@ -20,6 +20,7 @@ import torch.nn.functional as F
 from torch.nn.attention import SDPBackend, sdpa_kernel
 from torch.profiler import ProfilerActivity, profile
 
+from fasttune import rules
 from fasttune.checks import Result, install_command
 from fasttune.checks.kernels import DEVICE, relative_error
 
@@ -146,17 +147,15 @@ def starts(lengths: list[int]) -> torch.Tensor:
 def torch_varlen(
     q: torch.Tensor, k: torch.Tensor, v: torch.Tensor, lengths: list[int] | None
 ) -> tuple[torch.Tensor, str]:
-    """torch.nn.attention.varlen (torch ≥ 2.10) on flattened rows (B·T, H, D)."""
-    try:
-        from torch.nn.attention.varlen import varlen_attn
-    except ImportError as error:
-        raise Unavailable("this torch has no torch.nn.attention.varlen (2.10 or newer has)") from error
+    """torch.nn.attention.varlen on flattened rows (B·T, H, D)."""
+    from torch.nn.attention.varlen import varlen_attn
+
     if DEVICE == "cpu":
         raise Unavailable("has CUDA kernels only")
     rows = lengths or [q.shape[1]] * q.shape[0]
-    known = inspect.signature(varlen_attn).parameters  # window_size replaced is_causal; enable_gqa came later
-    options: dict[str, Any] = {"window_size": (-1, 0)} if "window_size" in known else {"is_causal": True}
-    options |= {"enable_gqa": True} if "enable_gqa" in known else {}
+    options: dict[str, Any] = {"window_size": (-1, 0)}  # causal
+    if "enable_gqa" in inspect.signature(varlen_attn).parameters:  # torch 2.12; 2.11 takes grouped heads unasked
+        options["enable_gqa"] = True
     flat = [tensor.flatten(0, 1) for tensor in (q, k, v)]
     out: Any = varlen_attn(flat[0], flat[1], flat[2], starts(rows), starts(rows), max(rows), max(rows), **options)
     return out.view(q.shape), "" if lengths is None else "cumulative lengths"
@@ -207,9 +206,7 @@ def check(name: str, attention: Attention, must_run: str) -> Iterator[Result]:
             seen = measure(attention, lengths)
         except Unavailable as error:
             expected = DEVICE == "cuda" and name == "attention:sdpa-flash"  # the stack is built on this one
-            yield Result(
-                name + suffix, "fail" if expected else "skip", str(error), install_command("torch") if expected else ""
-            )
+            yield Result(name + suffix, "fail" if expected else "skip", str(error), remedy(name) if expected else "")
             if not suffix:
                 return
             continue
@@ -219,9 +216,17 @@ def check(name: str, attention: Attention, must_run: str) -> Iterator[Result]:
         ) + (f"; {seen.how}" if seen.how else "")
         right_kernel = any(re.search(must_run, kernel) for kernel in seen.ran)
         ok = seen.ok and right_kernel
-        package = {"attention:xformers": "xformers", "attention:flash-attn": "flash-attn"}.get(name, "torch")
         detail += "" if right_kernel else f"; asked for {must_run}"
-        yield Result(name + suffix, "pass" if ok else "fail", detail, "" if ok else install_command(package))
+        yield Result(name + suffix, "pass" if ok else "fail", detail, "" if ok else remedy(name))
+
+
+def remedy(name: str) -> str:
+    """What mends a backend that is wrong. Neither flash-attn is part of a stack: without one, PyTorch's are used."""
+    if name == "attention:flash-attn":
+        return rules.FLASH_ATTN_ANEW
+    if name == "attention:flash-attn-3":
+        return f"{rules.PIP} uninstall -y flash-attn-3"
+    return install_command("xformers" if name == "attention:xformers" else "torch")
 
 
 BACKENDS: dict[str, tuple[Attention, str]] = {
