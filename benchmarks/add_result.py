@@ -8,15 +8,17 @@ Then run benchmarks/render.py.
 """
 
 import argparse
-import hashlib
 import io
 import json
 import re
 import subprocess
 import sys
 import tarfile
+import tempfile
 from pathlib import Path
 from typing import Any
+
+from battery import source_digest
 
 RESULTS = Path(__file__).resolve().parent / "results"
 NO_REVISION = ("", "not a checkout")
@@ -89,13 +91,9 @@ def digest_of(revision: str) -> str:
     done = subprocess.run(command, capture_output=True, check=False, cwd=RESULTS.parent.parent)
     if done.returncode:
         raise Refused(f"--revision {revision}: git does not know it")
-    digest = hashlib.sha256()
-    with tarfile.open(fileobj=io.BytesIO(done.stdout)) as archive:
-        for path in sorted(Path(name) for name in archive.getnames() if name.endswith(".py")):
-            content = archive.extractfile(path.as_posix())
-            assert content is not None
-            digest.update(path.as_posix().encode() + b"\0" + content.read() + b"\0")
-    return digest.hexdigest()
+    with tempfile.TemporaryDirectory() as folder, tarfile.open(fileobj=io.BytesIO(done.stdout)) as archive:
+        archive.extractall(folder, filter="data")
+        return source_digest(Path(folder))
 
 
 def make_row(bench: dict[str, Any]) -> dict[str, Any]:

@@ -10,12 +10,11 @@ Medians of synchronised repeats. The last line of stdout is a JSON document. --t
 
 import argparse
 import json
-import statistics
 import sys
-import time
-from collections.abc import Callable
 
 import torch
+
+from fasttune.hardware import measure_matmul_tflops, median_s
 
 SECONDS = 2.0  # of each measurement
 COPY_BYTES = 8 * 2**30
@@ -50,10 +49,8 @@ def copy(device: str, size: int, seconds: float) -> float:
 
 
 def matmul(device: str, shrink: int, seconds: float) -> dict[str, float]:
-    from fasttune import hardware
-
     shapes = {name: (TOKENS // shrink, k // shrink, n // shrink) for name, (k, n) in LAYERS.items()}
-    rates = hardware.measure_matmul_tflops(device, "bfloat16", list(shapes.values()), seconds * len(shapes))
+    rates = measure_matmul_tflops(device, "bfloat16", list(shapes.values()), seconds * len(shapes))
     return {f"{name} {' x '.join(map(str, shape))}": rates[shape] for name, shape in shapes.items()}
 
 
@@ -80,22 +77,6 @@ def attention(device: str, length: int, seconds: float) -> dict[str, float | str
         except RuntimeError as error:
             found[name] = f"does not run: {str(error).splitlines()[0]}"
     return found
-
-
-def median_s(work: Callable[[], object], seconds: float) -> float:
-    """Median seconds of `work`, synchronised at both ends, after two calls that choose and load its kernels."""
-    from fasttune.live import synchronize
-
-    work(), work()
-    times: list[float] = []
-    deadline = time.perf_counter() + seconds
-    while len(times) < 5 or time.perf_counter() < deadline:
-        synchronize()
-        start = time.perf_counter()
-        work()
-        synchronize()
-        times.append(time.perf_counter() - start)
-    return statistics.median(times)
 
 
 if __name__ == "__main__":

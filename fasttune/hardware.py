@@ -10,8 +10,9 @@ import shutil
 import statistics
 import subprocess
 import time
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import asdict, dataclass, replace
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -240,27 +241,35 @@ def measure_matmul_tflops(
     """
     import torch
 
-    def synchronise() -> None:
-        if device.startswith("cuda"):
-            torch.cuda.synchronize()
-
     rates = {}
     for m, k, n in shapes:
         a = torch.randn(m, k, device=device).to(getattr(torch, dtype))
         b = torch.randn(k, n, device=device).to(getattr(torch, dtype))
-        out = torch.empty(m, n, device=device, dtype=a.dtype)
-        for _ in range(2):  # the first call chooses and loads a kernel
-            torch.mm(a, b, out=out)
-        times_s: list[float] = []
-        deadline = time.perf_counter() + seconds / len(shapes)
-        while len(times_s) < 5 or time.perf_counter() < deadline:
-            synchronise()
-            start = time.perf_counter()
-            torch.mm(a, b, out=out)
-            synchronise()
-            times_s.append(time.perf_counter() - start)
-        rates[m, k, n] = 2 * m * k * n / statistics.median(times_s) / 1e12
+        multiply = partial(torch.mm, a, b, out=torch.empty(m, n, device=device, dtype=a.dtype))
+        rates[m, k, n] = 2 * m * k * n / median_s(multiply, seconds / len(shapes)) / 1e12
     return rates
+
+
+def median_s(work: Callable[[], object], seconds: float) -> float:
+    """Median seconds of five or more calls of `work`, after two that choose and load its kernels.
+
+    Synchronised at both ends where CUDA is in use.
+    """
+    import torch
+
+    def now() -> float:
+        if torch.cuda.is_initialized():
+            torch.cuda.synchronize()
+        return time.perf_counter()
+
+    work(), work()
+    times_s: list[float] = []
+    deadline = time.perf_counter() + seconds
+    while len(times_s) < 5 or time.perf_counter() < deadline:
+        start = now()
+        work()
+        times_s.append(now() - start)
+    return statistics.median(times_s)
 
 
 def cpu_matmul_tflops(dtype: str, hidden: int, mlp: int) -> float:

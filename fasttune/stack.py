@@ -93,18 +93,17 @@ def read_pin_file(path: Path, python: tuple[int, int] | None = None) -> dict[str
     return {name: pin.version for name, pin in parse_pin_file(path, python).items()}
 
 
-def requirements(name: str, packages: Iterable[str] = (), python: tuple[int, int] | None = None) -> list[str]:
-    """Lines for `pip install --require-hashes -r`: these packages of a stack (default: all of it), with their hashes.
+def requirements(name: str, python: tuple[int, int] | None = None) -> list[str]:
+    """Lines for `pip install --require-hashes -r`: the packages of a stack with their hashes.
 
     What comes from PyTorch's own index is left out: torch of `cpu`, and TORCH_FAMILY with the CUDA libraries of `cu12`.
     """
-    pins, asked = parse_pin_file(stack_file(name), python), set(packages)
+    pins = parse_pin_file(stack_file(name), python)
     elsewhere = set(TORCH_FAMILY) if name == "cu12" else set()
     wanted = [package for package in read_pins(name, python) if package not in elsewhere and pins[package].hashes]
     return [
         " ".join([f"{package}=={pins[package].version}", *(f"--hash={digest}" for digest in pins[package].hashes)])
         for package in wanted
-        if not asked or package in asked
     ]
 
 

@@ -12,19 +12,14 @@ import sys
 from collections.abc import Callable
 
 from fasttune import hardware as machines, stack
-from fasttune.checks import Result, facts
+from fasttune.checks import Result, facts, imports
 from fasttune.checks.runner import Job, run_jobs
 from fasttune.errors import FasttuneError
 
-LIGHT_MODULES = ("torchao", "accelerate", "torch", "datasets", "triton", "numpy", "tokenizers")
-CUDA_MODULES = ("torchvision", "xformers", "bitsandbytes", "flash_attn")
 # The long ones first, so that two cores are busy until the end.
 JOBS = (
     Job("fasttune.checks.training", ("train-two-steps",), 420, "unset"),
     Job("fasttune.checks.parity", ("import:unsloth", "unsloth-parity", "privacy-statistics"), 420, "unset"),
-    Job("fasttune.checks.imports", ("import:transformers",)),
-    Job("fasttune.checks.imports", ("import:peft",)),
-    Job("fasttune.checks.imports", ("import:trl",)),
     Job(
         "fasttune.checks.attention",
         (
@@ -39,7 +34,7 @@ JOBS = (
         ),
     ),
     Job("fasttune.checks.kernels", ("matmul-bf16", "rope-llama31")),
-    *(Job("fasttune.checks.imports", (f"import:{module}",)) for module in (*LIGHT_MODULES, *CUDA_MODULES)),
+    *(Job("fasttune.checks.imports", (name,)) for name in imports.CHECKS),
 )
 TINY_RUN = "train configs/quickstart.yaml --debug model.name=builtin:tiny train.max_steps=2 output_dir=runs/verify"
 REPRODUCE = {"train-two-steps": f"{sys.executable} -m fasttune.cli {TINY_RUN}"}

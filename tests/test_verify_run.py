@@ -10,7 +10,9 @@ from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
+import numpy
 import pytest
+import safetensors.numpy
 
 from fasttune import verify
 from fasttune.checks import runner, training
@@ -30,8 +32,7 @@ def finished(tmp_path: Path) -> Path:
     (tmp_path / "cwd").mkdir()
     adapter = tmp_path / "run/adapter"
     adapter.mkdir(parents=True)
-    header = json.dumps({"__metadata__": {}, "layers.0.lora_A.weight": {}}).encode()
-    (adapter / "adapter_model.safetensors").write_bytes(len(header).to_bytes(8, "little") + header)
+    safetensors.numpy.save_file({"layers.0.lora_A.weight": numpy.ones(2)}, adapter / "adapter_model.safetensors")
     (tmp_path / "run/run.json").write_text(json.dumps({"status": "completed", "backend": {"library": "unsloth"}}))
     (tmp_path / "run/metrics.jsonl").write_text('{"loss": 5.5}\n{"loss": 5.4}\n')
     write_probe(tmp_path)
@@ -74,6 +75,14 @@ def test_bad_runs_fail(finished: Path) -> None:
     assert "incomplete output folder" in training.judge_training(finished, 0, "").detail
     seen = training.judge_training(finished, 1, "ImportError: x.so: undefined symbol: abc")
     assert (seen.status, "built against" in seen.detail) == ("fail", True)
+
+
+def test_an_adapter_that_holds_more_or_is_cut_short_fails(finished: Path) -> None:
+    adapter = finished / "run/adapter/adapter_model.safetensors"
+    safetensors.numpy.save_file({"lora_A": numpy.ones(2), "embed_tokens": numpy.ones(2)}, adapter)
+    assert "does not hold exactly the LoRA weights" in training.judge_training(finished, 0, "").detail
+    adapter.write_bytes(adapter.read_bytes()[:-4])
+    assert "incomplete output folder" in training.judge_training(finished, 0, "").detail
 
 
 def test_leaks_fail(finished: Path) -> None:

@@ -9,22 +9,23 @@ from functools import partial
 from fasttune import stack
 from fasttune.checks import Result, install_command
 
-# module → something in it that a lazy package would otherwise leave unloaded. unsloth and unsloth_zoo: see parity.py.
+# module → something in it that a lazy package would otherwise leave unloaded; the slow ones first, as they are run.
+# unsloth and unsloth_zoo: see parity.py.
 MODULES = {
-    "numpy": "linalg",
-    "torch": "nn",
-    "triton": "language",
-    "tokenizers": "Tokenizer",
-    "datasets": "Dataset",
-    "accelerate": "Accelerator",
+    "transformers": "LlamaForCausalLM",
+    "peft": "LoraConfig",
+    "trl": "SFTTrainer",
     "torchao": "quantization",
+    "accelerate": "Accelerator",
+    "torch": "nn",
+    "datasets": "Dataset",
+    "triton": "language",
+    "numpy": "linalg",
+    "tokenizers": "Tokenizer",
     "torchvision": "ops",
     "xformers": "ops.memory_efficient_attention",
     "bitsandbytes": "functional",
     "flash_attn": "flash_attn_func",
-    "transformers": "LlamaForCausalLM",
-    "peft": "LoraConfig",
-    "trl": "SFTTrainer",
 }
 
 

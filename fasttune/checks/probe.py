@@ -3,7 +3,6 @@
 Writes REPORT (JSON): connections tried, and for every parameter whether it was trainable and whether it changed.
 """
 
-import hashlib
 import importlib
 import json
 import sys
@@ -13,31 +12,21 @@ from typing import Any
 from fasttune.checks.guard import block_network
 
 
-def digests(model: Any) -> dict[str, str]:
-    """sha256 of every parameter's bytes."""
-    import torch
-
-    return {
-        name: hashlib.sha256(
-            parameter.detach().cpu().contiguous().flatten().view(torch.uint8).numpy().tobytes()
-        ).hexdigest()
-        for name, parameter in model.named_parameters()
-    }
-
-
 def watch(seen: dict[str, Any]) -> None:
     """Every transformers.Trainer made from now on records its model's parameters before and after training."""
     importlib.import_module("fasttune.model")  # unsloth first: it patches transformers
+    import torch
     from transformers import TrainerCallback, trainer
 
     class Watch(TrainerCallback):
         def on_train_begin(self, args: Any, state: Any, control: Any, model: Any = None, **_: Any) -> None:
-            seen["before"] = digests(model)
+            seen["before"] = {name: value.detach().cpu().clone() for name, value in model.named_parameters()}
             seen["trainable"] = [name for name, parameter in model.named_parameters() if parameter.requires_grad]
 
         def on_train_end(self, args: Any, state: Any, control: Any, model: Any = None, **_: Any) -> None:
-            after = digests(model)
-            seen["changed"] = [name for name, digest in seen.pop("before").items() if after.get(name) != digest]
+            before, after = seen.pop("before"), dict(model.named_parameters())
+            same = {name for name in before if name in after and torch.equal(before[name], after[name].cpu())}
+            seen["changed"] = [name for name in before if name not in same]
             seen["parameters"] = len(after)
 
     trainer.DEFAULT_CALLBACKS.append(Watch)  # type: ignore[arg-type]

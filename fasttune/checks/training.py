@@ -4,7 +4,6 @@ import json
 import math
 import os
 import secrets
-import struct
 import subprocess
 import sys
 import tempfile
@@ -70,13 +69,16 @@ def judge_training(root: Path, returncode: int, printed: str) -> Result:
         result = from_exit(name, returncode, printed, "trl")
         result.detail = f"`fasttune train` on builtin:tiny: {result.detail}"
         return result
+    from safetensors import SafetensorError, safe_open
+
     try:
         record = json.loads((root / "run/run.json").read_text(encoding="utf-8"))
         lines = (root / "run/metrics.jsonl").read_text(encoding="utf-8").splitlines()
         losses = [float(json.loads(line)["loss"]) for line in lines]
-        saved = safetensors_names(root / "run/adapter/adapter_model.safetensors")
+        with safe_open(root / "run/adapter/adapter_model.safetensors", "numpy") as adapter:
+            saved = list(adapter.keys())
         probe = read_probe(root)
-    except (OSError, ValueError, KeyError) as error:
+    except (OSError, ValueError, KeyError, SafetensorError) as error:
         return Result(
             name, "fail", f"`fasttune train` left an incomplete output folder: {type(error).__name__}: {error}"
         )
@@ -140,13 +142,6 @@ def judge_current_folder(root: Path) -> Result:
 def read_probe(root: Path) -> dict[str, Any]:
     probe: dict[str, Any] = json.loads((root / "probe.json").read_text(encoding="utf-8"))
     return probe
-
-
-def safetensors_names(path: Path) -> list[str]:
-    """Tensor names from the header. Source: https://huggingface.co/docs/safetensors/index#format"""
-    with path.open("rb") as file:
-        (length,) = struct.unpack("<Q", file.read(8))
-        return [name for name in json.loads(file.read(length)) if name != "__metadata__"]
 
 
 CHECKS = {"train-two-steps": train}
