@@ -3,7 +3,7 @@
 A rule reads versions, metadata and hardware; it never imports the package: a broken one would take the check down too.
 """
 
-import importlib.metadata
+import functools
 import json
 import re
 import shlex
@@ -16,6 +16,7 @@ from fasttune.stack import (
     OLDEST_DRIVER,
     canonical,
     compare,
+    distributions,
     fix_command,
     installed,
     mend_command,
@@ -87,10 +88,18 @@ def unmet(package: str, installed: Versions, among: tuple[str, ...] = ()) -> lis
 
 
 def requires(package: str) -> list[str]:
-    try:
-        return importlib.metadata.requires(package) or []
-    except importlib.metadata.PackageNotFoundError:
-        return []
+    """What an installed package declares to need, `name<2; marker` a line."""
+    return _all_requires().get(package, [])
+
+
+@functools.cache
+def _all_requires() -> dict[str, list[str]]:
+    """Of all packages at once: importlib.metadata would look through the folder and parse the file for each."""
+    found: dict[str, list[str]] = {}
+    for name, _, distribution in distributions():
+        head = (distribution.read_text("METADATA") or "").partition("\n\n")[0]
+        found.setdefault(name, re.findall(r"^Requires-Dist: *(.+)", head, re.M))
+    return found
 
 
 def _declared(*packages: str, among: tuple[str, ...] = ()) -> Callable[[Versions, Hardware], str | None]:

@@ -31,6 +31,8 @@ stack.DISK_NEEDED_GIB = {{"cpu": {disk_gib}}}
 setup_env.detect = lambda path: hardware.Hardware("linux", "x86_64", "2.35", "3.12", "cpu", 2, 24.0, 64.0)
 setup_env.Setup.install_package = lambda self: self.shell.pip_step("fasttune", "--no-deps", "fasttune")
 setup_env.Setup.verify = lambda self, quick: print(f"VERIFY quick={{quick}}") or 0
+if {stack_only}:
+    setup_env.Setup.install_torch = setup_env.Setup.install_package = lambda self: None
 sys.exit(setup_env.main(sys.argv[1:]))
 """
 
@@ -74,8 +76,12 @@ class Place:
         (self.stacks / "dev.txt").write_text(pin(tool))
         return self
 
-    def run(self, *arguments: str, disk_gib: float = 0, **more: str) -> subprocess.CompletedProcess[str]:
-        code = DRIVER.format(scripts=str(ROOT / "scripts"), stacks=str(self.stacks), disk_gib=disk_gib)
+    def run(
+        self, *arguments: str, disk_gib: float = 0, stack_only: bool = False, **more: str
+    ) -> subprocess.CompletedProcess[str]:
+        """The set-up; with `stack_only` it takes torch and the package for done, which are three calls of pip."""
+        values = {"scripts": str(ROOT / "scripts"), "stacks": str(self.stacks)}
+        code = DRIVER.format(disk_gib=disk_gib, stack_only=stack_only, **values)
         keep = {name: value for name, value in os.environ.items() if not name.startswith(("PIP_", "FASTTUNE_"))}
         environment = keep | {"PIP_NO_INDEX": "1", "PIP_FIND_LINKS": str(self.wheels), "PIP_CONFIG_FILE": os.devnull}
         command = [sys.executable, "-c", code, "--venv", str(self.venv), *arguments]
@@ -88,8 +94,12 @@ class Place:
         done = subprocess.run([self.venv / "bin/python", "-Ic", code], capture_output=True, text=True, check=True)
         return json.loads(done.stdout)
 
-    def marker(self) -> dict[str, object]:
-        return json.loads((self.venv / "fasttune-setup.json").read_text())
+    def marker(self, **changes: str) -> dict[str, object]:
+        """The marker file, written anew with the changes."""
+        file = self.venv / "fasttune-setup.json"
+        made = json.loads(file.read_text()) | changes
+        file.write_text(json.dumps(made))
+        return made
 
 
 def snapshot(folder: Path) -> dict[str, tuple[int, int]]:
@@ -104,8 +114,11 @@ def refused(done: subprocess.CompletedProcess[str], words: str, code: int = 2) -
 
 @pytest.fixture(scope="module")
 def ready(tmp_path_factory: pytest.TempPathFactory) -> tuple[Place, str]:
-    """A place where the set-up has run once, and what it printed."""
+    """A place where a set-up was killed half way and has then run to its end, and what it printed."""
     place = Place(tmp_path_factory.mktemp("ready")).fill()
+    (place.venv / "lib").mkdir(parents=True)
+    for path, text in {"fasttune-setup.json": "{", "pyvenv.cfg": "", "lib/half-written": ""}.items():
+        (place.venv / path).write_text(text)
     done = place.run()
     assert done.returncode == 0, done.stderr
     return place, done.stdout
@@ -123,8 +136,10 @@ def bare(tmp_path: Path) -> Place:
     return Place(tmp_path).fill()
 
 
-def test_the_first_set_up_installs_the_stack_and_verifies_it(ready: tuple[Place, str]) -> None:
+def test_a_set_up_that_was_killed_is_done_again_installs_the_stack_and_verifies_it(ready: tuple[Place, str]) -> None:
     place, said = ready
+    assert "did not finish; made anew" in said
+    assert not (place.venv / "lib/half-written").exists()
     versions = place.versions()
     assert {name: versions[name] for name in ("torch", "alpha", "fasttune")} == {
         "torch": "9.0+cpu",
@@ -165,9 +180,8 @@ def test_a_drifted_version_is_named_and_repaired_inside_the_environment_only(pla
     (tmp_path / "evil" / "sitecustomize.py").write_text(leak)
     install = [place.venv / "bin/python", "-m", "pip", "install", "-q", "--no-index", "--no-deps"]
     subprocess.run([*install, "--find-links", place.wheels, "alpha==2.0"], check=True)
-    done = place.run(
-        PIP_TARGET=str(elsewhere), PIP_USER="1", PIP_CONSTRAINT="/not/there", PYTHONPATH=str(tmp_path / "evil")
-    )
+    bent = {"PIP_TARGET": str(elsewhere), "PIP_USER": "1", "PIP_CONSTRAINT": "/not/there"}
+    done = place.run(stack_only=True, PYTHONPATH=str(tmp_path / "evil"), **bent)
     assert done.returncode == 0, done.stderr
     assert "alpha 2.0 (the stack pins 1.0); repaired" in done.stdout
     assert place.versions()["alpha"] == "1.0"
@@ -177,23 +191,9 @@ def test_a_drifted_version_is_named_and_repaired_inside_the_environment_only(pla
 
 
 def test_dev_adds_the_tools_and_a_later_run_without_it_keeps_them(place: Place) -> None:
-    assert "tools for tests are added" in place.run("--dev").stdout
+    assert "tools for tests are added" in place.run("--dev", stack_only=True).stdout
     assert place.versions()["tool"] == "1.0"
     assert "left as it is" in place.run().stdout
-
-
-def test_a_set_up_that_was_killed_is_done_again(place: Place) -> None:
-    marker = place.marker() | {"state": "installing"}
-    (place.venv / "fasttune-setup.json").write_text(json.dumps(marker))
-    debris = place.venv / "lib" / "half-written"
-    debris.write_text("")
-    shutil.rmtree(next(place.venv.glob("lib/python*/site-packages/alpha-1.0.dist-info")))
-    done = place.run()
-    assert done.returncode == 0, done.stderr
-    assert "did not finish; made anew" in done.stdout
-    assert place.versions()["alpha"] == "1.0"
-    assert not debris.exists()
-    assert place.marker()["state"] == "ok"
 
 
 def test_killed_before_the_environment_had_its_pyvenv_cfg_is_not_refused(bare: Place) -> None:
@@ -238,25 +238,26 @@ def test_a_cuda_build_never_comes_by_accident(place: Place) -> None:
 def test_a_file_that_is_not_the_locked_one_is_refused_in_one_line_that_says_what_to_do(place: Place) -> None:
     shutil.rmtree(next(place.venv.glob("lib/python*/site-packages/alpha-1.0.dist-info")))  # alpha is to be installed
     make_wheel(place.wheels, "alpha", "1.0", {"alpha_made_up.py": "repacked = True\n"})
-    done = place.run()
+    done = place.run(stack_only=True)
     refused(done, "alpha==1.0: the SHA-256 of file/…/alpha-1.0-py3-none-any.whl is not in the stack file", code=1)
     assert "PIP_INDEX_URL=https://pypi.org/simple" in done.stderr
     assert "alpha" not in place.versions()
-    done = place.run("--no-hashes")
+    place.marker(state="ok")  # else all is made anew, and torch first
+    done = place.run("--no-hashes", stack_only=True)
     assert done.returncode == 0, done.stderr
     assert place.versions()["alpha"] == "1.0"
 
 
 def test_a_line_without_a_hash_is_not_installed(place: Place) -> None:
     (place.stacks / "dev.txt").write_text("tool==1.0\n")
-    refused(place.run("--dev"), "Hashes are required", code=1)
+    refused(place.run("--dev", stack_only=True), "Hashes are required", code=1)
     assert "tool" not in place.versions()
 
 
 def test_a_failed_step_says_why_and_where_the_log_is(place: Place) -> None:
     with (place.stacks / "cpu.txt").open("a") as file:
         file.write(f"no-such-package==1.0 --hash=sha256:{'c' * 64}\n")
-    done = place.run()
+    done = place.run(stack_only=True)
     refused(done, "No matching distribution found for no-such-package==1.0", code=1)
     assert str(place.venv / "setup.log") in done.stderr
     assert place.marker()["state"] == "installing"
