@@ -26,13 +26,28 @@ TREE: dict[str, Any] = {
     "train": {"batch_rows": 8, "max_steps": 2},
     "checkpoint": {"every": "1 steps"},
 }
+SECRETS = {"HF_TOKEN": CANARY, "HUGGING_FACE_HUB_TOKEN": CANARY, "WANDB_API_KEY": CANARY}
 ENDINGS: dict[str, tuple[list[str], int]] = {
-    "completed": ([], 0),
     "failed": (["train.learning_rate=1e30", "train.max_grad_norm=1e30", "train.max_bad_steps=0"], 1),
     "no such model": (["model.name=nobody/nothing"], 2),
     "no such data": (["data.train=nobody/nothing"], 2),
     "with a traceback": (["--debug", "model.name=nobody/nothing"], 1),
 }
+# Every ending of `fasttune train` in a process of its own, forked from one that has made the imports: they are slow.
+SEVERAL = """
+import json, os, sys
+import fasttune.trainer
+from fasttune import cli
+for folder, arguments in json.loads(sys.argv[1]).items():
+    child = os.fork()
+    if not child:
+        os.chdir(folder)
+        for number, name in ((1, "stdout"), (2, "stderr")):
+            os.dup2(os.open(name, os.O_WRONLY | os.O_CREAT), number)
+        sys.exit(cli.main(["train", "../run.yaml", "output_dir=out", *arguments]))
+    with open(f"{folder}/code", "w") as file:
+        file.write(str(os.waitstatus_to_exitcode(os.waitpid(child, 0)[1])))
+"""
 # Loaded by every Python that a command starts: refuses all sockets but local ones, and writes down who was asked for.
 GUARD = """
 import os, socket, sys
@@ -61,44 +76,57 @@ def guard(tmp_path_factory: pytest.TempPathFactory) -> tuple[dict[str, str], Pat
     return {"PYTHONPATH": path, "ATTEMPTS": str(folder / "attempts")}, folder / "attempts"
 
 
-def train(folder: Path, *settings: str, **environment: str) -> subprocess.CompletedProcess[bytes]:
-    (folder / "run.yaml").write_text(yaml.safe_dump(TREE))
-    command = [sys.executable, "-m", "fasttune.cli", "train", "run.yaml", f"output_dir={folder}/out", *settings]
-    return subprocess.run(command, capture_output=True, cwd=folder, env=os.environ | environment, check=False)
+def leaks(texts: dict[str, bytes]) -> list[str]:
+    return [where for where, text in texts.items() if CANARY.encode() in text]
 
 
-@pytest.mark.parametrize("ending", ENDINGS)
+def written(folder: Path) -> dict[str, bytes]:
+    return {str(path.relative_to(folder)): path.read_bytes() for path in folder.rglob("*") if path.is_file()}
+
+
 def test_tokens_appear_nowhere_and_nothing_is_asked_for_offline(
-    tmp_path: Path, ending: str, guard: tuple[dict[str, str], Path]
+    tmp_path: Path, guard: tuple[dict[str, str], Path]
 ) -> None:
-    settings, code = ENDINGS[ending]
-    secrets = {"HF_TOKEN": CANARY, "HUGGING_FACE_HUB_TOKEN": CANARY, "WANDB_API_KEY": CANARY}
     environment, attempts = guard
-    done = train(tmp_path, "--json", *settings, **secrets, **environment, HF_HUB_OFFLINE="1")
-    assert done.returncode == code, done.stderr.decode()
-    assert not attempts.exists(), attempts.read_text()
-    written = {path: path.read_bytes() for path in tmp_path.rglob("*") if path.is_file()}
-    ran = ending in ("completed", "failed")
-    assert (tmp_path / "out" / "library.log" in written) == ran
-    assert any("checkpoints" in path.parts for path in written) == ran
-    assert (b"Traceback" in done.stderr) == (ending == "with a traceback")
-    for where, text in {"stdout": done.stdout, "stderr": done.stderr, **written}.items():
-        assert CANARY.encode() not in text, where
-    if code == 2:
-        line = done.stderr.decode().splitlines()[-1]
-        assert line.startswith("fasttune: ") and "nobody/nothing" in line and "HF_HUB_OFFLINE is set" in line
-        assert not (tmp_path / "out").exists()
-
-
-def test_a_local_run_asks_for_nothing_by_itself(tmp_path: Path, guard: tuple[dict[str, str], Path]) -> None:
-    """Without HF_HUB_OFFLINE, with the model and the rows on this machine."""
-    rows = [{"question": f"<script>alert({i})</script>", "answer": f"<img src=x>{i}"} for i in range(16)]
-    (tmp_path / "<script>rows.jsonl").write_text("\n".join(map(json.dumps, rows)))
-    environment, attempts = guard
-    settings = ["data.train=<script>rows.jsonl", "data.eval_share=0.1", "samples=1"]
-    done = train(tmp_path, *settings, **environment, HF_HUB_OFFLINE="")
+    (tmp_path / "run.yaml").write_text(yaml.safe_dump(TREE))
+    for ending in ENDINGS:
+        (tmp_path / ending).mkdir()
+    arguments = json.dumps({ending: ["--json", *settings] for ending, (settings, _) in ENDINGS.items()})
+    offline = os.environ | SECRETS | environment | {"HF_HUB_OFFLINE": "1"}
+    command = [sys.executable, "-c", SEVERAL, arguments]
+    done = subprocess.run(command, capture_output=True, cwd=tmp_path, env=offline, check=False)
     assert done.returncode == 0, done.stderr.decode()
     assert not attempts.exists(), attempts.read_text()
+    assert not leaks(written(tmp_path) | {"stdout": done.stdout, "stderr": done.stderr})
+    for ending, (_, code) in ENDINGS.items():
+        files = written(tmp_path / ending)
+        errors = files["stderr"].decode()
+        assert int(files["code"]) == code, (ending, errors)
+        assert ("out/library.log" in files) == any("checkpoints" in file for file in files) == (ending == "failed")
+        assert ("Traceback" in errors) == (ending == "with a traceback")
+        if code == 2:
+            line = errors.splitlines()[-1]
+            assert line.startswith("fasttune: ") and "nobody/nothing" in line and "HF_HUB_OFFLINE is set" in line
+            assert not (tmp_path / ending / "out").exists()
+
+
+def test_a_local_run_asks_for_nothing_by_itself_and_writes_no_token(
+    tmp_path: Path, guard: tuple[dict[str, str], Path]
+) -> None:
+    """The real command without HF_HUB_OFFLINE, with the model and the rows on this machine."""
+    rows = [{"question": f"<script>alert({i})</script>", "answer": f"<img src=x>{i}"} for i in range(16)]
+    (tmp_path / "<script>rows.jsonl").write_text("\n".join(map(json.dumps, rows)))
+    (tmp_path / "run.yaml").write_text(yaml.safe_dump(TREE))
+    environment, attempts = guard
+    command = [sys.executable, "-m", "fasttune.cli", "train", "run.yaml", "--json", "output_dir=out"]
+    command += ["data.train=<script>rows.jsonl", "data.eval_share=0.1", "samples=1"]
+    online = os.environ | SECRETS | environment | {"HF_HUB_OFFLINE": ""}
+    done = subprocess.run(command, capture_output=True, cwd=tmp_path, env=online, check=False)
+    assert done.returncode == 0, done.stderr.decode()
+    assert not attempts.exists(), attempts.read_text()
+    files = written(tmp_path)
+    assert "out/library.log" in files and any("checkpoints" in file for file in files)
+    assert not leaks(files | {"stdout": done.stdout, "stderr": done.stderr})
     page = (tmp_path / "out" / "report.html").read_text()
     assert "<script" not in page and "<img" not in page, "what a row or a file's name says is text"
     assert "&lt;script&gt;rows.jsonl" in page and "&lt;script&gt;alert(" in page and "&lt;img src=x&gt;" in page

@@ -175,7 +175,7 @@ VERSIONS = (
     Case("numpy-1", "numpy 1.26 with packages that need 2", "an ImportError in pandas", "rule:numpy-abi",
          "pandas {pandas} needs numpy>=2.0.2, 1.26.4", pinned=("numpy",), versions={"numpy": "1.26.4"}),
     Case("pandas-for-numpy-1", "pandas, pyarrow … built for numpy 1", "\"numpy.dtype size changed\"", "import:datasets",
-         "another NumPy generation", pinned=("pandas",), versions={"pandas": "2.1.4"}, files={
+         "another NumPy generation", pinned=("pandas",), applied=False, versions={"pandas": "2.1.4"}, files={
              "datasets/__init__.py": "import pandas\nDataset = object\n", "pandas/__init__.py": fails(
                  "numpy.dtype size changed, may indicate binary incompatibility. Expected 96 from C header, got 88 from"
                  " PyObject", "ValueError")}),
@@ -185,10 +185,11 @@ VERSIONS = (
                  "numpy.core.multiarray failed to import")}),
     Case("torch-for-numpy-1", "torch before 2.3 with numpy 2", "\"A module that was compiled using NumPy 1.x cannot be"
          " run in NumPy 2\", and it goes on without", "import:torch", "another NumPy generation", pinned=("torch",),
-         versions={"torch": "2.2.2"}, files={"torch/__init__.py": "import sys\nnn = __version__ = '2.2.2'\nprint('A "
-         "module that was compiled using NumPy 1.x cannot be run in NumPy 2.4.6', file=sys.stderr)\n"}),
+         applied=False, versions={"torch": "2.2.2"}, files={"torch/__init__.py": "import sys\n"
+         "nn = __version__ = '2.2.2'\nprint('A module that was compiled using NumPy 1.x cannot be run in NumPy 2.4.6',"
+         " file=sys.stderr)\n"}),
     Case("numpy-abort", "an extension that aborts under another numpy's C API", "Python itself dies", "import:datasets",
-         "SIGABRT", pinned=("pyarrow",), versions={"pyarrow": "14.0.2"}, files={
+         "SIGABRT", pinned=("pyarrow",), applied=False, versions={"pyarrow": "14.0.2"}, files={
              "datasets/__init__.py": "import pyarrow\nDataset = object\n", "pyarrow/__init__.py": "import os, sys\n"
              "print('RuntimeError: module compiled against ABI version 0x1000009', file=sys.stderr, flush=True)\n"
              "os.abort()\n"}),
@@ -210,7 +211,8 @@ VERSIONS = (
              "peft/__init__.py": only_beside("torchao", "0.10.0") + fails("Found an incompatible version of torchao. "
              "Found version 0.10.0, but only versions above 0.16.0 are supported") + "LoraConfig = object\n"}),
     Case("pillow-of-colab", "an old Pillow under a newer package", "\"cannot import name … from 'PIL…'\"", "import:trl",
-         "PIL._typing has no Buffer", pinned=("pillow",), versions={"pillow": "10.0.0", "tqdm": "4.60.0"}, files={
+         "PIL._typing has no Buffer", pinned=("pillow",), applied=False,
+         versions={"pillow": "10.0.0", "tqdm": "4.60.0"}, files={
              "PIL/__init__.py": "", "PIL/_typing.py": "", "trl/__init__.py": only_beside("pillow", "10.0.0")
              + "from PIL._typing import Buffer\nSFTTrainer = object\n"}),
     Case("protobuf-of-colab", "an old protobuf", "\"Descriptors cannot be created directly\"", "import:tokenizers",
@@ -240,9 +242,9 @@ BINARIES = (
          " file=sys.stderr)\n"}}),
     Case("bitsandbytes-no-binary", "bitsandbytes without a binary for this CUDA", "it says so and goes on, 4-bit"
          " fails later", "import:bitsandbytes", "no binary for the CUDA version", pinned=("bitsandbytes",),
-         **ON_GPU | {"versions": {"bitsandbytes": "0.45.5"}, "files": {"bitsandbytes/__init__.py": "import sys\n"
-         "functional = 0\nprint('bitsandbytes library load error: Configured CUDA binary not found at /x/lib"
-         "bitsandbytes_cuda130.so', file=sys.stderr)\n"}}),
+         applied=False, **ON_GPU | {"versions": {"bitsandbytes": "0.45.5"}, "files": {
+         "bitsandbytes/__init__.py": "import sys\nfunctional = 0\nprint('bitsandbytes library load error: Configured"
+         " CUDA binary not found at /x/libbitsandbytes_cuda130.so', file=sys.stderr)\n"}}),
     Case("segmentation-fault", "a compiled package that takes Python down", "the process is gone, without a word",
          "import:bitsandbytes", "SIGSEGV", pinned=("bitsandbytes",), applied=False,
          **ON_GPU | {"versions": {"bitsandbytes": "0.43.3"}, "files": {
