@@ -8,6 +8,7 @@ import gc
 from typing import Any
 
 import torch
+import torch.utils.checkpoint
 
 from fasttune import metrics
 from fasttune.data.tokens import IGNORE
@@ -48,24 +49,34 @@ class AttentionSeen:
 
 
 class Watched:
-    """Mixed in before any Hugging Face trainer: takes rows in their order, and profiles the first micro-batch for its
-    attention. Runs and all arms of a benchmark share it, so that what is timed is the same code.
+    """Mixed in before any Hugging Face trainer: takes rows in their order, and looks at the first micro-batch: which
+    attention ran, what was recomputed. Runs and all arms of a benchmark share it: what is timed is the same code.
     """
 
     attention_seen: str | None = None
+    recomputation_seen: str | None = None  # read while it runs: Unsloth's trainer clears the flags at its end
     train_dataset: Any
 
     def _get_train_sampler(self, train_dataset: Any = None) -> Any:
         return torch.utils.data.SequentialSampler(train_dataset or self.train_dataset)
 
-    def training_step(self, *args: Any, **kwargs: Any) -> torch.Tensor:
+    def training_step(self, model: Any, *args: Any, **kwargs: Any) -> torch.Tensor:
         step = super().training_step  # type: ignore[misc]
         if self.attention_seen is not None:
-            return step(*args, **kwargs)
+            return step(model, *args, **kwargs)
+        self.recomputation_seen = checkpointing(model)
         with AttentionSeen() as seen:
-            loss = step(*args, **kwargs)
+            loss = step(model, *args, **kwargs)
         self.attention_seen = seen.operators
         return loss
+
+
+def checkpointing(model: Any) -> str:
+    """Which recomputation is live: none, full, or unsloth (activations offloaded to the host)."""
+    if not any(getattr(module, "gradient_checkpointing", False) for module in model.modules()):
+        return "none"
+    function = torch.utils.checkpoint.checkpoint
+    return "unsloth" if (function.__module__ or "").startswith("unsloth") else "full"
 
 
 def count_tokens(batches: list[dict[str, torch.Tensor]]) -> dict[str, int]:

@@ -172,15 +172,6 @@ def decoder_layers(model: Any) -> list[Any]:
     return list(found[0]) if found else []
 
 
-def checkpointing(model: Any) -> str:
-    """Which recomputation is live: none, full, or unsloth (activations offloaded to the host)."""
-    inner = getattr(model, "base_model", model)
-    if not any(getattr(module, "gradient_checkpointing", False) for module in inner.modules()):
-        return "none"
-    function = torch.utils.checkpoint.checkpoint
-    return "unsloth" if (function.__module__ or "").startswith("unsloth") else "full"
-
-
 def _is_patched(layer: Any) -> bool:
     attention, mlp = getattr(layer, "self_attn", None), getattr(layer, "mlp", None)
     functions = [getattr(attention, name, None) for name in ("forward", "apply_qkv", "apply_o")]

@@ -45,7 +45,7 @@ def broken_promises(job: Job, trainer: Any, ran: metrics.Backend) -> list[str]:
     if ran.gradient_checkpointing != job.plan.gradient_checkpointing:
         asked = job.plan.gradient_checkpointing
         found.append(f"train.gradient_checkpointing={asked} was replaced: {ran.gradient_checkpointing} runs")
-    if job.plan.dtype == "bfloat16" and not trainer.args.bf16:
+    if job.plan.dtype == "bfloat16" and not trainer.args.bf16 and not job.machine.gpus:
         found.append("model.dtype=bfloat16: this CPU has no native bf16, so it is emulated and slow; set float32")
     if job.machine.gpus and ran.patched_layers < job.plan.shape.layers:
         found.append(

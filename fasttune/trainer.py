@@ -237,7 +237,7 @@ def backend(trainer: MeasuredTrainer) -> Backend:
         attention=trainer.attention_seen or "not seen",
         packing=_packing(trainer),
         patched_layers=fasttune_model.patched_layers(model),
-        gradient_checkpointing=fasttune_model.checkpointing(model),
+        gradient_checkpointing=trainer.recomputation_seen or "not seen",
         dtype=dtypes(model, trainer.args.bf16),
     )
 

@@ -18,7 +18,7 @@ WHAT = {
     "fasttune": "what `fasttune train` does",
     "vanilla": "transformers.Trainer + PEFT as documented: padded rows, default attention and optimizer",
     "hf-tuned": "the same, tuned: rows end to end (DataCollatorWithFlattening), fused AdamW, huge pages on a CPU",
-    "unsloth-notebook": "Unsloth as its examples use it: SFTTrainer, padded rows, its own recomputation",
+    "unsloth-notebook": "Unsloth as its examples use it: SFTTrainer, its own batching and recomputation",
 }
 ADAPTER = "adapter.pt"
 
@@ -106,6 +106,7 @@ def _notebook(config: Config, steps: int, shared: Path, scratch: Path) -> Repeat
         shuffle_dataset=False,
     )
     data = Dataset.from_dict({key: [row[key] for row in rows] for key in ("input_ids", "labels")})
+    data._unsloth_truncated_to = config.model.max_length  # else Unsloth turns padding-free batching off on a GPU
 
     class Trainer(live.Watched, trl.SFTTrainer): ...
 
@@ -119,7 +120,7 @@ def _notebook(config: Config, steps: int, shared: Path, scratch: Path) -> Repeat
         attention=trainer.attention_seen or "not seen",
         packing=counter.layout,
         patched_layers=models.patched_layers(model),
-        gradient_checkpointing=models.checkpointing(model),
+        gradient_checkpointing=trainer.recomputation_seen or "not seen",
         dtype=live.dtypes(model, trainer.args.bf16),
     )
     return repeat(clock, counter, model, config.train.batch_rows, backend)
@@ -171,7 +172,7 @@ def _hugging_face(config: Config, steps: int, shared: Path, scratch: Path, tuned
         attention=trainer.attention_seen or "not seen",
         packing=counter.layout,
         patched_layers=0,
-        gradient_checkpointing="full" if model.is_gradient_checkpointing else "none",
+        gradient_checkpointing=trainer.recomputation_seen or "not seen",
         dtype=live.dtypes(model, trainer.args.bf16),
     )
     return repeat(clock, counter, model, config.train.batch_rows, backend)

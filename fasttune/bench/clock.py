@@ -44,6 +44,7 @@ class Counter:
 
     def __init__(self, collate: Callable[[Any], Any], per_step: int):
         self.collate = collate
+        self.batches = getattr(collate, "batches", None)  # where the trainer halves micro-batches out of memory
         self.per_step = per_step
         self.counts: list[dict[str, int]] = []
         self.rows: list[list[bytes]] = []

@@ -62,7 +62,7 @@ def limit(config: Config, shared: Path, seconds: float = LIMIT_SECONDS) -> dict[
             shape = (labels if module is head else tokens, module.in_features, module.out_features)
             flops[shape] = flops.get(shape, 0.0) + 2.0 * shape[0] * shape[1] * shape[2]
     device = "cuda" if torch.cuda.is_available() else "cpu"
-    rates = hardware.measure_matmul_tflops(device, config.model.dtype, list(flops), seconds / len(flops))
+    rates = hardware.measure_matmul_tflops(device, config.model.dtype, list(flops), seconds)
     return {
         "tflops": sum(flops.values()) / sum(flops[shape] / rates[shape] for shape in flops),
         "shapes": {" x ".join(map(str, shape)): rate for shape, rate in rates.items()},
