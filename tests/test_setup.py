@@ -95,10 +95,11 @@ class Place:
         return json.loads(done.stdout)
 
     def marker(self, **changes: str) -> dict[str, object]:
-        """The marker file, written anew with the changes."""
+        """The marker file, written anew where something of it changes."""
         file = self.venv / "fasttune-setup.json"
         made = json.loads(file.read_text()) | changes
-        file.write_text(json.dumps(made))
+        if changes:
+            file.write_text(json.dumps(made))
         return made
 
 
@@ -126,8 +127,12 @@ def ready(tmp_path_factory: pytest.TempPathFactory) -> tuple[Place, str]:
 
 @pytest.fixture
 def place(ready: tuple[Place, str], tmp_path: Path) -> Place:
-    """A copy of it, to be broken."""
-    shutil.copytree(ready[0].folder, tmp_path / "copy", symlinks=True)
+    """A copy of it, to be broken; packages are links, since pip and Python replace files and never write into them."""
+
+    def copy(source: str, target: str) -> object:
+        return os.link(source, target) if "/site-packages/" in source else shutil.copy2(source, target)
+
+    shutil.copytree(ready[0].folder, tmp_path / "copy", symlinks=True, copy_function=copy)
     return Place(tmp_path / "copy")
 
 

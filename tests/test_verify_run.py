@@ -65,6 +65,24 @@ def test_wrong_changes_of_weights_fail(finished: Path, changes: dict[str, Any], 
     assert (seen.status, complaint in seen.detail) == ("fail", True)
 
 
+def test_the_probe_sees_which_weights_change(unsloth: None) -> None:
+    import torch
+    from transformers import trainer
+
+    from fasttune.checks import probe
+
+    seen: dict[str, Any] = {}
+    probe.watch(seen)
+    watcher: Any = trainer.DEFAULT_CALLBACKS.pop()()
+    model = torch.nn.Linear(2, 2)
+    model.bias.requires_grad_(False)
+    watcher.on_train_begin(None, None, None, model=model)
+    with torch.no_grad():
+        model.weight[0, 0] += 1
+    watcher.on_train_end(None, None, None, model=model)
+    assert seen == {"trainable": ["weight"], "changed": ["weight"], "parameters": 2}
+
+
 def test_bad_runs_fail(finished: Path) -> None:
     metrics = finished / "run/metrics.jsonl"
     metrics.write_text('{"loss": 5.5}\n{"loss": NaN}\n')
