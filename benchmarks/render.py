@@ -148,17 +148,19 @@ def error(run: dict[str, Any], unit: str) -> float:
 
 
 def rates(rows: dict[str, list[dict[str, Any]]]) -> list[dict[str, Any]]:
-    """What `fasttune plan` counts on, by kind of machine, the newest measurement of each.
+    """What `fasttune plan` counts on, by kind of machine.
 
-    Of a GPU the FLOPs a second that fasttune's arm computed, for each job; of a CPU the share of its matmul rate in the
-    runs of forecast_error.py that its constants may be chosen with.
+    Of a GPU the FLOPs a second that fasttune's arm computed, the newest measurement of each job; of a CPU the share of
+    its matmul rate in all runs of forecast_error.py that its constants may be chosen with.
     """
     found: dict[tuple[Any, ...], dict[str, Any]] = {}
     for name, measured in rows.items():
         for row in measured:
             if rate := gpu_rate(row) or cpu_shares(row):
-                source = {"date": row["date"], "source": f"benchmarks/results/{name}"}
-                found[rate["machine"], rate["dtype"], rate.get("method"), row.get("name")] = rate | source
+                job = rate["machine"], rate["dtype"], rate.get("method"), row.get("name")
+                if "shares" in rate:
+                    rate["shares"] = sorted(rate["shares"] + found.get(job, {"shares": []})["shares"])
+                found[job] = rate | {"date": row["date"], "source": f"benchmarks/results/{name}"}
     return sorted(found.values(), key=lambda rate: rate["date"], reverse=True)
 
 
@@ -185,7 +187,7 @@ def cpu_shares(row: dict[str, Any]) -> dict[str, Any] | None:
     if not runs:
         return None
     where = {key: runs[0][key] for key in ("machine", "dtype")}
-    return where | {"shares": sorted(run["share"] for run in runs)}
+    return where | {"shares": [run["share"] for run in runs]}
 
 
 SHOWN = {"forecast_error": forecast_error, "bench": measurement, "prepare_rows rate": rate, "prepare_rows scale": scale}

@@ -121,10 +121,10 @@ def test_rates_are_of_benchmarks_on_a_gpu_and_of_forecast_runs_on_a_cpu(reposito
     run |= {"machine": "Some CPU, 2 cores", "dtype": "float32"}
     runs = [run | {"fitted": fitted, "share": share} for fitted, share in ((True, 0.6), (False, 0.1))]
     row = {"benchmark": "forecast_error", "date": "2026-11-22", "git": "abc1234", "hardware": "x", "runs": runs}
-    (repository / "benchmarks" / "results" / "forecast-error.jsonl").write_text(json.dumps(row) + "\n")
+    (repository / "benchmarks" / "results" / "forecast-error.jsonl").write_text(2 * (json.dumps(row) + "\n"))
     assert script("render.py", "--root", repository).returncode == 0
     on_cpu, on_gpu = json.loads(rates.read_text())
-    assert (on_cpu["machine"], on_cpu["shares"], "tflops" in on_cpu) == ("Some CPU, 2 cores", [0.6], False)
+    assert (on_cpu["machine"], on_cpu["shares"], "tflops" in on_cpu) == ("Some CPU, 2 cores", [0.6, 0.6], False)
     assert (on_gpu["machine"], on_gpu["method"], on_gpu["packed"]) == ("NVIDIA H200", "full", True)
     speeds = document["arms"][0]["tokens_per_s"]["values"]
     assert on_gpu["tflops"] == pytest.approx([1e9 * v / 1e12 for v in speeds], rel=0.02)

@@ -356,7 +356,7 @@ def test_a_plan_downloads_no_hub_set(
     unsloth: None, cache: Path, hub: Any, rows_said: int, max_rows: int | None
 ) -> None:
     hub.rows_said = rows_said
-    figures = preview.look(settings("owner/name", max_rows=max_rows), "h100-80", terminal.Reporter(None, quiet=True))
+    figures = preview.look(settings("owner/name", max_rows=max_rows), "h100-80", terminal.Reporter(quiet=True))
     assert hub.streamed and all(hub.streamed)
     assert figures.sampled == (rows_said > preview.SAMPLED_ROWS and max_rows is None)
 

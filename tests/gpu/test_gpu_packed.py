@@ -91,6 +91,6 @@ def test_packs_run_one_variable_length_kernel(tmp_path: Path) -> None:
     }
     from fasttune.terminal import Reporter
 
-    result = train.run(configuration.parse(tree), Reporter(None, quiet=True))
+    result = train.run(configuration.parse(tree), Reporter(quiet=True))
     assert result.status == "completed" and "scaled_dot_product" not in result.backend.attention
     assert "flash_attention_forward" in result.backend.attention or "varlen" in result.backend.attention
