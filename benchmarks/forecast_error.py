@@ -17,9 +17,10 @@ from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
-from fasttune import builtin, config as configuration, forecast, hardware, plan, pretrained
+from fasttune import builtin, config as configuration, hardware, plan, pretrained
 from fasttune.data import load
-from fasttune.shape import Shape
+from fasttune.forecasts import forecast
+from fasttune.forecasts.shape import Shape
 
 ROOT = Path(__file__).resolve().parent.parent
 RESULTS = ROOT / "benchmarks" / "results" / "forecast-error.jsonl"

@@ -176,7 +176,8 @@ Done = tuple[int, Any]  # the exit code, and what --json prints
 
 def train(options: argparse.Namespace) -> Done:
     """`fasttune train`: 0 completed, 1 failed, 130 / 143 interrupted by SIGINT / SIGTERM (143 by max_hours too)."""
-    from fasttune import config, output, terminal, train as training
+    from fasttune import config, terminal, train as training
+    from fasttune.training import output
 
     if options.resume and "=" in options.resume:  # argparse takes the setting behind a bare --resume for its value
         options.overrides, options.resume = [*options.overrides, options.resume], ""
@@ -244,7 +245,8 @@ def evaluate(options: argparse.Namespace) -> Done:
 
 def data(options: argparse.Namespace) -> Done:
     """`fasttune data`: 0, with the page on stderr."""
-    from fasttune import config, terminal, view, view_page
+    from fasttune import config, terminal
+    from fasttune.previews import view, view_page
 
     if options.rows < 0:
         raise ConfigError([f"--rows {options.rows}: how many rows to print, 0 or more"])
@@ -255,7 +257,7 @@ def data(options: argparse.Namespace) -> Done:
 
 def generate(options: argparse.Namespace) -> Done:
     """`fasttune generate`: 0, with the answers on stdout or in a file; 141 when stdout is closed, as by `| head`."""
-    from fasttune import generate_command
+    from fasttune.after import generate_command
 
     try:
         return 0, generate_command.run(options)
@@ -265,7 +267,7 @@ def generate(options: argparse.Namespace) -> Done:
 
 def merge(options: argparse.Namespace) -> Done:
     """`fasttune merge`: 0, or 1 when the written model does not answer as base + adapter does."""
-    from fasttune import merge_command
+    from fasttune.after import merge_command
 
     done = merge_command.run(options)
     return 0 if done["verified"] else 1, done
@@ -273,7 +275,8 @@ def merge(options: argparse.Namespace) -> Done:
 
 def plan(options: argparse.Namespace) -> Done:
     """`fasttune plan`: 0, or 1 when it does not fit; the page goes to stderr."""
-    from fasttune import config, preview, terminal
+    from fasttune import config, terminal
+    from fasttune.previews import preview
 
     price = [] if options.usd_per_hour is None else [f"usd_per_hour={options.usd_per_hour}"]
     settings = config.load(options.config, [*options.overrides, *price])

@@ -19,12 +19,13 @@ from rich.padding import Padding
 from rich.table import Table
 from rich.text import Text
 
-from fasttune import card, finished as finished_models, hardware, report, stack, tasks as own, terminal
+from fasttune import hardware, report, stack, tasks as own, terminal
+from fasttune.after import card, finished as finished_models
+from fasttune.after.finished import Finished
 from fasttune.data import answers, chat, sources
 from fasttune.errors import FasttuneError, OutputError, RunFailed
-from fasttune.finished import Finished
-from fasttune.output import EVAL_FILES
 from fasttune.quiet import library_log, take_over_loggers
+from fasttune.training.output import EVAL_FILES
 
 BATCH_ROWS_CPU, BATCH_ROWS_GPU = 16, 64
 NEEDS = ("lm_eval", "sacrebleu")  # imported by the harness at its start
@@ -84,7 +85,7 @@ def run(
     reporter.note("importing unsloth and torch …")
     os.environ.setdefault("TQDM_DISABLE", "1")  # the harness's bars; read when tqdm is imported
     with library_log():
-        from fasttune import harness
+        from fasttune.after import harness
 
         take_over_loggers()
         # Bad rows are told of before the weights are read.

@@ -15,11 +15,12 @@ from fasttune import model as fasttune_model  # noqa: F401  first: it imports un
 import torch
 import transformers
 
-from fasttune import decoding, finished as opening, pretrained, questions
+from fasttune import decoding, pretrained
+from fasttune.after import finished as opening, questions
+from fasttune.after.finished import Dtype, Finished
 from fasttune.data import chat
 from fasttune.data.formats import Message, Unusable
 from fasttune.errors import DataError, FasttuneError, RunFailed
-from fasttune.finished import Dtype, Finished
 
 END_OF_CHAT = ("/exit", "/quit")
 

@@ -13,8 +13,9 @@ from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
-from fasttune import cache, hub, memory, pretrained
+from fasttune import cache, hub, pretrained
 from fasttune.config import LoraConfig, ModelConfig
+from fasttune.cpu import memory
 from fasttune.errors import ModelError
 
 # Before the import: no usage statistics, no telemetry, no unsloth_compiled_cache/ in the current folder.

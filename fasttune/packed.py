@@ -15,8 +15,8 @@ from transformers import AttentionInterface
 from transformers.integrations.sdpa_attention import sdpa_attention_forward
 from transformers.masking_utils import AttentionMaskInterface, sdpa_mask
 
+from fasttune.cpu.rows_attention import RowsAttention
 from fasttune.data.batches import flat
-from fasttune.rows_attention import RowsAttention
 
 NAME = "fasttune_rows"
 PROBE_PREFIX, PROBE_LENGTHS = 20, [25, 29, 23]  # of three rows that begin alike

@@ -8,10 +8,10 @@ from dataclasses import dataclass, replace
 
 from fasttune import hardware as machines
 from fasttune.config import Config
+from fasttune.forecasts.memory_forecast import Choices, MicroBatch, forecast
+from fasttune.forecasts.shape import Shape
 from fasttune.hardware import Hardware
-from fasttune.memory_forecast import Choices, MicroBatch, forecast
 from fasttune.metrics import Memory, Setting
-from fasttune.shape import Shape
 
 USABLE_MEMORY = 0.8  # the rest: fragmentation, CUDA context, what the forecast does not know
 CPU_MICRO_BATCH_TOKENS = 2048

@@ -192,11 +192,11 @@ def write_html(path: Path | str, result: RunResult, steps: list[StepMetrics]) ->
 
 
 def fill(template: str, **values: Any) -> str:
-    """A template of this folder with its values: escaped in HTML, as they are in Markdown."""
+    """A template with its values: escaped in HTML, as they are in Markdown."""
     import jinja2  # with matplotlib about a second of imports that only pages need
 
     environment = jinja2.Environment(
-        loader=jinja2.FileSystemLoader(Path(__file__).parent),
+        loader=jinja2.FileSystemLoader(Path(__file__).parent / "templates"),
         autoescape=jinja2.select_autoescape(["html.j2"]),
         undefined=jinja2.StrictUndefined,
         trim_blocks=True,

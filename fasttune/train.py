@@ -13,16 +13,18 @@ from contextlib import ExitStack, contextmanager
 from pathlib import Path
 from typing import Any
 
-from fasttune import card, hardware, journal, report, summary, tracking
+from fasttune import hardware, report
+from fasttune.after import card
 from fasttune.config import Config
 from fasttune.errors import FasttuneError, first_line, kind_and_line
-from fasttune.journal import Journal
 from fasttune.metrics import RunResult
 from fasttune.plan import smaller
-from fasttune.prepare import Job, preflight, prepare
 from fasttune.quiet import library_log
-from fasttune.summary import Outcome
 from fasttune.terminal import Reporter
+from fasttune.training import journal, summary, tracking
+from fasttune.training.journal import Journal
+from fasttune.training.prepare import Job, preflight, prepare
+from fasttune.training.summary import Outcome
 
 AT_ONCE = "stopped at once by a second signal"
 
@@ -38,7 +40,8 @@ def run(config: Config, reporter: Reporter, resume: Path | None = None) -> RunRe
     folder = preflight(config, resume)
     with library_log() as log, tempfile.TemporaryDirectory() as scratch, ExitStack() as held:
         job = prepare(config, folder, reporter)
-        from fasttune import model as models, resume as resuming, samples, state, trainer as trainers  # torch is loaded
+        from fasttune import model as models  # torch is loaded
+        from fasttune.training import resume as resuming, samples, state, trainer as trainers
 
         identity = state.identity(job)
         found = resuming.find(folder, identity, reporter.note) if resume else None
@@ -71,9 +74,9 @@ def run(config: Config, reporter: Reporter, resume: Path | None = None) -> RunRe
 
 def train(job: Job, trainer: Any, record: Journal, outcome: Outcome, identity: dict[str, str], started: float) -> Any:
     """All optimizer steps that are left; fills `outcome`, whatever ends them. Returns the Validator."""
-    from fasttune.resume import Keeper
-    from fasttune.trainer import StepRecorder
-    from fasttune.validation import Validator
+    from fasttune.training.resume import Keeper
+    from fasttune.training.trainer import StepRecorder
+    from fasttune.training.validation import Validator
 
     validator = Validator(job, trainer.model, trainer.args.bf16)
     keeper = Keeper(job, trainer, validator, identity, started - outcome.earlier_s, record.warn)
@@ -124,7 +127,7 @@ def save(job: Job, outcome: Outcome, initial_adapter: Path | None) -> None:
 
 def answer_again(job: Job, result: RunResult, before: list[str]) -> None:
     """The held-out problems after training; what goes wrong with them costs a warning and not the run."""
-    from fasttune import samples
+    from fasttune.training import samples
 
     try:
         after = samples.answer(job.model, job.tokenizer, job.problems, job.plan.gradient_checkpointing)

@@ -36,7 +36,8 @@ def pytest_unconfigure() -> None:
 @pytest.fixture(scope="session", autouse=True)
 def matmuls_measured_once() -> Iterator[None]:
     """A run measures this machine's matmuls for a second before and after: no test looks at the rate of a real one."""
-    from fasttune import hardware, summary
+    from fasttune import hardware
+    from fasttune.training import summary
 
     with pytest.MonkeyPatch.context() as patch:
         patch.setattr(hardware, "cpu_matmul_tflops", functools.cache(hardware.cpu_matmul_tflops))
@@ -49,7 +50,7 @@ def unsloth() -> None:
     """Unsloth and all below it are imported, once, and what they warn of while they are is theirs."""
     with warnings.catch_warnings():
         warnings.simplefilter("ignore")
-        import fasttune.trainer  # noqa: F401
+        import fasttune.training.trainer  # noqa: F401
 
 
 @pytest.fixture

@@ -154,7 +154,7 @@ def test_labels_shifted_by_one_are_invalid(
 def test_an_arm_that_counts_padding_is_invalid(
     vanilla: Repeat, shared: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    from fasttune import live
+    from fasttune.training import live
 
     honest = live.count_tokens
 

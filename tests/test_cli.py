@@ -8,7 +8,8 @@ from pathlib import Path
 
 import pytest
 
-from fasttune import cli, config, prepare
+from fasttune import cli, config
+from fasttune.training import prepare
 
 TINY = "model: {name: builtin:tiny}\ndata: {train: builtin:arithmetic}\n"
 

@@ -12,9 +12,9 @@ from typing import Any
 import pytest
 
 from fasttune import evaluate, tasks
+from fasttune.after.finished import open_run
 from fasttune.data import answers
 from fasttune.errors import DataError, FasttuneError
-from fasttune.finished import open_run
 
 PAIRS = [  # (what the data set says, what a model wrote)
     ("2 + 2 = 4\n#### 4", "It is 4.\n#### 4"),
@@ -49,7 +49,7 @@ def harness(unsloth: None) -> Any:
     """The harness, imported once; what it warns of while it is, is its own."""
     with warnings.catch_warnings():
         warnings.simplefilter("ignore")
-        from fasttune import harness
+        from fasttune.after import harness
     return harness
 
 
@@ -152,7 +152,8 @@ def test_a_run_that_held_out_its_own_rows_is_told_what_to_give(finished_run: Pat
 
 def test_the_harness_generates_what_the_model_generates(tmp_path: Path, harness: Any, tiny_tokenizer: Any) -> None:
     """Prompts are those of training, and batched answers of different lengths are the model's own greedy ones."""
-    from fasttune import finished, model as models
+    from fasttune import model as models
+    from fasttune.after import finished
     from fasttune.data import arithmetic, chat
 
     result, lines = score(tmp_path, tasks="builtin:arithmetic", limit=3, batch_rows=2, keep_answers=False)

@@ -12,8 +12,9 @@ from typing import Any
 import pytest
 from tiny_run import STEPS, learned, losses, run
 
-from fasttune import checkpoint, output
+from fasttune import checkpoint
 from fasttune.errors import OutputError
+from fasttune.training import output
 
 pytestmark = pytest.mark.usefixtures("unsloth")
 
@@ -90,7 +91,7 @@ def test_two_runs_cannot_share_a_folder(tmp_path: Path) -> None:
 def test_a_step_that_is_not_finite_changes_nothing(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     import torch
 
-    from fasttune import state, trainer as trainers
+    from fasttune.training import state, trainer as trainers
 
     weights: dict[int, dict[str, Any]] = {}
     step_of = trainers.MeasuredTrainer.training_step
@@ -126,7 +127,7 @@ def little_memory(monkeypatch: pytest.MonkeyPatch) -> Callable[[int], None]:
     """A machine on which a micro-batch of more than so many rows does not fit."""
     import torch
 
-    from fasttune import live, trainer as trainers
+    from fasttune.training import live, trainer as trainers
 
     micro_step = trainers.MeasuredTrainer._micro_step
 
@@ -165,7 +166,7 @@ def test_what_cannot_be_halved_names_the_settings_in_order(tmp_path: Path, littl
 
 
 def test_what_fails_after_training_costs_a_warning(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    from fasttune import samples
+    from fasttune.training import samples
 
     answer, file = samples.answer, tmp_path / "run" / "run.json"
     written: list[float] = []
@@ -202,7 +203,7 @@ def test_the_state_of_8_bit_optimizers_is_kept_flat() -> None:
     """bitsandbytes 0.50.2 nests it: https://github.com/bitsandbytes-foundation/bitsandbytes, optim/optimizer.py"""
     import torch
 
-    from fasttune import state
+    from fasttune.training import state
 
     nested = {"step": 3, "__bnb_optimizer_quant_state__": {"state1": torch.ones(2), "qmap1": torch.zeros(2)}}
     flat = state._flat(nested)

@@ -12,13 +12,15 @@ from typing import Any
 import numpy as np
 import pytest
 
-from fasttune import cli, config, forecast, hardware, memory_forecast, metrics, plan, preview, report, terminal
+from fasttune import cli, config, hardware, metrics, plan, report, terminal
 from fasttune.data.batches import Batches, flat, padded
 from fasttune.data.store import Rows
+from fasttune.forecasts import forecast, memory_forecast
+from fasttune.forecasts.memory_forecast import Choices, MicroBatch
+from fasttune.forecasts.shape import Shape
 from fasttune.hardware import Hardware
-from fasttune.memory_forecast import Choices, MicroBatch
 from fasttune.metrics import Memory, Range
-from fasttune.shape import Shape
+from fasttune.previews import preview
 
 ROOT = Path(__file__).resolve().parent.parent
 LLAMA_8B = Shape(
@@ -50,7 +52,8 @@ def test_activations_are_the_tensors_that_are_saved(unsloth: None, method: str, 
     """Every byte that autograd keeps of the tiny model's forward, against the count. Embeddings and head are small."""
     import torch
 
-    from fasttune import fused_lora, model as models, packed as packing
+    from fasttune import model as models, packed as packing
+    from fasttune.cpu import fused_lora
 
     tree: dict[str, Any] = {"model": {"name": "builtin:tiny", "max_length": 256}, "data": {"train": "a/b"}}
     asked = config.parse(tree | {"train": {"method": method, "packing": packed}})
@@ -331,7 +334,7 @@ def test_errors_on_file_are_within_what_is_promised() -> None:
 def test_the_profile_of_the_first_micro_batch_is_not_kept(unsloth: None) -> None:
     import torch
 
-    from fasttune import live
+    from fasttune.training import live
 
     with live.AttentionSeen() as seen:
         torch.nn.functional.scaled_dot_product_attention(*torch.ones(3, 1, 1, 4, 4))

@@ -10,7 +10,8 @@ from typing import Any
 
 import pytest
 
-from fasttune import cli, questions
+from fasttune import cli
+from fasttune.after import questions
 from fasttune.data import formats
 from fasttune.errors import DataError, ModelError, OutputError
 
@@ -21,7 +22,8 @@ PROMPTS = ["2 + 3?", "How many apples are left when Ana eats 4 of 9?", "x", "Nam
 
 @pytest.fixture(scope="module")
 def speaker(finished_run: Path) -> Any:
-    from fasttune import finished, generate
+    from fasttune import generate
+    from fasttune.after import finished
 
     opened = finished.open_run(str(finished_run))
     return generate.loaded(opened, "float32", generate.Sampling(max_new_tokens=12), print)
@@ -85,7 +87,8 @@ def test_an_answer_ends_at_the_first_stop_token(speaker: Any, monkeypatch: pytes
 
 
 def test_a_file_is_gone_on_with(speaker: Any, finished_run: Path, tmp_path: Path, monkeypatch: Any) -> None:
-    from fasttune import finished, generate, terminal
+    from fasttune import generate, terminal
+    from fasttune.after import finished
 
     opened, source, out = finished.open_run(str(finished_run)), rows(tmp_path), tmp_path / "out.jsonl"
     reporter = terminal.Reporter(quiet=True)
@@ -130,7 +133,7 @@ def test_a_file_is_gone_on_with(speaker: Any, finished_run: Path, tmp_path: Path
 
 
 def test_other_weights_are_told(finished_run: Path, tmp_path: Path) -> None:
-    from fasttune import finished
+    from fasttune.after import finished
 
     source = str(rows(tmp_path))
     opened = finished.open_run(str(finished_run))
@@ -238,7 +241,8 @@ def test_plain_text_runs_continue_plain_text(speaker: Any, tiny_tokenizer: Any) 
 def test_turns_without_a_template_are_refused(
     speaker: Any, finished_run: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: Any
 ) -> None:
-    from fasttune import builtin, finished, generate, terminal
+    from fasttune import builtin, generate, terminal
+    from fasttune.after import finished
 
     shutil.copytree(builtin.path("builtin:tiny"), tmp_path / "bare")
     for path in (tmp_path / "bare").iterdir():
@@ -278,7 +282,7 @@ def test_a_full_disk_leaves_whole_answers(tmp_path: Path, monkeypatch: pytest.Mo
 
 
 def test_a_closed_pipe_ends_quietly(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
-    from fasttune import generate_command
+    from fasttune.after import generate_command
 
     def closed(options: Any) -> dict[str, Any]:
         raise BrokenPipeError
@@ -290,7 +294,7 @@ def test_a_closed_pipe_ends_quietly(monkeypatch: pytest.MonkeyPatch, tmp_path: P
 
 
 def test_a_mistyped_run_is_no_hub_id(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    from fasttune import finished
+    from fasttune.after import finished
 
     monkeypatch.chdir(tmp_path)
     for name in ("old-1", "new-2"):
@@ -305,7 +309,7 @@ def test_a_mistyped_run_is_no_hub_id(tmp_path: Path, monkeypatch: pytest.MonkeyP
 def test_rows_of_the_run_are_read_as_it_read_them(finished_run: Path) -> None:
     from dataclasses import replace
 
-    from fasttune import finished
+    from fasttune.after import finished
 
     opened = finished.open_run(str(finished_run))
     assert opened.config
@@ -356,7 +360,7 @@ def test_a_user_error_is_one_line(arguments: list[str], told: str, capsys: pytes
 
 
 def test_what_is_no_run_is_refused(finished_run: Path, tmp_path: Path) -> None:
-    from fasttune import finished
+    from fasttune.after import finished
 
     with pytest.raises(ModelError, match="holds no run"):
         finished.open_run(str(tmp_path))

@@ -149,7 +149,7 @@ def test_bf16_is_the_fp32_sum_rounded_once_in_the_same_files(tmp_path: Path) -> 
 
 @pytest.mark.parametrize("tie", [True, False])
 def test_added_tokens_and_their_embeddings_are_kept(tmp_path: Path, tie: bool) -> None:
-    from fasttune import merge_check
+    from fasttune.after import merge_check
 
     base = base_model(tmp_path / "base", tie_word_embeddings=tie)
     learned = adapter(base, tmp_path / "adapter", grow=3, target_modules=ALL)

@@ -28,7 +28,8 @@ def out(finished_run: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
 
 
 def test_a_merged_model_says_the_same_as_base_and_adapter(out: Path, finished_run: Path) -> None:
-    from fasttune import finished, generate
+    from fasttune import generate
+    from fasttune.after import finished
 
     found = []
     for name in (str(finished_run), str(out), "builtin:tiny"):
@@ -61,7 +62,7 @@ def test_the_card_says_what_was_measured(out: Path, finished_run: Path) -> None:
 
 
 def test_scores_and_hub_ids_are_on_the_card_and_paths_are_not(finished_run: Path, tmp_path: Path) -> None:
-    from fasttune import card, finished
+    from fasttune.after import card, finished
 
     shutil.copytree(finished_run, tmp_path / "run")
     config = yaml.safe_load((tmp_path / "run" / "config.yaml").read_text())
@@ -93,7 +94,7 @@ def test_scores_and_hub_ids_are_on_the_card_and_paths_are_not(finished_run: Path
 @pytest.fixture
 def here(monkeypatch: pytest.MonkeyPatch) -> None:
     """The check in this process: a new one takes seconds to import torch."""
-    from fasttune import merge_check, merge_command
+    from fasttune.after import merge_check, merge_command
 
     def compare(made: Path, finished: Any) -> merge_check.Comparison:
         from fasttune import builtin
@@ -129,7 +130,7 @@ def test_what_cannot_be_compared_or_written(
 ) -> None:
     import safetensors.torch
 
-    from fasttune import merge_command
+    from fasttune.after import merge_command
 
     def killed(*_: Any) -> None:
         raise RunFailed("could not be compared")
@@ -154,7 +155,7 @@ def test_what_cannot_be_compared_or_written(
 def test_a_model_larger_than_the_gpu_is_compared_on_the_cpu(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     import torch
 
-    from fasttune import merge_check
+    from fasttune.after import merge_check
 
     (tmp_path / "model.safetensors").write_bytes(bytes(1000))
     monkeypatch.setattr(torch.cuda, "is_available", lambda: True)
@@ -166,7 +167,7 @@ def test_a_model_larger_than_the_gpu_is_compared_on_the_cpu(tmp_path: Path, monk
 def test_an_interrupted_merge_leaves_nothing(
     finished_run: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: Any
 ) -> None:
-    from fasttune import merge_command
+    from fasttune.after import merge_command
 
     def interrupted(*_: Any) -> None:
         raise KeyboardInterrupt
@@ -195,7 +196,7 @@ def test_a_folder_is_replaced_only_when_asked_and_only_a_model(
 
 
 def test_no_room_on_the_disk_is_told_first(finished_run: Path, tmp_path: Path, monkeypatch: Any, capsys: Any) -> None:
-    from fasttune import merge_command
+    from fasttune.after import merge_command
 
     monkeypatch.setattr(merge_command.shutil, "disk_usage", lambda path: shutil._ntuple_diskusage(9, 9, 1 << 20))
     assert cli.main(["merge", str(finished_run), "--out", str(tmp_path / "m")]) == 2
@@ -215,7 +216,7 @@ CONVERTER = """#!/bin/sh
 def test_gguf_through_the_installed_converter(
     finished_run: Path, tmp_path: Path, here: None, monkeypatch: Any, capsys: Any
 ) -> None:
-    from fasttune import merge_command
+    from fasttune.after import merge_command
 
     monkeypatch.setenv("PATH", str(tmp_path / "bin"))
     monkeypatch.setattr(merge_command.sys, "executable", str(tmp_path / "bin" / "python"))
@@ -243,7 +244,7 @@ def test_the_hub_is_asked_before_the_work_and_only_when_asked_for(
     import httpx
     import huggingface_hub
 
-    from fasttune import publish
+    from fasttune.after import publish
 
     with pytest.raises(FasttuneError, match="owner/name"):
         publish.check("name")

@@ -6,8 +6,9 @@ from types import SimpleNamespace
 
 import pytest
 
-from fasttune import config, output
+from fasttune import config
 from fasttune.errors import OutputError
+from fasttune.training import output
 
 
 def settings(folder: Path | None, overwrite: bool = False) -> config.Config:

@@ -225,8 +225,8 @@ def test_a_shared_beginning_changes_no_row(unsloth: None, shapes: list[tuple[int
     """Whatever the rows: put together again, they are what they were, and so are their learned tokens and counts."""
     import torch
 
-    from fasttune import live
     from fasttune.bench.clock import rows_in
+    from fasttune.training import live
 
     beginnings = [[*range(common), *range(500 + 50 * i, 500 + 50 * i + own)] for i, (own, _) in enumerate(shapes)]
     made = [row([*ids, *range(learned)], len(ids)) for ids, (_, learned) in zip(beginnings, shapes, strict=True)]

@@ -7,8 +7,8 @@ import pytest
 
 from fasttune import config, hardware, plan
 from fasttune.errors import ModelError
+from fasttune.forecasts.shape import Shape
 from fasttune.hardware import Gpu, Hardware
-from fasttune.shape import Shape
 
 LLAMA_8B = Shape(
     layers=32, hidden=4096, mlp=14336, heads=32, query_width=4096, key_width=1024, vocab=128256, tied=False

@@ -439,7 +439,7 @@ def test_same_run_same_page(tmp_path):
 
 
 def test_a_card_of_a_name_that_is_no_unicode(tmp_path):
-    from fasttune import card, finished
+    from fasttune.after import card, finished
     from fasttune.config import ModelConfig
 
     odd = "caf\udce9"  # a folder's name in another encoding, as Python gives it

@@ -15,8 +15,9 @@ from typing import Any
 import pytest
 from tiny_run import STEPS, break_off_after, learned, losses, run, settings
 
-from fasttune import checkpoint, output
+from fasttune import checkpoint
 from fasttune.errors import OutputError
+from fasttune.training import output
 
 pytestmark = pytest.mark.usefixtures("unsloth")
 
@@ -51,7 +52,7 @@ def test_a_resumed_run_ends_bit_identical(tmp_path: Path, kind: str) -> None:
 
 def test_without_the_random_states_dropout_would_differ(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     """The comparison above can fail."""
-    from fasttune import resume
+    from fasttune.training import resume
 
     run(tmp_path / "whole", KINDS["dropout"])
     run(tmp_path / "run", KINDS["dropout"], after=break_off_after(5))
@@ -153,7 +154,7 @@ def test_how_a_step_is_computed_may_change(copy: Path) -> None:
 
 
 def test_a_resumed_run_keeps_no_second_copy_of_its_weights(copy: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    from fasttune import resume
+    from fasttune.training import resume
 
     find, held = resume.find, []
     seen: list[tuple[set[str], int]] = []
@@ -228,7 +229,7 @@ os.dup2(os.open(os.devnull, os.O_WRONLY), 1)  # unsloth greets
 sys.path.insert(0, sys.argv[2])
 from tiny_run import run, TREE
 from pathlib import Path
-import fasttune.train, fasttune.model, fasttune.trainer, fasttune.resume
+import fasttune.train, fasttune.model, fasttune.training.trainer, fasttune.training.resume
 folder = Path(sys.argv[1])
 for line in sys.stdin:
     name, resume = line.split()

@@ -36,7 +36,7 @@ ENDINGS: dict[str, tuple[list[str], int]] = {
 # Every ending of `fasttune train` in a process of its own, forked from one that has made the imports: they are slow.
 SEVERAL = """
 import json, os, sys
-import fasttune.trainer
+import fasttune.training.trainer
 from fasttune import cli
 for folder, arguments in json.loads(sys.argv[1]).items():
     child = os.fork()

@@ -13,11 +13,12 @@ from typing import Any
 
 import pytest
 
-from fasttune import config, preview, terminal
+from fasttune import config, terminal
 from fasttune.data import arithmetic, files, load, sources, store
 from fasttune.data.files import Chunk
 from fasttune.data.tokens import Recipe
 from fasttune.errors import DataError
+from fasttune.previews import preview
 
 GOOD = {"question": "q", "answer": "a"}
 EMPTY = {"question": "an empty one", "answer": ""}
@@ -344,7 +345,7 @@ def test_a_hub_set_is_streamed_where_that_is_asked_for(
     asked = settings("owner/name", streaming=streaming, eval_share=0.5)
     made = encode(tiny_tokenizer, "owner/name", streaming=streaming, eval_share=0.5)
     assert load.with_format(asked).data.format == "question_answer"
-    from fasttune import samples
+    from fasttune.training import samples
 
     asked.samples = 2
     assert len(samples.read(asked, tiny_tokenizer, made, print)) == 2

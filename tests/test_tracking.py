@@ -9,8 +9,8 @@ from typing import Any
 import pytest
 from tiny_run import STEPS, break_off_after, losses, run
 
-from fasttune import tracking
 from fasttune.errors import ConfigError
+from fasttune.training import tracking
 
 pytestmark = pytest.mark.usefixtures("unsloth")
 

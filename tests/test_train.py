@@ -160,7 +160,8 @@ def test_plain_peft_loads_the_adapter_to_the_same_logits(tmp_path: Path, init: s
     """In a process without unsloth. PiSSA changes the base while it trains, so it is saved as an ordinary adapter."""
     import torch
 
-    from fasttune import prepare, train as training
+    from fasttune import train as training
+    from fasttune.training import prepare
 
     kept: dict[str, Any] = {}
 
@@ -227,7 +228,8 @@ def test_full_fine_tuning_saves_a_model_that_plain_transformers_loads(tmp_path: 
 
 
 def test_frozen_weights_stay_and_only_the_adapter_learns(tmp_path: Path) -> None:
-    from fasttune import builtin, prepare, train as training
+    from fasttune import builtin, train as training
+    from fasttune.training import prepare
 
     kept: dict[str, Any] = {}
 
@@ -265,8 +267,9 @@ def test_what_is_not_counted_gives_no_share(tmp_path: Path, monkeypatch: pytest.
     import torch
     from transformers import LlamaConfig, LlamaForCausalLM, MixtralConfig, MixtralForCausalLM
 
-    from fasttune import live, report
-    from fasttune.shape import Shape
+    from fasttune import report
+    from fasttune.forecasts.shape import Shape
+    from fasttune.training import live
 
     sizes = {"hidden_size": 16, "intermediate_size": 64, "num_hidden_layers": 1, "vocab_size": 32}
     sizes |= {"num_attention_heads": 2, "num_key_value_heads": 1}

@@ -126,7 +126,7 @@ def test_the_command_says_it_in_one_line_before_anything_is_loaded(tmp_path: Pat
 
 
 def test_several_sets_with_weights_and_a_hold_out(unsloth: None, tmp_path: Path) -> None:
-    from fasttune import prepare
+    from fasttune.training import prepare
 
     files = [write(tmp_path / f"{name}.jsonl", [ROWS[name]] * 20) for name in ("messages", "text")]
     settings = config.parse(

@@ -76,7 +76,7 @@ def test_loss_and_accuracy_are_those_of_plain_transformers(
 
 def test_training_does_not_notice(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     """Not even with dropout, which draws random numbers."""
-    from fasttune import samples
+    from fasttune.training import samples
 
     monkeypatch.setattr(samples, "MOST_NEW_TOKENS", 8)
     dropout = {"lora": {"dropout": 0.1}, "samples": 1}
@@ -101,7 +101,7 @@ def test_held_out_share_is_looked_at_and_start_and_end_is_the_default(tmp_path: 
 
 def losses_are(monkeypatch: pytest.MonkeyPatch, curve: dict[int, float]) -> None:
     """Step → held-out loss."""
-    from fasttune import validation
+    from fasttune.training import validation
 
     measure = validation.Validator.measure
 

@@ -14,10 +14,12 @@ import pytest
 from hypothesis import given, strategies
 from rich.console import Console
 
-from fasttune import cli, config, forecast, hardware, terminal, view, view_page
+from fasttune import cli, config, hardware, terminal
 from fasttune.data import arithmetic
 from fasttune.data.batches import Batches
 from fasttune.data.store import Rows
+from fasttune.forecasts import forecast
+from fasttune.previews import view, view_page
 
 CONFIG = """
 name: looked-at
@@ -84,7 +86,7 @@ def test_the_command_shows_the_mask_of_its_rows(folder: Path) -> None:
     command = [sys.executable, "-X", "importtime", "-m", "fasttune.cli", "data", "c.yaml"]
     options = ["--rows", "6", "model.max_length=512", "--json"]  # as people type it: an option before a key=value
     done = subprocess.run([*command, *options], capture_output=True, text=True, check=True)
-    assert "| unsloth" not in done.stderr and "fasttune.view" in done.stderr  # no model, so no unsloth
+    assert "| unsloth" not in done.stderr and "fasttune.previews.view" in done.stderr  # no model, so no unsloth
     shown = json.loads(done.stdout)["shown"]
     rows = arithmetic.generate("train", rows=2000)
     assert len({row["number"] for row in shown}) == 6

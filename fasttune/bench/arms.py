@@ -55,7 +55,8 @@ def share(config: Config, shared: Path, scratch: Path) -> dict[str, Any]:
 
 
 def _prepare(config: Config, scratch: Path) -> Any:
-    from fasttune import prepare, terminal
+    from fasttune import terminal
+    from fasttune.training import prepare
     from fasttune.quiet import library_log
 
     with library_log():
@@ -64,7 +65,7 @@ def _prepare(config: Config, scratch: Path) -> Any:
 
 def _fasttune(config: Config, shared: Path, scratch: Path) -> Repeat:
     job = _prepare(config, scratch)
-    from fasttune import trainer as trainers
+    from fasttune.training import trainer as trainers
     from fasttune.bench.clock import Clock, Counter, repeat
 
     if config.train.method == "lora":
@@ -83,7 +84,7 @@ def _notebook(config: Config, steps: int, shared: Path, scratch: Path) -> Repeat
     import trl
     from datasets import Dataset
 
-    from fasttune import live
+    from fasttune.training import live
     from fasttune.bench.clock import Clock, Counter, repeat
     from fasttune.metrics import Backend
 
@@ -127,7 +128,7 @@ def _notebook(config: Config, steps: int, shared: Path, scratch: Path) -> Repeat
 
 
 def _hugging_face(config: Config, steps: int, shared: Path, scratch: Path, tuned: bool) -> Repeat:
-    from fasttune import memory
+    from fasttune.cpu import memory
 
     if tuned:
         memory.ask_for_huge_pages()
@@ -137,7 +138,8 @@ def _hugging_face(config: Config, steps: int, shared: Path, scratch: Path, tuned
     if tuned and not torch.cuda.is_available():
         memory.keep_freed()
 
-    from fasttune import live, pretrained
+    from fasttune import pretrained
+    from fasttune.training import live
     from fasttune.bench.clock import Clock, Counter, repeat
     from fasttune.metrics import Backend
 

@@ -8,9 +8,9 @@ from typing import Any
 import torch
 import transformers
 
-from fasttune import live
 from fasttune.bench.result import Repeat
 from fasttune.metrics import Backend
+from fasttune.training import live
 
 
 class Clock(transformers.TrainerCallback):

@@ -39,7 +39,7 @@ def write(bench: Bench, folder: Path) -> None:
     curves = loss_curves(bench)
     svg = plots.line_plot(list(range(1, len(curves[0]) + 1)), curves, width_in=9.0, height_in=2.6) if curves else None
     page = report.fill(
-        "bench/bench.html.j2",
+        "bench.html.j2",
         bench=bench,
         quote=quote(bench),
         reasons=reasons_against(bench),

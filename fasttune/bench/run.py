@@ -17,13 +17,15 @@ from datetime import UTC, datetime
 from pathlib import Path
 from typing import Any
 
-from fasttune import config as configuration, errors, forecast, hardware, plan, prepare, stack
+from fasttune import config as configuration, errors, hardware, plan, stack
 from fasttune.bench.arms import WHAT
 from fasttune.bench.measurements import Measurements
 from fasttune.bench.result import MIN_REPEATS, WARMUP_STEPS, Bench
 from fasttune.config import Config, EvalConfig
 from fasttune.errors import DataError, FasttuneError, RunFailed, last_line
+from fasttune.forecasts import forecast
 from fasttune.hardware import Hardware
+from fasttune.training import prepare
 
 CPU_STEPS, GPU_STEPS = 6, 20  # of a repeat
 BUSY_LOAD = 0.25  # of the cores: what other programs may use on a CPU before the numbers are doubted

@@ -37,7 +37,8 @@ def small_llama(folder: Path) -> Path:
 
 
 def test_packed_and_padded_rows_teach_the_same(tmp_path: Path) -> None:
-    from fasttune import prepare, terminal, trainer as trainers
+    from fasttune import terminal
+    from fasttune.training import prepare, trainer as trainers
 
     tree = {
         "model": {"name": str(small_llama(tmp_path / "model")), "max_length": 256},

@@ -61,7 +61,7 @@ def test_a_resumed_run_is_close(tmp_path: Path, optimizer: str) -> None:
 
 def test_out_of_memory_for_real(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     """All rows at once ask the card for 32 TiB more, and half of them do not."""
-    from fasttune.trainer import MeasuredTrainer
+    from fasttune.training.trainer import MeasuredTrainer
 
     plain, asked = MeasuredTrainer._micro_step, []
 

@@ -35,7 +35,7 @@ def tiny_lora(dropout: float = 0.0, rank: int = 8) -> Any:
 def test_its_gradients_are_those_of_the_formula(unsloth: None, rank: int, bias: bool) -> None:
     import torch
 
-    from fasttune.fused_lora import FusedLora
+    from fasttune.cpu.fused_lora import FusedLora
 
     torch.manual_seed(0)
 
@@ -53,7 +53,7 @@ def test_its_gradients_are_those_of_the_formula(unsloth: None, rank: int, bias: 
 def test_a_step_is_that_of_peft(unsloth: None, rank: int) -> None:
     import torch
 
-    from fasttune import fused_lora
+    from fasttune.cpu import fused_lora
 
     model = tiny_lora(rank=rank)
     ids = torch.randint(200, (3, 40), generator=torch.Generator().manual_seed(0))
@@ -78,7 +78,7 @@ def test_a_step_is_that_of_peft(unsloth: None, rank: int) -> None:
 def test_adapters_can_still_be_disabled_and_merged(model: Any) -> None:
     import torch
 
-    from fasttune import fused_lora
+    from fasttune.cpu import fused_lora
 
     fused_lora.enable(model)
     ids = torch.arange(20)[None]
@@ -100,14 +100,15 @@ def test_adapters_can_still_be_disabled_and_merged(model: Any) -> None:
 def test_only_plain_fp32_layers_are_fused(unsloth: None) -> None:
     import torch
 
-    from fasttune import fused_lora
+    from fasttune.cpu import fused_lora
 
     assert fused_lora.enable(tiny_lora(dropout=0.1)) == 0
     assert fused_lora.enable(tiny_lora().to(torch.bfloat16)) == 0
 
 
 def test_a_run_says_that_it_was_fused(unsloth: None, tmp_path: Path) -> None:
-    from fasttune import config, prepare, terminal, trainer as trainers
+    from fasttune import config, terminal
+    from fasttune.training import prepare, trainer as trainers
 
     wanted = config.parse(
         {

@@ -42,7 +42,8 @@ def step(
     """Loss and gradients of step 3 in a given layout, through the live trainer."""
     import torch
 
-    from fasttune import prepare, terminal, trainer as trainers
+    from fasttune import terminal
+    from fasttune.training import prepare, trainer as trainers
 
     folder = tmp_path_factory.mktemp(request.param)
     job = prepare.prepare(settings(folder, method=request.param), folder / "run", terminal.Reporter(quiet=True))

@@ -4,8 +4,7 @@ from collections.abc import Callable, Iterator
 from dataclasses import dataclass
 from typing import Any
 
-from fasttune import model as models  # first: it imports unsloth
-from fasttune import decoding
+from fasttune import model as models, decoding  # model first: it imports unsloth
 from fasttune.config import Config
 from fasttune.data import answers, chat, formats, sources
 from fasttune.data.batches import Batches

@@ -14,15 +14,16 @@ from typing import Any
 
 import numpy as np
 
-from fasttune import hardware, plan, prepare, pretrained, terminal
+from fasttune import hardware, plan, pretrained, terminal
 from fasttune.config import Config
 from fasttune.data import chat, load
 from fasttune.data.batches import Batches
 from fasttune.data.store import Rows
 from fasttune.data.tokens import IGNORE, labels
-from fasttune.forecast import lay_out
+from fasttune.forecasts.forecast import lay_out
+from fasttune.forecasts.shape import Shape
 from fasttune.quiet import library_log
-from fasttune.shape import Shape
+from fasttune.training import prepare
 
 BARS = 7  # of the histogram, and one for the longest rows where they are far out
 

@@ -6,15 +6,16 @@ from contextlib import suppress
 from pathlib import Path
 from typing import IO, Any
 
-from fasttune import checkpoint, config as configuration, output, report, summary
+from fasttune import checkpoint, config as configuration, report
 from fasttune.config import Config
 from fasttune.errors import RunFailed
 from fasttune.metrics import StepMetrics
-from fasttune.prepare import Job
 from fasttune.quiet import LibraryLog
-from fasttune.summary import Outcome
 from fasttune.terminal import Reporter
-from fasttune.tracking import Tracker
+from fasttune.training import output, summary
+from fasttune.training.prepare import Job
+from fasttune.training.summary import Outcome
+from fasttune.training.tracking import Tracker
 
 CONFIG, METRICS = "config.yaml", "metrics.jsonl"
 
@@ -112,7 +113,7 @@ class Journal:
 
     def _what_runs(self, step: StepMetrics) -> None:
         """Warns where that is not what was asked for, or not any more."""
-        from fasttune.trainer import backend
+        from fasttune.training.trainer import backend
 
         if self._first:
             for text in summary.broken_promises(self.job, self.trainer, backend(self.trainer)):

@@ -10,7 +10,7 @@ from typing import Any, Literal
 from fasttune import hardware, metrics, stack
 from fasttune.checkpoint import Checkpoint
 from fasttune.metrics import RunResult, StepMetrics
-from fasttune.prepare import Job
+from fasttune.training.prepare import Job
 
 MATMUL_SECONDS = 1.0  # spent after the run on measuring this machine's matmul rate
 
@@ -56,8 +56,8 @@ def broken_promises(job: Job, trainer: Any, ran: metrics.Backend) -> list[str]:
 
 def summarize(job: Job, outcome: Outcome, trainer: Any, started: float) -> RunResult:
     """Every number of run.json, from the steps that were measured and the objects that ran."""
-    from fasttune import live
-    from fasttune.trainer import backend
+    from fasttune.training import live
+    from fasttune.training.trainer import backend
 
     steps, steady = outcome.steps, metrics.steady(outcome.steps)
     tokens_seen = sum(step.tokens for step in steps)

@@ -13,7 +13,7 @@ import numpy as np
 import torch
 
 from fasttune.checkpoint import Checkpoint, Tensors
-from fasttune.prepare import Job
+from fasttune.training.prepare import Job
 
 # What may differ between a checkpoint and the run that goes on from it: how a step is computed, not what it learns.
 # The length of the run and the model are compared as what they came to: steps, and a probe of the weights.

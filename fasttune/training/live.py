@@ -12,9 +12,9 @@ import torch.utils.checkpoint
 
 from fasttune import metrics
 from fasttune.data.tokens import IGNORE
+from fasttune.forecasts.shape import Shape
 from fasttune.metrics import Flops
 from fasttune.quiet import native_stderr_closed
-from fasttune.shape import Shape
 
 ATTENTION_OPERATORS = (
     "scaled_dot_product",

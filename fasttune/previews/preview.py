@@ -15,16 +15,18 @@ from rich.rule import Rule
 from rich.table import Table
 from rich.text import Text
 
-from fasttune import forecast, hardware, plan, prepare, pretrained, terminal
+from fasttune import hardware, plan, pretrained, terminal
 from fasttune.config import Config, looks_like_hub
 from fasttune.data import chat, load, sources
 from fasttune.errors import ConfigError, DataError
-from fasttune.forecast import span
+from fasttune.forecasts import forecast
+from fasttune.forecasts.forecast import span
+from fasttune.forecasts.shape import Shape
 from fasttune.hardware import Hardware
 from fasttune.metrics import Forecast, Setting
 from fasttune.quiet import library_log
 from fasttune.report import duration, rate, steps_text, usd
-from fasttune.shape import Shape
+from fasttune.training import prepare
 
 SAMPLED_ROWS = sources.BUILTIN_ROWS["train"]  # of each source; a built-in one would make more if it were asked for them
 NEVER_ON_A_GPU = "counted, not fitted; never measured on a GPU"

@@ -5,7 +5,8 @@ import sys
 from pathlib import Path
 from typing import Any
 
-from fasttune import finished as opening, terminal
+from fasttune import terminal
+from fasttune.after import finished as opening
 from fasttune.data import sources
 from fasttune.errors import DataError, FasttuneError
 from fasttune.quiet import library_log, take_over_loggers

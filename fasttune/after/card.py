@@ -13,9 +13,9 @@ import pydantic
 import yaml
 
 from fasttune import hardware, report
+from fasttune.after.finished import Finished, open_run
+from fasttune.after.merge_check import Comparison
 from fasttune.config import Config, looks_like_hub
-from fasttune.finished import Finished, open_run
-from fasttune.merge_check import Comparison
 from fasttune.metrics import RunResult
 
 FIELDS = ("seed", "model", "lora", "data", "train", "eval")

@@ -6,15 +6,16 @@ from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
-from fasttune import checkpoint as checkpoints, state  # state imports unsloth, which must come before transformers
+from fasttune import checkpoint as checkpoints
+from fasttune.training import state  # imports unsloth, which must come before transformers
 
 import transformers
 
 from fasttune.checkpoint import Checkpoint
 from fasttune.errors import OutputError
-from fasttune.prepare import Job
-from fasttune.state import restore_optimizer, restore_random
-from fasttune.validation import Validator
+from fasttune.training.prepare import Job
+from fasttune.training.state import restore_optimizer, restore_random
+from fasttune.training.validation import Validator
 
 
 def find(run: Path, identity: dict[str, str], note: Callable[[str], None]) -> Checkpoint | None:

@@ -14,7 +14,7 @@ from urllib.parse import urlsplit
 
 from fasttune.errors import ConfigError, kind_and_line
 from fasttune.metrics import StepMetrics
-from fasttune.prepare import Job
+from fasttune.training.prepare import Job
 
 SHOWN = ["loss", "learning_rate", "grad_norm", "tokens_per_s", "peak_memory_gib"]
 SHOWN += ["eval_loss", "eval_token_accuracy", "eval_exact_match"]

@@ -18,12 +18,12 @@ import transformers
 import trl
 from datasets import Dataset
 
-from fasttune import fused_lora
+from fasttune.cpu import fused_lora
 from fasttune.data.batches import Batches
 from fasttune.metrics import Backend, StepMetrics
-from fasttune.live import Watched, count_tokens, dtypes, peak_memory_gib, rows_of, synchronize
-from fasttune.prepare import Job
-from fasttune.validation import Validator
+from fasttune.training.live import Watched, count_tokens, dtypes, peak_memory_gib, rows_of, synchronize
+from fasttune.training.prepare import Job
+from fasttune.training.validation import Validator
 
 
 MAX_HOURS = "checkpoint.max_hours"

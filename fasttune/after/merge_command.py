@@ -14,10 +14,11 @@ from dataclasses import asdict
 from pathlib import Path
 from typing import Any
 
-from fasttune import card, finished as opening, merge as merging, pretrained, publish, report, terminal
+from fasttune import merge as merging, pretrained, report, terminal
+from fasttune.after import card, finished as opening, publish
+from fasttune.after.finished import Finished
+from fasttune.after.merge_check import Comparison
 from fasttune.errors import FasttuneError, ModelError, OutputError, RunFailed
-from fasttune.finished import Finished
-from fasttune.merge_check import Comparison
 from fasttune.quiet import library_log, take_over_loggers
 
 DTYPES = {"bf16": "bfloat16", "fp16": "float16", "fp32": "float32"}
@@ -115,7 +116,7 @@ def compare(made: Path, finished: Finished) -> Comparison:
         "adapter": str(finished.adapter) if finished.adapter else None,
         "trust_remote_code": base.trust_remote_code,
     }
-    command = [sys.executable, "-m", "fasttune.merge_check", str(made), json.dumps(given)]
+    command = [sys.executable, "-m", "fasttune.after.merge_check", str(made), json.dumps(given)]
     done = subprocess.run(command, capture_output=True, text=True, check=False)
     if done.returncode:
         told = next((line for line in reversed(done.stderr.splitlines()) if line.strip()), f"code {done.returncode}")

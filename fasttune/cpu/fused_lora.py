@@ -13,7 +13,7 @@ from peft.tuners.lora.layer import Linear as LoraLinear
 from torch.autograd.function import once_differentiable
 from torch.nn.functional import pad
 
-from fasttune.memory_forecast import RANK_MULTIPLE
+from fasttune.forecasts.memory_forecast import RANK_MULTIPLE
 
 
 def enable(model: Any) -> int:

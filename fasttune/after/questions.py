@@ -13,10 +13,10 @@ from pathlib import Path
 from typing import IO, Any
 
 from fasttune import report
+from fasttune.after.finished import Finished
 from fasttune.data import formats, sources
 from fasttune.data.formats import Conversation, Row, Unusable
 from fasttune.errors import DataError, OutputError
-from fasttune.finished import Finished
 
 ANSWERS = {"question": "answer", "query": "response", "prompt": "completion", "instruction": "output"}
 NONE_YET = "?"  # stands for an answer that a row does not have; it is never shown to the model

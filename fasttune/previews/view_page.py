@@ -14,8 +14,8 @@ from rich.text import Text
 
 from fasttune import terminal
 from fasttune.data import files
+from fasttune.previews.view import DataSet, Figures, Lengths, Row
 from fasttune.report import steps_text
-from fasttune.view import DataSet, Figures, Lengths, Row
 
 PIECE_CHARACTERS = 1200  # of an uninterrupted piece of a row on the page; --json has all of it
 LEARNED_STYLE, READ_STYLE = "bold green", "dim"

@@ -7,15 +7,17 @@ from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
 
-from fasttune import builtin, forecast, hardware, output, plan, pretrained, shape
+from fasttune import builtin, hardware, plan, pretrained
 from fasttune.config import Config, looks_like_hub
 from fasttune.data import chat, load, sources
 from fasttune.data.batches import Batches, Encoded
+from fasttune.forecasts import forecast, shape
 from fasttune.hardware import Hardware
 from fasttune.metrics import Forecast, Setting
 from fasttune.plan import Plan
 from fasttune.quiet import take_over_loggers
 from fasttune.terminal import Reporter
+from fasttune.training import output
 
 
 @dataclass
@@ -59,7 +61,9 @@ def check(config: Config) -> None:
 def prepare(config: Config, folder: Path, reporter: Reporter) -> Job:
     """Plan, model and data, ready to train. Writes nothing."""
     reporter.note("importing unsloth and torch …")
-    from fasttune import fused_lora, model as models, packed as packing, samples
+    from fasttune import model as models, packed as packing
+    from fasttune.cpu import fused_lora
+    from fasttune.training import samples
 
     take_over_loggers()
     warnings: list[str] = []

@@ -12,8 +12,8 @@ from dataclasses import dataclass
 from typing import Any
 
 from fasttune.config import Config
+from fasttune.forecasts.shape import Shape
 from fasttune.metrics import Memory
-from fasttune.shape import Shape
 
 GIB = 2**30
 BYTES = {"bfloat16": 2, "float32": 4}

@@ -8,11 +8,11 @@ from fasttune import model as fasttune_model  # noqa: F401  first: it imports un
 
 import torch
 
-from fasttune import samples
 from fasttune.data.batches import MicroBatch, best_fit, flat
 from fasttune.data.tokens import IGNORE
 from fasttune.metrics import Evaluation, HeldOut
-from fasttune.prepare import Job
+from fasttune.training import samples
+from fasttune.training.prepare import Job
 
 AT_ONCE = 256  # learned tokens whose logits are raised to float32 at a time
 

@@ -19,8 +19,8 @@ from fasttune import hardware
 from fasttune.config import Config
 from fasttune.data.batches import Batches
 from fasttune.data.tokens import IGNORE
+from fasttune.forecasts.memory_forecast import MicroBatch, forecast
 from fasttune.hardware import Hardware
-from fasttune.memory_forecast import MicroBatch, forecast
 from fasttune.metrics import Forecast, Memory, Range
 from fasttune.plan import Plan
 from fasttune.report import duration, usd

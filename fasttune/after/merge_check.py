@@ -1,6 +1,6 @@
 """Does a merged model answer as base + adapter does? A program of its own: plain transformers and PEFT.
 
-python -m fasttune.merge_check MERGED '{"base": …, "revision": …, "adapter": …, "trust_remote_code": false}'
+python -m fasttune.after.merge_check MERGED '{"base": …, "revision": …, "adapter": …, "trust_remote_code": false}'
 Prints one line of JSON (Comparison).
 """
 

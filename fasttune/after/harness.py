@@ -15,7 +15,7 @@ from itertools import islice
 from pathlib import Path
 from typing import Any
 
-from fasttune import cache, decoding, model as models, tasks  # noqa: F401  model first: it imports unsloth
+from fasttune import model as models, cache, decoding, tasks  # noqa: F401  model first: it imports unsloth
 
 import torch
 from lm_eval import evaluator

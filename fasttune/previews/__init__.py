@@ -1,0 +1,1 @@
+"""The two commands that train nothing: `fasttune data` and `fasttune plan`."""

@@ -1,0 +1,1 @@
+"""What `fasttune train` is made of; train.py is its straight line."""
