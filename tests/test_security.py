@@ -229,6 +229,8 @@ def test_a_gated_model_says_where_and_the_two_commands() -> None:
     error = str(pretrained.explain(name, OSError("401 Client Error: gated repo")))
     assert f"https://huggingface.co/{name}" in error and "\n" not in error
     assert "`hf auth login`" in error and f"`hf download {name} config.json`" in error
+    folder = "/data/run-403/model"  # whose number is no answer of the hub
+    assert "gated" not in str(pretrained.explain(folder, ValueError(f"{folder}: trust_remote_code is needed")))
 
 
 OUT_OF_MEMORY = (
