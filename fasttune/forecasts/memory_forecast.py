@@ -24,9 +24,8 @@ KEPT = 512  # rows longer than this compute their probabilities again backward: 
 RANK_MULTIPLE = 16  # to which a rank is filled up (fused_lora): one of 8 costs the BLAS three times the time of 16
 CPU_LOGIT_VALUES = 16 * 2**20  # of one chunk of Unsloth's cross entropy on a CPU (unsloth_zoo.cpu.ops)
 GPU_LOGIT_BYTES, GPU_LOGIT_GIB = 16, 4.0  # a logit, and at most: unsloth_zoo.fused_losses.cross_entropy_loss
-# Measured on a CPU, see docs/LOG.md: Python, torch, transformers and Unsloth; a tokenizer, by entry; and, while it
-# is read, the profile of the first micro-batch that says which attention ran, by layer.
-CPU_PROCESS_GIB, PROFILE_GIB, TOKEN_BYTES = 0.60, 0.019, 1600
+# Measured on a CPU, see docs/LOG.md: Python, torch, transformers and Unsloth; a tokenizer, by entry.
+CPU_PROCESS_GIB, TOKEN_BYTES = 0.60, 1600
 # What glibc cannot give again: a share of the activations of packs, where attention keeps many small tensors between
 # the large ones, and a share of a tensor for every moment of an adapter, which lie all over the heap.
 CPU_SLACK, CPU_PINNED = 0.10, 0.08
@@ -90,8 +89,6 @@ def forecast(config: Config, shape: Shape, choices: Choices, largest: MicroBatch
     slack, process = GPU_SLACK * (activations + logits), 0.0
     if choices.gpu_gib is None:
         slack = _cpu_slack(config, shape.computed, choices, largest, activations)
-        # The profile is read when activations and logits are gone and no moments are there yet.
-        slack = max(slack, PROFILE_GIB * GIB * shape.layers - activations - logits - moments)
         process = CPU_PROCESS_GIB + shape.vocab * TOKEN_BYTES / GIB
     return Memory(
         process=process,

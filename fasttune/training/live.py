@@ -4,7 +4,6 @@ Needs torch only, so that arms without Unsloth are measured by the same code.
 Shapes: B rows of a micro-batch, T tokens of the longest row (or of the whole packed row).
 """
 
-import gc
 from typing import Any
 
 import torch
@@ -43,9 +42,9 @@ class AttentionSeen:
     def __exit__(self, *_: object) -> None:
         with native_stderr_closed():
             self._profile.stop()
-        self.operators = attention_operator({event.key for event in self._profile.key_averages()})
-        del self._profile  # its events are 9 MB a layer, and hold each other
-        gc.collect()
+        events = self._profile.profiler.kineto_results.events()  # made into Python's, they are 9 MB a layer
+        self.operators = attention_operator({event.name() for event in events})
+        del self._profile
 
 
 class Watched:
