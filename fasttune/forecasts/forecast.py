@@ -36,7 +36,7 @@ LAUNCH_S_A_LAYER = Range(0.003, 0.001, 0.0003)  # of a micro-batch on a GPU, for
 SMALLEST = 20e6  # parameters: below, Python and launches take the time, not arithmetic
 START_S, CPU_START_S = Range(10.0, 20.0, 60.0), Range(8.0, 14.0, 30.0)  # imports and preparation; the first a guess
 LOAD_S_A_GIB = Range(0.3, 1.0, 3.0)  # of weights, on a GPU: a guess
-TOUCH_S_A_GIB = Range(1.0, 4.0, 8.0)  # of peak memory, on a CPU: its first step has the pages given (docs/LOG.md)
+TOUCH_S_A_GIB = Range(0.5, 1.0, 4.0)  # of peak memory, on a CPU: its first step has the pages given (docs/LOG.md)
 
 
 @dataclass(frozen=True)

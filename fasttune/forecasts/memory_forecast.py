@@ -25,10 +25,11 @@ RANK_MULTIPLE = 16  # to which a rank is filled up (fused_lora): one of 8 costs 
 CPU_LOGIT_VALUES = 16 * 2**20  # of one chunk of Unsloth's cross entropy on a CPU (unsloth_zoo.cpu.ops)
 GPU_LOGIT_BYTES, GPU_LOGIT_GIB = 16, 4.0  # a logit, and at most: unsloth_zoo.fused_losses.cross_entropy_loss
 # Measured on a CPU, see docs/LOG.md: Python, torch, transformers and Unsloth; a tokenizer, by entry.
-CPU_PROCESS_GIB, TOKEN_BYTES = 0.60, 1600
+CPU_PROCESS_GIB, TOKEN_BYTES = 0.64, 1600
 # What glibc cannot give again: a share of the activations of packs, where attention keeps many small tensors between
-# the large ones, and a share of a tensor for every moment of an adapter, which lie all over the heap.
-CPU_SLACK, CPU_PINNED = 0.10, 0.08
+# the large ones, and a share of a tensor for every moment of an adapter, which lie all over the heap; a larger one
+# where layers are computed again between them.
+CPU_SLACK, CPU_PINNED, CPU_PINNED_AGAIN = 0.10, 0.08, 0.18
 HOLES_TOKENS = 900  # of a micro-batch: the holes of a larger one are no larger
 GPU_SLACK = 0.10  # of activations and logits: a guess
 
@@ -142,7 +143,8 @@ def _cpu_slack(config: Config, shape: Shape, choices: Choices, micro: MicroBatch
     kept = 4 * (shape.hidden + shape.mlp) + 2 * (shape.query_width + shape.key_width)
     mean_tensor = 4 * micro.tokens * kept / 12
     moments = 2 * 2 * shape.layers * len(config.lora.targets)
-    holes = CPU_SLACK * activations * choices.packed + CPU_PINNED * moments * mean_tensor
+    pinned = CPU_PINNED if choices.gradient_checkpointing == "none" else CPU_PINNED_AGAIN
+    holes = CPU_SLACK * activations * choices.packed + pinned * moments * mean_tensor
     return gradients + holes * min(1, HOLES_TOKENS / micro.tokens)
 
 
