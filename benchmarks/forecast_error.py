@@ -58,13 +58,13 @@ CONFIGURATIONS: dict[str, tuple[bool, str]] = {
     "m11": (True, "packing=false method=full batch_rows=2 max_length=640 max_steps=40"),
     "s5": (True, "method=full gradient_checkpointing=full batch_rows=2 packing=false"),
     "t4": (True, "packing=false gradient_checkpointing=full rank=64 batch_rows=16 micro_batch_rows=4"),
-    "u1": (False, "batch_rows=3 rank=4 max_length=384"),
-    "u2": (False, "packing=false batch_rows=3 gradient_checkpointing=full"),
-    "u3": (False, "data.train=builtin:arithmetic batch_rows=8 gradient_checkpointing=full"),
-    "u4": (False, "batch_rows=4 dropout=0.1 rank=16"),
-    "n1": (False, "batch_rows=6 method=full max_length=768 max_steps=16"),
-    "n2": (False, "packing=false rank=64 batch_rows=6 max_steps=16"),
-    "n3": (False, "targets=[gate_proj,up_proj,down_proj] batch_rows=8 micro_batch_rows=2 max_steps=16"),
+    "s10": (False, "batch_rows=3 rank=4 max_length=384"),
+    "s11": (False, "packing=false batch_rows=3 gradient_checkpointing=full"),
+    "q3": (False, "data.train=builtin:arithmetic batch_rows=8 gradient_checkpointing=full"),
+    "s12": (False, "batch_rows=4 dropout=0.1 rank=16"),
+    "m12": (False, "batch_rows=6 method=full max_length=768 max_steps=16"),
+    "m13": (False, "packing=false rank=64 batch_rows=6 max_steps=16"),
+    "m14": (False, "targets=[gate_proj,up_proj,down_proj] batch_rows=8 micro_batch_rows=2 max_steps=16"),
 }
 SECTION = {"max_length": "model", "dropout": "lora", "rank": "lora", "targets": "lora"}  # all others: train
 
