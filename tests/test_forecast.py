@@ -47,8 +47,8 @@ def test_a_micro_batch_is_counted_as_it_is_computed() -> None:
 
 
 @pytest.mark.parametrize("packed", [True, False])
-@pytest.mark.parametrize("method", ["lora", "full"])
-def test_activations_are_the_tensors_that_are_saved(unsloth: None, method: str, packed: bool) -> None:
+@pytest.mark.parametrize(("method", "dropout"), [("lora", 0.0), ("lora", 0.1), ("full", 0.0)])
+def test_activations_are_the_tensors_that_are_saved(unsloth: None, method: str, dropout: float, packed: bool) -> None:
     """Every byte that autograd keeps of the tiny model's forward, against the count. Embeddings and head are small."""
     import torch
 
@@ -56,6 +56,7 @@ def test_activations_are_the_tensors_that_are_saved(unsloth: None, method: str, 
     from fasttune.cpu import fused_lora
 
     tree: dict[str, Any] = {"model": {"name": "builtin:tiny", "max_length": 256}, "data": {"train": "a/b"}}
+    tree |= {"lora": {"dropout": dropout}} if method == "lora" else {}
     asked = config.parse(tree | {"train": {"method": method, "packing": packed}})
     model, _ = models.load(asked.model, "float32", "none", method == "full", 0)
     if method == "lora":

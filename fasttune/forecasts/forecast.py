@@ -34,6 +34,7 @@ CPU_SHARE = (0.35, 0.9)  # of the matmul rate, on a CPU without one
 CPU_FIXED_TOKENS = 75  # of a micro-batch on a CPU: their time is spent however few tokens it has (docs/LOG.md)
 LAUNCH_S_A_LAYER = Range(0.003, 0.001, 0.0003)  # of a micro-batch on a GPU, forward and backward: a guess; slow first
 SMALLEST = 20e6  # parameters: below, Python and launches take the time, not arithmetic
+UNFUSED_LORA = 1.4  # times as long: PEFT's own layers on a CPU, which dropout needs, instead of fused_lora's
 START_S, CPU_START_S = Range(10.0, 20.0, 60.0), Range(8.0, 14.0, 30.0)  # imports and preparation; the first a guess
 LOAD_S_A_GIB = Range(0.3, 1.0, 3.0)  # of weights, on a GPU: a guess
 TOUCH_S_A_GIB = Range(0.5, 1.0, 4.0)  # of peak memory, on a CPU: its first step has the pages given (docs/LOG.md)
@@ -168,14 +169,16 @@ def machine_name(machine: Hardware) -> str:
 
 
 def step_flops(config: Config, chosen: Plan, sample: Sample) -> float:
-    """FLOPs of a step: the model's, what is recomputed, and on a CPU CPU_FIXED_TOKENS more for each micro-batch."""
+    """FLOPs of a step: the model's, what is recomputed, and on a CPU what takes as long as so many more would."""
     full, shape = config.train.method == "full", chosen.shape.computed
     adapter = 0 if full else shape.adapter_weights(config.lora.rank, config.lora.targets)
     flops = shape.flops(full, adapter).of_step(sample.cells, sample.labels, sample.rows)
     if chosen.gradient_checkpointing != "none":
         flops += 2 * (shape.linear_weights + adapter) * sample.cells
-    fixed = 0 if chosen.gpu_gib is not None else CPU_FIXED_TOKENS * len(sample.micro_batches) / sample.cells
-    return (1 + fixed) * flops / sample.steps
+    if chosen.gpu_gib is None:
+        flops *= 1 + CPU_FIXED_TOKENS * len(sample.micro_batches) / sample.cells
+        flops *= 1 if full or not config.lora.dropout else UNFUSED_LORA
+    return flops / sample.steps
 
 
 def _evaluates(config: Config) -> bool:

@@ -25,12 +25,10 @@ RANK_MULTIPLE = 16  # to which a rank is filled up (fused_lora): one of 8 costs 
 CPU_LOGIT_VALUES = 16 * 2**20  # of one chunk of Unsloth's cross entropy on a CPU (unsloth_zoo.cpu.ops)
 GPU_LOGIT_BYTES, GPU_LOGIT_GIB = 16, 4.0  # a logit, and at most: unsloth_zoo.fused_losses.cross_entropy_loss
 # Measured on a CPU, see docs/LOG.md: Python, torch, transformers and Unsloth; a tokenizer, by entry.
-CPU_PROCESS_GIB, TOKEN_BYTES = 0.64, 1600
-# What glibc cannot give again: a share of the activations of packs, where attention keeps many small tensors between
-# the large ones, and a share of a tensor for every moment of an adapter, which lie all over the heap; a larger one
-# where layers are computed again between them.
-CPU_SLACK, CPU_PINNED, CPU_PINNED_AGAIN = 0.10, 0.08, 0.18
-HOLES_TOKENS = 900  # of a micro-batch: the holes of a larger one are no larger
+CPU_PROCESS_GIB, TOKEN_BYTES = 0.62, 1600
+# What glibc cannot give again after some twenty steps: what so many layers keep, and a share of a tensor for every
+# moment of an adapter, which lie all over the heap; a larger one where layers are computed again between them.
+CPU_LAYERS, CPU_PINNED, CPU_PINNED_AGAIN = 2, 0.08, 0.18
 GPU_SLACK = 0.10  # of activations and logits: a guess
 
 
@@ -125,8 +123,8 @@ def _layer_bytes(config: Config, shape: Shape, choices: Choices, micro: MicroBat
     values += 4 * shape.mlp  # gate, its silu, up, the product
     if full:
         values += 2 * shape.hidden  # what each norm's weight is multiplied by
-    elif dropped:  # PEFT's own layers: an input of each, dropped out, and its mask; the inputs themselves are not kept
-        values += round(1.25 * dropped) - 2 * shape.hidden - shape.mlp
+    elif dropped:  # PEFT's own layers: an input of each, dropped out, and its noise; the inputs themselves are not kept
+        values += 2 * dropped - 2 * shape.hidden - shape.mlp
     else:
         rank = -(-config.lora.rank // RANK_MULTIPLE) * RANK_MULTIPLE
         values += rank * len(config.lora.targets)
@@ -138,14 +136,15 @@ def _layer_bytes(config: Config, shape: Shape, choices: Choices, micro: MicroBat
 def _cpu_slack(config: Config, shape: Shape, choices: Choices, micro: MicroBatch, activations: float) -> float:
     """Bytes of a layer's gradients while they are made, and of the heap's holes, which whole moments fill."""
     gradients = 4 * micro.tokens * (4 * shape.mlp + 3 * shape.hidden)
+    again = choices.gradient_checkpointing != "none"
+    layers = 0 if again else CPU_LAYERS * activations / shape.layers
+    pinned = CPU_PINNED_AGAIN if again else CPU_PINNED
     if config.train.method == "full":
-        return gradients
+        return gradients + layers
     kept = 4 * (shape.hidden + shape.mlp) + 2 * (shape.query_width + shape.key_width)
     mean_tensor = 4 * micro.tokens * kept / 12
     moments = 2 * 2 * shape.layers * len(config.lora.targets)
-    pinned = CPU_PINNED if choices.gradient_checkpointing == "none" else CPU_PINNED_AGAIN
-    holes = CPU_SLACK * activations * choices.packed + pinned * moments * mean_tensor
-    return gradients + holes * min(1, HOLES_TOKENS / micro.tokens)
+    return gradients + layers + pinned * moments * mean_tensor
 
 
 def _logits(shape: Shape, choices: Choices, micro: MicroBatch, full: bool, held: float) -> float:
