@@ -71,7 +71,7 @@ CONFIGURATIONS: dict[str, tuple[bool, str]] = {
     "m15": (False, "batch_rows=12 micro_batch_rows=6 rank=4 max_steps=16"),
     "m16": (False, "packing=false method=full gradient_checkpointing=full max_steps=24"),
     "m17": (True, "dropout=0.1 batch_rows=6 max_steps=16"),
-    "m18": (False, "dropout=0.05 rank=32 packing=false max_steps=16"),
+    "m18": (True, "dropout=0.05 rank=32 packing=false max_steps=16"),
 }
 SECTION = {"max_length": "model", "dropout": "lora", "rank": "lora", "targets": "lora"}  # all others: train
 

@@ -137,7 +137,7 @@ def _cpu_slack(config: Config, shape: Shape, choices: Choices, micro: MicroBatch
     """Bytes of a layer's gradients while they are made, and of the heap's holes, which whole moments fill."""
     gradients = 4 * micro.tokens * (4 * shape.mlp + 3 * shape.hidden)
     again = choices.gradient_checkpointing != "none"
-    unfused = 2 if config.train.method == "lora" and config.lora.dropout else 1  # PEFT's own layers make more tensors
+    unfused = 3 if config.train.method == "lora" and config.lora.dropout else 1  # PEFT's own layers make more tensors
     layers = 0 if again else CPU_LAYERS * unfused * activations / shape.layers
     pinned = CPU_PINNED_AGAIN if again else CPU_PINNED
     if config.train.method == "full":
