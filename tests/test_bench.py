@@ -380,7 +380,7 @@ def test_a_benchmark_is_not_relabelled(tmp_path: Path, monkeypatch: pytest.Monke
     again = run_it(tmp_path / "out", ["fasttune", "vanilla"])
     assert measured == ["fasttune", "limit", "vanilla"]
     assert again.date == "2020-01-01" and "the GPU was throttled (x)" in again.objections
-    for name, value in (("_git", lambda: "def5678"), ("summary", SimpleNamespace(versions=lambda: {"torch": "0"}))):
+    for name, value in (("_git", lambda: "def5678"), ("stack", SimpleNamespace(versions=lambda: {"torch": "0"}))):
         with monkeypatch.context() as changed, pytest.raises(OutputError, match="of another job"):
             changed.setattr(run, name, value)
             run_it(tmp_path / "out", ["fasttune"])

@@ -233,7 +233,7 @@ def test_gguf_through_the_installed_converter(
 
 def test_the_hub_is_asked_without_torch() -> None:
     """As the command does it: nothing has imported huggingface_hub's parts before."""
-    code = "from fasttune import publish\ntry: publish.check('name')\nexcept Exception as error: print(error)"
+    code = "from fasttune.after import publish\ntry: publish.check('name')\nexcept Exception as error: print(error)"
     done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=True)
     assert done.stdout == "--push-to-hub name: write owner/name\n"
 
