@@ -264,3 +264,18 @@ def test_unsloth_is_given_a_varlen_kernel_unless_it_is_told_not_to(
     assert {name: vars(dispatch)[name] for name in before} == before
     monkeypatch.setenv("UNSLOTH_TORCH_VARLEN", "0")
     assert models.take_varlen_kernel() is None and vars(dispatch)["_TORCH_VARLEN_ATTN"] is None
+
+
+def test_a_varlen_kernel_that_is_not_exact_is_given_back(unsloth: None, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Then Unsloth's own way is tried, and only if that is not exact either, rows are padded."""
+    from fasttune import config, model as models, packed
+
+    asked = config.parse({"model": {"name": "builtin:tiny", "max_length": 256}, "data": {"train": "a/b"}})
+    model, _ = models.load(asked.model, "float32", "none", False, 0)
+    undone: list[bool] = []
+    errors = iter([1.0, 0.0, 1.0, 1.0])
+    monkeypatch.setattr(packed, "shares_prefix", lambda: False)
+    monkeypatch.setattr(models, "take_varlen_kernel", lambda: lambda: undone.append(True))
+    monkeypatch.setattr(packed, "packing_error", lambda model, alone: next(errors))
+    assert packed.enable(model, 256) is None and undone == [True]
+    assert "see each other" in (packed.enable(model, 256) or "") and undone == [True, True]
