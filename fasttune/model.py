@@ -154,10 +154,18 @@ def take_varlen_kernel() -> Callable[[], None] | None:
     return lambda: vars(dispatch).update(before)
 
 
-def enable_packed_kernels(model: Any, trainer: Any) -> None:
-    """Unsloth's own switches for packed rows on a GPU: no length limit of a single row, variable-length kernels."""
+def enable_packed_kernels(model: Any) -> None:
+    """Unsloth's switches for packed rows on a GPU: no length limit of a single row, variable-length kernels."""
+    from unsloth.utils import packing  # its modules are not made for a CPU-only import
+
+    packing.mark_allow_overlength(model)
+    packing._enable_hf_packed_attention()
+
+
+def scope_packed_kernels(model: Any, trainer: Any) -> None:
+    """FA3 or FA4 inside of torch, where they are installed, while this trainer trains on packed rows."""
     if torch.cuda.is_available():
-        from unsloth.utils.packing import enable_sample_packing  # its modules are not made for a CPU-only import
+        from unsloth.utils.packing import enable_sample_packing
 
         enable_sample_packing(model, trainer)
 

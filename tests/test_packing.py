@@ -59,7 +59,7 @@ def learned_rows(micro_batches: list[dict[str, Any]]) -> Counter[tuple[tuple[int
             ends = np.cumsum(batch["packed_seq_lengths"])[:-1]
             found += zip(np.split(batch["input_ids"][0], ends), np.split(batch["labels"][0], ends), strict=True)
         else:
-            kept = [mask.astype(bool) for mask in batch["attention_mask"]]
+            kept = batch.get("attention_mask", np.ones_like(batch["input_ids"])).astype(bool)
             found += [(i[k], at[k]) for i, at, k in zip(batch["input_ids"], batch["labels"], kept, strict=True)]
     return Counter((tuple(map(int, ids)), tuple(map(int, labels))) for ids, labels in found)
 
@@ -273,9 +273,10 @@ def test_a_varlen_kernel_that_is_not_exact_is_given_back(unsloth: None, monkeypa
     asked = config.parse({"model": {"name": "builtin:tiny", "max_length": 256}, "data": {"train": "a/b"}})
     model, _ = models.load(asked.model, "float32", "none", False, 0)
     undone: list[bool] = []
-    errors = iter([1.0, 0.0, 1.0, 1.0])
+    reasons = iter(["inexact", None, "inexact", "its rows see each other"])
     monkeypatch.setattr(packed, "shares_prefix", lambda: False)
     monkeypatch.setattr(models, "take_varlen_kernel", lambda: lambda: undone.append(True))
-    monkeypatch.setattr(packed, "packing_error", lambda model, alone: next(errors))
+    monkeypatch.setattr(models, "enable_packed_kernels", lambda model: None)
+    monkeypatch.setattr(packed, "inexact", lambda model: next(reasons))
     assert packed.enable(model, 256) is None and undone == [True]
     assert "see each other" in (packed.enable(model, 256) or "") and undone == [True, True]

@@ -5,7 +5,9 @@ All start from the same weights and adapter, see the same rows in the same order
 """
 
 # isort: skip_file
+import importlib.util
 import time
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -17,14 +19,38 @@ PROCESS_STARTED = time.perf_counter()
 WHAT = {
     "fasttune": "what `fasttune train` does",
     "vanilla": "transformers.Trainer + PEFT as documented: padded rows, default attention and optimizer",
-    "hf-tuned": "the same, tuned: rows end to end (DataCollatorWithFlattening), fused AdamW, huge pages on a CPU",
+    "hf-tuned": "the same, tuned: fused AdamW; on a GPU Liger's kernels, and rows end to end where flash-attn is there; "
+    "on a CPU rows end to end (DataCollatorWithFlattening) and huge pages",
     "unsloth-notebook": "Unsloth as its examples use it: SFTTrainer, its own batching and recomputation",
 }
 ADAPTER = "adapter.pt"
 
 
 def run(arm: str, config: Config, steps: int, shared: Path, scratch: Path) -> Repeat:
-    """One repeat of an arm. `shared` holds what `share` wrote."""
+    """One repeat of an arm. `shared` holds what `share` wrote. An arm that runs out of memory begins anew with half as
+    many rows at once; `fasttune` does so by itself."""
+    import gc
+
+    import torch
+
+    asked = micro(config)[0]
+    while True:
+        at_once = micro(config)[0]
+        try:
+            found = _once(arm, config, steps, shared, scratch)
+            packing = f"{found.backend.packing}, {at_once} at once: {asked} ran out of memory"
+            return found if at_once == asked else replace(found, backend=replace(found.backend, packing=packing))
+        except torch.OutOfMemoryError:
+            if arm == "fasttune" or at_once == 1:
+                raise
+        gc.collect()  # outside of `except`, whose traceback holds the model
+        torch.cuda.empty_cache()
+        torch.cuda.reset_peak_memory_stats()
+        fewer = max(n for n in range(1, at_once) if config.train.batch_rows % n == 0)
+        config = config.model_copy(update={"train": config.train.model_copy(update={"micro_batch_rows": fewer})})
+
+
+def _once(arm: str, config: Config, steps: int, shared: Path, scratch: Path) -> Repeat:
     if arm == "fasttune":
         return _fasttune(config, shared, scratch)
     if arm == "unsloth-notebook":
@@ -143,23 +169,30 @@ def _hugging_face(config: Config, steps: int, shared: Path, scratch: Path, tuned
     from fasttune.bench.clock import Clock, Counter, repeat
     from fasttune.metrics import Backend
 
-    source = pretrained.locate(config.model)
+    source, on_gpu = pretrained.locate(config.model), torch.cuda.is_available()
+    # Without it SDPA would be given a mask of the whole pack's square.
+    flash = tuned and on_gpu and importlib.util.find_spec("flash_attn") is not None
     tokenizer = transformers.AutoTokenizer.from_pretrained(source)
     model = transformers.AutoModelForCausalLM.from_pretrained(
-        source, dtype=getattr(torch, config.model.dtype), use_safetensors=True
+        source,
+        dtype=getattr(torch, config.model.dtype),
+        use_safetensors=True,
+        **({"attn_implementation": "flash_attention_2"} if flash else {}),
     )
     if config.train.method == "lora":
         model = _plain_lora(model, config)
         _same_start(model, shared)
     at_once, accumulation = micro(config)
+    liger = tuned and on_gpu and importlib.util.find_spec("liger_kernel") is not None
     arguments = transformers.TrainingArguments(
         **_arguments(config, steps, scratch),
         per_device_train_batch_size=at_once,
         gradient_accumulation_steps=accumulation,
         **({"optim": "adamw_torch_fused"} if tuned else {}),
+        use_liger_kernel=liger,
     )
     padded = transformers.DataCollatorForSeq2Seq(tokenizer, padding=True)
-    collator = transformers.DataCollatorWithFlattening() if tuned else padded
+    collator = transformers.DataCollatorWithFlattening() if tuned and (flash or not on_gpu) else padded
     counter, clock = Counter(collator, accumulation), Clock(PROCESS_STARTED)
 
     class Trainer(live.Watched, transformers.Trainer): ...
@@ -170,7 +203,7 @@ def _hugging_face(config: Config, steps: int, shared: Path, scratch: Path, tuned
     trainer.remove_callback(transformers.PrinterCallback)
     trainer.train()
     backend = Backend(
-        library="transformers + peft" if config.train.method == "lora" else "transformers",
+        library="transformers" + (" + peft" if config.train.method == "lora" else "") + (" + liger" if liger else ""),
         attention=trainer.attention_seen or "not seen",
         packing=counter.layout,
         patched_layers=0,

@@ -83,8 +83,9 @@ class Counter:
 def rows_in(batch: dict[str, torch.Tensor]) -> list[bytes]:
     """Token ids and labels of every row of a micro-batch, without padding. A row's first label is never learned."""
     ids, labels = batch["input_ids"], batch["labels"]
-    if "attention_mask" in batch:
-        keep = [mask.bool() for mask in batch["attention_mask"]]
+    if "position_ids" not in batch:  # a rectangle
+        mask = batch.get("attention_mask")
+        keep = torch.ones_like(ids).bool() if mask is None else mask.bool()
         pairs = [(row[k], label[k]) for row, label, k in zip(ids, labels, keep, strict=True)]
     else:  # flat: positions restart with each row, behind a prefix that all may share
         prefix = int(batch.get("shared_prefix", 0))

@@ -14,6 +14,7 @@ from typing import Any
 from fasttune import config as configuration
 from fasttune.bench import arms
 from fasttune.config import Config
+from fasttune.data.batches import best_fit
 from fasttune.errors import kind_and_line
 
 LIMIT_SECONDS, LIMIT_STEPS = 4.0, 6  # fewer steps than these, as in a dry run: as much less time
@@ -51,10 +52,7 @@ def limit(config: Config, shared: Path, seconds: float = LIMIT_SECONDS) -> dict[
 
     with torch.device("meta"):
         model = transformers.AutoModelForCausalLM.from_config(pretrained.read_architecture(config.model))
-    rows = [row for step in json.loads((shared / "rows.json").read_text(encoding="utf-8")) for row in step]
-    at_once = arms.micro(config)[0]
-    tokens = at_once * sum(len(ids) for ids, _ in rows) // len(rows)
-    labels = at_once * sum(sum(learned) for _, learned in rows) // len(rows)
+    tokens, labels = at_once(config, json.loads((shared / "rows.json").read_text(encoding="utf-8")))
     head = model.get_output_embeddings()
     flops: dict[tuple[int, int, int], float] = {}
     for module in model.modules():
@@ -67,6 +65,24 @@ def limit(config: Config, shared: Path, seconds: float = LIMIT_SECONDS) -> dict[
         "tflops": sum(flops.values()) / sum(flops[shape] / rates[shape] for shape in flops),
         "shapes": {" x ".join(map(str, shape)): rate for shape, rate in rates.items()},
     }
+
+
+def at_once(config: Config, steps: list[list[tuple[list[int], list[bool]]]]) -> tuple[int, int]:
+    """Tokens and labels of the micro-batch that a token of the fasttune arm lies in, on average."""
+    rows_at_once, packed = arms.micro(config)[0], config.train.packing is not False
+    sizes = []
+    for rows in steps:
+        lengths = [len(ids) for ids, _ in rows]
+        groups = [list(range(len(rows)))[at : at + rows_at_once] for at in range(0, len(rows), rows_at_once)]
+        if packed:
+            groups = best_fit(lengths, rows_at_once * config.model.max_length)
+        for group in groups:
+            longest = max(lengths[i] for i in group)
+            tokens = sum(lengths[i] for i in group) if packed else longest * len(group)
+            sizes.append((tokens, sum(sum(rows[i][1]) for i in group)))
+    total = sum(tokens for tokens, _ in sizes)
+    tokens, labels = (round(sum(size[0] * size[k] for size in sizes) / total) for k in (0, 1))
+    return tokens, max(1, labels)
 
 
 if __name__ == "__main__":

@@ -98,11 +98,11 @@ class Batches:
         return "; ".join(f"rows {', '.join(map(str, sorted(rows)))} of {source}" for source, rows in found.items())
 
     def micro_batches(self, step: int) -> list[MicroBatch]:
-        """A step as micro-batches: flat packs (1, T), or padded rectangles (B, T) of a model that cannot be packed."""
+        """A step as micro-batches: packs, or padded rectangles (B, T) of a model that cannot be packed."""
         rows = [self.parts[part].row(row) for part, row in self.rows_of(step)]
         if self.packed:
             groups = best_fit([len(ids) for ids, _ in rows], self.micro_rows * self.max_length)
-            return [flat([rows[i] for i in group], self.share_prefix) for group in groups]
+            return [pack([rows[i] for i in group], self.share_prefix) for group in groups]
         return [padded(rows[at : at + self.micro_rows], self.pad_id) for at in range(0, len(rows), self.micro_rows)]
 
 
@@ -141,6 +141,16 @@ def best_fit(lengths: list[int], capacity: int) -> list[list[int]]:
         if free > 0:
             insort(room, (free, pack))
     return packs
+
+
+def pack(rows: list[Encoded], share_prefix: bool = False) -> MicroBatch:
+    """Rows of one length as a plain rectangle (B, T), which takes no row lengths and no mask; others flat (1, T)."""
+    if len({len(ids) for ids, _ in rows}) == 1 and not (share_prefix and common_prefix(rows)):
+        return {
+            "input_ids": np.stack([ids for ids, _ in rows]).astype(np.int64),
+            "labels": np.stack([labels(*row) for row in rows]),
+        }
+    return flat(rows, share_prefix)
 
 
 def flat(rows: list[Encoded], share_prefix: bool = False) -> MicroBatch:

@@ -29,9 +29,14 @@ ATTENTION_OPERATORS = (
 
 
 class AttentionSeen:
-    """Profiles what is done inside `with` for its attention: `operators` are the innermost ones that ran."""
+    """Profiles what is done inside `with` for its attention; `names` of its operators are added to those seen before."""
 
-    operators: str | None = None
+    def __init__(self) -> None:
+        self.names: set[str] = set()
+
+    @property
+    def operators(self) -> str:
+        return attention_operator(self.names)
 
     def __enter__(self) -> "AttentionSeen":
         self._profile = torch.profiler.profile(activities=[torch.profiler.ProfilerActivity.CPU])
@@ -43,17 +48,19 @@ class AttentionSeen:
         with native_stderr_closed():
             self._profile.stop()
         events = self._profile.profiler.kineto_results.events()  # made into Python's, they are 9 MB a layer
-        self.operators = attention_operator({event.name() for event in events})
+        self.names |= {name for event in events if is_attention(name := event.name())}
         del self._profile
 
 
 class Watched:
-    """Mixed in before any Hugging Face trainer: takes rows in their order, and looks at the first micro-batch: which
+    """Mixed in before any Hugging Face trainer: takes rows in their order, and looks at all of the first step: which
     attention ran, what was recomputed. Runs and all arms of a benchmark share it: what is timed is the same code.
     """
 
-    attention_seen: str | None = None
+    seen: AttentionSeen | None = None
+    step_seen: int | None = None
     recomputation_seen: str | None = None  # read while it runs: Unsloth's trainer clears the flags at its end
+    state: Any
     train_dataset: Any
 
     def _get_train_sampler(self, train_dataset: Any = None) -> Any:
@@ -61,13 +68,17 @@ class Watched:
 
     def training_step(self, model: Any, *args: Any, **kwargs: Any) -> torch.Tensor:
         step = super().training_step  # type: ignore[misc]
-        if self.attention_seen is not None:
+        if self.step_seen not in (None, self.state.global_step):
             return step(model, *args, **kwargs)
+        self.seen, self.step_seen = self.seen or AttentionSeen(), self.state.global_step
         self.recomputation_seen = checkpointing(model)
-        with AttentionSeen() as seen:
-            loss = step(model, *args, **kwargs)
-        self.attention_seen = seen.operators
-        return loss
+        with self.seen:
+            return step(model, *args, **kwargs)
+
+    @property
+    def attention_seen(self) -> str | None:
+        """The innermost attention operators of the first step, e.g. aten::_flash_attention_forward."""
+        return self.seen.operators if self.seen else None
 
 
 def checkpointing(model: Any) -> str:
@@ -103,11 +114,13 @@ def rows_of(batch: dict[str, torch.Tensor]) -> int:
 
 def attention_operator(names: set[str]) -> str:
     """The innermost attention operators among profiled names, e.g. aten::_flash_attention_forward."""
-    found = sorted(
-        name for name in names if any(part in name for part in ATTENTION_OPERATORS) and not name.endswith("_backward")
-    )
+    found = sorted(filter(is_attention, names))
     inner = [name for name in found if name != "aten::scaled_dot_product_attention" and "Backward" not in name]
     return ", ".join(inner or found) or "no fused attention operator"
+
+
+def is_attention(name: str) -> bool:
+    return any(part in name for part in ATTENTION_OPERATORS) and not name.endswith("_backward")
 
 
 def synchronize() -> None:

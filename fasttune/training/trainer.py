@@ -27,6 +27,7 @@ from fasttune.training.validation import Validator
 
 
 MAX_HOURS = "checkpoint.max_hours"
+ON_HOST = ("packed_seq_lengths", "shared_prefix")
 
 
 class MeasuredTrainer(Watched, trl.SFTTrainer):
@@ -56,7 +57,7 @@ class MeasuredTrainer(Watched, trl.SFTTrainer):
         micro_batches = [batch for step in steps for batch in step]
         if micro_batches:
             self.counts = count_tokens(micro_batches)
-            self.packed_seen = all("packed_seq_lengths" in batch for batch in micro_batches)
+            self.packed_seen = all("attention_mask" not in batch for batch in micro_batches)
             self.micro_batches_seen = len(micro_batches)
             self.rows_seen = sum(rows_of(batch) for batch in micro_batches)
             return steps, torch.tensor(self.counts["loss_tokens"], device=device)
@@ -98,6 +99,13 @@ class MeasuredTrainer(Watched, trl.SFTTrainer):
         micro_batches = self.data_collator([{"step": self.state.global_step}])
         self.counts, self.micro_batches_seen = count_tokens(micro_batches), len(micro_batches)
         return micro_batches
+
+    def _prepare_inputs(self, inputs: dict[str, torch.Tensor]) -> dict[str, torch.Tensor]:
+        """To the device without waiting for it. Row lengths stay: Unsloth and RowsAttention read them on the host."""
+        return {
+            name: tensor if name in ON_HOST else tensor.to(self.args.device, non_blocking=True)
+            for name, tensor in inputs.items()
+        }
 
     def _micro_step(self, model: Any, batch: dict[str, Any], learned: Any) -> torch.Tensor:
         return super().training_step(model, batch, learned)
@@ -224,8 +232,9 @@ def build(job: Job, scratch: Path, done: int = 0) -> MeasuredTrainer:
         processing_class=job.tokenizer,
     )
     trainer.remove_callback(transformers.PrinterCallback)
+    trainer.accelerator.device_placement = False  # a step's tokens are counted before they are moved (_prepare_inputs)
     if job.data.packed:
-        fasttune_model.enable_packed_kernels(job.model, trainer)
+        fasttune_model.scope_packed_kernels(job.model, trainer)
     return trainer
 
 
