@@ -93,7 +93,7 @@ def enable(model: Any, max_length: int) -> str | None:
 def inexact(model: Any) -> str | None:
     """None where packs are exact on the live model, else what is wrong. Every form of a pack is looked at twice:
 
-    no gradient of a row's logits reaches another row's embeddings, in training mode: zero to the bit, whatever the dtype;
+    no gradient of a row's logits reaches another row's embeddings, in training mode: zero to the bit, in every dtype;
     a row's logits are those of the row alone, up to a small multiple of what the layout alone changes in this dtype.
     """
     rows = _probe_rows(model)
@@ -111,7 +111,9 @@ def inexact(model: Any) -> str | None:
                 for segment, logits in zip((first, second, third), alone, strict=True)
             )
             if not error <= tolerance:  # NaN too
-                return f"its rows are not what they are alone (logits differ by {error:.1%}, by {rounding:.1%} in rectangles)"
+                return (
+                    f"its rows differ from what they are alone (logits by {error:.1%}, in rectangles by {rounding:.1%})"
+                )
             if any(_leaks(model, pack, segment, prefix) for segment in (second, third)):
                 return "its rows see each other in a pack"
     except (TypeError, ValueError, RuntimeError) as error:
@@ -122,7 +124,7 @@ def inexact(model: Any) -> str | None:
 
 
 def _leaks(model: Any, pack: MicroBatch, segment: slice, prefix: int) -> bool:
-    """Whether the logits of a segment depend on an embedding outside of it and of the prefix (fresh forward, backward)."""
+    """Whether the logits of a segment depend on an embedding outside of it and of the prefix."""
     leaves: list[torch.Tensor] = []
 
     def leaf(_module: Any, _arguments: Any, output: torch.Tensor) -> torch.Tensor:
@@ -194,7 +196,8 @@ def _autocast(model: Any) -> Any:
 
 
 def _difference(packed: torch.Tensor, alone: torch.Tensor) -> float:
-    """‖packed − alone‖ / ‖alone‖ of logits (T, V) at the row's tokens. (Single logits of SmolLM2 in bf16 move by 15 % of
-    the largest one between two layouts of the same row.)"""
+    """‖packed − alone‖ / ‖alone‖ of logits (T, V) at the row's tokens. Single logits say less: in bf16 those of SmolLM2
+    move by 15 % of the largest one between two layouts of the same row.
+    """
     packed, alone = packed[: len(alone)].float(), alone.float()
     return float(torch.linalg.vector_norm(packed - alone) / torch.linalg.vector_norm(alone))

@@ -19,7 +19,7 @@ PROCESS_STARTED = time.perf_counter()
 WHAT = {
     "fasttune": "what `fasttune train` does",
     "vanilla": "transformers.Trainer + PEFT as documented: padded rows, default attention and optimizer",
-    "hf-tuned": "the same, tuned: fused AdamW; on a GPU Liger's kernels, and rows end to end where flash-attn is there; "
+    "hf-tuned": "the same, tuned: fused AdamW; on a GPU Liger's kernels, and rows end to end if flash-attn is there; "
     "on a CPU rows end to end (DataCollatorWithFlattening) and huge pages",
     "unsloth-notebook": "Unsloth as its examples use it: SFTTrainer, its own batching and recomputation",
 }

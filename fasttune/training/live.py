@@ -29,7 +29,7 @@ ATTENTION_OPERATORS = (
 
 
 class AttentionSeen:
-    """Profiles what is done inside `with` for its attention; `names` of its operators are added to those seen before."""
+    """Profiles what is done inside `with` for its attention: `names` of its operators join those seen before."""
 
     def __init__(self) -> None:
         self.names: set[str] = set()

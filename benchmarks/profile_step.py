@@ -1,5 +1,5 @@
 #!/usr/bin/env python3
-"""Where a training step's time goes on a GPU, kernel by kernel:  python benchmarks/profile.py CONFIG [key=value …]
+"""Where a training step's time goes on a GPU, kernel by kernel:  python benchmarks/profile_step.py CONFIG [key=value …]
 
 Trains as `fasttune train` does; the last of `train.max_steps` steps is profiled. Prints the milliseconds a step of each
 group of kernels and the longest kernels; the last line of stdout is a JSON document.
@@ -44,8 +44,9 @@ def main() -> int:
         class Profiled(transformers.TrainerCallback):
             """Seconds of every step, and the kernels of the last."""
 
-            profile: Any = None
-            seconds: list[float] = []
+            def __init__(self) -> None:
+                self.profile: Any = None
+                self.seconds: list[float] = []
 
             def on_step_begin(self, args: Any, state: Any, control: Any, **_: Any) -> None:
                 if state.global_step == job.total_steps - 1:
