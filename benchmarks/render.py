@@ -206,7 +206,9 @@ def arm_cells(row: dict[str, Any], arm: dict[str, Any]) -> list[str]:
     return [
         arm["name"],
         f"{number(statistics.median(speeds))} ({number(min(speeds))} to {number(max(speeds))}, {len(speeds)} repeats)",
-        f"{ratio['ratio']:.2f} ({ratio['low']:.2f} to {ratio['high']:.2f})" if ratio else "",
+        f"{ratio['ratio']:.2f}" + (f" ({ratio['low']:.2f} to {ratio['high']:.2f})" if len(speeds) > 1 else "")
+        if ratio
+        else "",
         f"{share:.0%}" if share is not None else "",
         f"{statistics.median(arm['peak_memory_gib']):.1f}",
         f"{arm['padding_fraction']:.0%}",
@@ -232,11 +234,12 @@ def sentence(row: dict[str, Any], file: str) -> str:
     """One measurement in words: numbers, command, hardware, date, file."""
     arms = {arm["name"]: arm for arm in row["arms"] if arm["tokens_per_s"]}
     parts = [f"**{name}** {number(statistics.median(arm['tokens_per_s']))}" for name, arm in arms.items()]
-    text = f"On {machine(row['hardware'])}, tokens/s without padding: {', '.join(parts)}"
+    text = f"{row['model']} on {machine(row['hardware'])}, tokens/s without padding: {', '.join(parts)}"
     if ratio := compared(row, "fasttune"):
         repeats = len(arms["fasttune"]["tokens_per_s"])
         text += f"; fasttune is **{ratio['ratio']:.2f}×** plain Hugging Face"
-        text += f" (95 % interval {ratio['low']:.2f} to {ratio['high']:.2f}, {repeats} repeats)"
+        interval = f"95 % interval {ratio['low']:.2f} to {ratio['high']:.2f}, {repeats} repeats"
+        text += f" ({interval if repeats > 1 else 'one repeat, so no interval'})"
     share = arms.get("fasttune", {}).get("share_of_limit")
     text += f" and runs at {share:.0%} of the measured matmul limit" if share is not None else ""
     source = f"`{row['command']}`, {row['date']}, [{file}](benchmarks/results/{file})"

@@ -4,7 +4,7 @@
 
 On a CPU it is the resident memory of the process, in fp32, and checked against measured peaks
 (benchmarks/results/forecast-error.jsonl). On a GPU it is what torch allocates, counted the same way from the tensors
-that Unsloth's kernels save; that has never been measured.
+that Unsloth's kernels save; two constants of it were chosen on two runs of one H100, and shown on none.
 """
 
 from collections.abc import Mapping
@@ -23,13 +23,15 @@ BLOCK = 64  # queries at once (rows_attention)
 KEPT = 512  # rows longer than this compute their probabilities again backward: kept, they would be T² of memory
 RANK_MULTIPLE = 16  # to which a rank is filled up (fused_lora): one of 8 costs the BLAS three times the time of 16
 CPU_LOGIT_VALUES = 16 * 2**20  # of one chunk of Unsloth's cross entropy on a CPU (unsloth_zoo.cpu.ops)
-GPU_LOGIT_BYTES, GPU_LOGIT_GIB = 16, 4.0  # a logit, and at most: unsloth_zoo.fused_losses.cross_entropy_loss
+# A logit, and at most (chosen on two runs: benchmarks/llama3.1-8b_h100_2026-11-26.md). 4 GiB, what the chunks of
+# unsloth_zoo.fused_losses.cross_entropy_loss may take, was 8 and 14 % too high in all.
+GPU_LOGIT_BYTES, GPU_LOGIT_GIB = 16, 1.0
 # Measured on a CPU, see docs/LOG.md: Python, torch, transformers and Unsloth; a tokenizer, by entry.
 CPU_PROCESS_GIB, TOKEN_BYTES = 0.62, 1600
 # What glibc cannot give again after some twenty steps: what so many layers keep, and a share of a tensor for every
 # moment of an adapter, which lie all over the heap; a larger one where layers are computed again between them.
 CPU_LAYERS, CPU_PINNED, CPU_PINNED_AGAIN = 2, 0.08, 0.18
-GPU_SLACK = 0.10  # of activations and logits: a guess
+GPU_SLACK = 0.05  # of activations and logits, chosen on the same two runs
 
 
 @dataclass(frozen=True)
