@@ -79,7 +79,7 @@ def prepare(config: Config, folder: Path, reporter: Reporter) -> Job:
     model, tokenizer = models.load(config.model, chosen.dtype, policy, full, config.seed)
     model = model if full else models.add_lora(model, config.lora, policy, config.seed)
     settings = list(chosen.settings)
-    if not full and (fused := fused_lora.enable(model)):
+    if not full and not machine.gpus and (fused := fused_lora.enable(model)):
         settings.append(Setting("LoRA", f"fused in {fused} layers", "no GPU for Unsloth's own fused kernels"))
     packed = config.train.packing is not False
     if packed and (reason := packing.enable(model, config.model.max_length)):
