@@ -6,6 +6,7 @@ All defaults live here. Units are in the names; `auto` is resolved by plan.py, w
 """
 
 import difflib
+import os
 import re
 from pathlib import Path
 from typing import Any, Literal
@@ -233,7 +234,7 @@ class Config(Section):
 
 def looks_like_hub(source: str) -> bool:
     """Whether a source that is no file would be taken for a hub id, owner/name."""
-    return not source.startswith(("builtin:", ".", "/", "~")) and source.count("/") == 1 and not Path(source).exists()
+    return not source.startswith(("builtin:", ".", "/", "~")) and source.count("/") == 1 and not os.path.exists(source)
 
 
 def load(path: str | Path, overrides: list[str] | None = None) -> Config:

@@ -117,7 +117,7 @@ def test_columns_are_renamed() -> None:
         ({"messages": ["hello"]}, "a turn needs a role .*found str 'hello'"),
         ({"messages": [turn("robot", "x")]}, "a turn needs a role .*robot"),
         ({"messages": [turn("user", "x"), {"role": ["assistant"]}]}, "a turn needs a role"),
-        ({"messages": [{"role": "user", "content": [{"type": "image_url", "image_url": "x"}]}, ANSWER]}, "images"),
+        ({"messages": [{"role": "user", "content": [{"type": "image_url", "image_url": "x"}]}, ANSWER]}, "pictures"),
         ({"messages": [{"role": "user", "content": 3}, ANSWER]}, "content is int 3"),
         ({"messages": PAIR, "tools": "no json"}, "tools is str 'no json'"),
         ({"messages": PAIR, "tools": ["add"]}, "tools is list"),

@@ -10,9 +10,11 @@ from typing import Any
 
 import numpy as np
 
-from fasttune.data import chat, formats
+from fasttune.data import beside, chat, formats, long_texts
 from fasttune.data.chat import Span, Template
 from fasttune.data.files import Chunk
+from fasttune.data.formats import Conversation
+from fasttune.errors import DataError
 
 IGNORE = -100  # label of a token that is read, but not learned
 SHOWN_CHARACTERS = 160  # of a row in an error
@@ -67,7 +69,8 @@ class Encoder:
         lengths: list[int] = []
         kept: list[int] = []
         learned: list[Span] = []  # of tokens, in `ids`
-        encodings = self.tokenizer.encode_batch(texts, add_special_tokens=False)
+        limit = self.recipe.max_length + 1  # tokens; a row that has them is too long
+        encodings = long_texts.encode_batch(self.tokenizer, texts, None if self.recipe.too_long == "split" else limit)
         for encoding, text, row_spans, number in zip(encodings, texts, spans, numbers, strict=True):
             row = encoding.ids
             token_spans = [span for span in _token_spans(encoding, len(row), len(text), row_spans) if span[0] < span[1]]
@@ -95,13 +98,22 @@ class Encoder:
         texts, spans, numbers = [], [], []
         for number, place, row in chunk.numbered():
             counts["rows"] += 1
-            row = formats.rename(row, columns, place) if columns else row
+            row = formats.rename(row, columns, place)
+            beside.check(row, place)
             try:
                 conversation = formats.convert(row, recipe.form, place)
+                if recipe.train_on == "all" and isinstance(conversation, Conversation) and conversation.left_out:
+                    raise DataError(
+                        f"data: {place} has turns not to be trained on, which data.train_on=all would ignore: set "
+                        "data.train_on=assistant, or remove the flags"
+                    )
                 text, learned = recipe.template.text(conversation, recipe.train_on, place)
             except formats.Unusable as reason:
                 _drop(str(reason), str(row), counts, examples)
                 continue
+            beside.check_text(text, place)
+            counts.update(f"not used: {name}" for name in beside.not_used(row, formats.COLUMNS[recipe.form]))
+            counts.update(f"only text: {mark}" for mark in beside.MEDIA_MARKS if mark in text)
             texts.append(text)
             spans.append(learned)
             numbers.append(number)

@@ -61,6 +61,8 @@ def _sets(figures: Figures) -> list[RenderableType]:
         read = f"  {each.rows_read:,} rows read, {each.rows_kept:,} kept{held}"
         lines.append(Text(f"{read} · {_tokens(each.tokens, each.learned_tokens)}"))
         losses = _losses(each, figures)
+        unused = [f"{n:,} rows: {what}" for what, n in each.rows_with_unused.items()]
+        lines += [Text(f"  {_visible(text)}", style="dim") for text in unused]
         lines += [Text(f"  {_visible(loss)}", style="yellow") for loss in losses]
         if not losses:
             lines.append(Text("  every row is whole: none dropped, truncated or split", style="dim"))
@@ -70,6 +72,7 @@ def _sets(figures: Figures) -> list[RenderableType]:
     steps = f"{steps_text(figures.steps_per_epoch)} of {figures.rows_per_step:,}"
     lines.append(Text(f"an epoch is {figures.rows_per_epoch:,} rows, in {steps}", style="dim"))
     lines += [Text(f"chat template: {what}: {why}", style="dim") for what, why in figures.template_changes]
+    lines += [Text(_visible(warning), style="yellow") for warning in figures.warnings]
     return [*lines]
 
 

@@ -91,7 +91,8 @@ def prepare(config: Config, folder: Path, reporter: Reporter) -> Job:
     config = load.with_format(config)
     data = load.encode(config, tokenizer, packed, reporter.progress)
     data.share_prefix = packed and packing.shares_prefix()
-    held_out = load.held_out(config, tokenizer, data, reporter.progress)
+    held_out, doubts = load.held_out(config, tokenizer, data, reporter.progress)
+    warnings += doubts
     settings += [Setting("data", line) for line in load.describe(data)]
     if held_out:
         settings.append(Setting("held out", f"loss of {len(held_out):,} rows, {_when(config)}"))
