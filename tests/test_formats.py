@@ -4,7 +4,7 @@ from typing import Any
 
 import pytest
 
-from fasttune.data import formats
+from fasttune.data import beside, formats
 from fasttune.data.formats import Conversation, Unusable
 from fasttune.errors import DataError
 
@@ -180,3 +180,122 @@ def test_tool_arguments_as_json_text_become_an_object() -> None:
     assert isinstance(found, formats.Conversation)
     assert found.messages[1]["tool_calls"][0]["function"]["arguments"] == {"a": 1}
     assert call["function"]["arguments"] == '{"a": 1}', "the row itself is left alone"
+
+
+WRONG = {"role": "assistant", "content": "WRONG"}
+GPT = {"from": "gpt", "value": "WRONG"}
+
+
+@pytest.mark.parametrize(
+    "flag",
+    [{"weight": 0}, {"weight": "0"}, {"train": False}, {"loss": "false"}, {"loss_weight": 0.0}, {"masked": True}],
+)
+def test_a_turn_that_says_so_is_not_trained_on(flag: dict[str, Any]) -> None:
+    human = {"from": "human", "value": "q"}
+    other = {"from": "gpt", "value": "a"} | dict.fromkeys(flag)  # as Parquet fills it
+    for row in (
+        {"messages": [QUESTION, WRONG | flag, QUESTION, ANSWER | {"weight": 1, "train": True}]},
+        {"conversations": [human, GPT | flag, human, other]},
+        {"prompt": [QUESTION], "completion": [WRONG | flag, QUESTION, ANSWER]},
+    ):
+        found = convert(row)
+        assert isinstance(found, Conversation)
+        assert found.messages == [QUESTION, WRONG, QUESTION, ANSWER]  # templates see no flag
+        assert (found.answers, found.left_out) == ([3], True)
+
+
+@pytest.mark.parametrize(
+    ("turn_of", "told"),
+    [
+        ({"train_detail": [{"begin_offset": 0}]}, "a turn has train_detail, which is not known"),
+        ({"loss_mask": 1}, "a turn has loss_mask"),
+        ({"weight": 0.5}, "weight is float 0.5; it can be 1 or true, 0 or false"),
+        ({"train": "maybe"}, "train is str 'maybe'"),
+        ({"content": [{"type": "text", "text": "a", "loss_weight": 0}]}, "a part of a turn has weight 0"),
+        ({"content": [{"type": "reasoning", "text": "a"}]}, "'reasoning'.*reasoning_content of the turn"),
+        ({"content": [{"type": "input_audio", "data": "a"}]}, "'input_audio'.*sound and video cannot be used"),
+        ({"content": [{"type": "text", "words": "a"}]}, "which holds no text"),
+        ({"content": ["a"]}, "a part of a turn is str 'a'; expected"),
+        ({"tool_calls": 7}, "tool_calls is int 7"),
+    ],
+)
+def test_what_a_turn_says_and_we_do_not_follow_is_named(turn_of: dict[str, Any], told: str) -> None:
+    with pytest.raises(DataError, match=f"^data: {PLACE}: .*{told}") as caught:
+        convert({"messages": [QUESTION, ANSWER | turn_of]})
+    assert len(str(caught.value)) < 300
+
+
+@pytest.mark.parametrize("key", ["text", "value", "content"])
+def test_text_parts_of_other_tools_are_read(key: str) -> None:
+    parts = [{"type": "text", key: "q", "image": None}, {"type": "input_text", "text": "r"}]
+    found = convert({"messages": [{"role": "user", "content": parts}, ANSWER]})
+    assert isinstance(found, Conversation) and found.messages[0]["content"] == "qr"
+
+
+@pytest.mark.parametrize(
+    "row",
+    [
+        {"messages": PAIR},
+        {"conversations": [{"from": "human", "value": "q"}, {"from": "gpt", "value": "a"}], "tools": "[]"},
+        {"question": "q", "answer": "a"},
+        {"query": "q", "response": "a"},
+        {"prompt": "q", "completion": "a"},
+        {"prompt": [QUESTION], "completion": [ANSWER]},
+        {"instruction": "q", "output": "a"},
+    ],
+)
+def test_system_and_history_stand_beside_any_form(row: dict[str, Any]) -> None:
+    found = convert({**row, "system": "s", "history": '[["q1", "a1"]]'})
+    assert isinstance(found, Conversation)
+    assert found.messages == [SYSTEM, turn("user", "q1"), turn("assistant", "a1"), *PAIR]
+    assert found.answers == ([4] if isinstance(row.get("prompt"), list) else [2, 4])  # what a prompt holds is only read
+    assert convert({**row, "system": " ", "history": ""}) == convert({**row, "system": None})
+
+
+def test_a_system_turn_goes_before_the_column() -> None:
+    found = convert({"messages": [SYSTEM, *PAIR], "system": "other", "history": [["q1", "a1"]]})
+    assert isinstance(found, Conversation)
+    assert found.messages == [SYSTEM, turn("user", "q1"), turn("assistant", "a1"), *PAIR]
+
+
+@pytest.mark.parametrize("form", [{"messages": PAIR}, {"prompt": "q", "completion": "a"}, {"text": "a"}])
+@pytest.mark.parametrize(
+    ("more", "told"),
+    [
+        ({"chosen": "a", "rejected": "b"}, r"is preference data \(chosen, rejected\)"),
+        ({"rejected_response": "b"}, r"is preference data \(rejected_response\).*remove such columns"),
+        ({"label": False}, "is preference data: label is false.*keep the rows where it is true"),
+        ({"label": "False"}, ".*label is false"),
+        ({"kto_tag": False}, ".*kto_tag is false"),
+        ({"images": ["a.png"]}, "has images: pictures, sound and video cannot be used"),
+        ({"image": {"bytes": b"x"}}, "has image: "),
+        ({"audio_path": "a.wav"}, "has audio_path: "),
+        ({"videos": ["a.mp4"]}, "has videos: "),
+    ],
+)
+def test_rows_that_would_teach_something_else_are_refused_by_name(
+    form: dict[str, Any], more: dict[str, Any], told: str
+) -> None:
+    with pytest.raises(DataError, match=f"^data: {PLACE} {told}") as caught:
+        beside.check(form | more, PLACE)
+    assert len(str(caught.value)) < 300
+    empty: dict[str, Any] = {name: [] if isinstance(value, list) else None for name, value in more.items()}
+    beside.check(form | empty | {"label": True, "images": [None], "imagery": "x", "score": 0}, PLACE)
+
+
+def test_chosen_answers_can_be_asked_for_by_name() -> None:
+    row = {"prompt": "q", "chosen": "a", "rejected": "b", "kto_tag": True}
+    with pytest.raises(DataError, match=r"set data.columns=\{completion: chosen\}"):
+        beside.check(row, PLACE)
+    renamed = formats.rename(row, {"completion": "chosen"}, PLACE)
+    beside.check(renamed, PLACE)
+    assert renamed == {"prompt": "q", "completion": "a", "kto_tag": True}
+    with pytest.raises(DataError, match=r"set data.columns=\{messages: chosen\}"):
+        beside.check({"prompt": "q", "chosen": PAIR, "rejected": PAIR}, PLACE)
+
+
+def test_a_row_can_be_marked_as_a_whole() -> None:
+    for flag in ({"weight": 0}, {"train": False}, {"loss": "0"}):
+        with pytest.raises(Unusable, match="^marked as not to be trained on$"):
+            convert({"question": "q", "answer": "a", **flag})
+    assert convert({"question": "q", "answer": "a", "weight": 0.7}) == convert({"question": "q", "answer": "a"})

@@ -43,11 +43,16 @@ def check(row: Row, place: str) -> None:
                 f"data: {place} is preference data: {name} is false, so its answer is a bad one; keep the rows where "
                 "it is true"
             )
+    check_media(row, place)
+
+
+def check_media(row: Row, place: str) -> None:
+    """Raise DataError for a row about pictures, sound or video."""
     for name, value in row.items():
         if MEDIA.fullmatch(name) and value and value != [None]:
             raise DataError(
-                f"data: {place} has {name}: pictures, sound and video cannot be trained on; remove such rows, or the "
-                "column if the text says all"
+                f"data: {place} has {name}: pictures, sound and video cannot be used; remove such rows, or the column "
+                "if the text says all"
             )
 
 

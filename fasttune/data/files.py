@@ -139,8 +139,7 @@ def _csv(source: str, path: Path) -> Iterator[Chunk]:
         lines: Any = reader.reader  # its line_num: those read so far; DictReader's own is that of the row before
         try:
             names = list(reader.fieldnames or [])
-            if len(set(names)) < len(names):
-                raise DataError(f"data: {source} line 1 names a column twice ({', '.join(names)}): rename one")
+            _check_names(source + " line 1", names)
             if len(names) == 1 and (mark := next((mark for mark in SEPARATORS if mark in names[0]), None)):
                 raise DataError(
                     f"data: {source} line 1 is separated by {SEPARATORS[mark]}, not by commas: write it with commas, "
@@ -152,6 +151,11 @@ def _csv(source: str, path: Path) -> Iterator[Chunk]:
         except UnicodeDecodeError as error:  # of a block of which no line has been read yet
             number = lines.line_num + len((error.object[: error.start] + b"x").splitlines())
             raise DataError(f"data: {source} line {number} is {_not_utf8(error)}") from error
+
+
+def _check_names(place: str, names: list[str]) -> None:
+    if len(set(names)) < len(names):
+        raise DataError(f"data: {place} names a column twice ({', '.join(names)[:100]}): rename one")
 
 
 def _csv_rows(source: str, reader: Any, columns: int) -> Iterator[Row]:
@@ -172,6 +176,7 @@ def _parquet(source: str, path: Path, also: Collection[str]) -> Iterator[Chunk]:
     try:
         file = pyarrow.parquet.ParquetFile(path)
         total = file.metadata.num_rows
+        _check_names(source, file.schema_arrow.names)
         yield from grouped(source, _parquet_rows(source, file, also), lambda read: read / total)
     except pyarrow.ArrowException as error:
         raise DataError(f"data: {source} {_damaged(error)}") from error

@@ -209,7 +209,7 @@ def _text_of_part(part: Any, place: str) -> str:
     if not isinstance(kind, str) or kind not in ("text", "input_text", "output_text"):
         why = "expected {type: text, text: …}"
         if isinstance(kind, str) and re.search("image|picture|audio|sound|video", kind):
-            why = "pictures, sound and video cannot be trained on"
+            why = "pictures, sound and video cannot be used"
         elif kind in ("reasoning", "thinking"):
             why = "write its text as reasoning_content of the turn"
         raise DataError(f"data: {place}: a part of a turn is {short(part)}; {why}")

@@ -26,7 +26,8 @@ class Joined:
         return [(start, start) for start in self.starts]
 
     def char_to_token(self, at: int) -> int:
-        return max(0, bisect_right(self.starts, at) - 1)
+        last = max(0, bisect_right(self.starts, at) - 1)
+        return bisect_left(self.starts, self.starts[last])  # the first token of a character that has several
 
     def token_to_chars(self, token: int) -> tuple[int, int]:
         return self.starts[token], self.starts[token]

@@ -37,11 +37,11 @@ def check(source: str, split: str = "train") -> None:
         if path.stat().st_size == 0:
             raise DataError(f"data: {source} is empty")
     elif os.path.isdir(path):
-        remedy = "name one file of it"
-        for mark, rows in (("state.json", "d('FOLDER')"), ("dataset_dict.json", "d('FOLDER')['train']")):
-            if os.path.isfile(path / mark):
-                remedy = f"as save_to_disk writes it: {AS_PARQUET.format('load_from_disk', rows)}"
-        raise DataError(f"data: {source} is a folder; {remedy}")
+        for name, rows in (("state.json", "d('FOLDER')"), ("dataset_dict.json", "d('FOLDER')['train']")):
+            if os.path.isfile(path / name):
+                remedy = AS_PARQUET.format("load_from_disk", rows)
+                raise DataError(f"data: {source} is a folder that save_to_disk wrote; {remedy}")
+        raise DataError(f"data: {source} is a folder; name one file of it")
     elif files.kind(path) or source.startswith((".", "/", "~")) or source.count("/") != 1:
         _check_reachable(source, path)
         raise DataError(

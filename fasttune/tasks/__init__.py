@@ -6,7 +6,7 @@ Each function that gives rows is called by the harness with the task's `metadata
 from pathlib import Path
 from typing import Any
 
-from fasttune.data import answers, formats, sources
+from fasttune.data import answers, beside, formats, sources
 from fasttune.data.formats import Row
 from fasttune.errors import DataError
 
@@ -74,6 +74,7 @@ def _rows(
     for chunk in sources.read(source, "test", split, also=(columns or {}).values()):
         for _, place, row in chunk.numbered():
             row = formats.rename(row, formats.applying(columns or {}, row), place)
+            beside.check_media(row, place)
             if missing := [name for name in names if name not in row]:
                 raise DataError(f"--data: {place} has no {', '.join(missing)} (it has {', '.join(row) or 'nothing'})")
             if not isinstance(row["question"], str):
