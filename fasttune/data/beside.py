@@ -20,6 +20,7 @@ PREFERENCE = re.compile(r"(chosen|rejected).*")
 MEDIA = re.compile(r"(image|picture|audio|sound|video)s?(_(path|url|file)s?)?")
 MEDIA_MARKS = ("<image>", "<audio>", "<video>")  # in a text alone they may as well be markup
 QUESTIONS = {"prompt": "completion", "question": "answer", "query": "response", "instruction": "output"}
+NAME_CHARACTERS = 60
 NOT_READ = "not read"  # stands for the values of a column that means nothing here
 
 
@@ -83,7 +84,10 @@ def _without_bad(row: Row) -> str:
 
 
 def weight(marked: Row, place: str) -> dict[str, int]:
-    """{"weight": 0} for a turn or a row that its flags say not to train on, else {}. Raises DataError for others."""
+    """{"weight": 0} for a turn or a part of one that its flags say not to train on, else {}.
+
+    Raises DataError for a flag that is not known or says something else.
+    """
     trained = True
     for key, value in marked.items():
         if value is None:
@@ -110,7 +114,12 @@ def is_left_out(row: Row) -> bool:
     return any(SAID.get(str(row[key]).strip().lower()) is False for key in FLAGS[:-1] if key in row)
 
 
-def not_used(row: Row, own: tuple[str, ...]) -> Iterator[str]:
+def not_used(row: Row, own: tuple[str, ...]) -> set[str]:
+    """Names, cut to a readable length, of what is not used of a row whose form has the columns `own`."""
+    return {name[:NAME_CHARACTERS] for name in _not_used(row, own)}
+
+
+def _not_used(row: Row, own: tuple[str, ...]) -> Iterator[str]:
     """Names of what says something and is not used of a row whose form has the columns `own`."""
     used = own if own == ("text",) else (*own, *USED, "input" if "instruction" in own else "")
     for key, value in row.items():

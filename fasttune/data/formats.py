@@ -33,6 +33,7 @@ COLUMNS = {  # by the names of config.FORMATS
     "text": ("text",),
 }
 ROLES = ("system", "developer", "user", "assistant", "tool", "function")
+OR_RENAME = "; rename the column if it holds something else"
 SHAREGPT_ROLES = {
     "human": "user",
     "gpt": "assistant",
@@ -135,7 +136,7 @@ def _with_beginning(row: Row, turns: list[Message], place: str) -> list[Message]
         system, rest = [_turn("system", text)] if text else [], turns
     history = _parsed(row, "history", place)
     if not isinstance(history, list) or not all(map(_is_pair, history)):
-        raise DataError(f"data: {place}: history is {short(history)}, expected a list of [question, answer] pairs")
+        raise DataError(f"data: {place}: history is {short(history)}, expected [question, answer] pairs{OR_RENAME}")
     earlier = [_turn(role, text) for pair in history for role, text in zip(("user", "assistant"), pair, strict=True)]
     return [*system, *earlier, *rest]
 
@@ -148,7 +149,7 @@ def _parsed(row: Row, key: str, place: str) -> Any:
     try:
         return json.loads(value.strip() or "[]") or []
     except (ValueError, RecursionError):
-        raise DataError(f"data: {place}: {key} is {short(value)}, expected a list as JSON") from None
+        raise DataError(f"data: {place}: {key} is {short(value)}, expected a list{OR_RENAME}") from None
 
 
 def _checked(messages: list[Message], tools: Any = None, context: int = 0) -> Conversation:
@@ -225,7 +226,7 @@ def _tools(row: Row, place: str) -> list[Any] | None:
     """The tools a conversation may call: JSON schemas, or one text of JSON that holds them."""
     tools = _parsed(row, "tools", place)
     if not isinstance(tools, list) or not all(isinstance(tool, dict) for tool in tools):
-        raise DataError(f"data: {place}: tools is {short(tools)}, expected a list of JSON schemas")
+        raise DataError(f"data: {place}: tools is {short(tools)}, expected a list of JSON schemas{OR_RENAME}")
     return tools or None
 
 

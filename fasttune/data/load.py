@@ -1,6 +1,6 @@
 """Config and tokenizer → Batches: every data set recognised, encoded (or taken from the cache) and split."""
 
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterable, Iterator
 from typing import Any
 
 from fasttune.config import Config
@@ -43,6 +43,7 @@ def held_out(config: Config, tokenizer: Any, batches: Batches, progress: Progres
     Of all rows that something is measured on or shown of, those that are trained on too are counted.
     """
     count = config.eval.rows if config.eval.every != "never" else 0
+    held: Iterable[Encoded]
     if config.data.eval is not None:
         most = max(count, config.samples, config.eval.problems)
         rows = _encode_one(config, config.data.eval, tokenizer, progress, "test", most) if most else None
@@ -50,9 +51,10 @@ def held_out(config: Config, tokenizer: Any, batches: Batches, progress: Progres
         measured = held[:count]
     else:
         split = zip(batches.parts, batches.split, strict=True)
-        held = [rows.row(i) for rows, (_, indexes) in split for i in indexes]
-        count = min(len(held), count)
-        measured = [held[at * len(held) // count] for at in range(count)]
+        places = [(rows, i) for rows, (_, indexes) in split for i in indexes]
+        count = min(len(places), count)
+        measured = [rows.row(i) for rows, i in (places[at * len(places) // count] for at in range(count))]
+        held = (rows.row(i) for rows, i in places)
     found = overlap.warning(batches, held)
     return measured, [found] if found else []
 
@@ -130,7 +132,9 @@ def describe(data: Batches) -> list[str]:
         for name in sorted(counts):
             if name in ("truncated", "split", "dropped_too_long"):
                 text += f"; {counts[name]:,} {name.replace('dropped_too_long', 'dropped: too long')}"
-            elif name.startswith(("dropped: ", "not used: ", "only text: ")):
+            elif name.startswith(("dropped: ", "only text: ")):
                 text += f"; {counts[name]:,} {name}"
+        unused = sorted(name.removeprefix("not used: ") for name in counts if name.startswith("not used: "))
+        text += f"; not used: {', '.join(unused[:8])}{' …' * (len(unused) > 8)}" if unused else ""
         found.append(text)
     return found

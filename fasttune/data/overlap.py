@@ -14,15 +14,13 @@ def warning(batches: Batches, held_out: Iterable[Encoded]) -> str | None:
     """How many of the held-out rows have their prompt, and how many prompt and answer too, among the rows that are
     trained on; None if none. Compared are tokens, so the form of the files does not matter, nor what was cut off.
     """
-    held = list(held_out)
-    wholes = [_key(ids) for ids, _ in held]
-    prompts = [_key(ids[: learned.argmax()], b"prompt") for ids, learned in held]
-    wanted = {*wholes, *prompts} - {None}
+    held = [(_key(ids), _key(ids[: learned.argmax()], b"prompt")) for ids, learned in held_out]
+    wanted = {key for keys in held for key in keys} - {None}
     seen = set[int | None]()
     for rows, (trained, _) in zip(batches.parts, batches.split, strict=True):
         seen.update(key for key in _keys(rows, trained) if key in wanted)
-    same = sum(whole in seen for whole in wholes)
-    asked = sum(prompt in seen or whole in seen for prompt, whole in zip(prompts, wholes, strict=True))
+    same = sum(whole in seen for whole, _ in held)
+    asked = sum(not seen.isdisjoint(keys) for keys in held)
     if not asked:
         return None
     return (

@@ -17,6 +17,7 @@ from fasttune.data.formats import Conversation
 from fasttune.errors import DataError
 
 IGNORE = -100  # label of a token that is read, but not learned
+MOST_COUNTS = 100  # of a chunk; rows whose every column has a name of its own fill no memory
 SHOWN_CHARACTERS = 160  # of a row in an error
 
 
@@ -112,7 +113,8 @@ class Encoder:
                 _drop(str(reason), str(row), counts, examples)
                 continue
             beside.check_text(text, place)
-            counts.update(f"not used: {name}" for name in beside.not_used(row, formats.COLUMNS[recipe.form]))
+            if len(counts) < MOST_COUNTS:
+                counts.update(f"not used: {name}" for name in beside.not_used(row, formats.COLUMNS[recipe.form]))
             counts.update(f"only text: {mark}" for mark in beside.MEDIA_MARKS if mark in text)
             texts.append(text)
             spans.append(learned)

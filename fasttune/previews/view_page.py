@@ -61,7 +61,7 @@ def _sets(figures: Figures) -> list[RenderableType]:
         read = f"  {each.rows_read:,} rows read, {each.rows_kept:,} kept{held}"
         lines.append(Text(f"{read} · {_tokens(each.tokens, each.learned_tokens)}"))
         losses = _losses(each, figures)
-        unused = [f"{n:,} rows: {what}" for what, n in each.rows_with_unused.items()]
+        unused = [f"{n:,} row{'' if n == 1 else 's'}: {what}" for what, n in each.rows_with_unused.items()][:20]
         lines += [Text(f"  {_visible(text)}", style="dim") for text in unused]
         lines += [Text(f"  {_visible(loss)}", style="yellow") for loss in losses]
         if not losses:
