@@ -155,9 +155,21 @@ def _parquet(source: str, path: Path) -> Iterator[Chunk]:
     try:
         file = pyarrow.parquet.ParquetFile(path)
         batches = file.iter_batches(batch_size=CHUNK_ROWS)
-        yield from grouped(source, (row for batch in batches for row in batch.to_pylist()), file.metadata.num_rows)
+        rows = (without_nulls(row) for batch in batches for row in batch.to_pylist())
+        yield from grouped(source, rows, file.metadata.num_rows)
     except pyarrow.ArrowException as error:
         raise DataError(f"data: {source} {_damaged(error)}") from error
+
+
+def without_nulls(row: Row) -> Row:
+    """A row of Arrow without the keys that its column type alone brings: those of null below the columns."""
+    return {name: _without_nulls(value) if isinstance(value, dict | list) else value for name, value in row.items()}
+
+
+def _without_nulls(value: Any) -> Any:
+    if isinstance(value, dict):
+        return {key: _without_nulls(part) for key, part in value.items() if part is not None}
+    return [_without_nulls(part) for part in value] if isinstance(value, list) else value
 
 
 def _parse(line: bytes, place: str, kind: type = dict) -> Any:

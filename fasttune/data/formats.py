@@ -9,10 +9,11 @@ alpaca              instruction, output, with an optional input, system and hist
 text                continued pretraining: every token is trained
 """
 
-import json
 from dataclasses import dataclass, field
 from typing import Any
 
+from fasttune.data import calls
+from fasttune.data.calls import short as _short
 from fasttune.errors import DataError
 
 Row = dict[str, Any]
@@ -83,14 +84,14 @@ def convert(row: Row, form: str, place: str) -> Conversation | str:
     if form == "text":
         return _filled(row, "text", place)
     if form == "messages":
-        return _checked(_messages(row["messages"], place), _tools(row, place))
+        return _checked(_messages(row["messages"], place), calls.tools_of(row, place))
     if form == "conversations":
-        return _checked(_sharegpt(row["conversations"], place), _tools(row, place))
+        return _checked(_sharegpt(row["conversations"], place), calls.tools_of(row, place))
     if form == "alpaca":
         return _checked(_alpaca(row, place))
     if form == "prompt_completion" and isinstance(row["prompt"], list):
         prompt, completion = _messages(row["prompt"], place), _messages(row["completion"], place)
-        return _checked(prompt + completion, _tools(row, place), context=len(prompt))
+        return _checked(prompt + completion, calls.tools_of(row, place), context=len(prompt))
     question, answer = COLUMNS[form]
     return _checked([_turn("user", _filled(row, question, place)), _turn("assistant", _filled(row, answer, place))])
 
@@ -116,21 +117,10 @@ def _messages(value: Any, place: str) -> list[Message]:
         if not isinstance(turn, dict) or turn.get("role") not in ROLES:
             raise DataError(f"data: {place}: a turn needs a role ({', '.join(ROLES)}), found {_short(turn)}")
         kept = {key: part for key, part in turn.items() if part is not None}  # Parquet fills absent keys with null
-        calls = [_with_object(call) for call in turn.get("tool_calls") or []]
-        called = {"tool_calls": calls} if calls else {}
-        turns.append({**kept, **called, "content": _text_of(turn.get("content"), place)})
+        kept = calls.of_turn(kept, place)
+        wordless = "tool_calls" in kept and turn.get("content") is None  # some templates ask whether it is null
+        turns.append({**kept, "content": None if wordless else _text_of(turn.get("content"), place)})
     return turns
-
-
-def _with_object(call: Any) -> Any:
-    """OpenAI keeps a call's arguments as JSON text; templates want the object, which they write as JSON themselves."""
-    function = call.get("function") if isinstance(call, dict) else None
-    if not isinstance(function, dict) or not isinstance(function.get("arguments"), str):
-        return call
-    try:
-        return {**call, "function": {**function, "arguments": json.loads(function["arguments"])}}
-    except ValueError:
-        return call
 
 
 def _text_of(content: Any, place: str) -> str:
@@ -142,19 +132,6 @@ def _text_of(content: Any, place: str) -> str:
     if not isinstance(content, str):
         raise DataError(f"data: {place}: content is {_short(content)}, expected text (images and sound cannot be used)")
     return content
-
-
-def _tools(row: Row, place: str) -> list[Any] | None:
-    """The tools a conversation may call: JSON schemas, or one text of JSON that holds them."""
-    tools = row.get("tools") or None
-    if isinstance(tools, str):
-        try:
-            tools = json.loads(tools)
-        except ValueError:
-            raise DataError(f"data: {place}: tools is {_short(tools)}, expected JSON schemas") from None
-    if tools is not None and (not isinstance(tools, list) or not all(isinstance(tool, dict) for tool in tools)):
-        raise DataError(f"data: {place}: tools is {_short(tools)}, expected a list of JSON schemas")
-    return tools
 
 
 def _sharegpt(value: Any, place: str) -> list[Message]:
@@ -169,8 +146,16 @@ def _sharegpt(value: Any, place: str) -> list[Message]:
                 f"data: {place}: a turn needs `from` ({', '.join(SHAREGPT_ROLES)}) and a text `value`, "
                 f"found {_short(turn)}"
             )
-        turns.append(_turn(role, turn["value"]))
+        turns.append(_spoken(speaker, "tool" if role == "function" else role, turn["value"]))
     return turns
+
+
+def _spoken(speaker: str, role: str, value: str) -> Message:
+    if speaker != "function_call":
+        return _turn(role, value)
+    if (turn := calls.of_text(value)) is None:
+        raise Unusable("a function_call turn that is no JSON of name and arguments")
+    return turn
 
 
 def _alpaca(row: Row, place: str) -> list[Message]:
@@ -211,8 +196,3 @@ def _optional(row: Row, key: str, place: str) -> str:
 
 def _names(row: Row) -> str:
     return ", ".join(map(str, row)) or "none"
-
-
-def _short(value: Any) -> str:
-    shown = repr(value)
-    return f"{type(value).__name__} {shown if len(shown) <= 60 else shown[:60] + '…'}"

@@ -62,7 +62,16 @@ def _encode_one(
     what = f"reading and tokenising {source}"
     progress(what, 0.0)
     form = form_of(config, source, split)
-    recipe = tokens.recipe_of(tokenizer, form, data.columns, data.train_on, config.model.max_length, data.too_long)
+    recipe = tokens.recipe_of(
+        tokenizer,
+        form,
+        data.columns,
+        data.train_on,
+        config.model.max_length,
+        data.too_long,
+        data.allow_lost,
+        data.control_tokens,
+    )
     content = sources.fingerprint(source, part, split)
 
     def chunks() -> Iterator[Chunk]:
@@ -104,7 +113,7 @@ def describe(data: Batches) -> list[str]:
         for name in sorted(counts):
             if name in ("truncated", "split", "dropped_too_long"):
                 text += f"; {counts[name]:,} {name.replace('dropped_too_long', 'dropped: too long')}"
-            elif name.startswith("dropped: "):
+            elif name.startswith(("dropped: ", "lost: ", "control token: ")):
                 text += f"; {counts[name]:,} {name}"
         found.append(text)
     return found

@@ -110,7 +110,7 @@ def _hub(source: str, split: str, streaming: bool) -> Iterator[Chunk]:
 
     rows = _ask_hub(source, lambda *name: datasets.load_dataset(*name, split=split, streaming=streaming))
     total = None if isinstance(rows, datasets.IterableDataset) else len(rows)
-    yield from grouped(source, iter(rows), total)
+    yield from grouped(source, map(files.without_nulls, rows), total)
 
 
 def _ask_hub(source: str, ask: Callable[..., Any]) -> Any:
