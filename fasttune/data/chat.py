@@ -11,7 +11,7 @@ from functools import cached_property
 from typing import Any
 
 from fasttune.data import calls, lost, sandbox
-from fasttune.data.formats import Conversation, Message, Unusable
+from fasttune.data.formats import Conversation, Message, Refused, Unusable
 from fasttune.data.lost import Shown
 from fasttune.errors import DataError, ModelError
 
@@ -117,7 +117,7 @@ class Template:
             raise
         except Exception as error:  # whatever a program of others raises
             said = " ".join(str(error).split()) or type(error).__name__
-            raise Unusable(f"refused by the chat template ({said[:120]})") from error
+            raise Refused(f"refused by the chat template ({said[:120]})") from error
 
     def _fitting(self, messages: list[Message], tools: Any, ask: bool = False) -> tuple[list[Message], str]:
         """The turns in the first of calls.ways that loses nothing (else the first that renders), and their text."""

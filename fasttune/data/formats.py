@@ -44,6 +44,10 @@ class Unusable(Exception):
     """A row of the right form that teaches nothing (an empty answer, say): dropped and counted under this reason."""
 
 
+class Refused(Unusable):
+    """The chat template takes no such row."""
+
+
 @dataclass(frozen=True)
 class Conversation:
     """Turns as a chat template takes them; `answers` are the indexes of the assistant's turns that may be learned."""

@@ -15,8 +15,9 @@ from typing import Any
 
 from fasttune.errors import ModelError
 
-MOST_SECONDS = 5.0  # of this thread's own computing, for one conversation; a long one takes milliseconds
-LOOK_S = 0.5
+MOST_SECONDS = 5.0  # of this thread's own computing, for a conversation; a long one takes milliseconds
+MEAN_SECONDS = 0.25  # for each that follows it
+LOOK_S = 0.5  # seconds of the process, all threads together
 MOST_BYTES = 1 << 30  # beyond what the process has when it begins
 MOST_BITS = 2048  # of a whole number: arithmetic on long ones is C code, which no timer ends
 
@@ -31,7 +32,7 @@ class _TooLong(BaseException):
 def bounded() -> Iterator[None]:
     """What is inside gets MOST_BYTES and, in the main thread, MOST_SECONDS: else ModelError.
 
-    Inside of itself it begins the next conversation, with time of its own; the system is asked only once.
+    Inside of itself it begins the next conversation, with MEAN_SECONDS more; the system is asked only once.
     """
     global _began
     _began += 1
@@ -63,13 +64,10 @@ def bounded() -> Iterator[None]:
 
 
 def _watch() -> Any:
-    seen, since = 0, 0.0
+    began = time.thread_time()
 
-    def look(*_: Any) -> None:
-        nonlocal seen, since
-        if seen != _began:
-            seen, since = _began, time.thread_time()
-        elif time.thread_time() - since > MOST_SECONDS:  # the timer counts all threads, this clock only ours
+    def look(*_: Any) -> None:  # the timer counts all threads, this clock only ours
+        if time.thread_time() - began > MOST_SECONDS + MEAN_SECONDS * (_began - 1):
             raise _TooLong
 
     return look
