@@ -22,6 +22,7 @@ def convert(row: dict[str, Any]) -> Conversation | str:
 
 
 QUESTION, ANSWER = turn("user", "q"), turn("assistant", "a")
+WORDLESS = {"role": "assistant", "content": None, "tool_calls": CALL}
 SYSTEM, PAIR = turn("system", "s"), [QUESTION, ANSWER]
 
 
@@ -48,18 +49,18 @@ SYSTEM, PAIR = turn("system", "s"), [QUESTION, ANSWER]
                     {"from": "human", "value": "q"},
                     {"from": "gpt", "value": "a"},
                     {"from": "observation", "value": "seen"},
-                    {"from": "function_call", "value": "f"},
+                    {"from": "function_call", "value": '{"name": "add", "arguments": {"a": 1}}'},
                 ]
             },
-            [SYSTEM, *PAIR, turn("tool", "seen"), turn("assistant", "f")],
+            [SYSTEM, *PAIR, turn("tool", "seen"), WORDLESS],
             [2, 4],
         ),
         ({"messages": [SYSTEM, *PAIR, *PAIR]}, [SYSTEM, *PAIR, *PAIR], [2, 4]),
         ({"messages": [turn("developer", "d"), *PAIR]}, [turn("developer", "d"), *PAIR], [2]),
         ({"messages": [QUESTION, ANSWER | {"weight": 0}, QUESTION, ANSWER | {"weight": 1}]}, PAIR * 2, [3]),
         (
-            {"messages": [QUESTION | {"name": None}, {"role": "assistant", "content": None, "tool_calls": CALL}]},
-            [QUESTION, turn("assistant", "", tool_calls=CALL)],
+            {"messages": [QUESTION | {"name": None}, {"role": "assistant", "tool_calls": CALL}]},
+            [QUESTION, WORDLESS],
             [1],
         ),
         (
@@ -121,6 +122,13 @@ def test_columns_are_renamed() -> None:
         ({"messages": [{"role": "user", "content": 3}, ANSWER]}, "content is int 3"),
         ({"messages": PAIR, "tools": "no json"}, "tools is str 'no json'"),
         ({"messages": PAIR, "tools": ["add"]}, "tools is list"),
+        ({"messages": PAIR, "tools": "[" * 100_000}, "tools is str .*nested too deeply"),
+        ({"messages": [QUESTION, ANSWER | {"tool_calls": 7}]}, "a tool call is int 7"),
+        ({"messages": [QUESTION, ANSWER | {"tool_calls": [{"function": {"name": 3}}]}]}, "a tool call is dict"),
+        (
+            {"messages": [QUESTION, ANSWER | {"function_call": {"name": "add", "arguments": "[" * 100_000}}]},
+            "the arguments of a call of add are nested too deeply",
+        ),
         ({"conversations": [{"from": "alien", "value": "x"}]}, "a turn needs `from` .*alien"),
         ({"conversations": [{"from": ["human"], "value": "x"}]}, "a turn needs `from`"),
         ({"conversations": [{"from": "human", "value": None}]}, "a turn needs `from`"),
@@ -159,6 +167,10 @@ def test_a_long_value_is_cut_in_the_message() -> None:
         ({"messages": [*PAIR, QUESTION, turn("assistant", "")]}, "empty answer"),
         ({"conversations": [{"from": "human", "value": "q"}, {"from": "gpt", "value": ""}]}, "empty answer"),
         ({"question": "q", "answer": ""}, "empty answer"),
+        (
+            {"conversations": [{"from": "human", "value": "q"}, {"from": "function_call", "value": "f"}]},
+            "a function_call turn that is no JSON of name and arguments",
+        ),
         ({"question": "q", "answer": None}, "empty answer"),
         ({"instruction": "q", "output": " "}, "empty answer"),
         ({"instruction": "q", "output": "a", "history": [["q", ""]]}, "empty answer"),
@@ -216,7 +228,7 @@ def test_a_turn_that_says_so_is_not_trained_on(flag: dict[str, Any]) -> None:
         ({"content": [{"type": "input_audio", "data": "a"}]}, "'input_audio'.*sound and video cannot be used"),
         ({"content": [{"type": "text", "words": "a"}]}, "which holds no text"),
         ({"content": ["a"]}, "a part of a turn is str 'a'; expected"),
-        ({"tool_calls": 7}, "tool_calls is int 7"),
+        ({"tool_calls": 7}, "a tool call is int 7"),
     ],
 )
 def test_what_a_turn_says_and_we_do_not_follow_is_named(turn_of: dict[str, Any], told: str) -> None:
@@ -228,6 +240,7 @@ def test_what_a_turn_says_and_we_do_not_follow_is_named(turn_of: dict[str, Any],
 @pytest.mark.parametrize("key", ["text", "value", "content"])
 def test_text_parts_of_other_tools_are_read(key: str) -> None:
     parts = [{"type": "text", key: "q", "image": None}, {"type": "input_text", "text": "r"}]
+    parts.append({"type": "text"})  # of Parquet, where its text was null
     found = convert({"messages": [{"role": "user", "content": parts}, ANSWER]})
     assert isinstance(found, Conversation) and found.messages[0]["content"] == "qr"
 
@@ -299,3 +312,43 @@ def test_a_row_can_be_marked_as_a_whole() -> None:
         with pytest.raises(Unusable, match="^marked as not to be trained on$"):
             convert({"question": "q", "answer": "a", **flag})
     assert convert({"question": "q", "answer": "a", "weight": 0.7}) == convert({"question": "q", "answer": "a"})
+
+
+@pytest.mark.parametrize(
+    ("turns", "more"),
+    [
+        ([ANSWER | {"tool_calls": []}], {}),  # an empty list is no call
+        ([ANSWER | {"tool_calls": "", "function_call": None}], {}),
+        ([{"role": "assistant", "tool_calls": [CALL[0]["function"]]}], {"tool_calls": CALL}),
+        ([{"role": "assistant", "function_call": {"name": "add", "arguments": '{"a": 1}'}}], {"tool_calls": CALL}),
+    ],
+)
+def test_calls_come_in_todays_form(turns: list[dict[str, Any]], more: dict[str, Any]) -> None:
+    found = convert({"messages": [QUESTION, *turns]})
+    assert isinstance(found, Conversation)
+    assert found.messages[1] == (ANSWER if not more else {"role": "assistant", "content": None, **more})
+
+
+def test_functions_are_tools_and_their_answers_come_from_a_tool() -> None:
+    turns = [{"role": "assistant", "function_call": CALL[0]["function"]}, turn("function", "2", name="add"), ANSWER]
+    found = convert({"messages": [QUESTION, *turns], "functions": [TOOL["function"]]})
+    assert isinstance(found, Conversation)
+    assert (found.tools, found.messages[2]) == ([TOOL], turn("tool", "2", name="add"))
+    bare = convert({"messages": PAIR, "tools": [TOOL["function"]]})
+    assert isinstance(bare, Conversation) and bare.tools == [TOOL]
+
+
+def test_what_a_function_call_turn_thinks_is_kept() -> None:
+    said = "<think>add them</think>\n" + '[{"name": "add", "arguments": {"a": 1}}]'
+    found = convert({"conversations": [{"from": "human", "value": "q"}, {"from": "function_call", "value": said}]})
+    assert isinstance(found, Conversation)
+    assert found.messages[1] == WORDLESS | {"content": "<think>add them</think>"}
+
+
+@pytest.mark.parametrize(
+    ("said", "arguments"), [("", {}), (None, {}), ('{"a": "1"}', {"a": "1"}), ("no json", "no json")]
+)
+def test_arguments_are_an_object_where_they_can_be(said: str | None, arguments: Any) -> None:
+    found = convert({"messages": [QUESTION, ANSWER | {"tool_calls": [{"function": {"name": "f", "arguments": said}}]}]})
+    assert isinstance(found, Conversation)
+    assert found.messages[1]["tool_calls"] == [{"type": "function", "function": {"name": "f", "arguments": arguments}}]

@@ -193,7 +193,7 @@ def _parquet_rows(source: str, file: Any, also: Collection[str]) -> Iterator[Row
         except (ValueError, OverflowError):  # text that is not UTF-8, a date that Python does not know
             rows = [_parquet_row(batch, at, f"{source} row {number + at + 1}") for at in range(batch.num_rows)]
         number += len(rows)
-        yield from (unread | row for row in rows)
+        yield from (unread | without_nulls(row) for row in rows)
 
 
 def _parquet_row(batch: Any, at: int, place: str) -> Row:
@@ -206,6 +206,17 @@ def _parquet_row(batch: Any, at: int, place: str) -> Row:
                 f"data: {place}: {name} cannot be read ({first_line(error)}); write that column anew, as UTF-8 text"
             ) from error
     return row
+
+
+def without_nulls(row: Row) -> Row:
+    """A row of Arrow without the keys that its column type alone brings: those of null below the columns."""
+    return {name: _without_nulls(value) if isinstance(value, dict | list) else value for name, value in row.items()}
+
+
+def _without_nulls(value: Any) -> Any:
+    if isinstance(value, dict):
+        return {key: _without_nulls(part) for key, part in value.items() if part is not None}
+    return [_without_nulls(part) for part in value] if isinstance(value, list) else value
 
 
 def _parse(line: bytes, place: str, kind: type = dict) -> Any:

@@ -12,12 +12,11 @@ Beside all but text: system (a system turn), history ([question, answer] pairs b
 that it is not to be trained on (beside.FLAGS).
 """
 
-import json
 import re
 from dataclasses import dataclass, field
 from typing import Any
 
-from fasttune.data import beside
+from fasttune.data import beside, calls
 from fasttune.errors import DataError, short
 
 Row = dict[str, Any]
@@ -33,7 +32,6 @@ COLUMNS = {  # by the names of config.FORMATS
     "text": ("text",),
 }
 ROLES = ("system", "developer", "user", "assistant", "tool", "function")
-OR_RENAME = "; rename the column if it holds something else"
 SHAREGPT_ROLES = {
     "human": "user",
     "gpt": "assistant",
@@ -52,6 +50,10 @@ def is_read(name: str) -> bool:
 
 class Unusable(Exception):
     """A row of the right form that teaches nothing (an empty answer, say): dropped and counted under this reason."""
+
+
+class Refused(Unusable):
+    """The chat template takes no such row."""
 
 
 @dataclass(frozen=True)
@@ -125,7 +127,7 @@ def convert(row: Row, form: str, place: str) -> Conversation | str:
             asked += "\n\n" + extra
         turns = [_turn("user", asked), _turn("assistant", _filled(row, answer, place))]
     whole = _with_beginning(row, turns, place)
-    return _checked(whole, _tools(row, place), only_read and only_read + len(whole) - len(turns))
+    return _checked(whole, calls.tools_of(row, place), only_read and only_read + len(whole) - len(turns))
 
 
 def _with_beginning(row: Row, turns: list[Message], place: str) -> list[Message]:
@@ -134,22 +136,11 @@ def _with_beginning(row: Row, turns: list[Message], place: str) -> list[Message]
     if system[0]["role"] not in ("system", "developer"):
         text = _optional(row, "system", place)
         system, rest = [_turn("system", text)] if text else [], turns
-    history = _parsed(row, "history", place)
+    history = calls.from_json(row.get("history"), "history", place) or []
     if not isinstance(history, list) or not all(map(_is_pair, history)):
-        raise DataError(f"data: {place}: history is {short(history)}, expected [question, answer] pairs{OR_RENAME}")
+        raise DataError(f"data: {place}: history is {short(history)}, expected [question, answer] pairs")
     earlier = [_turn(role, text) for pair in history for role, text in zip(("user", "assistant"), pair, strict=True)]
     return [*system, *earlier, *rest]
-
-
-def _parsed(row: Row, key: str, place: str) -> Any:
-    """A list that may be missing or null, or one text of JSON that holds it."""
-    value = row.get(key) or []
-    if not isinstance(value, str):
-        return value
-    try:
-        return json.loads(value.strip() or "[]") or []
-    except (ValueError, RecursionError):
-        raise DataError(f"data: {place}: {key} is {short(value)}, expected a list{OR_RENAME}") from None
 
 
 def _checked(messages: list[Message], tools: Any = None, context: int = 0) -> Conversation:
@@ -176,24 +167,10 @@ def _messages(value: Any, place: str) -> list[Message]:
             raise DataError(f"data: {place}: a turn needs a role ({', '.join(ROLES)}), found {short(turn)}")
         # Parquet fills absent keys with null
         kept = {key: part for key, part in turn.items() if part is not None and key not in beside.FLAGS}
-        kept |= beside.weight(turn, place)
-        if not isinstance(turn.get("tool_calls") or [], list):
-            raise DataError(f"data: {place}: tool_calls is {short(turn['tool_calls'])}, expected a list of calls")
-        calls = [_with_object(call) for call in turn.get("tool_calls") or []]
-        called = {"tool_calls": calls} if calls else {}
-        turns.append({**kept, **called, "content": _text_of(turn.get("content"), place)})
+        kept = calls.of_turn(kept, place) | beside.weight(turn, place)
+        wordless = "tool_calls" in kept and turn.get("content") is None  # some templates ask whether it is null
+        turns.append({**kept, "content": None if wordless else _text_of(turn.get("content"), place)})
     return turns
-
-
-def _with_object(call: Any) -> Any:
-    """OpenAI keeps a call's arguments as JSON text; templates want the object, which they write as JSON themselves."""
-    function = call.get("function") if isinstance(call, dict) else None
-    if not isinstance(function, dict) or not isinstance(function.get("arguments"), str):
-        return call
-    try:
-        return {**call, "function": {**function, "arguments": json.loads(function["arguments"])}}
-    except ValueError:
-        return call
 
 
 def _text_of(content: Any, place: str) -> str:
@@ -217,17 +194,9 @@ def _text_of_part(part: Any, place: str) -> str:
     if beside.weight(part, place):
         raise DataError(f"data: {place}: a part of a turn has weight 0; only whole turns can be left out")
     text = next((part[key] for key in ("text", "value", "content") if part.get(key) is not None), "")
-    if not isinstance(text, str) or not {"text", "value", "content"} & set(part):
+    if not isinstance(text, str) or (len(part) > 1 and not {"text", "value", "content"} & set(part)):
         raise DataError(f"data: {place}: a part of a turn is {short(part)}, which holds no text")
     return text
-
-
-def _tools(row: Row, place: str) -> list[Any] | None:
-    """The tools a conversation may call: JSON schemas, or one text of JSON that holds them."""
-    tools = _parsed(row, "tools", place)
-    if not isinstance(tools, list) or not all(isinstance(tool, dict) for tool in tools):
-        raise DataError(f"data: {place}: tools is {short(tools)}, expected a list of JSON schemas{OR_RENAME}")
-    return tools or None
 
 
 def _sharegpt(value: Any, place: str) -> list[Message]:
@@ -242,8 +211,18 @@ def _sharegpt(value: Any, place: str) -> list[Message]:
                 f"data: {place}: a turn needs `from` ({', '.join(SHAREGPT_ROLES)}) and a text `value`, "
                 f"found {short(turn)}"
             )
-        turns.append(_turn(role, turn["value"]) | beside.weight(turn, place))
+        turns.append(
+            _spoken(speaker, "tool" if role == "function" else role, turn["value"]) | beside.weight(turn, place)
+        )
     return turns
+
+
+def _spoken(speaker: str, role: str, value: str) -> Message:
+    if speaker != "function_call":
+        return _turn(role, value)
+    if (turn := calls.of_text(value)) is None:
+        raise Unusable("a function_call turn that is no JSON of name and arguments")
+    return turn
 
 
 def _is_pair(value: Any) -> bool:

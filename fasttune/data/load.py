@@ -73,7 +73,16 @@ def _encode_one(
     what = f"reading and tokenising {source}"
     progress(what, 0.0)
     form, columns = form_of(config, source, split)
-    recipe = tokens.recipe_of(tokenizer, form, columns, data.train_on, config.model.max_length, data.too_long)
+    recipe = tokens.recipe_of(
+        tokenizer,
+        form,
+        columns,
+        data.train_on,
+        config.model.max_length,
+        data.too_long,
+        data.allow_lost,
+        data.control_tokens,
+    )
     content = sources.fingerprint(source, part, split)
 
     def chunks() -> Iterator[Chunk]:
@@ -132,7 +141,7 @@ def describe(data: Batches) -> list[str]:
         for name in sorted(counts):
             if name in ("truncated", "split", "dropped_too_long"):
                 text += f"; {counts[name]:,} {name.replace('dropped_too_long', 'dropped: too long')}"
-            elif name.startswith(("dropped: ", "only text: ")):
+            elif name.startswith(("dropped: ", "lost: ", "control token: ", "only text: ")):
                 text += f"; {counts[name]:,} {name}"
         unused = sorted(name.removeprefix("not used: ") for name in counts if name.startswith("not used: "))
         text += f"; not used: {', '.join(unused[:8])}{' …' * (len(unused) > 8)}" if unused else ""

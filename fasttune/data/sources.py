@@ -147,7 +147,9 @@ def _hub(source: str, split: str, streaming: bool, also: Collection[str]) -> Ite
     unread = dict.fromkeys(rows.column_names or (), beside.NOT_READ)  # a stream may not know its columns
     wanted = [name for name in unread if formats.is_read(name) or name in also]
     rows = rows.select_columns(wanted) if wanted else rows
-    yield from grouped(source, (unread | row for row in rows), lambda read: read / total if total else 0.0)
+    yield from grouped(
+        source, (unread | files.without_nulls(row) for row in rows), lambda read: read / total if total else 0.0
+    )
 
 
 def _ask_hub(source: str, ask: Callable[..., Any]) -> Any:

@@ -8,6 +8,7 @@ Tokens count as learned where the loss is taken: never the first token of a row,
 """
 
 import math
+from collections import Counter
 from dataclasses import dataclass, replace
 from itertools import pairwise
 from typing import Any
@@ -42,6 +43,8 @@ class DataSet:
     rows_too_long: int  # longer: dropped
     rows_dropped: dict[str, int]  # reason → rows that teach nothing
     rows_with_unused: dict[str, int]  # what is not used (column id, from of a turn) or is only text (<image>) → rows
+    rows_lost: dict[str, int]  # what the chat template leaves out → rows
+    rows_with_control_tokens: dict[str, int]  # token → rows that have it in what a turn says
     tokens: int  # of the kept rows
     learned_tokens: int
 
@@ -174,13 +177,19 @@ def _data_set(rows: Rows, weight: float, held_out: int) -> DataSet:
         rows_truncated=counts["truncated"],
         rows_split=counts["split"],
         rows_too_long=counts["dropped_too_long"],
-        rows_dropped={name[9:]: n for name, n in sorted(counts.items()) if name.startswith("dropped: ")},
+        rows_dropped=_named(counts, "dropped: "),
+        rows_lost=_named(counts, "lost: "),
+        rows_with_control_tokens=_named(counts, "control token: "),
         rows_with_unused={
             name: n for name, n in sorted(counts.items()) if name.startswith(("not used: ", "only text: "))
         },
         tokens=counts["tokens"],
         learned_tokens=counts["learned"],
     )
+
+
+def _named(counts: Counter[str], kind: str) -> dict[str, int]:
+    return {name.removeprefix(kind): n for name, n in sorted(counts.items()) if name.startswith(kind)}
 
 
 def _lengths(lengths: np.ndarray) -> Lengths:

@@ -87,6 +87,8 @@ def _losses(each: DataSet, figures: Figures) -> list[str]:
         (each.rows_split, f"split into pieces: {long}"),
         (each.rows_too_long, f"dropped: {long}"),
         *((n, f"dropped: {reason}") for reason, n in each.rows_dropped.items()),
+        *((n, f"lost in the chat template: {what}") for what, n in each.rows_lost.items()),
+        *((n, f"with a control token in a text: {token}") for token, n in each.rows_with_control_tokens.items()),
     ]
     return [f"{n:,} row{'' if n == 1 else 's'} ({n / each.rows_read:.1%}) {what}" for n, what in found if n]
 

@@ -41,20 +41,20 @@ def read(config: Config, tokenizer: Any, batches: Batches, warn: Callable[[str],
             if isinstance(conversation, str) or not conversation.answers:
                 continue
             messages, last = conversation.messages, conversation.answers[-1]
-            prompt = template.render(messages[:last], conversation.tools, ask=True)
+            prompt = template.prompt(messages[:last], conversation.tools)
         except formats.Unusable:
             continue
         beside.check_text(prompt, place)
-        question = messages[last - 1]["content"]
+        question, reference = (messages[at]["content"] or "" for at in (last - 1, last))
         scored = len(problems) < config.eval.problems
-        if scored and answers.final_number(messages[last]["content"]) is None:
+        if scored and answers.final_number(reference) is None:
             raise DataError(
                 f"eval.problems: {place}: its answer holds no `#### N`, so none can be checked; set eval.problems=0"
             )
         if len(tokenizer(prompt, add_special_tokens=False).input_ids) > config.model.max_length:
             too_long += 1
             continue
-        problems.append(Problem(question, prompt, messages[last]["content"]))
+        problems.append(Problem(question, prompt, reference))
     if too_long:
         warn(
             f"{too_long} of the held-out problems are not asked: longer than model.max_length={config.model.max_length}"
