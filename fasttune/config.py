@@ -6,6 +6,7 @@ All defaults live here. Units are in the names; `auto` is resolved by plan.py, w
 """
 
 import difflib
+import os
 import re
 from pathlib import Path
 from typing import Any, Literal
@@ -36,6 +37,7 @@ FORMATS = (
     "alpaca",
     "text",
 )
+LOSSES = ("content", "reasoning", "tool_calls", "tools", "tool_turns")  # what a chat template may leave out of a row
 SEVEN_PROJECTIONS = ["q_proj", "k_proj", "v_proj", "o_proj", "gate_proj", "up_proj", "down_proj"]
 
 
@@ -89,6 +91,12 @@ class DataConfig(Section):
     )
     too_long: Literal["truncate", "drop", "split"] = Field(
         "truncate", description="rows of more tokens than model.max_length"
+    )
+    allow_lost: list[Literal[*LOSSES]] = Field(  # type: ignore[valid-type]
+        default_factory=list, description="parts of a row that the chat template may leave out: else an error"
+    )
+    control_tokens: Literal["keep", "text"] = Field(
+        "keep", description="<|im_end|> and the like in what a turn says: control tokens, or the text they are"
     )
 
     @property
@@ -233,7 +241,7 @@ class Config(Section):
 
 def looks_like_hub(source: str) -> bool:
     """Whether a source that is no file would be taken for a hub id, owner/name."""
-    return not source.startswith(("builtin:", ".", "/", "~")) and source.count("/") == 1 and not Path(source).exists()
+    return not source.startswith(("builtin:", ".", "/", "~")) and source.count("/") == 1 and not os.path.exists(source)
 
 
 def load(path: str | Path, overrides: list[str] | None = None) -> Config:

@@ -8,6 +8,11 @@ FasttuneError          one line on stderr: what, where, how to mend it; exit 2
 └── RunFailed          the run itself failed (not the user's input); exit 1
 """
 
+import reprlib
+
+_beginning = reprlib.Repr()
+_beginning.maxstring = _beginning.maxother = 60
+
 
 class FasttuneError(Exception):
     """A problem that the person at the keyboard can mend; the message says how."""
@@ -54,3 +59,9 @@ def kind_and_line(error: BaseException) -> str:
 def last_line(text: str, otherwise: str) -> str:
     """The last line of what a program printed that says something: where a traceback has its error."""
     return next((line.strip() for line in reversed(text.splitlines()) if line.strip()), otherwise)
+
+
+def short(value: object) -> str:
+    """The kind of a value and its beginning, however long it is and however deeply nested."""
+    shown = _beginning.repr(value)
+    return f"{type(value).__name__} {shown if len(shown) <= 60 else shown[:60] + '…'}"

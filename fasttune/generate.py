@@ -57,7 +57,7 @@ class Speaker:
         if self.raw or self.template is None:
             bos = self.tokenizer.bos_token if self.tokenizer("x").input_ids[:1] == [self.tokenizer.bos_token_id] else ""
             return (bos or "") + messages[-1]["content"]
-        return self.template.render(messages, tools, ask=True)
+        return self.template.prompt(messages, tools)
 
     def length(self, prompt: str) -> int:
         """Tokens of a prompt. Raises Unusable where no room is left for an answer."""

@@ -16,6 +16,7 @@ from typing import Any
 from fasttune import cache, hub, pretrained
 from fasttune.config import LoraConfig, ModelConfig
 from fasttune.cpu import memory
+from fasttune.data import sandbox
 from fasttune.errors import ModelError
 
 # Before the import: no usage statistics, no telemetry, no unsloth_compiled_cache/ in the current folder.
@@ -26,7 +27,7 @@ os.environ.setdefault("TOKENIZERS_PARALLELISM", "false")  # else tokenizers warn
 memory.ask_for_huge_pages()
 logging.getLogger("torch.utils._pytree").setLevel(logging.ERROR)  # torchao's registrations warn at every import
 
-from unsloth import FastLanguageModel
+from unsloth import FastLanguageModel, tokenizer_utils
 
 import peft
 import safetensors
@@ -34,6 +35,9 @@ import torch
 import transformers
 
 transformers.utils.logging.disable_progress_bar()
+# A chat template is a stranger's program: bounded wherever it runs, and as `fasttune data` shows it, never repaired.
+transformers.utils.chat_template_utils._compile_jinja_template = sandbox.Bounded
+tokenizer_utils.fix_chat_template = lambda tokenizer: tokenizer.chat_template
 
 
 def load(config: ModelConfig, dtype: str, gradient_checkpointing: str, full: bool, seed: int) -> tuple[Any, Any]:

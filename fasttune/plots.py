@@ -57,7 +57,7 @@ def _held_out(steps: Sequence[StepMetrics], held_out: HeldOut | None) -> list[tu
         return []
     if held_out.before:
         seen.insert(0, (0, held_out.before.loss))
-    note = f"{held_out.rows:,} rows that are not trained on"
+    note = f"{held_out.rows:,} held-out rows"
     return [("Held-out loss", note, line_plot([x for x, _ in seen], [[y for _, y in seen]]))]
 
 

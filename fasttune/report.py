@@ -128,7 +128,7 @@ def _held_out(result: RunResult) -> list[Figure]:
     if seen is None or seen.after is None:
         return []
     before, after, best = seen.before, seen.after, seen.best
-    note = f"{seen.rows:,} rows, not trained on; first guess right: "
+    note = f"{seen.rows:,} held-out rows; first guess right: "
     note += f"{percent(before.token_accuracy)} → " if before else ""
     note += f"{percent(after.token_accuracy)} of tokens"
     if best and best.step != after.step:

@@ -9,6 +9,7 @@ from pathlib import Path
 import pytest
 
 from fasttune import cli, config
+from fasttune.errors import DataError
 from fasttune.training import prepare
 
 TINY = "model: {name: builtin:tiny}\ndata: {train: builtin:arithmetic}\n"
@@ -66,6 +67,17 @@ def test_held_out_rows_are_looked_at_in_their_own_split(tmp_path: Path) -> None:
     (tmp_path / "rows.jsonl").write_text('{"text": "a"}\n')
     data = {"train": "owner/name", "split": "validation", "eval": str(tmp_path / "rows.jsonl")}
     prepare.check(config.parse({"model": {"name": "builtin:tiny"}, "data": data}))
+
+
+def test_names_of_columns_that_no_source_has_are_refused(tmp_path: Path) -> None:
+    for name in ("a", "b"):
+        (tmp_path / f"{name}.jsonl").write_text('{"text": "a"}\n')
+    sources = {str(tmp_path / "a.jsonl"): 1.0, str(tmp_path / "b.jsonl"): 1.0}
+    for columns in ({"text": "body"}, {"question": "ask", "answer": "say"}):
+        with pytest.raises(DataError, match=f"data.columns: no source has {', '.join(columns.values())}"):
+            prepare.check(
+                config.parse({"model": {"name": "builtin:tiny"}, "data": {"train": sources, "columns": columns}})
+            )
 
 
 def test_debug_shows_the_traceback(tmp_path: Path) -> None:

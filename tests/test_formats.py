@@ -4,7 +4,7 @@ from typing import Any
 
 import pytest
 
-from fasttune.data import formats
+from fasttune.data import beside, formats
 from fasttune.data.formats import Conversation, Unusable
 from fasttune.errors import DataError
 
@@ -22,6 +22,7 @@ def convert(row: dict[str, Any]) -> Conversation | str:
 
 
 QUESTION, ANSWER = turn("user", "q"), turn("assistant", "a")
+WORDLESS = {"role": "assistant", "content": None, "tool_calls": CALL}
 SYSTEM, PAIR = turn("system", "s"), [QUESTION, ANSWER]
 
 
@@ -48,18 +49,18 @@ SYSTEM, PAIR = turn("system", "s"), [QUESTION, ANSWER]
                     {"from": "human", "value": "q"},
                     {"from": "gpt", "value": "a"},
                     {"from": "observation", "value": "seen"},
-                    {"from": "function_call", "value": "f"},
+                    {"from": "function_call", "value": '{"name": "add", "arguments": {"a": 1}}'},
                 ]
             },
-            [SYSTEM, *PAIR, turn("tool", "seen"), turn("assistant", "f")],
+            [SYSTEM, *PAIR, turn("tool", "seen"), WORDLESS],
             [2, 4],
         ),
         ({"messages": [SYSTEM, *PAIR, *PAIR]}, [SYSTEM, *PAIR, *PAIR], [2, 4]),
         ({"messages": [turn("developer", "d"), *PAIR]}, [turn("developer", "d"), *PAIR], [2]),
         ({"messages": [QUESTION, ANSWER | {"weight": 0}, QUESTION, ANSWER | {"weight": 1}]}, PAIR * 2, [3]),
         (
-            {"messages": [QUESTION | {"name": None}, {"role": "assistant", "content": None, "tool_calls": CALL}]},
-            [QUESTION, turn("assistant", "", tool_calls=CALL)],
+            {"messages": [QUESTION | {"name": None}, {"role": "assistant", "tool_calls": CALL}]},
+            [QUESTION, WORDLESS],
             [1],
         ),
         (
@@ -117,10 +118,17 @@ def test_columns_are_renamed() -> None:
         ({"messages": ["hello"]}, "a turn needs a role .*found str 'hello'"),
         ({"messages": [turn("robot", "x")]}, "a turn needs a role .*robot"),
         ({"messages": [turn("user", "x"), {"role": ["assistant"]}]}, "a turn needs a role"),
-        ({"messages": [{"role": "user", "content": [{"type": "image_url", "image_url": "x"}]}, ANSWER]}, "images"),
+        ({"messages": [{"role": "user", "content": [{"type": "image_url", "image_url": "x"}]}, ANSWER]}, "pictures"),
         ({"messages": [{"role": "user", "content": 3}, ANSWER]}, "content is int 3"),
         ({"messages": PAIR, "tools": "no json"}, "tools is str 'no json'"),
         ({"messages": PAIR, "tools": ["add"]}, "tools is list"),
+        ({"messages": PAIR, "tools": "[" * 100_000}, "tools is str .*nested too deeply"),
+        ({"messages": [QUESTION, ANSWER | {"tool_calls": 7}]}, "a tool call is int 7"),
+        ({"messages": [QUESTION, ANSWER | {"tool_calls": [{"function": {"name": 3}}]}]}, "a tool call is dict"),
+        (
+            {"messages": [QUESTION, ANSWER | {"function_call": {"name": "add", "arguments": "[" * 100_000}}]},
+            "the arguments of a call of add are nested too deeply",
+        ),
         ({"conversations": [{"from": "alien", "value": "x"}]}, "a turn needs `from` .*alien"),
         ({"conversations": [{"from": ["human"], "value": "x"}]}, "a turn needs `from`"),
         ({"conversations": [{"from": "human", "value": None}]}, "a turn needs `from`"),
@@ -159,6 +167,10 @@ def test_a_long_value_is_cut_in_the_message() -> None:
         ({"messages": [*PAIR, QUESTION, turn("assistant", "")]}, "empty answer"),
         ({"conversations": [{"from": "human", "value": "q"}, {"from": "gpt", "value": ""}]}, "empty answer"),
         ({"question": "q", "answer": ""}, "empty answer"),
+        (
+            {"conversations": [{"from": "human", "value": "q"}, {"from": "function_call", "value": "f"}]},
+            "a function_call turn that is no JSON of name and arguments",
+        ),
         ({"question": "q", "answer": None}, "empty answer"),
         ({"instruction": "q", "output": " "}, "empty answer"),
         ({"instruction": "q", "output": "a", "history": [["q", ""]]}, "empty answer"),
@@ -180,3 +192,163 @@ def test_tool_arguments_as_json_text_become_an_object() -> None:
     assert isinstance(found, formats.Conversation)
     assert found.messages[1]["tool_calls"][0]["function"]["arguments"] == {"a": 1}
     assert call["function"]["arguments"] == '{"a": 1}', "the row itself is left alone"
+
+
+WRONG = {"role": "assistant", "content": "WRONG"}
+GPT = {"from": "gpt", "value": "WRONG"}
+
+
+@pytest.mark.parametrize(
+    "flag",
+    [{"weight": 0}, {"weight": "0"}, {"train": False}, {"loss": "false"}, {"loss_weight": 0.0}, {"masked": True}],
+)
+def test_a_turn_that_says_so_is_not_trained_on(flag: dict[str, Any]) -> None:
+    human = {"from": "human", "value": "q"}
+    other = {"from": "gpt", "value": "a"} | dict.fromkeys(flag)  # as Parquet fills it
+    for row in (
+        {"messages": [QUESTION, WRONG | flag, QUESTION, ANSWER | {"weight": 1, "train": True}]},
+        {"conversations": [human, GPT | flag, human, other]},
+        {"prompt": [QUESTION], "completion": [WRONG | flag, QUESTION, ANSWER]},
+    ):
+        found = convert(row)
+        assert isinstance(found, Conversation)
+        assert found.messages == [QUESTION, WRONG, QUESTION, ANSWER]  # templates see no flag
+        assert (found.answers, found.left_out) == ([3], True)
+
+
+@pytest.mark.parametrize(
+    ("turn_of", "told"),
+    [
+        ({"train_detail": [{"begin_offset": 0}]}, "a turn has train_detail, which is not known"),
+        ({"loss_mask": 1}, "a turn has loss_mask"),
+        ({"weight": 0.5}, "weight is float 0.5; it can be 1 or true, 0 or false"),
+        ({"train": "maybe"}, "train is str 'maybe'"),
+        ({"content": [{"type": "text", "text": "a", "loss_weight": 0}]}, "a part of a turn has weight 0"),
+        ({"content": [{"type": "reasoning", "text": "a"}]}, "'reasoning'.*reasoning_content of the turn"),
+        ({"content": [{"type": "input_audio", "data": "a"}]}, "'input_audio'.*sound and video cannot be used"),
+        ({"content": [{"type": "text", "words": "a"}]}, "which holds no text"),
+        ({"content": ["a"]}, "a part of a turn is str 'a'; expected"),
+        ({"tool_calls": 7}, "a tool call is int 7"),
+    ],
+)
+def test_what_a_turn_says_and_we_do_not_follow_is_named(turn_of: dict[str, Any], told: str) -> None:
+    with pytest.raises(DataError, match=f"^data: {PLACE}: .*{told}") as caught:
+        convert({"messages": [QUESTION, ANSWER | turn_of]})
+    assert len(str(caught.value)) < 300
+
+
+@pytest.mark.parametrize("key", ["text", "value", "content"])
+def test_text_parts_of_other_tools_are_read(key: str) -> None:
+    parts = [{"type": "text", key: "q", "image": None}, {"type": "input_text", "text": "r"}]
+    parts.append({"type": "text"})  # of Parquet, where its text was null
+    found = convert({"messages": [{"role": "user", "content": parts}, ANSWER]})
+    assert isinstance(found, Conversation) and found.messages[0]["content"] == "qr"
+
+
+@pytest.mark.parametrize(
+    "row",
+    [
+        {"messages": PAIR},
+        {"conversations": [{"from": "human", "value": "q"}, {"from": "gpt", "value": "a"}], "tools": "[]"},
+        {"question": "q", "answer": "a"},
+        {"query": "q", "response": "a"},
+        {"prompt": "q", "completion": "a"},
+        {"prompt": [QUESTION], "completion": [ANSWER]},
+        {"instruction": "q", "output": "a"},
+    ],
+)
+def test_system_and_history_stand_beside_any_form(row: dict[str, Any]) -> None:
+    found = convert({**row, "system": "s", "history": '[["q1", "a1"]]'})
+    assert isinstance(found, Conversation)
+    assert found.messages == [SYSTEM, turn("user", "q1"), turn("assistant", "a1"), *PAIR]
+    assert found.answers == ([4] if isinstance(row.get("prompt"), list) else [2, 4])  # what a prompt holds is only read
+    assert convert({**row, "system": " ", "history": ""}) == convert({**row, "system": None})
+
+
+def test_a_system_turn_goes_before_the_column() -> None:
+    found = convert({"messages": [SYSTEM, *PAIR], "system": "other", "history": [["q1", "a1"]]})
+    assert isinstance(found, Conversation)
+    assert found.messages == [SYSTEM, turn("user", "q1"), turn("assistant", "a1"), *PAIR]
+
+
+@pytest.mark.parametrize("form", [{"messages": PAIR}, {"prompt": "q", "completion": "a"}, {"text": "a"}])
+@pytest.mark.parametrize(
+    ("more", "told"),
+    [
+        ({"chosen": "a", "rejected": "b"}, r"is preference data \(chosen, rejected\)"),
+        ({"rejected_response": "b"}, r"is preference data \(rejected_response\).*remove such columns"),
+        ({"label": False}, "is preference data: label is false.*keep the rows where it is true"),
+        ({"label": "False"}, ".*label is false"),
+        ({"kto_tag": False}, ".*kto_tag is false"),
+        ({"images": ["a.png"]}, "has images: pictures, sound and video cannot be used"),
+        ({"image": {"bytes": b"x"}}, "has image: "),
+        ({"audio_path": "a.wav"}, "has audio_path: "),
+        ({"videos": ["a.mp4"]}, "has videos: "),
+    ],
+)
+def test_rows_that_would_teach_something_else_are_refused_by_name(
+    form: dict[str, Any], more: dict[str, Any], told: str
+) -> None:
+    with pytest.raises(DataError, match=f"^data: {PLACE} {told}") as caught:
+        beside.check(form | more, PLACE)
+    assert len(str(caught.value)) < 300
+    empty: dict[str, Any] = {name: [] if isinstance(value, list) else None for name, value in more.items()}
+    beside.check(form | empty | {"label": True, "images": [None], "imagery": "x", "score": 0}, PLACE)
+
+
+def test_chosen_answers_can_be_asked_for_by_name() -> None:
+    row = {"prompt": "q", "chosen": "a", "rejected": "b", "kto_tag": True}
+    with pytest.raises(DataError, match=r"set data.columns=\{completion: chosen\}"):
+        beside.check(row, PLACE)
+    renamed = formats.rename(row, {"completion": "chosen"}, PLACE)
+    beside.check(renamed, PLACE)
+    assert renamed == {"prompt": "q", "completion": "a", "kto_tag": True}
+    with pytest.raises(DataError, match=r"set data.columns=\{messages: chosen\}"):
+        beside.check({"prompt": "q", "chosen": PAIR, "rejected": PAIR}, PLACE)
+
+
+def test_a_row_can_be_marked_as_a_whole() -> None:
+    for flag in ({"weight": 0}, {"train": False}, {"loss": "0"}):
+        with pytest.raises(Unusable, match="^marked as not to be trained on$"):
+            convert({"question": "q", "answer": "a", **flag})
+    assert convert({"question": "q", "answer": "a", "weight": 0.7}) == convert({"question": "q", "answer": "a"})
+
+
+@pytest.mark.parametrize(
+    ("turns", "more"),
+    [
+        ([ANSWER | {"tool_calls": []}], {}),  # an empty list is no call
+        ([ANSWER | {"tool_calls": "", "function_call": None}], {}),
+        ([{"role": "assistant", "tool_calls": [CALL[0]["function"]]}], {"tool_calls": CALL}),
+        ([{"role": "assistant", "function_call": {"name": "add", "arguments": '{"a": 1}'}}], {"tool_calls": CALL}),
+    ],
+)
+def test_calls_come_in_todays_form(turns: list[dict[str, Any]], more: dict[str, Any]) -> None:
+    found = convert({"messages": [QUESTION, *turns]})
+    assert isinstance(found, Conversation)
+    assert found.messages[1] == (ANSWER if not more else {"role": "assistant", "content": None, **more})
+
+
+def test_functions_are_tools_and_their_answers_come_from_a_tool() -> None:
+    turns = [{"role": "assistant", "function_call": CALL[0]["function"]}, turn("function", "2", name="add"), ANSWER]
+    found = convert({"messages": [QUESTION, *turns], "functions": [TOOL["function"]]})
+    assert isinstance(found, Conversation)
+    assert (found.tools, found.messages[2]) == ([TOOL], turn("tool", "2", name="add"))
+    bare = convert({"messages": PAIR, "tools": [TOOL["function"]]})
+    assert isinstance(bare, Conversation) and bare.tools == [TOOL]
+
+
+def test_what_a_function_call_turn_thinks_is_kept() -> None:
+    said = "<think>add them</think>\n" + '[{"name": "add", "arguments": {"a": 1}}]'
+    found = convert({"conversations": [{"from": "human", "value": "q"}, {"from": "function_call", "value": said}]})
+    assert isinstance(found, Conversation)
+    assert found.messages[1] == WORDLESS | {"content": "<think>add them</think>"}
+
+
+@pytest.mark.parametrize(
+    ("said", "arguments"), [("", {}), (None, {}), ('{"a": "1"}', {"a": "1"}), ("no json", "no json")]
+)
+def test_arguments_are_an_object_where_they_can_be(said: str | None, arguments: Any) -> None:
+    found = convert({"messages": [QUESTION, ANSWER | {"tool_calls": [{"function": {"name": "f", "arguments": said}}]}]})
+    assert isinstance(found, Conversation)
+    assert found.messages[1]["tool_calls"] == [{"type": "function", "function": {"name": "f", "arguments": arguments}}]

@@ -11,12 +11,12 @@ PACKAGE = Path("fasttune")
 # Lowest first. A module imports only from rows above its own.
 LAYERS = [
     {"errors"},
-    {"cache", "checkpoint", "hardware", "hub", "memory", "merge_check", "metrics", "publish", "quiet"},
+    {"cache", "checkpoint", "hardware", "hub", "memory", "metrics", "publish", "quiet"},
     {"config", "plots", "shape", "stack"},
     {"builtin", "data", "memory_forecast", "output", "report", "rules"},
     {"decoding", "live", "plan", "pretrained", "rows_attention", "terminal"},
     {"forecast", "model"},
-    {"finished", "fused_lora", "packed", "samples", "tasks"},
+    {"finished", "fused_lora", "merge_check", "packed", "samples", "tasks"},
     {"card", "harness", "merge", "prepare", "questions"},
     {"generate", "merge_command", "preview", "state", "tracking", "validation", "view"},
     {"generate_command", "trainer", "view_page"},

@@ -4,6 +4,9 @@ import csv
 import gzip
 import io
 import json
+import os
+import subprocess
+import sys
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
@@ -276,3 +279,102 @@ def test_a_csv_column_named_twice_is_refused(tmp_path: Path) -> None:
     path.write_text("question,answer,answer\na,b,c\n")
     with pytest.raises(DataError, match="line 1 names a column twice"):
         list(sources.read(str(path), "train"))
+    table = pyarrow.table([["a"], ["b"], ["c"]], names=["question", "answer", "answer"])
+    pyarrow.parquet.write_table(table, tmp_path / "rows.parquet")
+    assert "names a column twice" in refused(str(tmp_path / "rows.parquet"))
+
+
+@pytest.mark.parametrize("encoding", ["utf-16", "utf-16-le", "utf-32"])
+@pytest.mark.parametrize("ending", ["jsonl", "json", "csv", "jsonl.gz"])
+def test_wide_encodings_are_named_with_the_right_remedy(tmp_path: Path, encoding: str, ending: str) -> None:
+    content = as_csv(ROWS) if ending == "csv" else jsonl(ROWS)
+    told = refused(write(tmp_path / f"rows.{ending}", content.decode().encode(encoding)))
+    assert f"iconv -f {encoding.replace('-le', 'le')} -t utf-8" in told
+
+
+@pytest.mark.parametrize(("mark", "name"), [(";", "semicolons"), ("\t", "tabs"), ("|", "bars")])
+def test_other_separators_are_named_with_a_command_that_helps(tmp_path: Path, mark: str, name: str) -> None:
+    old, new = tmp_path / "rows.csv", tmp_path / "new.csv"
+    old.write_text(f'question{mark}answer\nName it.{mark}"The Tagus, of course."\n')
+    told = refused(str(old))
+    assert f"line 1 is separated by {name}" in told and len(told) - len(str(old)) < 240
+    command = told[told.index("python -c") :].replace("python", sys.executable, 1)
+    command = command.replace("<OLD", f"<{old}").replace(">NEW", f">{new}")
+    subprocess.run(command, shell=True, check=True)
+    assert read(str(new)) == [{"question": "Name it.", "answer": "The Tagus, of course."}]
+
+
+def test_what_save_to_disk_wrote_is_named_with_commands_that_help(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    import datasets
+
+    made = datasets.Dataset.from_list(ROWS)
+    made.save_to_disk(str(tmp_path / "one"))
+    datasets.DatasetDict({"train": made}).save_to_disk(str(tmp_path / "dict"))
+    monkeypatch.chdir(tmp_path)
+    for source in ("one", "dict", "one/data-00000-of-00001.arrow"):
+        told = refused(str(tmp_path / source))
+        assert ("folder that save_to_disk wrote" in told) == ("arrow" not in source)
+        code = told[told.index('python -c "') + len('python -c "') : told.rindex('"')]
+        exec(code.replace("FOLDER", source).replace("FILE", source))
+        assert read("rows.parquet") == ROWS
+        Path("rows.parquet").unlink()
+
+
+def test_values_of_unused_columns_are_not_read(tmp_path: Path) -> None:
+    """A date beyond Python's, a time zone nobody knows, bytes that are no text; in JSON an integer too long for int."""
+    table = pyarrow.table(
+        {
+            "question": ["q", "r"],
+            "day": pyarrow.array([1 << 30, 1], pyarrow.date32()),
+            "time": pyarrow.array([1, 2], pyarrow.timestamp("us", tz="Mars/Olympus")),
+            "mine": ["a", "b"],
+            "raw": pyarrow.StringArray.from_buffers(
+                2, pyarrow.py_buffer(b"\0\0\0\0\1\0\0\0\2\0\0\0"), pyarrow.py_buffer(b"\xff\xfe")
+            ),
+        }
+    )
+    pyarrow.parquet.write_table(table, tmp_path / "rows.parquet")
+    source = str(tmp_path / "rows.parquet")
+    unread = dict.fromkeys(("day", "time", "raw"), "not read")
+    assert read(source) == [
+        {"question": "q", "mine": "not read", **unread},
+        {"question": "r", "mine": "not read", **unread},
+    ]
+    (chunk,) = sources.read(source, "train", also=["mine"])
+    assert [row["mine"] for _, _, row in chunk.numbered()] == ["a", "b"]
+    with pytest.raises(DataError, match="rows.parquet row 1: raw cannot be read .*codec can't decode byte 0xff"):
+        list(sources.read(source, "train", also=["raw"]))
+    pyarrow.parquet.write_table(table.select(["day"]), tmp_path / "rows.parquet")
+    assert read(source) == [{"day": "not read"}] * 2
+    digits = "9" * 5000
+    row = read(write(tmp_path / "rows.jsonl", f'{{"text": "a", "id": {digits}, "n": -1}}\n'.encode()))[0]
+    assert (row["text"], str(row["id"]), row["n"], type(row["n"])) == ("a", digits, -1, int)
+
+
+def test_a_source_says_how_far_it_is_read(tmp_path: Path) -> None:
+    for ending, content in (("csv", as_csv), ("json", as_json), ("csv.gz", as_csv)):
+        source = write(tmp_path / f"rows.{ending}", content([{"text": "x" * 50}] * 2000))
+        first, last = (chunk.done for chunk in files.read(source, Path(source)))
+        assert 0 < first <= last == 1, ending
+
+
+def test_a_folder_that_cannot_be_entered_is_named(tmp_path: Path) -> None:
+    closed = tmp_path / "closed"
+    closed.mkdir()
+    source = write(closed / "rows.jsonl", jsonl(ROWS))
+    closed.chmod(0)
+    me = os.geteuid()
+    try:
+        if me == 0:
+            os.seteuid(65534)  # root may enter any folder
+        with pytest.raises(DataError, match="rows.jsonl cannot be reached: a folder on its way cannot be entered"):
+            sources.check(source)
+    finally:
+        os.seteuid(me)
+        closed.chmod(0o700)
+    with pytest.raises(DataError, match="no file"):
+        sources.check("~nobody-of-that-name/rows.jsonl")
+    with pytest.raises(DataError, match="no file"):
+        sources.check("x" * 300 + ".jsonl")

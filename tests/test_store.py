@@ -18,7 +18,7 @@ from fasttune.data import arithmetic, files, load, sources, store
 from fasttune.data.files import Chunk
 from fasttune.data.tokens import Recipe
 from fasttune.errors import DataError
-from fasttune.previews import preview
+from fasttune.previews import preview, view
 
 GOOD = {"question": "q", "answer": "a"}
 EMPTY = {"question": "an empty one", "answer": ""}
@@ -315,6 +315,62 @@ def test_a_wrong_file_is_one_clear_line(
     with pytest.raises(DataError, match=told) as caught:
         encode(tiny_tokenizer, write(tmp_path / "rows.jsonl", rows), **data)
     assert "\n" not in str(caught.value)
+
+
+def held_out(tokenizer: Any, asked: config.Config) -> Any:
+    made = load.encode(asked, tokenizer, True, lambda what, share: None)
+    return load.held_out(asked, tokenizer, made, lambda what, share: None)
+
+
+def test_each_source_has_its_own_form_and_columns(tmp_path: Path, cache: Path, tiny_tokenizer: Any) -> None:
+    messages = [{"messages": [{"role": "user", "content": "q"}, {"role": "assistant", "content": "a"}]}]
+    talk = write(tmp_path / "talk.jsonl", messages * 4)
+    good = write(tmp_path / "good.jsonl", [GOOD] * 3)
+    mapped = write(tmp_path / "mapped.jsonl", [{"problem": "q", "solution": "a"}] * 3)
+    columns = {"question": "problem", "answer": "solution"}
+    for train, data, form in (
+        (talk, {"eval": good}, "auto"),  # written out, it would be the form of the held-out rows too
+        (talk, {"eval": good, "format": "messages"}, "messages"),
+        (mapped, {"eval": good, "columns": columns}, "question_answer"),
+        (mapped, {"eval": talk, "columns": columns}, "auto"),
+        ({talk: 1.0, mapped: 1.0}, {"eval": good, "columns": columns}, "auto"),
+        (talk, {"eval": "builtin:arithmetic"}, "auto"),
+    ):
+        asked = settings(train, **data)
+        resolved = load.with_format(asked)
+        assert resolved.data.format == form
+        rows, warnings = held_out(tiny_tokenizer, resolved)
+        copies = "builtin" not in data["eval"]
+        assert (len(rows), len(warnings)) == ({good: 3, talk: 4}.get(data["eval"], 64), copies)
+        same = len(rows)
+        assert not copies or warnings[0].startswith(
+            f"of {same} held-out rows {same} have a prompt that is trained on, {same}"
+        )
+        from fasttune.training import samples
+
+        resolved.samples = 2
+        made = load.encode(resolved, tiny_tokenizer, True, lambda what, share: None)
+        assert [problem.reference for problem in samples.read(resolved, tiny_tokenizer, made, print)][:1] != []
+
+
+def test_problems_that_are_asked_are_compared_too(tmp_path: Path, cache: Path, tiny_tokenizer: Any) -> None:
+    rows = [{"question": f"q{i}", "answer": f"#### {i}"} for i in range(6)]
+    trained, held = write(tmp_path / "a.jsonl", rows), write(tmp_path / "b.jsonl", rows)
+    tree = {"model": {"name": "builtin:tiny"}, "data": {"train": trained, "eval": held}}
+    measured, warnings = held_out(tiny_tokenizer, config.parse(tree | {"eval": {"every": "never", "problems": 5}}))
+    assert measured == [] and warnings[0].startswith("of 5 held-out rows 5")
+    measured, warnings = held_out(tiny_tokenizer, config.parse(tree | {"eval": {"rows": 2, "problems": 5}}))
+    assert len(measured) == 2 and warnings[0].startswith("of 5 held-out rows 5")
+
+
+@pytest.mark.parametrize("command", ["data", "plan"])
+def test_data_and_plan_refuse_the_held_out_rows_that_train_would(
+    unsloth: None, tmp_path: Path, cache: Path, command: str
+) -> None:
+    held = write(tmp_path / "held.jsonl", [GOOD, {**GOOD, "label": False}])
+    asked, quiet = settings("builtin:arithmetic", eval=held), terminal.Reporter(quiet=True)
+    with pytest.raises(DataError, match="held.jsonl line 2 is preference data"):
+        preview.look(asked, None, quiet) if command == "plan" else view.look(asked, 0, quiet)
 
 
 @pytest.fixture

@@ -223,3 +223,50 @@ def test_a_sentencepiece_like_tokenizer_keeps_its_first_word() -> None:
     recipe = words(raw)
     block = encode(recipe, [chat(("Hi you", " Hello you"), ("Hi", "you Hello"))])
     assert learned_text(recipe, block) == [" Hello you" + END + "you Hello" + END]
+
+
+def test_half_a_character_is_named(tiny_recipe: Recipe) -> None:
+    with pytest.raises(DataError, match=r"rows.jsonl row 2 holds half a character, \\ud83d after .*é b '") as caught:
+        encode(tiny_recipe, [chat(("q", "é 😀")), chat(("q", "é b \ud83d"))])
+    assert str(caught.value).isprintable()
+
+
+def test_turns_not_to_be_trained_on_and_every_token_contradict_each_other(tiny_recipe: Recipe) -> None:
+    row = chat(("q", "wrong"), ("q", "right"))
+    row["messages"][1]["train"] = False
+    assert learned_text(tiny_recipe, encode(tiny_recipe, [row])) == ["right" + END]
+    with pytest.raises(DataError, match="row 1 has turns not to be trained on, which data.train_on=all would ignore"):
+        encode(replace(tiny_recipe, train_on="all"), [row])
+
+
+def test_bad_answers_are_refused_in_any_row(tiny_recipe: Recipe) -> None:
+    with pytest.raises(DataError, match="row 2 is preference data: label is false"):
+        encode(tiny_recipe, [{**chat(("q", "a")), "label": label} for label in (True, False)])
+
+
+def test_what_is_not_used_is_counted_and_named(tiny_recipe: Recipe) -> None:
+    turns = [{"from": "system", "value": "s"}, {"from": "human", "value": "<image>", "train": True, "id": 7}]
+    row = {"conversations": [*turns, {"from": "gpt", "value": "a", "id": None}], "system": "other", "source": "web"}
+    rows = [row, {**row, "source": None, "system": "s"}]
+    counts = encode(replace(tiny_recipe, form="conversations"), rows).counts
+    assert {name: n for name, n in counts.items() if name != "rows"} == {
+        "not used: column source": 1,
+        "not used: column system beside a system turn": 1,
+        "not used: id of a turn": 2,
+        "not used: train: true of a human turn": 2,
+        "only text: <image>": 2,
+    }
+
+
+@pytest.mark.parametrize("too_long", ["truncate", "drop", "split"])
+def test_a_row_longer_than_a_window_is_cut_as_any_other(
+    tiny_recipe: Recipe, too_long: str, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    recipe = replace(tiny_recipe, too_long=too_long, max_length=200)
+    rows = [chat(("q" * 90, "été " * 300), ("r", "b" * 700)), chat(("q", "a"))]
+    at_once = encode(recipe, rows)
+    monkeypatch.setattr(tokens.long_texts, "WINDOW", 400)
+    monkeypatch.setattr(tokens.long_texts, "OVERLAP", 80)
+    in_windows = encode(recipe, rows)
+    assert (in_windows.ids.tolist(), in_windows.learned.tolist()) == (at_once.ids.tolist(), at_once.learned.tolist())
+    assert (in_windows.lengths.tolist(), in_windows.counts) == (at_once.lengths.tolist(), at_once.counts)

@@ -138,6 +138,26 @@ def test_several_sets_with_weights_and_a_hold_out(unsloth: None, tmp_path: Path)
     assert [problem.question for problem in job.problems] == [QUESTION]
 
 
+def test_the_quickstart_takes_rows_of_any_form(unsloth: None, tmp_path: Path) -> None:
+    """Its held-out rows are built in, and of another form."""
+    file = write(tmp_path / "mine.jsonl", [ROWS["messages"]] * 4)
+    changes = ["model.name=builtin:tiny", f"output_dir={tmp_path}/run", "train.max_steps=1", "eval.problems=2"]
+    settings = config.load("configs/quickstart.yaml", [f"data.train={file}", *changes])
+    from fasttune import train as training
+
+    result = training.run(settings, terminal.Reporter(quiet=True))
+    assert (result.status, result.held_out.rows, result.exact_match.problems) == ("completed", 32, 2)
+    assert config.load(tmp_path / "run" / "config.yaml").data.format == "auto"  # fed back, it is read the same way
+
+
+def test_held_out_rows_that_are_trained_on_are_warned_of(unsloth: None, tmp_path: Path) -> None:
+    rows = [{"question": f"{i} + {i}?", "answer": str(2 * i)} for i in range(4)]
+    held = write(tmp_path / "held.jsonl", [*rows[:2], {"question": "9?", "answer": "9"}])
+    result = train(write(tmp_path / "rows.jsonl", rows), eval=str(held))
+    assert [warning for warning in result.warnings if warning.startswith("of 3 held-out rows 2 have a prompt")]
+    assert "not trained on" not in (tmp_path / "run" / "report.html").read_text()
+
+
 def test_a_preparation_is_named_once_in_a_log() -> None:
     import io
 

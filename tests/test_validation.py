@@ -34,7 +34,7 @@ def reference(folder: Path) -> tuple[float, float, int]:
     tuned = peft.PeftModel.from_pretrained(base, folder / "adapter").eval()
     tokenizer = model.transformers.AutoTokenizer.from_pretrained(folder / "adapter")
     settings = config.load(folder / "config.yaml")
-    form = load.form_of(settings, "builtin:arithmetic")
+    form, _ = load.form_of(settings, "builtin:arithmetic")
     encoder = tokens.Encoder(tokens.recipe_of(tokenizer, form, {}, "assistant", 256, "truncate"))
     (chunk,) = sources.read("builtin:arithmetic", "test", max_rows=10)
     block = encoder.encode(chunk)

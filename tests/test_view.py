@@ -79,7 +79,7 @@ class Letters:
 
 def measured(batches: Batches, rows: int = 0, **train: Any) -> view.Figures:
     settings = config.parse({"model": {"name": "m"}, "data": {"train": "rows.jsonl"}, "train": train})
-    return view.measure(settings, Letters(), [], batches, rows)
+    return view.measure(settings, Letters(), [], batches, rows, [])
 
 
 def test_the_command_shows_the_mask_of_its_rows(folder: Path) -> None:

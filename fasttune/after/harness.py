@@ -22,6 +22,8 @@ from lm_eval import evaluator
 from lm_eval.models.huggingface import HFLM
 from lm_eval.tasks import TaskManager
 
+from fasttune.data import chat
+from fasttune.data.formats import Unusable
 from fasttune.errors import DataError, FasttuneError, OutputError
 
 FEWSHOT_SEED = 1234  # the harness's own
@@ -36,6 +38,7 @@ class Harness(HFLM):
         super().__init__(pretrained=model, tokenizer=tokenizer, batch_size=batch_rows)
         self.known, self.progress = known, progress
         self.stops = decoding.stop_ids(model, tokenizer)
+        self.template = chat.template_of(tokenizer)
         self.from_cache = self.computed = 0  # requests
 
     def generate_until(self, requests: list[Any], disable_tqdm: bool = False) -> list[str]:
@@ -48,6 +51,15 @@ class Harness(HFLM):
         """What the task leaves open is as in training's samples, not as the model's own generation_config has it."""
         settings = {**decoding.NEUTRAL, "eos_token_id": self.stops, **settings}
         return super()._model_generate(context, max_length, stop, **settings)
+
+    def apply_chat_template(self, chat_history: list[dict[str, str]], add_generation_prompt: bool = True) -> str:
+        """As in training, so that a template is bounded here too; one that takes no system turn is asked without it."""
+        if not add_generation_prompt:  # a task that begins the answer itself
+            return super().apply_chat_template(chat_history, add_generation_prompt)
+        try:
+            return self.template.prompt(chat_history)
+        except Unusable:
+            return self.template.prompt([turn for turn in chat_history if turn["role"] != "system"])
 
     def loglikelihood(self, requests: list[Any], disable_tqdm: bool = False) -> list[tuple[float, bool]]:
         return [tuple(found) for found in self._answer("loglikelihood", requests, super().loglikelihood)]
@@ -144,7 +156,7 @@ def explained(what: str) -> Iterator[None]:
         raise
     except ImportError as error:
         raise FasttuneError(f"--tasks {what}: needs the package {error.name}; pip install it") from error
-    except (OSError, ValueError, KeyError) as error:
+    except (OSError, ValueError, KeyError, Unusable) as error:
         text = " ".join(str(error).split())[:300]
         raise DataError(f"--tasks {what}: cannot be run ({text}); check the task's data and the network") from error
 

@@ -9,6 +9,9 @@ import sys
 from dataclasses import asdict, dataclass
 from typing import Any
 
+from fasttune.data import chat
+from fasttune.data.formats import Unusable
+
 # Allowed share of the largest logit. fp32: the same products in another order. Below: each weight is rounded once
 # (by up to 2^-12, 2^-9 of it) and the roundings of all layers add up: 1.1 % in bf16 with SmolLM2's 30 layers.
 TOLERANCES = {"float32": 2.0**-13, "float16": 2.0**-8, "bfloat16": 2.0**-5}
@@ -91,7 +94,11 @@ def texts(tokenizer: Any) -> list[str]:
     if not tokenizer.chat_template:
         return TEXTS
     turns = [[{"role": "user", "content": text}] for text in TEXTS]
-    return TEXTS + [tokenizer.apply_chat_template(t, tokenize=False, add_generation_prompt=True) for t in turns]
+    template = chat.template_of(tokenizer)
+    try:
+        return TEXTS + [template.render(t, ask=True) for t in turns]
+    except Unusable:
+        return TEXTS
 
 
 def _where(merged: str, written: str) -> tuple[str, str]:

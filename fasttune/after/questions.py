@@ -14,11 +14,10 @@ from typing import IO, Any
 
 from fasttune import report
 from fasttune.after.finished import Finished
-from fasttune.data import formats, sources
+from fasttune.data import beside, formats, sources
 from fasttune.data.formats import Conversation, Row, Unusable
 from fasttune.errors import DataError, OutputError
 
-ANSWERS = {"question": "answer", "query": "response", "prompt": "completion", "instruction": "output"}
 NONE_YET = "?"  # stands for an answer that a row does not have; it is never shown to the model
 SAMPLE_BYTES = 1 << 20
 
@@ -31,9 +30,10 @@ def read(
     Rows may have any form that can be trained on, answered or not. `columns` as data.columns, where a row has them;
     `system` for rows without a system turn; `split` of a hub set. Raises DataError.
     """
-    for chunk in sources.read(source, "test", split):
+    for chunk in sources.read(source, "test", split, also=columns.values()):
         for number, place, row in chunk.numbered():
             row = formats.rename(row, columns, place) if all(name in row for name in columns.values()) else row
+            beside.check_media(row, place)
             row = _answered(row)
             form = formats.detect(row, place)
             if form == "text":
@@ -62,7 +62,7 @@ def _answered(row: Row) -> Row:
             last = str(said[-1].get(speaker))
             over = formats.SHAREGPT_ROLES.get(last, last) != "assistant"
             return {**row, turns: [*said, {speaker: assistant, text: NONE_YET}]} if over else row
-    for question, answer in ANSWERS.items():
+    for question, answer in beside.QUESTIONS.items():
         if question in row and not row.get(answer):
             turns_of = isinstance(row[question], list)
             return {**row, answer: [{"role": "assistant", "content": NONE_YET}] if turns_of else NONE_YET}

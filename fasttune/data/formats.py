@@ -1,19 +1,23 @@
 """Rows → conversations. The form of a file is recognised by the keys of its first row; `data.format` overrules:
 
-messages            OpenAI: a list of {"role", "content"}, tools, tool calls and `weight: 0` included
+messages            OpenAI: a list of {"role", "content"}, tools and tool calls included
 conversations       ShareGPT: a list of {"from", "value"}
 question_answer     GSM8K: question, answer
 query_response      MetaMathQA: query, response
 prompt_completion   prompt, completion; two texts, or two lists of messages
-alpaca              instruction, output, with an optional input, system and history of [question, answer] pairs
+alpaca              instruction, output, with an optional input
 text                continued pretraining: every token is trained
+
+Beside all but text: system (a system turn), history ([question, answer] pairs before the turns), tools. A turn may say
+that it is not to be trained on (beside.FLAGS).
 """
 
-import json
+import re
 from dataclasses import dataclass, field
 from typing import Any
 
-from fasttune.errors import DataError
+from fasttune.data import beside, calls
+from fasttune.errors import DataError, short
 
 Row = dict[str, Any]
 Message = dict[str, Any]
@@ -39,8 +43,17 @@ SHAREGPT_ROLES = {
 }
 
 
+def is_read(name: str) -> bool:
+    """Whether a column means something by its name, in any form; no other one is read where that can be chosen."""
+    return any(name in columns for columns in COLUMNS.values()) or beside.is_read(name)
+
+
 class Unusable(Exception):
     """A row of the right form that teaches nothing (an empty answer, say): dropped and counted under this reason."""
+
+
+class Refused(Unusable):
+    """The chat template takes no such row."""
 
 
 @dataclass(frozen=True)
@@ -50,6 +63,7 @@ class Conversation:
     messages: list[Message]
     answers: list[int]
     tools: list[Any] | None = field(default=None)
+    left_out: bool = False  # whether a flag keeps an answer from being trained on
 
 
 def detect(row: Row, place: str) -> str:
@@ -65,11 +79,24 @@ def detect(row: Row, place: str) -> str:
 
 
 def rename(row: Row, columns: dict[str, str], place: str) -> Row:
-    """Apply `data.columns` (canonical name → name in the file); raises DataError for a column the row lacks."""
-    missing = [name for name in columns.values() if name not in row]
-    if missing:
+    """Apply `data.columns` (canonical name → name in the file); raises DataError for a column the row lacks.
+
+    Who names the chosen answers wants no rejected ones.
+    """
+    if not columns:
+        return row
+    taken = set(columns.values())
+    if missing := [name for name in columns.values() if name not in row]:
         raise DataError(f"data.columns: {place} has no {', '.join(missing)}; it has {_names(row)}")
-    return {**row, **{canonical: row[name] for canonical, name in columns.items()}}
+    if any(map(beside.PREFERENCE.fullmatch, taken)):
+        taken |= set(filter(beside.PREFERENCE.fullmatch, row))
+    left = {name: value for name, value in row.items() if name not in taken}
+    return left | {canonical: row[name] for canonical, name in columns.items()}
+
+
+def applying(columns: dict[str, str], row: Row) -> dict[str, str]:
+    """`data.columns` for one of several sources; {} where its rows have none of the names: its own are meant."""
+    return columns if any(name in row for name in columns.values()) else {}
 
 
 def convert(row: Row, form: str, place: str) -> Conversation | str:
@@ -80,23 +107,44 @@ def convert(row: Row, form: str, place: str) -> Conversation | str:
             f"data: {place} has no {' and no '.join(missing)} (it has {_names(row)}), but the format is {form}: "
             "one format a file; set data.format or data.columns if the first row misled"
         )
+    if beside.is_left_out(row):
+        raise Unusable("marked as not to be trained on")
     if form == "text":
         return _filled(row, "text", place)
+    only_read = 0  # first turns
     if form == "messages":
-        return _checked(_messages(row["messages"], place), _tools(row, place))
-    if form == "conversations":
-        return _checked(_sharegpt(row["conversations"], place), _tools(row, place))
-    if form == "alpaca":
-        return _checked(_alpaca(row, place))
-    if form == "prompt_completion" and isinstance(row["prompt"], list):
-        prompt, completion = _messages(row["prompt"], place), _messages(row["completion"], place)
-        return _checked(prompt + completion, _tools(row, place), context=len(prompt))
-    question, answer = COLUMNS[form]
-    return _checked([_turn("user", _filled(row, question, place)), _turn("assistant", _filled(row, answer, place))])
+        turns = _messages(row["messages"], place)
+    elif form == "conversations":
+        turns = _sharegpt(row["conversations"], place)
+    elif form == "prompt_completion" and isinstance(row["prompt"], list):
+        turns = _messages(row["prompt"], place)
+        only_read = len(turns)
+        turns += _messages(row["completion"], place)
+    else:
+        question, answer = COLUMNS[form]
+        asked = _filled(row, question, place)
+        if form == "alpaca" and (extra := _optional(row, "input", place)):
+            asked += "\n\n" + extra
+        turns = [_turn("user", asked), _turn("assistant", _filled(row, answer, place))]
+    whole = _with_beginning(row, turns, place)
+    return _checked(whole, calls.tools_of(row, place), only_read and only_read + len(whole) - len(turns))
+
+
+def _with_beginning(row: Row, turns: list[Message], place: str) -> list[Message]:
+    """The turns with the columns `system`, unless they begin with a system turn, and `history` before them."""
+    system, rest = turns[:1], turns[1:]
+    if system[0]["role"] not in ("system", "developer"):
+        text = _optional(row, "system", place)
+        system, rest = [_turn("system", text)] if text else [], turns
+    history = calls.from_json(row.get("history"), "history", place) or []
+    if not isinstance(history, list) or not all(map(_is_pair, history)):
+        raise DataError(f"data: {place}: history is {short(history)}, expected [question, answer] pairs")
+    earlier = [_turn(role, text) for pair in history for role, text in zip(("user", "assistant"), pair, strict=True)]
+    return [*system, *earlier, *rest]
 
 
 def _checked(messages: list[Message], tools: Any = None, context: int = 0) -> Conversation:
-    """`context`: how many first turns are only read. OpenAI's `weight: 0` marks an answer that is not learned."""
+    """`context`: how many first turns are only read. `weight: 0` marks an answer that is only read, too."""
     spoken = [m["role"] for m in messages if m["role"] not in ("system", "developer")]
     if "assistant" not in spoken:
         raise Unusable("no assistant turn")
@@ -105,61 +153,55 @@ def _checked(messages: list[Message], tools: Any = None, context: int = 0) -> Co
     answers = [i for i, m in enumerate(messages) if m["role"] == "assistant" and i >= context and m.get("weight") != 0]
     if any(not (messages[i].get("content") or "").strip() and not messages[i].get("tool_calls") for i in answers):
         raise Unusable("empty answer")
-    return Conversation([{k: v for k, v in m.items() if k != "weight"} for m in messages], answers, tools or None)
+    left_out = any(m["role"] == "assistant" and "weight" in m for m in messages)
+    plain = [{k: v for k, v in m.items() if k != "weight"} for m in messages]
+    return Conversation(plain, answers, tools or None, left_out)
 
 
 def _messages(value: Any, place: str) -> list[Message]:
     if not isinstance(value, list) or not value:
-        raise DataError(f"data: {place}: expected a list of turns, found {_short(value)}")
+        raise DataError(f"data: {place}: expected a list of turns, found {short(value)}")
     turns = []
     for turn in value:
         if not isinstance(turn, dict) or turn.get("role") not in ROLES:
-            raise DataError(f"data: {place}: a turn needs a role ({', '.join(ROLES)}), found {_short(turn)}")
-        kept = {key: part for key, part in turn.items() if part is not None}  # Parquet fills absent keys with null
-        calls = [_with_object(call) for call in turn.get("tool_calls") or []]
-        called = {"tool_calls": calls} if calls else {}
-        turns.append({**kept, **called, "content": _text_of(turn.get("content"), place)})
+            raise DataError(f"data: {place}: a turn needs a role ({', '.join(ROLES)}), found {short(turn)}")
+        # Parquet fills absent keys with null
+        kept = {key: part for key, part in turn.items() if part is not None and key not in beside.FLAGS}
+        kept = calls.of_turn(kept, place) | beside.weight(turn, place)
+        wordless = "tool_calls" in kept and turn.get("content") is None  # some templates ask whether it is null
+        turns.append({**kept, "content": None if wordless else _text_of(turn.get("content"), place)})
     return turns
-
-
-def _with_object(call: Any) -> Any:
-    """OpenAI keeps a call's arguments as JSON text; templates want the object, which they write as JSON themselves."""
-    function = call.get("function") if isinstance(call, dict) else None
-    if not isinstance(function, dict) or not isinstance(function.get("arguments"), str):
-        return call
-    try:
-        return {**call, "function": {**function, "arguments": json.loads(function["arguments"])}}
-    except ValueError:
-        return call
 
 
 def _text_of(content: Any, place: str) -> str:
     """OpenAI's content: a text, nothing (beside a tool call), or a list of text parts."""
-    if content is None:
-        return ""
-    if isinstance(content, list) and all(isinstance(part, dict) and part.get("type") == "text" for part in content):
-        content = "".join(part["text"] if isinstance(part.get("text"), str) else "" for part in content)
-    if not isinstance(content, str):
-        raise DataError(f"data: {place}: content is {_short(content)}, expected text (images and sound cannot be used)")
-    return content
+    if isinstance(content, list):
+        return "".join(_text_of_part(part, place) for part in content)
+    if content is not None and not isinstance(content, str):
+        raise DataError(f"data: {place}: content is {short(content)}, expected text")
+    return content or ""
 
 
-def _tools(row: Row, place: str) -> list[Any] | None:
-    """The tools a conversation may call: JSON schemas, or one text of JSON that holds them."""
-    tools = row.get("tools") or None
-    if isinstance(tools, str):
-        try:
-            tools = json.loads(tools)
-        except ValueError:
-            raise DataError(f"data: {place}: tools is {_short(tools)}, expected JSON schemas") from None
-    if tools is not None and (not isinstance(tools, list) or not all(isinstance(tool, dict) for tool in tools)):
-        raise DataError(f"data: {place}: tools is {_short(tools)}, expected a list of JSON schemas")
-    return tools
+def _text_of_part(part: Any, place: str) -> str:
+    kind = part.get("type") if isinstance(part, dict) else None
+    if not isinstance(kind, str) or kind not in ("text", "input_text", "output_text"):
+        why = "expected {type: text, text: …}"
+        if isinstance(kind, str) and re.search("image|picture|audio|sound|video", kind):
+            why = "pictures, sound and video cannot be used"
+        elif kind in ("reasoning", "thinking"):
+            why = "write its text as reasoning_content of the turn"
+        raise DataError(f"data: {place}: a part of a turn is {short(part)}; {why}")
+    if beside.weight(part, place):
+        raise DataError(f"data: {place}: a part of a turn has weight 0; only whole turns can be left out")
+    text = next((part[key] for key in ("text", "value", "content") if part.get(key) is not None), "")
+    if not isinstance(text, str) or (len(part) > 1 and not {"text", "value", "content"} & set(part)):
+        raise DataError(f"data: {place}: a part of a turn is {short(part)}, which holds no text")
+    return text
 
 
 def _sharegpt(value: Any, place: str) -> list[Message]:
     if not isinstance(value, list) or not value:
-        raise DataError(f"data: {place}: expected a list of turns, found {_short(value)}")
+        raise DataError(f"data: {place}: expected a list of turns, found {short(value)}")
     turns = []
     for turn in value:
         speaker = str(turn.get("from")) if isinstance(turn, dict) else ""
@@ -167,23 +209,20 @@ def _sharegpt(value: Any, place: str) -> list[Message]:
         if role not in ROLES or not isinstance(turn.get("value"), str):
             raise DataError(
                 f"data: {place}: a turn needs `from` ({', '.join(SHAREGPT_ROLES)}) and a text `value`, "
-                f"found {_short(turn)}"
+                f"found {short(turn)}"
             )
-        turns.append(_turn(role, turn["value"]))
+        turns.append(
+            _spoken(speaker, "tool" if role == "function" else role, turn["value"]) | beside.weight(turn, place)
+        )
     return turns
 
 
-def _alpaca(row: Row, place: str) -> list[Message]:
-    turns = [_turn("system", system)] if (system := _optional(row, "system", place)) else []
-    history = row.get("history") or []
-    if not isinstance(history, list) or not all(map(_is_pair, history)):
-        raise DataError(f"data: {place}: history is {_short(history)}, expected a list of [question, answer] pairs")
-    for question, answer in history:
-        turns += [_turn("user", question), _turn("assistant", answer)]
-    question = _filled(row, "instruction", place)
-    if extra := _optional(row, "input", place):
-        question += "\n\n" + extra
-    return [*turns, _turn("user", question), _turn("assistant", _filled(row, "output", place))]
+def _spoken(speaker: str, role: str, value: str) -> Message:
+    if speaker != "function_call":
+        return _turn(role, value)
+    if (turn := calls.of_text(value)) is None:
+        raise Unusable("a function_call turn that is no JSON of name and arguments")
+    return turn
 
 
 def _is_pair(value: Any) -> bool:
@@ -199,7 +238,7 @@ def _filled(row: Row, key: str, place: str) -> str:
     if value is None or (isinstance(value, str) and not value.strip()):
         raise Unusable("empty answer" if key in ("answer", "response", "completion", "output") else f"empty {key}")
     if not isinstance(value, str):
-        raise DataError(f"data: {place}: {key} is {_short(value)}, expected text")
+        raise DataError(f"data: {place}: {key} is {short(value)}, expected text")
     return value
 
 
@@ -210,9 +249,5 @@ def _optional(row: Row, key: str, place: str) -> str:
 
 
 def _names(row: Row) -> str:
-    return ", ".join(map(str, row)) or "none"
-
-
-def _short(value: Any) -> str:
-    shown = repr(value)
-    return f"{type(value).__name__} {shown if len(shown) <= 60 else shown[:60] + '…'}"
+    names = ", ".join(map(str, row)) or "none"
+    return names if len(names) <= 80 else names[:80] + "…"

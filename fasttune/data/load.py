@@ -1,13 +1,14 @@
 """Config and tokenizer → Batches: every data set recognised, encoded (or taken from the cache) and split."""
 
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterable, Iterator
 from typing import Any
 
 from fasttune.config import Config
-from fasttune.data import formats, sources, store, tokens
+from fasttune.data import beside, formats, overlap, sources, store, tokens
 from fasttune.data.arithmetic import Part
 from fasttune.data.batches import Batches, Encoded
 from fasttune.data.files import Chunk
+from fasttune.data.formats import Row
 from fasttune.data.store import Rows
 from fasttune.errors import DataError
 
@@ -36,16 +37,26 @@ def encode(config: Config, tokenizer: Any, packed: bool, progress: Progress) -> 
     return batches
 
 
-def held_out(config: Config, tokenizer: Any, batches: Batches, progress: Progress) -> list[Encoded]:
-    """At most `eval.rows` rows that are never trained on, spread evenly over those of data.eval_share."""
-    if config.eval.every == "never":
-        return []
+def held_out(config: Config, tokenizer: Any, batches: Batches, progress: Progress) -> tuple[list[Encoded], list[str]]:
+    """(at most `eval.rows` rows to measure on, spread evenly over those of data.eval_share; what to warn of).
+
+    Of all rows that something is measured on or shown of, those that are trained on too are counted.
+    """
+    count = config.eval.rows if config.eval.every != "never" else 0
+    held: Iterable[Encoded]
     if config.data.eval is not None:
-        rows = _encode_one(config, config.data.eval, tokenizer, progress, "test", config.eval.rows)
-        return [rows.row(i) for i in range(min(len(rows), config.eval.rows))]
-    held = [(rows, i) for rows, (_, indexes) in zip(batches.parts, batches.split, strict=True) for i in indexes]
-    count = min(len(held), config.eval.rows)
-    return [rows.row(i) for rows, i in (held[at * len(held) // count] for at in range(count))]
+        most = max(count, config.samples, config.eval.problems)
+        rows = _encode_one(config, config.data.eval, tokenizer, progress, "test", most) if most else None
+        held = [rows.row(i) for i in range(len(rows))] if rows else []
+        measured = held[:count]
+    else:
+        split = zip(batches.parts, batches.split, strict=True)
+        places = [(rows, i) for rows, (_, indexes) in split for i in indexes]
+        count = min(len(places), count)
+        measured = [rows.row(i) for rows, i in (places[at * len(places) // count] for at in range(count))]
+        held = (rows.row(i) for rows, i in places)
+    found = overlap.warning(batches, held)
+    return measured, [found] if found else []
 
 
 def _encode_one(
@@ -61,34 +72,60 @@ def _encode_one(
     max_rows = max_rows or data.max_rows
     what = f"reading and tokenising {source}"
     progress(what, 0.0)
-    form = form_of(config, source, split)
-    recipe = tokens.recipe_of(tokenizer, form, data.columns, data.train_on, config.model.max_length, data.too_long)
+    form, columns = form_of(config, source, split)
+    recipe = tokens.recipe_of(
+        tokenizer,
+        form,
+        columns,
+        data.train_on,
+        config.model.max_length,
+        data.too_long,
+        data.allow_lost,
+        data.control_tokens,
+    )
     content = sources.fingerprint(source, part, split)
 
     def chunks() -> Iterator[Chunk]:
-        return sources.read(source, part, split, max_rows, data.streaming)
+        return sources.read(source, part, split, max_rows, data.streaming, data.columns.values())
 
     rows = store.load(source, f"{content} {max_rows}", recipe, chunks, lambda share: progress(what, share))
     progress(what, 1.0)
     return rows
 
 
-def form_of(config: Config, source: str, split: str | None = None) -> str:
-    """The format of a source: as the config says, or by its first row. Raises DataError."""
+def form_of(config: Config, source: str, split: str | None = None) -> tuple[str, dict[str, str]]:
+    """(format, columns to rename) of a source, by its first row. Raises DataError."""
     data = config.data
-    if data.format != "auto":
-        return data.format
-    for _, place, row in sources.first_rows(source, "train", split or data.split, 1, data.streaming):
-        return formats.detect(formats.rename(row, data.columns, place), place)
+    given = data.columns.values()
+    for _, place, row in sources.first_rows(source, "train", split or data.split, 1, data.streaming, given):
+        return form_by(config, source, row, place)
     raise DataError(f"data: {source} holds no rows")
+
+
+def form_by(config: Config, source: str, row: Row, place: str) -> tuple[str, dict[str, str]]:
+    """(format, columns to rename) of a source, by a row of it. Raises DataError.
+
+    data.format and data.columns are of what is trained on. Of several sources, and for the held-out rows, each has its
+    own: one whose rows do not have the columns that were named is recognised as it is.
+    """
+    data = config.data
+    columns = data.columns if list(data.sources) == [source] else formats.applying(data.columns, row)
+    row = formats.rename(row, columns, place)
+    beside.check(row, place)
+    own = data.format != "auto" and all(column in row for column in formats.COLUMNS[data.format])
+    if own or (data.format != "auto" and source in data.sources):
+        return data.format, columns
+    return formats.detect(row, place), columns
 
 
 def with_format(config: Config) -> Config:
     """The config with the recognised format written out, where all data sets have the same one."""
-    forms = {form_of(config, source) for source in config.data.sources}
+    data = config.data
+    forms = {form_of(config, source)[0] for source in data.sources}
+    forms |= {form_of(config, data.eval, data.held_out_split)[0]} if data.eval else set()
     if len(forms) > 1:
         return config
-    return config.model_copy(update={"data": config.data.model_copy(update={"format": forms.pop()})})
+    return config.model_copy(update={"data": data.model_copy(update={"format": forms.pop()})})
 
 
 def describe(data: Batches) -> list[str]:
@@ -104,7 +141,9 @@ def describe(data: Batches) -> list[str]:
         for name in sorted(counts):
             if name in ("truncated", "split", "dropped_too_long"):
                 text += f"; {counts[name]:,} {name.replace('dropped_too_long', 'dropped: too long')}"
-            elif name.startswith("dropped: "):
+            elif name.startswith(("dropped: ", "lost: ", "control token: ", "only text: ")):
                 text += f"; {counts[name]:,} {name}"
+        unused = sorted(name.removeprefix("not used: ") for name in counts if name.startswith("not used: "))
+        text += f"; not used: {', '.join(unused[:8])}{' …' * (len(unused) > 8)}" if unused else ""
         found.append(text)
     return found

@@ -4,17 +4,19 @@ owner/name:subset) and builtin:arithmetic → chunks of rows. Nothing here holds
 
 import hashlib
 import json
-from collections.abc import Callable, Iterator
+import os
+from collections.abc import Callable, Collection, Iterator
 from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
 from fasttune import hub
-from fasttune.data import arithmetic, files
+from fasttune.data import arithmetic, beside, files, formats
 from fasttune.data.files import Chunk, first_line, grouped
 from fasttune.data.formats import Row
 from fasttune.errors import DataError
 
+AS_PARQUET = "write it as Parquet, python -c \"from datasets import {} as d; {}.to_parquet('rows.parquet')\""
 BUILTIN_ROWS: dict[arithmetic.Part, int] = {"train": 2000, "test": 40}
 
 
@@ -24,33 +26,60 @@ def check(source: str, split: str = "train") -> None:
         if source != "builtin:arithmetic":
             raise DataError(f"data: {source} is unknown; the built-in data set is builtin:arithmetic")
         return
-    path = Path(source).expanduser()
-    if path.is_file():
+    path = _path(source)
+    if os.path.isfile(path):
         if split != "train":
             raise DataError(f"data.split={split} would be ignored: {source} is a file, it has no splits; remove it")
         if files.kind(path) is None:
-            raise DataError(
-                f"data: {source} has an unknown ending; use {', '.join(files.KINDS)} (all but the last also .gz, .zst)"
-            )
+            endings = f"use {', '.join(files.KINDS)} (all but the last also .gz, .zst)"
+            remedy = AS_PARQUET.format("Dataset", "d.from_file('FILE')") if path.suffix == ".arrow" else endings
+            raise DataError(f"data: {source} has an unknown ending; {remedy}")
         if path.stat().st_size == 0:
             raise DataError(f"data: {source} is empty")
-    elif path.is_dir():
+    elif os.path.isdir(path):
+        for name, rows in (("state.json", "d('FOLDER')"), ("dataset_dict.json", "d('FOLDER')['train']")):
+            if os.path.isfile(path / name):
+                remedy = AS_PARQUET.format("load_from_disk", rows)
+                raise DataError(f"data: {source} is a folder that save_to_disk wrote; {remedy}")
         raise DataError(f"data: {source} is a folder; name one file of it")
     elif files.kind(path) or source.startswith((".", "/", "~")) or source.count("/") != 1:
+        _check_reachable(source, path)
         raise DataError(
             f"data: no file {source} (looked in {Path.cwd()}); check the path, or give a hub id, owner/name"
         )
 
 
+def _path(source: str) -> Path:
+    return Path(os.path.expanduser(source))  # Path's own raises for a user who is not there
+
+
+def _check_reachable(source: str, path: Path) -> None:
+    try:
+        path.stat()
+    except PermissionError as error:
+        raise DataError(
+            f"data: {source} cannot be reached: a folder on its way cannot be entered ({error.strerror}); allow it, "
+            "chmod +x FOLDER, or copy the file"
+        ) from error
+    except (OSError, ValueError):
+        return
+
+
 def read(
-    source: str, part: arithmetic.Part, split: str = "train", max_rows: int | None = None, streaming: bool = False
+    source: str,
+    part: arithmetic.Part,
+    split: str = "train",
+    max_rows: int | None = None,
+    streaming: bool = False,
+    also: Collection[str] = (),
 ) -> Iterator[Chunk]:
     """The rows of a source in its order, chunk by chunk. `part` is of a built-in set (train or held-out), `split` of a
-    hub set, which `streaming` reads without downloading all of it first. Raises DataError with the place.
+    hub set, which `streaming` reads without downloading all of it first; `also`: columns beside those that mean
+    something by their own name (formats.is_read). Raises DataError with the place.
     """
     check(source, split)
     left = max_rows
-    for chunk in _chunks(source, part, split, max_rows, streaming):
+    for chunk in _chunks(source, part, split, max_rows, streaming, also):
         if left is not None:
             chunk, left = _at_most(chunk, left)
         yield chunk
@@ -59,10 +88,15 @@ def read(
 
 
 def first_rows(
-    source: str, part: arithmetic.Part, split: str, rows: int, streaming: bool = False
+    source: str,
+    part: arithmetic.Part,
+    split: str,
+    rows: int,
+    streaming: bool = False,
+    also: Collection[str] = (),
 ) -> Iterator[tuple[int, str, Row]]:
     """The first rows of a source, as Chunk.numbered gives them."""
-    for chunk in read(source, part, split, rows, streaming):
+    for chunk in read(source, part, split, rows, streaming, also):
         yield from chunk.numbered()
 
 
@@ -80,8 +114,8 @@ def fingerprint(source: str, part: arithmetic.Part, split: str) -> str:
     """Hash of a source's content (of a file's bytes, or of a hub data set's revision): what a cache is keyed by."""
     if source == "builtin:arithmetic":
         return hashlib.sha256(json.dumps(arithmetic.generate(part, rows=BUILTIN_ROWS[part])).encode()).hexdigest()
-    path = Path(source).expanduser()
-    if not path.is_file():
+    path = _path(source)
+    if not os.path.isfile(path):
         import datasets
 
         commit = _ask_hub(source, datasets.load_dataset_builder).hash  # of the local copy where the hub is away
@@ -93,24 +127,29 @@ def fingerprint(source: str, part: arithmetic.Part, split: str) -> str:
         raise DataError(f"data: {source} cannot be read: {error.strerror}") from error
 
 
-def _chunks(source: str, part: arithmetic.Part, split: str, max_rows: int | None, streaming: bool) -> Iterator[Chunk]:
+def _chunks(
+    source: str, part: arithmetic.Part, split: str, max_rows: int | None, streaming: bool, also: Collection[str]
+) -> Iterator[Chunk]:
     if source == "builtin:arithmetic":
         rows = arithmetic.generate(part, rows=max_rows or BUILTIN_ROWS[part])
-        yield from grouped(source, iter(rows), len(rows))
-        return
-    path = Path(source).expanduser()
-    if not path.is_file():
-        yield from _hub(source, split, streaming)
-        return
-    yield from files.read(source, path)
+        yield from grouped(source, iter(rows), lambda read: read / len(rows))
+    elif os.path.isfile(_path(source)):
+        yield from files.read(source, _path(source), also)
+    else:
+        yield from _hub(source, split, streaming, also)
 
 
-def _hub(source: str, split: str, streaming: bool) -> Iterator[Chunk]:
+def _hub(source: str, split: str, streaming: bool, also: Collection[str]) -> Iterator[Chunk]:
     import datasets
 
     rows = _ask_hub(source, lambda *name: datasets.load_dataset(*name, split=split, streaming=streaming))
     total = None if isinstance(rows, datasets.IterableDataset) else len(rows)
-    yield from grouped(source, iter(rows), total)
+    unread = dict.fromkeys(rows.column_names or (), beside.NOT_READ)  # a stream may not know its columns
+    wanted = [name for name in unread if formats.is_read(name) or name in also]
+    rows = rows.select_columns(wanted) if wanted else rows
+    yield from grouped(
+        source, (unread | files.without_nulls(row) for row in rows), lambda read: read / total if total else 0.0
+    )
 
 
 def _ask_hub(source: str, ask: Callable[..., Any]) -> Any:

@@ -28,7 +28,7 @@ from fasttune.data.files import Chunk
 from fasttune.data.tokens import Block, Encoder, Recipe
 from fasttune.errors import DataError
 
-VERSION = 1  # raise it when the same recipe gives other tokens
+VERSION = 2  # raise it when the same recipe gives other tokens
 ARRAYS = {"ids.i32": np.int32, "learned.bool": np.bool_, "lengths.i32": np.int32, "numbers.i64": np.int64}
 MAX_UNUSABLE_SHARE = 0.05
 POOL_FROM_CHUNKS = 24  # about 24 MB of JSONL: below, starting workers costs more than they save

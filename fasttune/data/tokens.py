@@ -5,17 +5,24 @@ Works on a plain `tokenizers` tokenizer, so that worker processes need neither t
 
 from bisect import bisect_left
 from collections import Counter
+from collections.abc import Sequence
 from dataclasses import dataclass, field
+from itertools import pairwise
 from typing import Any
 
 import numpy as np
 
-from fasttune.data import chat, formats
+from fasttune.data import beside, chat, formats, long_texts, sandbox
 from fasttune.data.chat import Span, Template
+from fasttune.data.control import ControlTokens
 from fasttune.data.files import Chunk
+from fasttune.data.formats import Conversation, Row
+from fasttune.errors import DataError
 
 IGNORE = -100  # label of a token that is read, but not learned
+MOST_COUNTS = 100  # of a chunk; rows whose every column has a name of its own fill no memory
 SHOWN_CHARACTERS = 160  # of a row in an error
+HOPELESS_ROWS = 100  # of the first chunk: a template that refuses so many of so many is not asked again
 
 
 @dataclass(frozen=True)
@@ -29,6 +36,8 @@ class Recipe:
     train_on: str  # assistant | last | all
     max_length: int
     too_long: str  # truncate | drop | split
+    allow_lost: tuple[str, ...] = ()  # of config.LOSSES
+    control_tokens: str = "keep"  # keep | text
 
 
 @dataclass
@@ -57,6 +66,9 @@ class Encoder:
         self.tokenizer = Tokenizer.from_str(recipe.tokenizer_json)
         self.tokenizer.no_padding()
         self.tokenizer.no_truncation()
+        self.control = ControlTokens(self.tokenizer)
+        self.refused = 0  # rows of the first chunk, by the chat template
+        self.as_text: dict[int, list[Span]] = {}  # number of a row → where it has control tokens that are text
 
     def encode(self, chunk: Chunk) -> Block:
         """All rows of a chunk; one that teaches nothing is dropped and counted. Raises DataError for a wrong form."""
@@ -67,10 +79,13 @@ class Encoder:
         lengths: list[int] = []
         kept: list[int] = []
         learned: list[Span] = []  # of tokens, in `ids`
-        encodings = self.tokenizer.encode_batch(texts, add_special_tokens=False)
+        limit = self.recipe.max_length + 1  # tokens; a row that has them is too long
+        encodings = long_texts.encode_batch(self.tokenizer, texts, None if self.recipe.too_long == "split" else limit)
         for encoding, text, row_spans, number in zip(encodings, texts, spans, numbers, strict=True):
-            row = encoding.ids
-            token_spans = [span for span in _token_spans(encoding, len(row), len(text), row_spans) if span[0] < span[1]]
+            row, token_spans = encoding.ids, _token_spans(encoding, len(encoding.ids), len(text), row_spans)
+            if number in self.as_text:
+                row, token_spans = self._in_pieces(text, row_spans, self.as_text.pop(number))
+            token_spans = [span for span in token_spans if span[0] < span[1]]
             pieces = self._fit(len(row), token_spans, counts)
             for start, end, inside in pieces:
                 learned += [(len(ids) + a, len(ids) + b) for a, b in inside]
@@ -91,21 +106,67 @@ class Encoder:
     def _texts(
         self, chunk: Chunk, counts: Counter[str], examples: dict[str, str]
     ) -> tuple[list[str], list[list[Span]], list[int]]:
-        recipe, columns = self.recipe, dict(self.recipe.columns)
         texts, spans, numbers = [], [], []
-        for number, place, row in chunk.numbered():
-            counts["rows"] += 1
-            row = formats.rename(row, columns, place) if columns else row
-            try:
-                conversation = formats.convert(row, recipe.form, place)
-                text, learned = recipe.template.text(conversation, recipe.train_on, place)
-            except formats.Unusable as reason:
-                _drop(str(reason), str(row), counts, examples)
-                continue
-            texts.append(text)
-            spans.append(learned)
-            numbers.append(number)
+        rows = list(chunk.numbered())
+        with sandbox.bounded():
+            for number, place, row in rows:
+                if (found := self._text(number, place, row, counts, examples)) is not None:
+                    texts.append(found[0])
+                    spans.append(found[1])
+                    numbers.append(number)
         return texts, spans, numbers
+
+    def _text(
+        self, number: int, place: str, row: Row, counts: Counter[str], examples: dict[str, str]
+    ) -> tuple[str, list[Span]] | None:
+        """Text and learned spans of a row; None for one that teaches nothing, which is counted."""
+        recipe, columns = self.recipe, dict(self.recipe.columns)
+        counts["rows"] += 1
+        row = formats.rename(row, columns, place)
+        beside.check(row, place)
+        try:
+            conversation = formats.convert(row, recipe.form, place)
+            if recipe.train_on == "all" and isinstance(conversation, Conversation) and conversation.left_out:
+                raise DataError(
+                    f"data: {place} has turns not to be trained on, which data.train_on=all would ignore: set "
+                    "data.train_on=assistant, or remove the flags"
+                )
+            control = self.control.in_row(conversation)
+            as_text = control and recipe.control_tokens == "text"
+            conversation = self.control.marked(conversation) if as_text else conversation
+            text, learned = recipe.template.text(conversation, recipe.train_on, place, recipe.allow_lost, counts)
+            if as_text:
+                text, learned, self.as_text[number] = self.control.unmarked(text, learned)
+        except formats.Unusable as reason:
+            self.refused += isinstance(reason, formats.Refused)
+            if self.refused == counts["rows"] == HOPELESS_ROWS:
+                raise DataError(
+                    f"data: {place}: this row and all {HOPELESS_ROWS - 1} before it are {reason}: fix the rows, "
+                    "or use a model with another template"
+                ) from reason
+            _drop(str(reason), str(row), counts, examples)
+            return None
+        beside.check_text(text, place)
+        counts.update(f"control token: {name}" for name in control)
+        if len(counts) < MOST_COUNTS:
+            counts.update(f"not used: {name}" for name in beside.not_used(row, formats.COLUMNS[recipe.form]))
+        counts.update(f"only text: {mark}" for mark in beside.MEDIA_MARKS if mark in text)
+        return text, learned
+
+    def _in_pieces(self, text: str, spans: list[Span], as_text: list[Span]) -> tuple[list[int], list[Span]]:
+        """Ids and learned spans of tokens, of a text of which some places hold no control tokens, whatever they say."""
+        edges = [0, *(at for span in as_text for at in span), len(text)]
+        ids: list[int] = []
+        found: list[Span] = []
+        for number, (start, end) in enumerate(pairwise(edges)):
+            self.tokenizer.encode_special_tokens = number % 2 == 1
+            encoding = self.tokenizer.encode(text[start:end], add_special_tokens=False)
+            inside = [(max(a, start) - start, min(b, end) - start) for a, b in spans if a < end and b > start]
+            tokens = _token_spans(encoding, len(encoding.ids), end - start, inside)
+            found += [(len(ids) + a, len(ids) + b) for a, b in tokens]
+            ids += encoding.ids
+        self.tokenizer.encode_special_tokens = False
+        return ids, found
 
     def _fit(self, length: int, learned: list[Span], counts: Counter[str]) -> list[tuple[int, int, list[Span]]]:
         """Pieces (start, end, learned spans inside, relative to start) of a row of `length` tokens.
@@ -125,7 +186,14 @@ class Encoder:
 
 
 def recipe_of(
-    tokenizer: Any, form: str, columns: dict[str, str], train_on: str, max_length: int, too_long: str
+    tokenizer: Any,
+    form: str,
+    columns: dict[str, str],
+    train_on: str,
+    max_length: int,
+    too_long: str,
+    allow_lost: Sequence[str] = (),
+    control_tokens: str = "keep",
 ) -> Recipe:
     """The Recipe of a transformers fast tokenizer, whose template is `chat.complete`."""
     return Recipe(
@@ -136,6 +204,8 @@ def recipe_of(
         train_on,
         max_length,
         too_long,
+        tuple(allow_lost),
+        control_tokens,
     )
 
 

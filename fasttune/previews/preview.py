@@ -72,6 +72,7 @@ def _figures(config: Config, machine: Hardware, shape: Shape, tokenizer: Any, re
     chosen = plan.resolve(config, machine, shape)
     sample, scale = _sample(chosen.apply(config))
     data = load.encode(sample, tokenizer, chosen.packed, reporter.progress)
+    load.held_out(sample, tokenizer, data, reporter.progress)  # which may be refused, too
     data.share_prefix = chosen.packed and not machine.gpus  # as packed.shares_prefix says of a live model
     usd_per_hour, price = plan.price_of(config, machine)
     expected = forecast.of_run(sample, chosen, data, machine, usd_per_hour, scale)
@@ -110,7 +111,7 @@ def _sample(config: Config) -> tuple[Config, float]:
         rows = _rows_of(config, source)
         whole += weight * (rows if most is None else min(rows, most))
         read += weight * min(rows, SAMPLED_ROWS, most or SAMPLED_ROWS)
-    hub = any(looks_like_hub(source) for source in config.data.sources)
+    hub = any(looks_like_hub(source) for source in (*config.data.sources, config.data.eval or ""))
     if whole == read and not hub:
         return config, 1.0
     data = config.data.model_copy(update={"max_rows": min(most or SAMPLED_ROWS, SAMPLED_ROWS), "streaming": hub})

@@ -8,6 +8,7 @@ Tokens count as learned where the loss is taken: never the first token of a row,
 """
 
 import math
+from collections import Counter
 from dataclasses import dataclass, replace
 from itertools import pairwise
 from typing import Any
@@ -41,6 +42,9 @@ class DataSet:
     rows_split: int  # longer: trained in pieces
     rows_too_long: int  # longer: dropped
     rows_dropped: dict[str, int]  # reason → rows that teach nothing
+    rows_with_unused: dict[str, int]  # what is not used (column id, from of a turn) or is only text (<image>) → rows
+    rows_lost: dict[str, int]  # what the chat template leaves out → rows
+    rows_with_control_tokens: dict[str, int]  # token → rows that have it in what a turn says
     tokens: int  # of the kept rows
     learned_tokens: int
 
@@ -98,6 +102,7 @@ class Figures:
     too_long: str
     packing: bool | str  # train.packing
     template_changes: list[tuple[str, str]]  # (what, why)
+    warnings: list[str]
     data_sets: list[DataSet]
     rows: int  # kept, over all data sets, like the next two
     tokens: int
@@ -124,12 +129,15 @@ def look(config: Config, rows: int, reporter: terminal.Reporter) -> Figures:
             shape = Shape.of(pretrained.read_architecture(config.model))
             chosen = plan.resolve(config, hardware.detect(), shape)  # how many rows at once a run would take here
             data = load.encode(chosen.apply(config), tokenizer, True, reporter.progress)
+            _, warnings = load.held_out(config, tokenizer, data, reporter.progress)
     finally:
         reporter.stop()
-    return measure(config, tokenizer, changes, data, rows)
+    return measure(config, tokenizer, changes, data, rows, warnings)
 
 
-def measure(config: Config, tokenizer: Any, changes: list[tuple[str, str]], data: Batches, rows: int) -> Figures:
+def measure(
+    config: Config, tokenizer: Any, changes: list[tuple[str, str]], data: Batches, rows: int, warnings: list[str]
+) -> Figures:
     """The figures of encoded data."""
     sets = [
         _data_set(part, weight, len(held))
@@ -144,6 +152,7 @@ def measure(config: Config, tokenizer: Any, changes: list[tuple[str, str]], data
         too_long=config.data.too_long,
         packing=config.train.packing,
         template_changes=changes,
+        warnings=warnings,
         data_sets=sets,
         rows=len(lengths),
         tokens=sum(each.tokens for each in sets),
@@ -168,10 +177,19 @@ def _data_set(rows: Rows, weight: float, held_out: int) -> DataSet:
         rows_truncated=counts["truncated"],
         rows_split=counts["split"],
         rows_too_long=counts["dropped_too_long"],
-        rows_dropped={name[9:]: n for name, n in sorted(counts.items()) if name.startswith("dropped: ")},
+        rows_dropped=_named(counts, "dropped: "),
+        rows_lost=_named(counts, "lost: "),
+        rows_with_control_tokens=_named(counts, "control token: "),
+        rows_with_unused={
+            name: n for name, n in sorted(counts.items()) if name.startswith(("not used: ", "only text: "))
+        },
         tokens=counts["tokens"],
         learned_tokens=counts["learned"],
     )
+
+
+def _named(counts: Counter[str], kind: str) -> dict[str, int]:
+    return {name.removeprefix(kind): n for name, n in sorted(counts.items()) if name.startswith(kind)}
 
 
 def _lengths(lengths: np.ndarray) -> Lengths:

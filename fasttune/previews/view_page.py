@@ -61,6 +61,8 @@ def _sets(figures: Figures) -> list[RenderableType]:
         read = f"  {each.rows_read:,} rows read, {each.rows_kept:,} kept{held}"
         lines.append(Text(f"{read} · {_tokens(each.tokens, each.learned_tokens)}"))
         losses = _losses(each, figures)
+        unused = [f"{n:,} row{'' if n == 1 else 's'}: {what}" for what, n in each.rows_with_unused.items()][:20]
+        lines += [Text(f"  {_visible(text)}", style="dim") for text in unused]
         lines += [Text(f"  {_visible(loss)}", style="yellow") for loss in losses]
         if not losses:
             lines.append(Text("  every row is whole: none dropped, truncated or split", style="dim"))
@@ -70,6 +72,7 @@ def _sets(figures: Figures) -> list[RenderableType]:
     steps = f"{steps_text(figures.steps_per_epoch)} of {figures.rows_per_step:,}"
     lines.append(Text(f"an epoch is {figures.rows_per_epoch:,} rows, in {steps}", style="dim"))
     lines += [Text(f"chat template: {what}: {why}", style="dim") for what, why in figures.template_changes]
+    lines += [Text(_visible(warning), style="yellow") for warning in figures.warnings]
     return [*lines]
 
 
@@ -84,6 +87,8 @@ def _losses(each: DataSet, figures: Figures) -> list[str]:
         (each.rows_split, f"split into pieces: {long}"),
         (each.rows_too_long, f"dropped: {long}"),
         *((n, f"dropped: {reason}") for reason, n in each.rows_dropped.items()),
+        *((n, f"lost in the chat template: {what}") for what, n in each.rows_lost.items()),
+        *((n, f"with a control token in a text: {token}") for token, n in each.rows_with_control_tokens.items()),
     ]
     return [f"{n:,} row{'' if n == 1 else 's'} ({n / each.rows_read:.1%}) {what}" for n, what in found if n]
 

@@ -6,7 +6,7 @@ Each function that gives rows is called by the harness with the task's `metadata
 from pathlib import Path
 from typing import Any
 
-from fasttune.data import answers, formats, sources
+from fasttune.data import answers, beside, formats, sources
 from fasttune.data.formats import Row
 from fasttune.errors import DataError
 
@@ -19,8 +19,10 @@ def of_rows(source: str, split: str = "train", columns: dict[str, str] | None = 
     if source.startswith("builtin:"):
         sources.check(source)
         return "builtin:arithmetic"
-    place, row = next(((place, row) for _, place, row in sources.first_rows(source, "test", split, 1)), (source, {}))
-    row = formats.rename(row, columns or {}, place)
+    also = (columns or {}).values()
+    rows = sources.first_rows(source, "test", split, 1, also=also)
+    place, row = next(((place, row) for _, place, row in rows), (source, {}))
+    row = formats.rename(row, formats.applying(columns or {}, row), place)
     if "options" in row:
         return "multiple_choice_jsonl"
     if "question" in row and answers.final_number(str(row.get("answer"))) is not None:
@@ -69,9 +71,10 @@ def _rows(
     source: str, names: tuple[str, ...], split: str = "train", columns: dict[str, str] | None = None
 ) -> list[tuple[str, Row]]:
     found = []
-    for chunk in sources.read(source, "test", split):
+    for chunk in sources.read(source, "test", split, also=(columns or {}).values()):
         for _, place, row in chunk.numbered():
-            row = formats.rename(row, columns or {}, place)
+            row = formats.rename(row, formats.applying(columns or {}, row), place)
+            beside.check_media(row, place)
             if missing := [name for name in names if name not in row]:
                 raise DataError(f"--data: {place} has no {', '.join(missing)} (it has {', '.join(row) or 'nothing'})")
             if not isinstance(row["question"], str):

@@ -11,6 +11,7 @@ from fasttune import builtin, hardware, plan, pretrained
 from fasttune.config import Config, looks_like_hub
 from fasttune.data import chat, load, sources
 from fasttune.data.batches import Batches, Encoded
+from fasttune.errors import DataError
 from fasttune.forecasts import forecast, shape
 from fasttune.hardware import Hardware
 from fasttune.metrics import Forecast, Setting
@@ -51,10 +52,13 @@ def check(config: Config) -> None:
     """As `preflight`, of everything but the folder. Raises DataError and ModelError."""
     splits = dict.fromkeys(config.data.sources, config.data.split)
     splits |= {config.data.eval: config.data.held_out_split} if config.data.eval else {}
+    columns, unused = config.data.columns, not any(map(looks_like_hub, splits))
     for source, split in splits.items():
         sources.check(source, split)
         if not looks_like_hub(source):
-            load.form_of(config, source, split)
+            unused = not load.form_of(config, source, split)[1] and unused
+    if columns and unused:
+        raise DataError(f"data.columns: no source has {', '.join(columns.values())}: correct the names or remove it")
     builtin.check(config.model.name)
 
 
@@ -91,7 +95,8 @@ def prepare(config: Config, folder: Path, reporter: Reporter) -> Job:
     config = load.with_format(config)
     data = load.encode(config, tokenizer, packed, reporter.progress)
     data.share_prefix = packed and packing.shares_prefix()
-    held_out = load.held_out(config, tokenizer, data, reporter.progress)
+    held_out, doubts = load.held_out(config, tokenizer, data, reporter.progress)
+    warnings += doubts
     settings += [Setting("data", line) for line in load.describe(data)]
     if held_out:
         settings.append(Setting("held out", f"loss of {len(held_out):,} rows, {_when(config)}"))

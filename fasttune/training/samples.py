@@ -6,7 +6,7 @@ from typing import Any
 
 from fasttune import model as models, decoding  # model first: it imports unsloth
 from fasttune.config import Config
-from fasttune.data import answers, chat, formats, sources
+from fasttune.data import answers, beside, chat, formats, load, sources
 from fasttune.data.batches import Batches
 from fasttune.data.formats import Row
 from fasttune.errors import DataError
@@ -31,27 +31,30 @@ def read(config: Config, tokenizer: Any, batches: Batches, warn: Callable[[str],
     to be scored and its reference holds no `#### N`.
     """
     template, problems, too_long = chat.template_of(tokenizer), list[Problem](), 0
+    form, columns = "", dict[str, str]()
     for place, row in _held_out(config, batches):
-        row = formats.rename(row, config.data.columns, place)
-        form = config.data.format if config.data.format != "auto" else formats.detect(row, place)
+        if not form:
+            form, columns = load.form_by(config, _source(config, batches)[0], row, place)
+        row = formats.rename(row, columns, place)
         try:
             conversation = formats.convert(row, form, place)
             if isinstance(conversation, str) or not conversation.answers:
                 continue
             messages, last = conversation.messages, conversation.answers[-1]
-            prompt = template.render(messages[:last], conversation.tools, ask=True)
+            prompt = template.prompt(messages[:last], conversation.tools)
         except formats.Unusable:
             continue
-        question = messages[last - 1]["content"]
+        beside.check_text(prompt, place)
+        question, reference = (messages[at]["content"] or "" for at in (last - 1, last))
         scored = len(problems) < config.eval.problems
-        if scored and answers.final_number(messages[last]["content"]) is None:
+        if scored and answers.final_number(reference) is None:
             raise DataError(
                 f"eval.problems: {place}: its answer holds no `#### N`, so none can be checked; set eval.problems=0"
             )
         if len(tokenizer(prompt, add_special_tokens=False).input_ids) > config.model.max_length:
             too_long += 1
             continue
-        problems.append(Problem(question, prompt, messages[last]["content"]))
+        problems.append(Problem(question, prompt, reference))
     if too_long:
         warn(
             f"{too_long} of the held-out problems are not asked: longer than model.max_length={config.model.max_length}"
@@ -64,14 +67,22 @@ def _held_out(config: Config, batches: Batches) -> Iterator[tuple[str, Row]]:
     data, count = config.data, max(config.samples, config.eval.problems)
     if not count:
         return
+    source, split = _source(config, batches)
     if data.eval is not None:
-        for _, place, row in sources.first_rows(data.eval, "test", data.held_out_split, count, data.streaming):
-            yield place, row
+        rows = sources.first_rows(source, "test", split, count, data.streaming, data.columns.values())
+        yield from ((place, row) for _, place, row in rows)
         return
     part, held_out = batches.parts[0], batches.split[0][1]
     wanted = set(part.numbers[held_out[:count]].tolist())
-    rows = sources.first_rows(part.source, "train", data.split, max(wanted, default=0), data.streaming)
+    last = max(wanted, default=0)
+    rows = sources.first_rows(source, "train", split, last, data.streaming, data.columns.values())
     yield from ((place, row) for number, place, row in rows if number in wanted)
+
+
+def _source(config: Config, batches: Batches) -> tuple[str, str]:
+    """(source, split) of the held-out problems."""
+    data = config.data
+    return (data.eval, data.held_out_split) if data.eval is not None else (batches.parts[0].source, data.split)
 
 
 def answer(model: Any, tokenizer: Any, problems: list[Problem], checkpointing: str) -> list[str]:

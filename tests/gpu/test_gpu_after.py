@@ -72,7 +72,7 @@ def test_held_out_loss_is_that_of_plain_transformers(finished: tuple[Path, Any])
     folder, result = finished
     assert result.status == "completed" and result.held_out.after.loss < result.held_out.before.loss
     tokenizer = transformers.AutoTokenizer.from_pretrained(folder / "adapter")
-    form = load.form_of(config.load(folder / "config.yaml"), "builtin:arithmetic")
+    form, _ = load.form_of(config.load(folder / "config.yaml"), "builtin:arithmetic")
     encoder = tokens.Encoder(tokens.recipe_of(tokenizer, form, {}, "assistant", 512, "truncate"))
     (chunk,) = sources.read("builtin:arithmetic", "test", max_rows=20)
     block, at, rows = encoder.encode(chunk), 0, []
