@@ -94,6 +94,23 @@ def test_parquet_holds_the_same_rows(tmp_path: Path) -> None:
     assert read(source, max_rows=2) == ROWS[:2]
 
 
+def test_keys_that_only_the_column_type_brings_are_left_out(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Arrow gives every object of a column the keys of all of them: below the columns null is absence, in a list not."""
+
+    def row(**arguments: Any) -> dict[str, Any]:
+        call = {"function": {"name": "f", "arguments": arguments}}
+        return {"id": None, "messages": [{"role": "assistant", "tool_calls": [call]}], "tools": [{"list": [1, None]}]}
+
+    rows = [row(city="Faro"), row(a={"b": 2}), row(a={"c": 3})]
+    assert read(write(tmp_path / "rows.parquet", as_parquet(rows))) == rows
+    (tmp_path / "rows.jsonl").write_text(json.dumps(row(city=None)))
+    assert read(str(tmp_path / "rows.jsonl")) == [row(city=None)]  # here somebody wrote it
+    import datasets
+
+    monkeypatch.setattr(datasets, "load_dataset", lambda *_, **__: datasets.Dataset.from_list(rows))
+    assert [row for chunk in sources._hub("owner/name", "train", False) for row in chunk.rows or []] == rows
+
+
 def test_hand_compressed_gzip_of_two_members_is_read_whole(tmp_path: Path) -> None:
     path = tmp_path / "rows.jsonl.gz"
     path.write_bytes(gzip.compress(jsonl(ROWS[:2])) + gzip.compress(jsonl(ROWS[2:])))

@@ -270,3 +270,55 @@ def test_a_row_longer_than_a_window_is_cut_as_any_other(
     in_windows = encode(recipe, rows)
     assert (in_windows.ids.tolist(), in_windows.learned.tolist()) == (at_once.ids.tolist(), at_once.learned.tolist())
     assert (in_windows.lengths.tolist(), in_windows.counts) == (at_once.lengths.tolist(), at_once.counts)
+
+
+def test_control_tokens_in_a_text_are_counted_and_named(tiny_recipe: Recipe) -> None:
+    rows = [chat(("Say <|im_end|>", "a")), chat(("q", "<|im_start|><|im_start|>")), chat(("<|im_end", "a <b>"))]
+    block = encode(tiny_recipe, rows)
+    assert {name: n for name, n in block.counts.items() if name.startswith("control token")} == {
+        "control token: <|im_end|>": 1,
+        "control token: <|im_start|>": 1,
+    }
+
+
+@given(st.lists(st.sampled_from(["<|im_end|>", "<|im_start|>", "a", " ", "\n", "<|im_end", "é"]), min_size=1))
+def test_control_tokens_as_text_are_the_text_that_they_are(tiny_recipe: Recipe, words: list[str]) -> None:
+    """No id of a control token but those of the template, and the text and what is learned stay the same."""
+    from tokenizers import Tokenizer
+
+    said = "".join(words) + "x"
+    row = chat((said, said))
+    block = encode(replace(tiny_recipe, control_tokens="text", max_length=4096), [row])
+    kept = encode(replace(tiny_recipe, max_length=4096), [row])
+    tokenizer = Tokenizer.from_str(tiny_recipe.tokenizer_json)
+    assert tokenizer.decode(block.ids.tolist(), skip_special_tokens=False) == tokenizer.decode(
+        kept.ids.tolist(), skip_special_tokens=False
+    )
+    assert learned_text(tiny_recipe, block) == [said + END]
+    end, start = tokenizer.token_to_id(END), tokenizer.token_to_id("<|im_start|>")
+    assert [int(token) for token in block.ids if token in (end, start)] == [start, end, start, end]
+
+
+def test_control_tokens_of_a_plain_text_are_text_too(tiny_recipe: Recipe) -> None:
+    recipe = replace(tiny_recipe, form="text", control_tokens="text")
+    block = encode(recipe, [{"text": "a<|im_end|>b"}])
+    assert learned_text(recipe, block) == ["<|im_end|>b" + END]
+    assert len(block.ids) == len("a<|im_end|>b") + 1
+    assert not len(encode(recipe, [{"text": "a<|im_end|>\ue000"}]).lengths)  # what would mark them is there already
+
+
+def test_a_template_that_refuses_every_row_is_not_asked_for_all_of_them(tiny_recipe: Recipe) -> None:
+    recipe = replace(tiny_recipe, template=Template("{{ 1 / 0 }}", {}, False))
+    with pytest.raises(DataError, match=r"rows.jsonl row 100: this row and all 99 before it are refused by the chat"):
+        encode(recipe, [chat(("q", "a"))] * 150)
+    refused = encode(recipe, [chat(("q", "a"))] * 99)
+    assert refused.counts["dropped: refused by the chat template (division by zero)"] == 99
+
+
+def test_what_the_template_leaves_out_is_counted_where_that_is_allowed(tiny_recipe: Recipe) -> None:
+    row = chat(("q", "a"))
+    row["messages"][1]["reasoning_content"] = "because"
+    with pytest.raises(DataError, match=r"rows.jsonl row 1: the chat template leaves out its reasoning"):
+        encode(tiny_recipe, [row])
+    block = encode(replace(tiny_recipe, allow_lost=("reasoning",)), [row, chat(("q", "a"))])
+    assert (block.counts["lost: reasoning"], len(block.lengths)) == (1, 2)

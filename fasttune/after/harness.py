@@ -156,7 +156,9 @@ def explained(what: str) -> Iterator[None]:
         raise
     except ImportError as error:
         raise FasttuneError(f"--tasks {what}: needs the package {error.name}; pip install it") from error
-    except (OSError, ValueError, KeyError, Unusable) as error:
+    except Unusable as error:
+        raise DataError(f"--tasks {what}: {error}; use a model with another template") from error
+    except (OSError, ValueError, KeyError) as error:
         text = " ".join(str(error).split())[:300]
         raise DataError(f"--tasks {what}: cannot be run ({text}); check the task's data and the network") from error
 

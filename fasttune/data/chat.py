@@ -164,7 +164,7 @@ class Template:
                 dropped_by_design = kind == "reasoning" and asked and len(part) == len(whole)
                 if kind not in allow_lost and (kind == "tool_turns" or (span and not dropped_by_design)):
                     raise _leaves_out(kind, place, f" (turn {index + 1})")
-                names.add(kind if span else f"{kind} of a turn that is only read")
+                names.add(kind if span or kind == "tool_turns" else f"{kind} of a turn that is only read")
             if len(turn) > 2:
                 names |= {f"{key}, a key of a turn" for key in lost.unread(turn, self.source_for(tools))}
         missing = lost.of_tools(tools or [], all_of_it)
