@@ -11,7 +11,7 @@ import signal
 import sys
 from collections.abc import Callable
 
-from fasttune import hardware as machines, stack
+from fasttune import hardware as machines, stack, text as texts
 from fasttune.checks import Result, facts, imports
 from fasttune.checks.runner import Job, run_jobs
 from fasttune.errors import FasttuneError
@@ -53,7 +53,7 @@ def main(argv: list[str] | None = None) -> int:
         if not options.quick:
             results += run_jobs(JOBS + (ONLINE if options.online else ()), progress(), stop)
     except FasttuneError as error:
-        print(f"fasttune verify: {error}", file=sys.stderr)
+        print(texts.one_line(f"fasttune verify: {error}"), file=sys.stderr)
         return error.exit_code
     except KeyboardInterrupt:
         print("fasttune verify: interrupted, nothing is left running", file=sys.stderr)

@@ -10,8 +10,20 @@ import pytest
 PACKAGE = Path("fasttune")
 # Lowest first. A module imports only from rows above its own.
 LAYERS = [
-    {"errors"},
-    {"cache", "checkpoint", "hardware", "hub", "memory", "merge_check", "metrics", "publish", "quiet"},
+    {"errors", "text"},
+    {
+        "cache",
+        "checkpoint",
+        "hardware",
+        "hints",
+        "hub",
+        "memory",
+        "merge_check",
+        "metrics",
+        "publish",
+        "quiet",
+        "strict_yaml",
+    },
     {"config", "plots", "shape", "stack"},
     {"builtin", "data", "memory_forecast", "output", "report", "rules"},
     {"decoding", "live", "plan", "pretrained", "rows_attention", "terminal"},
