@@ -49,8 +49,6 @@ def parse(text: str) -> Any:
     """One YAML document. Raises Malformed."""
     try:
         return yaml.load(text, _Loader)
-    except RecursionError as error:
-        raise Malformed(f"nested more than {MAX_DEPTH} deep") from error
     except yaml.reader.ReaderError as error:
         line = text.count("\n", 0, error.position) + 1
         raise Malformed(f"not valid YAML (the character U+{error.character:04X})", line) from error
@@ -70,36 +68,45 @@ class _Loader(yaml.SafeLoader):
     def __init__(self, stream: str):
         super().__init__(stream)
         self._measured: dict[yaml.Node, tuple[int, int]] = {}  # (values, depth)
+        self._open = 0  # lists and mappings around what is read now
 
     def compose_node(self, parent: yaml.Node | None, index: Any) -> yaml.Node | None:
-        tag = getattr(self.peek_event(), "tag", None)
-        if tag not in (None, "!"):
-            tag = tag.replace("tag:yaml.org,2002:", "!!")
-            raise _malformed(self.peek_event(), f"the tag {tag} is not read: write the value alone")
+        event = self.peek_event()
+        if (tag := getattr(event, "tag", None)) not in (None, "!"):
+            raise _malformed(
+                event, f"the tag {tag.replace('tag:yaml.org,2002:', '!!')} is not read: write the value alone"
+            )
+        if self._open > MAX_DEPTH:
+            raise _malformed(event, f"nested more than {MAX_DEPTH} deep")
+        self._open += 1
         node = super().compose_node(parent, index)
-        if isinstance(node, yaml.ScalarNode):
-            try:
-                texts.writable(node.value)
-            except ValueError as error:
-                raise _malformed(node, f"a value {error}") from error
+        self._open -= 1
+        if isinstance(event, yaml.AliasEvent) and node not in self._measured:
+            raise _malformed(event, "an alias stands inside what it names")
         if node is not None and node not in self._measured:
-            self._measure(node)
+            self._measured[node] = _measure(node, self._measured)
         return node
 
-    def _measure(self, node: yaml.Node) -> None:
-        children = [] if isinstance(node, yaml.ScalarNode) else node.value
-        if isinstance(node, yaml.MappingNode):
-            _check_keys(node)
-            children = [child for pair in node.value for child in pair]
-        if any(child not in self._measured for child in children):
-            raise _malformed(node, "an alias stands inside what it names")
-        values = 1 + sum(self._measured[child][0] for child in children)
-        depth = 1 + max((self._measured[child][1] for child in children), default=0)
-        if values > MAX_VALUES:
-            raise _malformed(node, f"more than {MAX_VALUES:,} values, aliases written out")
-        if depth > MAX_DEPTH:
-            raise _malformed(node, f"nested more than {MAX_DEPTH} deep")
-        self._measured[node] = values, depth
+
+def _measure(node: yaml.Node, measured: dict[yaml.Node, tuple[int, int]]) -> tuple[int, int]:
+    """(values, depth) of a node, every alias written out. Raises Malformed."""
+    children = node.value
+    if isinstance(node, yaml.ScalarNode):
+        try:
+            texts.writable(node.value)
+        except ValueError as error:
+            raise _malformed(node, f"a value {error}") from error
+        children = []
+    elif isinstance(node, yaml.MappingNode):
+        _check_keys(node)
+        children = [child for pair in node.value for child in pair]
+    values = 1 + sum(measured[child][0] for child in children)
+    depth = 1 + max((measured[child][1] for child in children), default=0)
+    if values > MAX_VALUES:
+        raise _malformed(node, f"more than {MAX_VALUES:,} values, aliases written out")
+    if depth > MAX_DEPTH:
+        raise _malformed(node, f"nested more than {MAX_DEPTH} deep")
+    return values, depth
 
 
 def _check_keys(node: yaml.MappingNode) -> None:
