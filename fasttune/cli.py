@@ -9,7 +9,7 @@ import os
 import shlex
 import signal
 import sys
-from typing import Any, NoReturn
+from typing import Any
 
 from fasttune import __version__, text as texts
 from fasttune.errors import ConfigError, FasttuneError
@@ -103,15 +103,8 @@ def _check(options: argparse.Namespace) -> None:
             raise FasttuneError(f"{flag} {value}: a whole number from {least} to {most:,}")
 
 
-class Parser(argparse.ArgumentParser):
-    """A wrong option is one line too."""
-
-    def error(self, message: str) -> NoReturn:
-        self.exit(2, f"{texts.one_line(f'{self.prog}: {message}', 260)} (see {self.prog} --help)\n")
-
-
 def parser() -> argparse.ArgumentParser:
-    top = Parser(
+    top = texts.Parser(
         prog="fasttune",
         description="Fine-tune an open model on one GPU as fast as the chip allows, and prove the number.",
         epilog=EXAMPLES,

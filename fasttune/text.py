@@ -1,6 +1,8 @@
 """What a person typed, and what is said back: names that no disk can have are refused, lines are kept short."""
 
+import argparse
 from pathlib import Path
+from typing import NoReturn
 
 LONGEST_LINE = 300  # characters of an error
 LONGEST_NAME = 255  # bytes of one name in a path, on every usual file system
@@ -34,3 +36,10 @@ def path(text: str) -> str:
     except RuntimeError as error:
         raise ValueError(f"{text.split('/')[0]} is no user of this machine: write the whole path") from error
     return text
+
+
+class Parser(argparse.ArgumentParser):
+    """A wrong option is one line too."""
+
+    def error(self, message: str) -> NoReturn:
+        self.exit(2, f"{one_line(f'{self.prog}: {message}', LONGEST_LINE - 40)} (see {self.prog} --help)\n")

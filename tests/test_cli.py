@@ -117,7 +117,7 @@ def test_no_error_is_longer_than_a_few_lines_of_a_terminal(
 
 
 @pytest.mark.parametrize(
-    "arguments", [["data"], ["plan", "c.yaml", "--gqu"], ["data", "c", "--rows", "9" * 5000], ["x"]]
+    "arguments", [["data"], ["plan", "c.yaml", "--gqu"], ["data", "c", "--rows", "9" * 5000], ["verify", "-x"]]
 )
 def test_a_wrong_option_is_one_line_too(capsys: pytest.CaptureFixture[str], arguments: list[str]) -> None:
     with pytest.raises(SystemExit) as stopped:

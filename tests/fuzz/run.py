@@ -16,7 +16,7 @@ from pathlib import Path
 
 SCRATCH = tempfile.TemporaryDirectory(prefix="fasttune-fuzz-")
 os.environ |= {"FASTTUNE_CACHE": f"{SCRATCH.name}/cache", "HF_HOME": f"{SCRATCH.name}/hf", "HF_HUB_OFFLINE": "1"}
-os.environ |= {"OMP_NUM_THREADS": "1", "TOKENIZERS_PARALLELISM": "false"}
+os.environ |= {"OMP_NUM_THREADS": "1", "TOKENIZERS_PARALLELISM": "false", "MPLCONFIGDIR": f"{SCRATCH.name}/matplotlib"}
 sys.path.insert(0, str(Path(__file__).resolve().parents[2]))
 
 import cases  # noqa: E402
@@ -33,8 +33,10 @@ def main() -> int:
     given = options.parse_args()
     # Imported once, for all children.
     import datasets  # noqa: F401
+    import matplotlib.font_manager  # noqa: F401
     import pyarrow.parquet  # noqa: F401
 
+    import fasttune.cli
     import fasttune.previews.preview
     import fasttune.previews.view_page
     import fasttune.train
@@ -92,9 +94,7 @@ def _child(case: cases.Case, scratch: Path) -> None:
         resource.setrlimit(resource.RLIMIT_CPU, (limit, limit + 1))
         resource.setrlimit(resource.RLIMIT_CORE, (0, 0))
         signal.alarm(HANGS_S)
-        from fasttune import cli
-
-        code = cli.main(case.arguments)
+        code = sys.modules["fasttune.cli"].main(case.arguments)
     except SystemExit as stopped:
         code = stopped.code if isinstance(stopped.code, int) else 71
     except BaseException:
