@@ -34,6 +34,7 @@ FORMATS = (
     "alpaca",
     "text",
 )
+MADE_ROWS = 100_000  # of builtin:arithmetic, when more are asked for than it has
 STEPS = r"[1-9][0-9]{0,8} steps?"
 SEVEN_PROJECTIONS = ["q_proj", "k_proj", "v_proj", "o_proj", "gate_proj", "up_proj", "down_proj"]
 WRONG_BRANCH = ("string_type", "dict_type")  # of a value that may be text or a mapping
@@ -138,6 +139,8 @@ class DataConfig(Section):
     def _sources_and_hold_out(self) -> "DataConfig":
         if not self.sources:
             raise ValueError("train: name at least one data set")
+        if "builtin:arithmetic" in (self.eval, *self.sources) and (self.max_rows or 0) > MADE_ROWS:
+            raise ValueError(f"max_rows: builtin:arithmetic makes its rows, at most {MADE_ROWS:,} of them")
         if self.eval is not None and self.eval_share:
             raise ValueError("eval_share would be ignored beside data.eval: remove one of them")
         if self.eval in self.sources and not self.eval.startswith("builtin:"):

@@ -1,5 +1,6 @@
 """A fuzzing case from a seed: files of a folder and the command to run there. The same seed is the same case."""
 
+import contextlib
 import csv
 import gzip
 import io
@@ -221,13 +222,14 @@ def _config(draw: random.Random, tree: dict[str, Any], arguments: list[str]) -> 
         arguments += draw.choice(
             [["a.b"], ["=1"], ["model=null"], ["lora=null", "train.method=full"], ["..=1"], ["x" * 400]]
         )
-    lines = json.dumps(tree, ensure_ascii=False).replace('"deep"', "[" * 100 + "]" * 100)
-    try:
-        text = yaml.safe_dump(tree, sort_keys=False, allow_unicode=True) if draw.random() < 0.5 else lines
-    except (yaml.YAMLError, UnicodeError):
-        text = lines
-    if draw.random() < 0.3:
-        text = text + "\n" + draw.choice(LINES) if draw.random() < 0.7 else draw.choice(LINES) + "\n" + text
+    odd = draw.choice(LINES) if draw.random() < 0.3 else ""
+    if odd:
+        tree.pop("name", None)
+    text = json.dumps(tree, ensure_ascii=False).replace('"deep"', "[" * 100 + "]" * 100)
+    if odd or draw.random() < 0.5:
+        with contextlib.suppress(yaml.YAMLError, UnicodeError):
+            text = yaml.safe_dump(tree, sort_keys=False, allow_unicode=True)
+    text = f"{text}\n{odd}" if draw.random() < 0.7 else f"{odd}\n{text}"
     if draw.random() < 0.1:
         text += "\n" + draw.choice(text.splitlines())
     content = text.encode(draw.choice(["utf-8"] * 8 + ["utf-8-sig", "utf-16", "utf-32"]), "surrogatepass")
@@ -236,7 +238,7 @@ def _config(draw: random.Random, tree: dict[str, Any], arguments: list[str]) -> 
 
 def _data(draw: random.Random) -> tuple[str, bytes]:
     rows = [json.loads(json.dumps(draw.choice(ROWS))) for _ in range(draw.choice([1, 2, 5]))]
-    if draw.random() < 0.6:
+    if draw.random() < 0.85:
         rows = [json.loads(json.dumps(rows[0])) for _ in rows]
     for _ in range(draw.choice([0, 1, 1, 2, 4])):
         _change(draw, rows)
