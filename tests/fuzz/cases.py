@@ -17,12 +17,13 @@ DEEP: Any = "deep"  # a mark: written out as brackets in brackets
 # fmt: off
 VALUES = [
     None, True, False, 0, 1, -1, 2, 7, 0.5, -0.5, 1e-300, 1e30, 1e308, 2**31, 2**63, 10**400, float("nan"),
-    float("inf"), "", " ", "auto", "never", "yes", "no", "on", "off", "null", "~", "1:30", "010", "0x_", "0x10", "1_000", "1e400",
-    "-0", "2024-13-45", "2024-01-01", "50", "50 steps", "0 steps", "0 minutes", "1e9 minutes", "start and end", "٥ steps",
-    "~nosuchuser/x", "/", "..", ".", "/dev/null", "/proc/self/mem", "owner/name", "owner/name:sub", "a/b/c", "builtin:",
-    "builtin:arithmetic", "builtin:tiny", "rows.jsonl", "keep.txt", "out", "nul\0x", "lone \ud800", "x" * 300,
-    "/x" * 3000, "\x1b[2J", "a\nb", "{", "[", "'", "%s %d {0} {x}", "é" * 200, "q_proj", "(a+)+$", "<|im_end|>", "9" * 5000,
-    [], [1], ["q_proj"], [[]], {}, {"a": 1}, {"rows.jsonl": 2}, {"rows.jsonl": 0}, {"rows.jsonl": 1e9}, {"": 1}, DEEP,
+    float("inf"), "", " ", "auto", "never", "yes", "no", "on", "off", "null", "~", "1:30", "010", "0x_", "0x10",
+    "1_000", "1e400", "-0", "2024-13-45", "2024-01-01", "50", "50 steps", "0 steps", "0 minutes", "1e9 minutes",
+    "start and end", "٥ steps", "~nosuchuser/x", "/", "..", ".", "/dev/null", "/proc/self/mem", "owner/name",
+    "owner/name:sub", "a/b/c", "builtin:", "builtin:arithmetic", "builtin:tiny", "rows.jsonl", "keep.txt", "out",
+    "nul\0x", "lone \ud800", "x" * 300, "/x" * 3000, "\x1b[2J", "a\nb", "{", "[", "'", "%s %d {0} {x}", "é" * 200,
+    "q_proj", "(a+)+$", "<|im_end|>", "9" * 5000, [], [1], ["q_proj"], [[]], {}, {"a": 1}, {"rows.jsonl": 2},
+    {"rows.jsonl": 0}, {"rows.jsonl": 1e9}, {"": 1}, DEEP,
 ]
 LINES = [  # what stands in a file as it is
     "seed: !!bool maybe", "seed: !!python/object/apply:os.system [touch RAN]", "seed: 0x_", "seed: 2024-13-45",
