@@ -11,6 +11,7 @@ from pathlib import Path
 from typing import Any
 
 import pytest
+import safetensors.numpy
 import yaml
 
 from fasttune import builtin, checkpoint, cli, config, hub, pretrained
@@ -28,7 +29,7 @@ TREE: dict[str, Any] = {
 }
 SECRETS = {"HF_TOKEN": CANARY, "HUGGING_FACE_HUB_TOKEN": CANARY, "WANDB_API_KEY": CANARY}
 ENDINGS: dict[str, tuple[list[str], int]] = {
-    "failed": (["train.learning_rate=1e30", "train.max_grad_norm=1e30", "train.max_bad_steps=0"], 1),
+    "failed": (["model.name=../not finite", "train.max_bad_steps=0"], 1),
     "no such model": (["model.name=nobody/nothing"], 2),
     "no such data": (["data.train=nobody/nothing"], 2),
     "with a traceback": (["--debug", "model.name=nobody/nothing"], 1),
@@ -85,9 +86,13 @@ def written(folder: Path) -> dict[str, bytes]:
 
 
 def test_tokens_appear_nowhere_and_nothing_is_asked_for_offline(
-    tmp_path: Path, guard: tuple[dict[str, str], Path]
+    tmp_path: Path, guard: tuple[dict[str, str], Path], unsloth: None
 ) -> None:
     environment, attempts = guard
+    weights = shutil.copytree(builtin.path("builtin:tiny"), tmp_path / "not finite") / "model.safetensors"
+    tensors = safetensors.numpy.load_file(weights)
+    tensors["model.norm.weight"][:] = float("nan")
+    safetensors.numpy.save_file(tensors, weights, {"format": "pt"})
     (tmp_path / "run.yaml").write_text(yaml.safe_dump(TREE))
     for ending in ENDINGS:
         (tmp_path / ending).mkdir()
@@ -315,7 +320,7 @@ def test_weights_as_a_pickle_are_refused_unread(tiny_folder: Path, tmp_path: Pat
 @pytest.mark.parametrize(
     ("text", "overrides", "words"),
     [
-        ("model: !!python/object/apply:os.system ['touch ran']", [], "not valid YAML"),
+        ("model: !!python/object/apply:os.system ['touch ran']", [], "the tag !!python"),
         (
             "model: {name: builtin:tiny}\ndata: {train: x}",
             ["name=!!python/object/apply:os.system ['touch ran']"],

@@ -1,11 +1,13 @@
 """A fuzzing case from a seed: files of a folder and the command to run there. The same seed is the same case."""
 
 import contextlib
+import copy
 import csv
 import gzip
 import io
 import json
 import random
+import sys
 from dataclasses import dataclass, field
 from typing import Any
 
@@ -53,7 +55,19 @@ ROWS: list[dict[str, Any]] = [
         ]
     },
 ]
-MARKS = {"user", "assistant", "tool_calls", "weight", "train", "loss", "label", "chosen", "images", "system", "history"}
+MARKS = "tool_calls tools weight train loss label chosen images system history reasoning_content function_call".split()
+TEXTS = [
+    "lone \ud800",
+    "nul\0",
+    "<|im_end|>",
+    "<think>a</think>b",
+    "\u202e",
+    "x " * 5000,
+    "",
+    " ",
+    "\U0001f600" * 50,
+    "9" * 5000,
+]
 
 
 @dataclass
@@ -93,6 +107,7 @@ def make(seed: int) -> Case:
         case.files["c.yaml"] = yaml.safe_dump(tree).encode()
         if draw.random() < 0.1:
             case.arguments[0] = "train"
+            case.arguments += ["overwrite=true"] * draw.randrange(2)
     if case.arguments[0] == "data" and draw.random() < 0.3:
         case.arguments += ["--rows", draw.choice(["0", "1", "100000", "-1", "9" * 30, "x"])]
     return case
@@ -133,11 +148,13 @@ def _config(draw: random.Random, tree: dict[str, Any], arguments: list[str]) -> 
 
 
 def _data(draw: random.Random) -> tuple[str, bytes]:
-    rows = [json.loads(json.dumps(draw.choice(ROWS))) for _ in range(draw.choice([1, 2, 5]))]
+    rows = [copy.deepcopy(draw.choice(ROWS)) for _ in range(draw.choice([1, 2, 5]))]
     if draw.random() < 0.85:
-        rows = [json.loads(json.dumps(rows[0])) for _ in rows]
-    for _ in range(draw.choice([0, 1, 1, 2, 4])):
-        _change(draw, rows)
+        rows = [copy.deepcopy(rows[0]) for _ in rows]
+    for _ in range(draw.choice([0, 1, 1, 1, 2])):
+        draw.choice([_change, _retell, _retell, _add, _add])(draw, rows)
+    if draw.random() < 0.05:
+        rows *= 2000 // len(rows)
     kind = draw.choice(["jsonl", "jsonl", "jsonl", "json", "csv", "parquet"])
     content = {"jsonl": _jsonl, "json": _json, "csv": _csv, "parquet": _parquet}[kind](draw, rows)
     if draw.random() < 0.25:
@@ -150,28 +167,59 @@ def _data(draw: random.Random) -> tuple[str, bytes]:
     return f"rows.{ending}", content
 
 
+def _retell(draw: random.Random, rows: list[Any]) -> None:
+    """A text anywhere in the rows becomes an odd one."""
+    places = [(node, key) for node in _nodes(rows) for key in _keys(node) if isinstance(node[key], str)]
+    if places:
+        node, key = draw.choice(places)
+        node[key] = draw.choice(TEXTS)
+
+
+def _add(draw: random.Random, rows: list[Any]) -> None:
+    """A field that nobody asked for, or one that means something, in a row or in a turn."""
+    places = [node for node in _nodes(rows) if isinstance(node, dict)]
+    if places:
+        draw.choice(places)[draw.choice([*MARKS, "x"])] = draw.choice([*VALUES, *TEXTS, 10**4400])
+
+
+def _nodes(node: Any) -> list[Any]:
+    return [node, *(found for key in _keys(node) for found in _nodes(node[key]))]
+
+
+def _keys(node: Any) -> list[Any]:
+    return list(node) if isinstance(node, dict) else list(range(len(node))) if isinstance(node, list) else []
+
+
 def _change(draw: random.Random, rows: list[Any]) -> None:
     """Something anywhere in the rows becomes something else."""
     node: Any = rows
     while True:
-        keys = list(node) if isinstance(node, dict) else range(len(node))
-        if not keys:
+        if not _keys(node):
             return
-        key = draw.choice(list(keys))
+        key = draw.choice(_keys(node))
         if isinstance(node[key], (dict, list)) and node[key] and draw.random() < 0.75:
             node = node[key]
             continue
         if isinstance(node, dict) and draw.random() < 0.3:
             value = node.pop(key)
             if draw.random() < 0.7:
-                node[draw.choice([*sorted(MARKS), "x", "", "\ud800", "x" * 300])] = value
+                node[draw.choice([*MARKS, "x", "", "\ud800", "x" * 300])] = value
         else:
             node[key] = draw.choice(VALUES)
         return
 
 
+def _dumps(value: Any) -> str:
+    limit = sys.get_int_max_str_digits()
+    sys.set_int_max_str_digits(0)
+    try:
+        return json.dumps(value)
+    finally:
+        sys.set_int_max_str_digits(limit)
+
+
 def _text(value: Any) -> str:
-    return json.dumps(value).replace('"deep"', "[" * 3000 + "]" * 3000)
+    return _dumps(value).replace('"deep"', "[" * 3000 + "]" * 3000)
 
 
 def _jsonl(draw: random.Random, rows: list[Any]) -> bytes:
@@ -200,11 +248,33 @@ def _parquet(draw: random.Random, rows: list[Any]) -> bytes:
     import pyarrow.parquet
 
     out = io.BytesIO()
+    rows = [row for row in rows if isinstance(row, dict)]
     try:
-        pyarrow.parquet.write_table(pyarrow.Table.from_pylist([row for row in rows if isinstance(row, dict)]), out)
+        table = pyarrow.Table.from_pylist(rows)
+        if draw.random() < 0.5:
+            table = table.append_column("odd", _odd_column(draw, pyarrow, len(rows)))
+        pyarrow.parquet.write_table(table, out)
     except (pyarrow.ArrowException, UnicodeError, OverflowError, TypeError, ValueError):
         return _jsonl(draw, rows)
     return out.getvalue()
+
+
+def _odd_column(draw: random.Random, pyarrow: Any, rows: int) -> Any:
+    """Values that Parquet can hold and Python cannot."""
+    far = pyarrow.array([2**62] * rows, pyarrow.int64())
+    not_utf8 = pyarrow.array([b"\xff\xfe"] * rows)
+    return draw.choice(
+        [
+            far.cast(pyarrow.timestamp("us")),
+            far.cast(pyarrow.timestamp("us", tz="Nowhere/City")),
+            far.cast(pyarrow.duration("s")),
+            pyarrow.array([2**31 - 1] * rows, pyarrow.int32()).cast(pyarrow.date32()),
+            not_utf8,
+            pyarrow.Array.from_buffers(pyarrow.utf8(), rows, not_utf8.buffers()),
+            pyarrow.array([None] * rows),
+            pyarrow.array([{"a": None}] * rows, pyarrow.struct([("a", pyarrow.null())])),
+        ]
+    )
 
 
 def _damage(draw: random.Random, content: bytes) -> bytes:
