@@ -288,7 +288,12 @@ def load(path: str | Path, overrides: list[str] | None = None) -> Config:
     if not isinstance(tree, dict):
         raise ConfigError([f"{path}: holds no settings; see configs/quickstart.yaml"])
     problems = _apply_overrides(tree, overrides or [])
-    return parse(tree, problems)
+    try:
+        return parse(tree, problems)
+    except ConfigError as error:
+        given = tuple(override.partition("=")[0] for override in overrides or [])
+        told = [problem if problem.startswith(given) else f"{path}: {problem}" for problem in error.problems]
+        raise ConfigError(told) from error
 
 
 def parse(tree: dict[str, Any], problems: list[str] | None = None) -> Config:

@@ -190,7 +190,7 @@ def test_values_are_read_as_they_are_written(tmp_path: Path) -> None:
             section, leaf = key.split(".", 1)
             text = {"model": "{name: builtin:tiny}", "data": "{train: x}"} | {section: f"{{{leaf}: {value}}}"}
             text |= {"data": f"{{train: {{x: {value}}}}}"} if section == "data" else {}
-            with pytest.raises(ConfigError, match=f"^{key}: ") as caught:
+            with pytest.raises(ConfigError, match=rf"c\.yaml: {re.escape(key)}: ") as caught:
                 read(tmp_path, "\n".join(f"{name}: {body}" for name, body in text.items()))
             assert len(caught.value.problems) == 1 and len(caught.value.problems[0]) < 300
 
