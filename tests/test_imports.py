@@ -10,20 +10,10 @@ import pytest
 PACKAGE = Path("fasttune")
 # Lowest first. A module imports only from rows above its own.
 LAYERS = [
-    {"errors", "text"},
-    {
-        "cache",
-        "checkpoint",
-        "hardware",
-        "hints",
-        "hub",
-        "memory",
-        "merge_check",
-        "metrics",
-        "publish",
-        "quiet",
-        "strict_yaml",
-    },
+    {"text"},
+    {"hints", "strict_yaml"},
+    {"errors"},
+    {"cache", "checkpoint", "hardware", "hub", "memory", "merge_check", "metrics", "publish", "quiet"},
     {"config", "plots", "shape", "stack"},
     {"builtin", "data", "memory_forecast", "output", "report", "rules"},
     {"decoding", "live", "plan", "pretrained", "rows_attention", "terminal"},
