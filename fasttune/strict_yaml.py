@@ -77,7 +77,7 @@ class _Loader(yaml.SafeLoader):
                 event, f"the tag {tag.replace('tag:yaml.org,2002:', '!!')} is not read: write the value alone"
             )
         if self._open > MAX_DEPTH:
-            raise _malformed(event, f"nested more than {MAX_DEPTH} deep")
+            raise _malformed(event, f"nested more than {MAX_DEPTH} deep: no setting is")
         self._open += 1
         node = super().compose_node(parent, index)
         self._open -= 1
@@ -103,9 +103,9 @@ def _measure(node: yaml.Node, measured: dict[yaml.Node, tuple[int, int]]) -> tup
     values = 1 + sum(measured[child][0] for child in children)
     depth = 1 + max((measured[child][1] for child in children), default=0)
     if values > MAX_VALUES:
-        raise _malformed(node, f"more than {MAX_VALUES:,} values, aliases written out")
+        raise _malformed(node, f"more than {MAX_VALUES:,} values, aliases written out: that is no config")
     if depth > MAX_DEPTH:
-        raise _malformed(node, f"nested more than {MAX_DEPTH} deep")
+        raise _malformed(node, f"nested more than {MAX_DEPTH} deep: no setting is")
     return values, depth
 
 
