@@ -37,19 +37,6 @@ FORMATS = (
 MADE_ROWS = 100_000  # of builtin:arithmetic, when more are asked for than it has
 STEPS = r"[1-9][0-9]{0,8} steps?"
 SEVEN_PROJECTIONS = ["q_proj", "k_proj", "v_proj", "o_proj", "gate_proj", "up_proj", "down_proj"]
-WRONG_BRANCH = ("string_type", "dict_type")  # of a value that may be text or a mapping
-WHY = {  # of a bound
-    "data.max_rows": "leave it out to read all rows",
-    "data.train": "a weight is how often a row is seen in an epoch; leave out a set that is not wanted",
-    "eval.problems": "each is answered before and after",
-    "eval.rows": "all of them are computed each time",
-    "lora.alpha": "what an adapter adds is scaled by alpha / rank",
-    "lora.rank": "beyond the width of its layers an adapter gains nothing",
-    "train.batch_rows": "all of them are one optimizer step",
-    "train.epochs": "more only learns the rows by heart",
-    "train.learning_rate": "AdamW moves each weight by about that much in a step",
-    "train.weight_decay": "a step takes learning_rate × weight_decay off each weight",
-}
 
 
 def _number(value: Any) -> Any:
@@ -307,11 +294,7 @@ def parse(tree: dict[str, Any], problems: list[str] | None = None) -> Config:
     try:
         config = Config.model_validate({"model": {}, "data": {}, **sections})
     except ValidationError as error:
-        found = error.errors(include_url=False)
-        told = {item["loc"][:2] for item in found if item["type"] not in WRONG_BRANCH}
-        problems += [
-            _one_line(item) for item in found if item["type"] not in WRONG_BRANCH or item["loc"][:2] not in told
-        ]
+        problems += hints.in_words(error.errors(include_url=False), known_keys())
     if problems or config is None:
         raise ConfigError(list(dict.fromkeys(problems)))
     return config
@@ -365,22 +348,3 @@ def _value(text: str) -> Any:
     if text.startswith(("{", "[", '"', "'")):
         return strict_yaml.parse(text)
     return {"": None, "~": None, "null": None, "true": True, "false": False}.get(text.lower(), texts.writable(text))
-
-
-def _one_line(item: Any) -> str:
-    branch = r"function-|literal\[|dict\[|(bool|int|str|float)$"  # of a union: no part of the key
-    key = ".".join(part for part in map(str, item["loc"]) if not re.match(branch, part))
-    if item["type"] == "extra_forbidden":
-        return f"{key}: unknown setting{hints.of_setting(key, known_keys())}"
-    if item["type"] == "missing":
-        return f"{key}: is required; add it to the config or give {key}=… on the command line"
-    if item["type"] == "model_type":
-        return f"{key}: is a section, {key}.…=… sets one thing in it; got {texts.one_line(repr(item['input']), 100)}"
-    if item["input"] is None:
-        return f"{key}: is null; give a value, or leave it out"
-    message = item["msg"].removeprefix("Value error, ")
-    if item["type"] == "value_error":
-        return f"{key}: {message}" if key else message
-    message = message.partition(", unable to")[0]
-    why = next((f" ({why})" for name, why in WHY.items() if "than" in item["type"] and key.startswith(name)), "")
-    return f"{key}: {message[0].lower()}{message[1:]}{why}, got {texts.one_line(repr(item['input']), 100)}"

@@ -1,10 +1,28 @@
-"""What Axolotl, LLaMA-Factory, TRL, Unsloth and torchtune call our settings, and what they have that is none here.
+"""What is said of a setting that is wrong; what Axolotl, LLaMA-Factory, TRL, Unsloth and torchtune call our settings,
+and what they have that is none here.
 
 A name that is in neither table is guessed at only where it is nearly one of ours: a wrong hint is worse than none.
 """
 
 import difflib
+import re
+from typing import Any
 
+from fasttune import text as texts
+
+WRONG_BRANCH = ("string_type", "dict_type")  # of a value that may be text or a mapping
+WHY = {  # of a bound
+    "data.max_rows": "leave it out to read all rows",
+    "data.train": "a weight is how often a row is seen in an epoch; leave out a set that is not wanted",
+    "eval.problems": "each is answered before and after",
+    "eval.rows": "all of them are computed each time",
+    "lora.alpha": "what an adapter adds is scaled by alpha / rank",
+    "lora.rank": "beyond the width of its layers an adapter gains nothing",
+    "train.batch_rows": "all of them are one optimizer step",
+    "train.epochs": "more only learns the rows by heart",
+    "train.learning_rate": "AdamW moves each weight by about that much in a step",
+    "train.weight_decay": "a step takes learning_rate × weight_decay off each weight",
+}
 # Our setting, with what differs → their names of it.
 NAMES = {
     "checkpoint.every, '50 steps' or '10 minutes'": "save_steps save_strategy saves_per_epoch save_every",
@@ -77,6 +95,33 @@ NOT_SUPPORTED = {
 THEIRS = {name: f" (did you mean {ours}?)" for ours, names in NAMES.items() for name in names.split()} | {
     name: f"; not supported{': ' if why else ''}{why}" for why, names in NOT_SUPPORTED.items() for name in names.split()
 }
+
+
+def in_words(errors: list[Any], known: list[str]) -> list[str]:
+    """A line for each of pydantic's errors; `known`: our settings as dotted names."""
+    told = {item["loc"][:2] for item in errors if item["type"] not in WRONG_BRANCH}
+    return [
+        _one_line(item, known) for item in errors if item["type"] not in WRONG_BRANCH or item["loc"][:2] not in told
+    ]
+
+
+def _one_line(item: Any, known: list[str]) -> str:
+    branch = r"function-|literal\[|dict\[|(bool|int|str|float)$"  # of a union: no part of the key
+    key = ".".join(part for part in map(str, item["loc"]) if not re.match(branch, part))
+    if item["type"] == "extra_forbidden":
+        return f"{key}: unknown setting{of_setting(key, known)}"
+    if item["type"] == "missing":
+        return f"{key}: is required; add it to the config or give {key}=… on the command line"
+    if item["type"] == "model_type":
+        return f"{key}: is a section, {key}.…=… sets one thing in it; got {texts.one_line(repr(item['input']), 100)}"
+    if item["input"] is None:
+        return f"{key}: is null; give a value, or leave it out"
+    message = item["msg"].removeprefix("Value error, ")
+    if item["type"] == "value_error":
+        return f"{key}: {message}" if key else message
+    message = message.partition(", unable to")[0]
+    why = next((f" ({why})" for name, why in WHY.items() if "than" in item["type"] and key.startswith(name)), "")
+    return f"{key}: {message[0].lower()}{message[1:]}{why}, got {texts.one_line(repr(item['input']), 100)}"
 
 
 def of_setting(key: str, known: list[str]) -> str:
