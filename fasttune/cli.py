@@ -11,7 +11,7 @@ import signal
 import sys
 from typing import Any
 
-from fasttune import __version__
+from fasttune import __version__, text as texts
 from fasttune.errors import ConfigError, FasttuneError
 
 EXAMPLES = """examples:
@@ -24,6 +24,16 @@ EXAMPLES = """examples:
   fasttune merge runs/quickstart-20261121-120000 --out merged
   fasttune verify --quick
 """
+PATHS = ("config", "data", "file", "model", "out", "output", "resume")  # of the options
+NUMBERS = {  # option → the least and the most it may be
+    "batch_rows": (1, 100_000),
+    "limit": (1, 10**9),
+    "max_new_tokens": (1, 10**6),
+    "repeats": (1, 1000),
+    "rows": (0, 100_000),
+    "seed": (0, 2**32 - 1),
+    "steps": (1, 100_000),
+}
 INTERRUPTED = {
     "bench": "; what was measured is kept: the same command goes on from there",
     "data": "",
@@ -51,6 +61,7 @@ def main(argv: list[str] | None = None) -> int:
     commands = {"bench": bench, "data": data, "eval": evaluate, "generate": generate, "merge": merge, "plan": plan}
     commands["train"] = train
     try:
+        _check(options)
         code, document = commands[options.command](options)
     except KeyboardInterrupt:
         print(f"fasttune: interrupted{INTERRUPTED[options.command]}", file=sys.stderr)
@@ -58,10 +69,8 @@ def main(argv: list[str] | None = None) -> int:
     except FasttuneError as error:
         if options.debug:
             raise
-        problems = error.problems if isinstance(error, ConfigError) else [str(error)]
-        for problem in problems:
-            line = "".join(c if c.isprintable() else " " for c in problem)  # a file's name may steer a terminal
-            print(f"fasttune: {line}", file=sys.stderr)
+        for problem in error.problems if isinstance(error, ConfigError) else [str(error)]:
+            print(texts.one_line(f"fasttune: {problem}"), file=sys.stderr)
         return error.exit_code
     try:
         if options.json:
@@ -80,8 +89,22 @@ def _stdout_is_closed() -> int:
     return 128 + signal.SIGPIPE
 
 
+def _check(options: argparse.Namespace) -> None:
+    """Names that no disk can have, and numbers that only a slip of the hand makes: nothing loops over those."""
+    for name, value in vars(options).items():
+        flag = f"--{name.replace('_', '-')}"
+        if name in PATHS and value and "=" not in value:  # train's config may be missing before a key=value
+            try:
+                texts.path(value)
+            except ValueError as error:
+                raise FasttuneError(f"{name if name in ('config', 'model') else flag}: {error}") from error
+        least, most = NUMBERS.get(name, (None, None))
+        if value is not None and least is not None and not least <= value <= most:
+            raise FasttuneError(f"{flag} {value}: a whole number from {least} to {most:,}")
+
+
 def parser() -> argparse.ArgumentParser:
-    top = argparse.ArgumentParser(
+    top = texts.Parser(
         prog="fasttune",
         description="Fine-tune an open model on one GPU as fast as the chip allows, and prove the number.",
         epilog=EXAMPLES,
@@ -226,9 +249,6 @@ def evaluate(options: argparse.Namespace) -> Done:
     """`fasttune eval`: 0, with the scores on stderr."""
     from fasttune import evaluate as evaluation, terminal
 
-    for name, value in (("--limit", options.limit), ("--batch-rows", options.batch_rows)):
-        if value is not None and value < 1:
-            raise FasttuneError(f"{name} {value}: a number of problems, 1 or more")
     result = evaluation.run(
         options.model,
         terminal.Reporter(),
@@ -248,8 +268,6 @@ def data(options: argparse.Namespace) -> Done:
     from fasttune import config, terminal
     from fasttune.previews import view, view_page
 
-    if options.rows < 0:
-        raise ConfigError([f"--rows {options.rows}: how many rows to print, 0 or more"])
     figures = view.look(config.load(options.config, options.overrides), options.rows, terminal.Reporter())
     view_page.show(figures)
     return 0, figures

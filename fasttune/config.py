@@ -5,29 +5,27 @@
 All defaults live here. Units are in the names; `auto` is resolved by plan.py, which prints its reason.
 """
 
-import difflib
 import os
 import re
 from pathlib import Path
-from typing import Any, Literal
+from typing import Annotated, Any, Literal, get_args
 
 import yaml
-from pydantic import BaseModel, ConfigDict, Field, ValidationError, field_validator, model_validator
+from pydantic import (
+    AfterValidator,
+    BaseModel,
+    BeforeValidator,
+    ConfigDict,
+    Field,
+    ValidationError,
+    ValidationInfo,
+    field_validator,
+    model_validator,
+)
 
+from fasttune import hints, strict_yaml, text as texts
 from fasttune.errors import ConfigError
 
-# What other trainers call our settings: a person who types one is told ours.
-FAMILIAR = {
-    "lr": "train.learning_rate",
-    "r": "lora.rank",
-    "batch_size": "train.batch_rows",
-    "per_device_train_batch_size": "train.micro_batch_rows",
-    "train_on_responses_only": "data.train_on",
-    "num_train_epochs": "train.epochs",
-    "max_seq_length": "model.max_length",
-    "load_in_4bit": "model.quantization",
-    "dataset": "data.train",
-}
 FORMATS = (
     "messages",
     "conversations",
@@ -38,7 +36,22 @@ FORMATS = (
     "text",
 )
 LOSSES = ("content", "reasoning", "tool_calls", "tools", "tool_turns")  # what a chat template may leave out of a row
+MADE_ROWS = 100_000  # of builtin:arithmetic, when more are asked for than it has
+STEPS = r"[1-9][0-9]{0,8} steps?"
 SEVEN_PROJECTIONS = ["q_proj", "k_proj", "v_proj", "o_proj", "gate_proj", "up_proj", "down_proj"]
+
+
+def _number(value: Any) -> Any:
+    """What YAML or Python would read as another number than is meant."""
+    if isinstance(value, bool):
+        raise ValueError(f"write a number, not {str(value).lower()}")
+    if isinstance(value, str) and re.match(r"[-+]?0[\d_]", value.strip()):
+        raise ValueError(f"write the number without a 0 in front, not {texts.one_line(value, 100)}")
+    return value
+
+
+Weight = Annotated[float, BeforeValidator(_number), Field(gt=0, le=1000)]
+PathText = Annotated[str, AfterValidator(texts.path)]
 
 
 class Section(BaseModel):
@@ -46,13 +59,19 @@ class Section(BaseModel):
 
     model_config = ConfigDict(extra="forbid", allow_inf_nan=False)
 
+    @field_validator("*", mode="before")
+    @classmethod
+    def _numbers_are_plain(cls, value: Any, info: ValidationInfo) -> Any:
+        kind = cls.model_fields[info.field_name or ""].annotation
+        return _number(value) if {int, float} & {kind, *get_args(kind)} else value
+
 
 class ModelConfig(Section):
     """Which weights, at which precision."""
 
-    name: str = Field(min_length=1, description="hub id, local folder, builtin:smollm2-135m or builtin:tiny")
+    name: PathText = Field(description="hub id, local folder, builtin:smollm2-135m or builtin:tiny")
     revision: str | None = Field(None, description="branch, tag or commit of a hub model")
-    max_length: int = Field(2048, ge=8, description="tokens of a row, at most")
+    max_length: int = Field(2048, ge=8, le=2**24, description="tokens of a row, at most")
     dtype: Literal["auto", "bfloat16", "float32"] = Field("auto", description="of the weights and of the arithmetic")
     quantization: Literal["none", "nf4"] = Field("none", description="of the base weights, under an adapter")
     trust_remote_code: bool = Field(False, description="runs code that comes with the model: only if you read it")
@@ -61,8 +80,8 @@ class ModelConfig(Section):
 class LoraConfig(Section):
     """Adapter on the linear layers. Source: https://arxiv.org/abs/2106.09685."""
 
-    rank: int = Field(16, ge=1, description="of the two matrices of an adapter")
-    alpha: float = Field(32, gt=0, description="what they add is scaled by alpha / rank")
+    rank: int = Field(16, ge=1, le=8192, description="of the two matrices of an adapter")
+    alpha: float = Field(32, gt=0, le=100_000, description="what they add is scaled by alpha / rank")
     dropout: float = Field(0.0, ge=0, lt=1, description="anything but 0 loses Unsloth's fused kernels")
     targets: list[str] = Field(
         default_factory=lambda: list(SEVEN_PROJECTIONS), min_length=1, description="linear layers that get an adapter"
@@ -74,18 +93,20 @@ class LoraConfig(Section):
 class DataConfig(Section):
     """Rows to train on and rows to look at."""
 
-    train: str | dict[str, float] = Field(
+    train: PathText | dict[PathText, Weight] = Field(
         description="JSONL, JSON, CSV (each also .gz, .zst) or Parquet file, hub id owner/name[:subset], "
         "builtin:arithmetic; or several of them as {source: how often a row is seen in an epoch}"
     )
-    eval: str | None = Field(None, description="held-out rows: samples, and the loss before and after (eval.every)")
+    eval: PathText | None = Field(
+        None, description="held-out rows: samples, and the loss before and after (eval.every)"
+    )
     eval_share: float = Field(0.0, ge=0, lt=1, description="share of the training rows to hold out instead")
     split: str = Field("train", description="split of a hub data set")
     eval_split: str = Field("test", description="split of a hub data set in data.eval")
     streaming: bool = Field(False, description="read a hub data set without downloading all of it first")
     format: Literal["auto", *FORMATS] = Field("auto", description="auto: by the keys of the first row")  # type: ignore[valid-type]
     columns: dict[str, str] = Field(default_factory=dict, description="canonical name → name in the file")
-    max_rows: int | None = Field(None, ge=1, description="only the first rows of each source")
+    max_rows: int | None = Field(None, ge=1, le=10**9, description="only the first rows of each source")
     train_on: Literal["assistant", "last", "all"] = Field(
         "assistant", description="every answer, only the last one of a conversation, or every token"
     )
@@ -111,12 +132,10 @@ class DataConfig(Section):
 
     @model_validator(mode="after")
     def _sources_and_hold_out(self) -> "DataConfig":
-        if not self.sources or not all(self.sources):
+        if not self.sources:
             raise ValueError("train: name at least one data set")
-        if any(weight <= 0 for weight in self.sources.values()):
-            raise ValueError(
-                "train: a weight is how often a row is seen in an epoch, above 0; leave the set out instead"
-            )
+        if "builtin:arithmetic" in (self.eval, *self.sources) and (self.max_rows or 0) > MADE_ROWS:
+            raise ValueError(f"max_rows: builtin:arithmetic makes its rows, at most {MADE_ROWS:,} of them")
         if self.eval is not None and self.eval_share:
             raise ValueError("eval_share would be ignored beside data.eval: remove one of them")
         if self.eval in self.sources and not self.eval.startswith("builtin:"):
@@ -133,16 +152,16 @@ class TrainConfig(Section):
     """The optimization. `batch_rows` is the effective batch: rows of one optimizer step."""
 
     method: Literal["lora", "full"] = Field("lora", description="an adapter, or all weights")
-    batch_rows: int = Field(8, ge=1, description="rows of an optimizer step")
+    batch_rows: int = Field(8, ge=1, le=2**20, description="rows of an optimizer step")
     micro_batch_rows: int | Literal["auto"] = Field(
         "auto", description="full rows computed at once; divides batch_rows"
     )
-    epochs: float = Field(1.0, gt=0, description="how often all rows are seen")
-    max_steps: int | None = Field(None, ge=1, description="optimizer steps; overrides epochs")
-    learning_rate: float = Field(2e-4, gt=0, description="at its highest, after the warm-up")
+    epochs: float = Field(1.0, gt=0, le=1000, description="how often all rows are seen")
+    max_steps: int | None = Field(None, ge=1, le=10**7, description="optimizer steps; overrides epochs")
+    learning_rate: float = Field(2e-4, ge=1e-12, le=1, description="at its highest, after the warm-up")
     scheduler: Literal["linear", "cosine", "constant"] = Field("linear", description="how the learning rate falls")
     warmup_ratio: float = Field(0.05, ge=0, lt=1, description="share of the steps in which the learning rate rises")
-    weight_decay: float = Field(0.0, ge=0, description="of AdamW")
+    weight_decay: float = Field(0.0, ge=0, le=100, description="of AdamW")
     max_grad_norm: float = Field(1.0, gt=0, description="longer gradients are shortened to it")
     optimizer: Literal["auto", "adamw_torch_fused", "adamw_8bit"] = Field("auto", description="8 bit: of its moments")
     gradient_checkpointing: Literal["auto", "none", "full", "unsloth"] = Field(
@@ -150,7 +169,7 @@ class TrainConfig(Section):
     )
     packing: bool | Literal["auto"] = Field("auto", description="rows end to end without padding, where that is exact")
     max_bad_steps: int = Field(
-        3, ge=0, description="in a row, whose loss or gradient is not finite: left out, then failed"
+        3, ge=0, le=10**7, description="in a row, whose loss or gradient is not finite: left out, then failed"
     )
     report_to: Literal["none", "tensorboard", "wandb", "trackio"] = Field("none", description="see docs/tracking.md")
 
@@ -165,14 +184,15 @@ class CheckpointConfig(Section):
     """When the state of a run goes to disk, so that a machine that vanishes costs only the steps since."""
 
     every: str = Field("10 minutes", description="'50 steps', '10 minutes' or 'never'")
-    keep: int = Field(2, ge=1, description="the newest ones; older ones are removed")
-    max_hours: float | None = Field(None, gt=0, description="finish the step, save and stop after so long")
+    keep: int = Field(2, ge=1, le=1000, description="the newest ones; older ones are removed")
+    max_hours: float | None = Field(None, gt=0, le=100_000, description="finish the step, save and stop after so long")
 
-    @field_validator("every", mode="after")
+    @field_validator("every", mode="before")
     @classmethod
-    def _has_a_unit(cls, every: str) -> str:
-        if not re.fullmatch(r"never|[1-9]\d* steps?|\d*\.?\d+ minutes?", every):
-            raise ValueError(f"write '50 steps', '10 minutes' or 'never', not '{every}'")
+    def _has_a_unit(cls, every: Any) -> Any:
+        found = re.fullmatch(rf"never|{STEPS}|([0-9]{{0,9}}\.?[0-9]{{1,9}}) minutes?", str(every))
+        if not found or (found[1] and float(found[1]) == 0):
+            raise ValueError(f"write '50 steps', '10 minutes' or 'never', not {texts.one_line(repr(every), 100)}")
         return every
 
     @property
@@ -188,15 +208,17 @@ class EvalConfig(Section):
     """Loss and token accuracy on held-out rows (data.eval or data.eval_share): nothing is learned from them."""
 
     every: str = Field("start and end", description="that, or '50 steps' (start and end too), or 'never'")
-    rows: int = Field(64, ge=1, description="held-out rows that are looked at, at most")
-    problems: int = Field(0, ge=0, description="held-out problems that are answered: right if the number after #### is")
+    rows: int = Field(64, ge=1, le=100_000, description="held-out rows that are looked at, at most")
+    problems: int = Field(
+        0, ge=0, le=10_000, description="held-out problems that are answered: right if the number after #### is"
+    )
     keep_best: bool = Field(False, description="save the weights of the step with the lowest loss, not the last ones")
 
-    @field_validator("every", mode="after")
+    @field_validator("every", mode="before")
     @classmethod
-    def _is_known(cls, every: str) -> str:
-        if not re.fullmatch(r"start and end|never|[1-9]\d* steps?", every):
-            raise ValueError(f"write '50 steps', 'start and end' or 'never', not '{every}'")
+    def _is_known(cls, every: Any) -> Any:
+        if not re.fullmatch(rf"start and end|never|{STEPS}", str(every)):
+            raise ValueError(f"write '50 steps', 'start and end' or 'never', not {texts.one_line(repr(every), 100)}")
         return every
 
     @property
@@ -207,13 +229,13 @@ class EvalConfig(Section):
 class Config(Section):
     """One fine-tuning run."""
 
-    name: str = Field("run", pattern=r"^[A-Za-z0-9._-]+$", description="of the run, and of its folder")
+    name: str = Field("run", max_length=100, pattern=r"^[A-Za-z0-9._-]+$", description="of the run, and of its folder")
     seed: int = Field(42, ge=0, lt=2**32, description="of adapter, order of rows, hold-out and dropout")
-    output_dir: str | None = Field(None, description="default runs/NAME-YYYYmmdd-HHMMSS")
+    output_dir: PathText | None = Field(None, description="default runs/NAME-YYYYmmdd-HHMMSS")
     overwrite: bool = Field(False, description="replace a run that is already in output_dir")
     samples: int = Field(0, ge=0, le=16, description="held-out problems shown before and after")
     usd_per_hour: float | None = Field(
-        None, ge=0, description="price of this machine; default: by GPU, see hardware.py"
+        None, ge=0, le=1_000_000, description="price of this machine; default: by GPU, see hardware.py"
     )
     model: ModelConfig
     lora: LoraConfig = Field(default_factory=LoraConfig)
@@ -225,7 +247,7 @@ class Config(Section):
     @model_validator(mode="after")
     def _combinations(self) -> "Config":
         if self.train.method == "full" and "lora" in self.model_fields_set:
-            raise ValueError("lora.* would be ignored by train.method=full: remove the lora section")
+            raise ValueError("lora.* would be ignored by train.method=full: remove the lora section, or add lora=null")
         if self.train.method == "full" and self.model.quantization != "none":
             raise ValueError("model.quantization=nf4 cannot be trained in full: set train.method=lora")
         if self.lora.init == "pissa" and self.model.quantization != "none":
@@ -233,10 +255,14 @@ class Config(Section):
         held_out = self.data.eval is not None or self.data.eval_share
         asked = {"samples": self.samples, "eval.problems": self.eval.problems, "eval.every": self.eval.every_steps}
         for name in (name for name, value in asked.items() if value and not held_out):
-            raise ValueError(f"{name} needs held-out rows: set data.eval or data.eval_share, or leave it out")
+            off = "samples=0" if name == "samples" else "eval=null"
+            raise ValueError(f"{name} needs held-out rows: set data.eval or data.eval_share, or give {off}")
         if self.eval.keep_best and self.eval.every_steps is None:
             raise ValueError("eval.keep_best compares steps: set eval.every, e.g. '50 steps'")
         return self
+
+
+SECTIONS = [name for name, field in Config.model_fields.items() if field.annotation in Section.__subclasses__()]
 
 
 def looks_like_hub(source: str) -> bool:
@@ -248,29 +274,35 @@ def load(path: str | Path, overrides: list[str] | None = None) -> Config:
     """Read a YAML file, apply `section.key=value` overrides, check everything; raises ConfigError with all problems."""
     path = Path(path)
     try:
-        tree = yaml.safe_load(path.read_text(encoding="utf-8"))
+        tree = strict_yaml.read(path)
     except OSError as error:
         hint = "name a YAML file, e.g. configs/quickstart.yaml"
         raise ConfigError([f"{path}: cannot be read ({error.strerror}); {hint}"]) from error
-    except (yaml.YAMLError, UnicodeDecodeError) as error:
-        mark = getattr(error, "problem_mark", None)
-        where = f", line {mark.line + 1}" if mark else ""
-        problem = getattr(error, "problem", None) or "cannot be decoded"
-        raise ConfigError([f"{path}{where}: not valid YAML ({problem}); see configs/quickstart.yaml"]) from error
+    except strict_yaml.Malformed as error:
+        raise ConfigError([f"{path}{error.where}: {error}"]) from error
     if not isinstance(tree, dict):
         raise ConfigError([f"{path}: holds no settings; see configs/quickstart.yaml"])
     problems = _apply_overrides(tree, overrides or [])
-    return parse(tree, problems)
+    try:
+        return parse(tree, problems)
+    except ConfigError as error:
+        given = tuple(override.partition("=")[0] for override in overrides or [])
+        told = [problem if problem.startswith(given) else f"{path}: {problem}" for problem in error.problems]
+        raise ConfigError(told) from error
 
 
 def parse(tree: dict[str, Any], problems: list[str] | None = None) -> Config:
-    """Check a nested dict against Config; `problems` found earlier are reported together with the new ones."""
+    """Check a nested dict against Config; `problems` found earlier are reported together with the new ones.
+
+    A section that is null is one that is not there.
+    """
     problems = list(problems or [])
     config = None
+    sections = {name: value for name, value in tree.items() if name not in SECTIONS or value is not None}
     try:
-        config = Config.model_validate(tree)
+        config = Config.model_validate({"model": {}, "data": {}, **sections})
     except ValidationError as error:
-        problems += [_one_line(item) for item in error.errors()]
+        problems += hints.in_words(error.errors(include_url=False), known_keys())
     if problems or config is None:
         raise ConfigError(list(dict.fromkeys(problems)))
     return config
@@ -299,42 +331,28 @@ def _apply_overrides(tree: dict[str, Any], overrides: list[str]) -> list[str]:
     problems = []
     for override in overrides:
         key, sign, text = override.partition("=")
-        if not sign or not key:
+        *sections, leaf = key.split(".")
+        if not sign or not leaf or len(sections) > 9:
             problems.append(f"{override}: not of the form key=value, e.g. train.max_steps=20")
             continue
+        node: Any = tree
         try:
-            value = yaml.safe_load(text) if text else None  # 3e-4 is text in YAML 1.1: pydantic makes it a number
-        except yaml.YAMLError:
-            value = text
-        node = tree
-        *sections, leaf = key.split(".")
-        for section in sections:
-            child = node.get(section)
-            if not isinstance(child, dict):
-                child = node[section] = {}
-            node = child
-        node[leaf] = value
+            for section in sections:
+                if node.get(section) is None:
+                    node[section] = {}
+                node = node[section]
+                if not isinstance(node, dict):
+                    raise ValueError(
+                        f"{section} is {texts.one_line(repr(node), 100)} already, it takes no settings of its own"
+                    )
+            node[leaf] = _value(text)
+        except ValueError as error:
+            problems.append(f"{key}: {error}")
     return problems
 
 
-def _one_line(item: Any) -> str:
-    location = [str(part) for part in item["loc"] if not str(part).startswith(("function-", "literal["))]
-    key = ".".join(location)
-    if item["type"] == "extra_forbidden":
-        return f"{key}: unknown setting{_nearest(key)}"
-    if item["type"] == "missing":
-        return f"{key}: is required; add it to the config or give {key}=… on the command line"
-    message = item["msg"].removeprefix("Value error, ")
-    for kind in ("int", "str", "float"):  # the branch of a union that failed is no part of the key
-        key = key.removesuffix(f".{kind}")
-    if item["type"] == "value_error":
-        return f"{key}: {message}" if key else message
-    return f"{key}: {message[0].lower()}{message[1:]}, got {item['input']!r}"
-
-
-def _nearest(key: str) -> str:
-    candidates, leaf = known_keys(), key.rsplit(".", 1)[-1]
-    same_leaf = [name for name in candidates if name.rsplit(".", 1)[-1] == leaf]
-    familiar = [FAMILIAR[leaf]] if leaf in FAMILIAR else []
-    close = familiar or same_leaf or difflib.get_close_matches(key, candidates, n=1, cutoff=0.5)
-    return f" (did you mean {close[0]}?)" if close else f" (known: {', '.join(candidates[:6])}, …)"
+def _value(text: str) -> Any:
+    """YAML where it begins as a list, a mapping or a quoted text; else the text as it is, or true, false, null."""
+    if text.startswith(("{", "[", '"', "'")):
+        return strict_yaml.parse(text)
+    return {"": None, "~": None, "null": None, "true": True, "false": False}.get(text.lower(), texts.writable(text))

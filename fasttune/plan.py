@@ -3,6 +3,7 @@
 The fastest settings whose forecast memory fits; recomputing only when memory asks for it. Pure functions, no torch.
 """
 
+import math
 from collections.abc import Iterator
 from dataclasses import dataclass, replace
 
@@ -145,7 +146,8 @@ def _micro_batch(config: Config, shape: Shape, choices: Choices, usable_gib: flo
     rows = config.train.batch_rows
     if config.train.micro_batch_rows != "auto":
         return config.train.micro_batch_rows, None
-    sizes = [size for size in range(rows, 0, -1) if rows % size == 0]
+    small = [size for size in range(1, math.isqrt(rows) + 1) if rows % size == 0]
+    sizes = sorted({*small, *(rows // size for size in small)}, reverse=True)
     useful = sizes
     if choices.gpu_gib is None:
         wanted = max(1, CPU_MICRO_BATCH_TOKENS // config.model.max_length)

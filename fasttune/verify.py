@@ -4,14 +4,13 @@ Facts, pins and version rules are read here; everything that runs a binary runs 
 with a time limit, because one broken library can take its process down. Exit 0, or 1 if a check failed.
 """
 
-import argparse
 import dataclasses
 import json
 import signal
 import sys
 from collections.abc import Callable
 
-from fasttune import hardware as machines, stack
+from fasttune import hardware as machines, stack, text as texts
 from fasttune.checks import Result, facts, imports
 from fasttune.checks.runner import Job, run_jobs
 from fasttune.errors import FasttuneError
@@ -53,7 +52,7 @@ def main(argv: list[str] | None = None) -> int:
         if not options.quick:
             results += run_jobs(JOBS + (ONLINE if options.online else ()), progress(), stop)
     except FasttuneError as error:
-        print(f"fasttune verify: {error}", file=sys.stderr)
+        print(texts.one_line(f"fasttune verify: {error}"), file=sys.stderr)
         return error.exit_code
     except KeyboardInterrupt:
         print("fasttune verify: interrupted, nothing is left running", file=sys.stderr)
@@ -69,8 +68,8 @@ def main(argv: list[str] | None = None) -> int:
     return 0 if ok else 1
 
 
-def parser() -> argparse.ArgumentParser:
-    parser = argparse.ArgumentParser(prog="fasttune verify", description="Check this environment by running it.")
+def parser() -> texts.Parser:
+    parser = texts.Parser(prog="fasttune verify", description="Check this environment by running it.")
     parser.add_argument("--json", action="store_true", help="one JSON document as the last line of stdout")
     parser.add_argument("--quick", action="store_true", help="facts, pins and version rules only: under 3 seconds")
     parser.add_argument("--online", action="store_true", help="also the hub, the token and the gated model")

@@ -20,7 +20,9 @@ from fasttune.config import Config  # noqa: E402
 PAGE = ROOT / "docs" / "settings.md"
 HEAD = """# Settings
 Of a YAML file, and on the command line as `section.name=value`. Unknown ones are refused with the nearest name.
-`auto` is decided for the machine, and printed with its reason.
+`auto` is decided for the machine, and printed with its reason. `lora=null` leaves out a section that the file has.
+`010`, `1:30` and `on` are no numbers, a key given twice is an error, a number far from any use is refused with
+the reason.
 This page is written by `python scripts/settings.py --write`.
 """
 

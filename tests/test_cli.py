@@ -99,3 +99,40 @@ def test_a_run_goes_on_by_its_folder_alone(tmp_path: Path) -> None:
     assert "old/config.yaml: cannot be read" in done.stderr
     done = fasttune("train", cwd=tmp_path)
     assert (done.returncode, done.stderr.count("\n")) == (2, 1) and "name a config" in done.stderr
+
+
+@pytest.mark.parametrize(
+    ("arguments", "told"),
+    [
+        (["data", "tiny.yaml", "data.train=" + "a/" * 1000 + "rows.jsonl"], "no file a/a/a/"),
+        (["plan", "tiny.yaml", "x" * 2000 + "=1"], "unknown setting"),
+        (["plan", "tiny.yaml", "y" * 2000], "not of the form key=value"),
+        (["train", "c" * 300], "config: "),
+        (["eval", "~nosuchuser/run"], "model: ~nosuchuser is no user"),
+        (["generate", "builtin:tiny", "--prompt", "x", "--out", "o" * 300], "--out: "),
+        (["merge", "run\udcff", "--out", "merged"], "U+DCFF"),
+        (["data", "tiny.yaml", "--rows", "1000000000"], "--rows 1000000000: a whole number from 0 to 100,000"),
+        (["bench", "tiny.yaml", "--repeats", "1000000000"], "--repeats"),
+        (["eval", "builtin:tiny", "--limit", "0"], "--limit 0"),
+    ],
+)
+def test_no_error_is_longer_than_a_few_lines_of_a_terminal(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str], arguments: list[str], told: str
+) -> None:
+    """The place is said at its beginning and the fix at its end: what is too long is cut in the middle."""
+    monkeypatch.chdir(tmp_path)
+    Path("tiny.yaml").write_text(TINY)
+    assert cli.main(arguments) == 2
+    (line,) = capsys.readouterr().err.splitlines()
+    assert line.startswith("fasttune: ") and told in line and len(line) <= 300
+    assert [path.name for path in tmp_path.iterdir()] == ["tiny.yaml"]
+
+
+@pytest.mark.parametrize(
+    "arguments", [["data"], ["plan", "c.yaml", "--gqu"], ["data", "c", "--rows", "9" * 5000], ["verify", "-x"]]
+)
+def test_a_wrong_option_is_one_line_too(capsys: pytest.CaptureFixture[str], arguments: list[str]) -> None:
+    with pytest.raises(SystemExit) as stopped:
+        cli.main(arguments)
+    (line,) = capsys.readouterr().err.splitlines()
+    assert stopped.value.code == 2 and len(line) <= 300 and line.endswith("--help)")

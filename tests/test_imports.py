@@ -10,6 +10,8 @@ import pytest
 PACKAGE = Path("fasttune")
 # Lowest first. A module imports only from rows above its own.
 LAYERS = [
+    {"text"},
+    {"hints", "strict_yaml"},
     {"errors"},
     {"cache", "checkpoint", "hardware", "hub", "memory", "metrics", "publish", "quiet"},
     {"config", "plots", "shape", "stack"},

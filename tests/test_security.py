@@ -28,7 +28,7 @@ TREE: dict[str, Any] = {
 }
 SECRETS = {"HF_TOKEN": CANARY, "HUGGING_FACE_HUB_TOKEN": CANARY, "WANDB_API_KEY": CANARY}
 ENDINGS: dict[str, tuple[list[str], int]] = {
-    "failed": (["train.learning_rate=1e30", "train.max_grad_norm=1e30", "train.max_bad_steps=0"], 1),
+    "failed": (["train.max_grad_norm=1e30", "train.max_bad_steps=0"], 1),
     "no such model": (["model.name=nobody/nothing"], 2),
     "no such data": (["data.train=nobody/nothing"], 2),
     "with a traceback": (["--debug", "model.name=nobody/nothing"], 1),
@@ -37,11 +37,17 @@ ENDINGS: dict[str, tuple[list[str], int]] = {
 SEVERAL = """
 import json, os, sys
 import fasttune.training.trainer
-from fasttune import cli
+from fasttune import cli, config
+load = config.load
+def diverging(*arguments):
+    settings = load(*arguments)
+    settings.train.learning_rate = 1e30  # which no config may ask for
+    return settings
 for folder, arguments in json.loads(sys.argv[1]).items():
     child = os.fork()
     if not child:
         os.chdir(folder)
+        config.load = diverging if folder == "failed" else load
         for number, name in ((1, "stdout"), (2, "stderr")):
             os.dup2(os.open(name, os.O_WRONLY | os.O_CREAT), number)
         sys.exit(cli.main(["train", "../run.yaml", "output_dir=out", *arguments]))
@@ -315,7 +321,7 @@ def test_weights_as_a_pickle_are_refused_unread(tiny_folder: Path, tmp_path: Pat
 @pytest.mark.parametrize(
     ("text", "overrides", "words"),
     [
-        ("model: !!python/object/apply:os.system ['touch ran']", [], "not valid YAML"),
+        ("model: !!python/object/apply:os.system ['touch ran']", [], "the tag !!python"),
         (
             "model: {name: builtin:tiny}\ndata: {train: x}",
             ["name=!!python/object/apply:os.system ['touch ran']"],

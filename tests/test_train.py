@@ -290,7 +290,12 @@ def test_what_is_not_counted_gives_no_share(tmp_path: Path, monkeypatch: pytest.
 
 
 def test_a_loss_that_is_not_finite_fails_the_run(tmp_path: Path) -> None:
-    result = train(tmp_path / "run", train={"learning_rate": 1e30, "max_grad_norm": 1e30, "max_bad_steps": 0})
+    from fasttune import train as training
+
+    changes = {"max_grad_norm": 1e30, "max_bad_steps": 0}
+    settings = config.parse(tree(output_dir=str(tmp_path / "run"), train=changes))
+    settings.train.learning_rate = 1e30  # which no config may ask for
+    result = training.run(settings, Silent())
     assert result.status == "failed" and "learning_rate" in (result.error or "")
     assert not (tmp_path / "run" / "adapter").exists()
     assert json.loads((tmp_path / "run" / "run.json").read_text())["status"] == "failed"
