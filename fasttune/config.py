@@ -13,6 +13,7 @@ from typing import Any, Literal
 import yaml
 from pydantic import BaseModel, ConfigDict, Field, ValidationError, field_validator, model_validator
 
+from fasttune import paths
 from fasttune.errors import ConfigError
 
 # What other trainers call our settings: a person who types one is told ours.
@@ -36,6 +37,7 @@ FORMATS = (
     "alpaca",
     "text",
 )
+TRUST = "model.trust_remote_code"
 SEVEN_PROJECTIONS = ["q_proj", "k_proj", "v_proj", "o_proj", "gate_proj", "up_proj", "down_proj"]
 
 
@@ -53,7 +55,9 @@ class ModelConfig(Section):
     max_length: int = Field(2048, ge=8, description="tokens of a row, at most")
     dtype: Literal["auto", "bfloat16", "float32"] = Field("auto", description="of the weights and of the arithmetic")
     quantization: Literal["none", "nf4"] = Field("none", description="of the base weights, under an adapter")
-    trust_remote_code: bool = Field(False, description="runs code that comes with the model: only if you read it")
+    trust_remote_code: bool = Field(
+        False, description="runs code that comes with the model, if you read it; only on the command line"
+    )
 
 
 class LoraConfig(Section):
@@ -236,11 +240,14 @@ def looks_like_hub(source: str) -> bool:
     return not source.startswith(("builtin:", ".", "/", "~")) and source.count("/") == 1 and not Path(source).exists()
 
 
-def load(path: str | Path, overrides: list[str] | None = None) -> Config:
-    """Read a YAML file, apply `section.key=value` overrides, check everything; raises ConfigError with all problems."""
+def load(path: str | Path, overrides: list[str] | None = None, ours: bool = False) -> Config:
+    """Read a YAML file, apply `section.key=value` overrides, check everything; raises ConfigError with all problems.
+
+    `ours`: this very command has written the file. In any other trust_remote_code is not believed.
+    """
     path = Path(path)
     try:
-        tree = yaml.safe_load(path.read_text(encoding="utf-8"))
+        tree = yaml.safe_load(paths.read_text(path))
     except OSError as error:
         hint = "name a YAML file, e.g. configs/quickstart.yaml"
         raise ConfigError([f"{path}: cannot be read ({error.strerror}); {hint}"]) from error
@@ -251,7 +258,13 @@ def load(path: str | Path, overrides: list[str] | None = None) -> Config:
         raise ConfigError([f"{path}{where}: not valid YAML ({problem}); see configs/quickstart.yaml"]) from error
     if not isinstance(tree, dict):
         raise ConfigError([f"{path}: holds no settings; see configs/quickstart.yaml"])
+    model = tree.get("model")
+    trusts = not ours and isinstance(model, dict) and model.pop("trust_remote_code", None)
     problems = _apply_overrides(tree, overrides or [])
+    if trusts and not any(override.startswith((f"{TRUST}=", "model=")) for override in overrides or []):
+        problems.append(
+            f"{path}: {TRUST} is not taken from a file; read the model's code, then add {TRUST}=true to the command"
+        )
     return parse(tree, problems)
 
 

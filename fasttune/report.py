@@ -5,13 +5,12 @@ A sink: it knows the result types of metrics.py and nothing of how a run is made
 
 import json
 import math
-import os
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass, fields, is_dataclass
 from pathlib import Path
 from typing import Any
 
-from fasttune import plots
+from fasttune import paths, plots
 from fasttune.errors import OutputError
 from fasttune.metrics import Forecast, RunResult, StepMetrics
 
@@ -245,14 +244,7 @@ def write_text(path: Path, text: str) -> None:
 
 def write_bytes(path: Path, content: bytes) -> None:
     """The whole content or the old file: never half a file. Raises OutputError."""
-    temporary = path.with_name(f".{path.name}.{os.getpid()}.tmp")
     try:
-        with temporary.open("wb") as file:
-            file.write(content)
-            file.flush()
-            os.fsync(file.fileno())
-        os.replace(temporary, path)
+        paths.write(path, content)
     except OSError as error:
         raise OutputError(f"{path}: cannot be written: {error.strerror} (choose another output_dir)") from error
-    finally:
-        temporary.unlink(missing_ok=True)

@@ -10,7 +10,8 @@ import pytest
 PACKAGE = Path("fasttune")
 # Lowest first. A module imports only from rows above its own.
 LAYERS = [
-    {"errors"},
+    {"children", "errors"},
+    {"paths"},
     {"cache", "checkpoint", "hardware", "hub", "memory", "merge_check", "metrics", "publish", "quiet"},
     {"config", "plots", "shape", "stack"},
     {"builtin", "data", "memory_forecast", "output", "report", "rules"},
