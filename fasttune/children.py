@@ -3,7 +3,6 @@
 A stranger's folder may hold a torch.py, and `python -m` and `python -c` put the current folder first on the path.
 """
 
-import json
 import os
 import sys
 
@@ -26,7 +25,7 @@ def path() -> list[str]:
 
 def command(module: str, *arguments: str) -> list[str]:
     """What starts a module of ours as `python -m` does; with `environment()`."""
-    return [sys.executable, "-P", os.path.abspath(__file__), json.dumps(path()), module, *arguments]
+    return [sys.executable, "-P", os.path.abspath(__file__), os.pathsep.join(path()), module, *arguments]
 
 
 def environment() -> dict[str, str]:
@@ -47,6 +46,6 @@ if __name__ == "__main__":  # the other side of `command`
     sys.path[:] = [HOME]
     import fasttune  # noqa: F401  this very one, whatever else the path holds
 
-    sys.path[:] = json.loads(sys.argv[1])
+    sys.path[:] = sys.argv[1].split(os.pathsep)
     del sys.argv[:2]
     runpy.run_module(sys.argv[0], run_name="__main__", alter_sys=True)

@@ -54,6 +54,7 @@ class Merge:
 
 def plan(base: ModelConfig, adapter: Path | None) -> Merge:
     """Everything that is checked before a byte is written. Raises ModelError for what cannot be merged exactly."""
+    pretrained.read_architecture(base)  # says what is wrong with it
     folder = _files(base)
     paths.check_model(folder, weights_too=True)
     if json.loads((folder / "config.json").read_text(encoding="utf-8")).get("quantization_config"):

@@ -9,7 +9,7 @@ from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
-from fasttune import hub
+from fasttune import hub, paths
 from fasttune.data import arithmetic, files
 from fasttune.data.files import Chunk, first_line, grouped
 from fasttune.data.formats import Row
@@ -36,6 +36,8 @@ def check(source: str, split: str = "train") -> None:
             raise DataError(f"data: {source} is empty")
     elif path.is_dir():
         raise DataError(f"data: {source} is a folder; name one file of it")
+    elif paths.not_a_file(path):
+        raise DataError(f"data: {source} is a pipe or a device, not a file; save what comes out of it, and name that")
     elif files.kind(path) or source.startswith((".", "/", "~")) or source.count("/") != 1:
         raise DataError(
             f"data: no file {source} (looked in {Path.cwd()}); check the path, or give a hub id, owner/name"
