@@ -56,7 +56,8 @@ def plan(base: ModelConfig, adapter: Path | None) -> Merge:
     """Everything that is checked before a byte is written. Raises ModelError for what cannot be merged exactly."""
     pretrained.read_architecture(base)  # says what is wrong with it
     folder = _files(base)
-    paths.check_model(folder, weights_too=True)
+    for place in filter(None, (folder, adapter)):
+        paths.check_model(place, weights_too=True)
     if json.loads((folder / "config.json").read_text(encoding="utf-8")).get("quantization_config"):
         raise ModelError(
             f"{base.name}: these weights are quantized, so nothing can be added to them exactly; merge into the 16-bit "

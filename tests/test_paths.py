@@ -147,12 +147,19 @@ def test_links_inside_a_folder_and_of_the_hubs_cache_are_read(tiny_folder: Path,
         paths.check_model(tiny_folder, weights_too=True)
 
 
-def test_a_card_is_not_written_through_a_link(finished_run: Path, tmp_path: Path) -> None:
-    run = Path(shutil.copytree(finished_run, tmp_path / "run"))
-    (run / "adapter").rename(tmp_path / "others")
-    (run / "adapter").symlink_to(tmp_path / "others")
-    with pytest.raises(ModelError, match="its adapter/ is a link"):
-        finished.open_run(str(run))
+def test_a_linked_adapter_of_a_run_gets_no_card_and_is_not_merged(
+    finished_run: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    from fasttune.after import card
+
+    run, others = Path(shutil.copytree(finished_run, tmp_path / "run")), tmp_path / "others"
+    (run / "adapter").rename(others)
+    (run / "adapter").symlink_to(others)
+    (others / "README.md").write_text("mine")
+    card.of_run(run)
+    assert cli.main(["merge", str(run), "--out", str(tmp_path / "out")]) == 2
+    assert "adapter is a link" in capsys.readouterr().err
+    assert (others / "README.md").read_text() == "mine" and not (tmp_path / "out").exists()
 
 
 def test_a_pipe_for_an_input_is_refused_and_not_waited_for(

@@ -34,9 +34,9 @@ class Scored:
 
 
 def of_run(folder: Path) -> None:
-    """The card of a run's adapter/ or model/, as far as the run got. Nothing where it saved neither."""
+    """The card of a run's adapter/ or model/, as far as the run got. Nothing where it saved neither, or a link."""
     kind = next((kind for kind in ("adapter", "model") if (folder / kind).is_dir()), None)
-    if kind:
+    if kind and not (folder / kind).is_symlink():  # that would be somebody else's folder
         write(folder / kind, open_run(str(folder)))
 
 

@@ -99,8 +99,6 @@ def _run(name: str, folder: Path) -> Finished:
     result = _json(folder / "run.json") if (folder / "run.json").is_file() else None
     status = result.get("status") if result else "not finished"
     kind = "model" if config.train.method == "full" else "adapter"
-    if (folder / kind).is_symlink():  # its card would be written into somebody else's folder
-        raise ModelError(f"{name}: its {kind}/ is a link; name the folder itself: {(folder / kind).resolve()}")
     if not (folder / kind).is_dir():
         go_on = f"fasttune train --resume {shlex.quote(str(folder))}"
         raise ModelError(f"{name}: this run is {status} and has no {kind}/; go on with it: {go_on}")

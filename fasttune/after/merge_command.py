@@ -75,6 +75,10 @@ def run(options: argparse.Namespace) -> dict[str, Any]:
 
 def check(finished: Finished, out: Path, dtype: str | None, options: argparse.Namespace) -> None:
     """What can be refused at once. Raises FasttuneError."""
+    if finished.run and Path(finished.weights).is_symlink():
+        raise ModelError(
+            f"{options.model}: {finished.weights} is a link; name the folder itself, {Path(finished.weights).resolve()}"
+        )
     if finished.adapter is None and dtype is None:
         raise ModelError(
             f"{options.model}: has no adapter, there is nothing to merge: {finished.base.name} is the whole model; "
