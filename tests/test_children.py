@@ -16,17 +16,20 @@ SEEN = """
 import json, os, sys
 import fasttune, multiprocessing, of_a_wheel
 if __name__ == "__main__":
-    with multiprocessing.get_context("spawn").Pool(1) as pool:
-        spawned = pool.apply(os.getcwd)
-    print(json.dumps([sys.argv, sys.path, dict(os.environ), fasttune.__file__, spawned]))
+    spawned = multiprocessing.get_context("spawn").Process(target=os.getcwd)
+    spawned.start()
+    spawned.join()
+    print(json.dumps([sys.argv, sys.path, dict(os.environ), fasttune.__file__, spawned.exitcode]))
 """
 SPAWNS = """
 from fasttune import children
 if __name__ == "__main__":
     children.leave_current_folder()
     import multiprocessing, os
-    with multiprocessing.get_context("spawn").Pool(1) as pool:
-        assert pool.apply(os.getpid) != os.getpid()
+    spawned = multiprocessing.get_context("spawn").Process(target=os.getcwd)
+    spawned.start()
+    spawned.join()
+    raise SystemExit(spawned.exitcode)
 """
 
 
@@ -67,7 +70,7 @@ def test_a_child_finds_what_its_parent_finds_and_nothing_else(
     assert arguments == [str(wheels / "seen.py"), "--an option"]
     assert str(wheels) in path and not {"", ".", str(stranger)} & set(path)
     assert {*os.environ} - {*environment} == {"PYTHONPATH", "PYTHONSTARTUP"}
-    assert environment["PYTHONUNBUFFERED"] == "1" and spawned == str(stranger)
+    assert environment["PYTHONUNBUFFERED"] == "1" and spawned == 0
     assert package == fasttune.__file__ and not (tmp_path / "ran").exists()
 
 
