@@ -7,4 +7,7 @@ if sys.version_info < (3, 11):  # noqa: UP036  said before anything is read that
     print(f"fasttune: needs Python 3.11 to 3.13, this is {found}: bash scripts/setup_h100.sh", file=sys.stderr)
     sys.exit(2)
 
+if sys.argv[:1] == ["-m"] and not sys.flags.safe_path:  # `python -m fasttune.verify`, in a folder with a json.py
+    del sys.path[0]
+
 __version__ = "0.1.0"

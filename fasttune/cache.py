@@ -6,6 +6,8 @@ import tempfile
 from collections.abc import Callable
 from pathlib import Path
 
+from fasttune import paths
+
 
 def root() -> Path:
     """The cache folder (not created here)."""
@@ -30,6 +32,7 @@ def folder(name: str, build: Callable[[Path], None]) -> Path:
         made = Path(scratch) / "made"
         made.mkdir()
         build(made)
+        paths.readable(made)
         try:
             made.rename(target)
         except OSError:

@@ -14,6 +14,8 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
+from fasttune import paths
+
 FOLDER = "checkpoints"
 MANIFEST = "manifest.json"
 STATE = "state.json"
@@ -33,6 +35,8 @@ class Checkpoint:
 def save(run: Path, step: int, tensors: dict[str, Tensors], state: dict[str, Any]) -> Path:
     """Write `checkpoints/step-N/`, which appears complete or not at all. Raises OSError, and leaves nothing behind."""
     root = run / FOLDER
+    if root.is_symlink():
+        raise OSError(f"{root} is a link, and nothing is written through one")
     root.mkdir(parents=True, exist_ok=True)
     made = Path(tempfile.mkdtemp(prefix=f".step-{step}-", dir=root))
     try:
@@ -41,6 +45,7 @@ def save(run: Path, step: int, tensors: dict[str, Tensors], state: dict[str, Any
         (made / STATE).write_text(json.dumps(state), encoding="utf-8")
         files = {path.name: {"bytes": path.stat().st_size, "sha256": _sha256(path)} for path in sorted(made.iterdir())}
         (made / MANIFEST).write_text(json.dumps(files, indent=1), encoding="utf-8")
+        paths.readable(made)
         for path in (*made.iterdir(), made):
             _to_disk(path)
         final = root / f"step-{step}"

@@ -11,7 +11,7 @@ import signal
 import sys
 from typing import Any
 
-from fasttune import __version__, text as texts
+from fasttune import __version__, children, text as texts
 from fasttune.errors import ConfigError, FasttuneError
 
 EXAMPLES = """examples:
@@ -47,6 +47,8 @@ INTERRUPTED = {
 
 def main(argv: list[str] | None = None) -> int:
     """Run one command and return its exit code."""
+    if argv is None:
+        children.leave_current_folder()
     arguments = sys.argv[1:] if argv is None else argv
     if arguments[:1] == ["verify"]:  # verify has a parser of its own: it is also `python -m fasttune.verify`
         from fasttune import verify
@@ -169,6 +171,9 @@ def _merge_options(command: argparse.ArgumentParser) -> None:
 
 
 def _common(command: argparse.ArgumentParser) -> None:
+    command.add_argument(
+        "--trust-remote-code", action="store_true", help="run code that the model brings: read it first"
+    )
     command.add_argument("--json", action="store_true", help="print the result as the last line of stdout")
     command.add_argument("--debug", action="store_true", help="show the traceback of an error")
     command.set_defaults(overrides=[])
@@ -258,6 +263,7 @@ def evaluate(options: argparse.Namespace) -> Done:
         options.out,
         options.batch_rows,
         keep_answers=not options.no_cache,
+        trust_remote_code=options.trust_remote_code,
     )
     evaluation.show(result)
     return 0, result

@@ -38,6 +38,7 @@ FORMATS = (
 LOSSES = ("content", "reasoning", "tool_calls", "tools", "tool_turns")  # what a chat template may leave out of a row
 MADE_ROWS = 100_000  # of builtin:arithmetic, when more are asked for than it has
 STEPS = r"[1-9][0-9]{0,8} steps?"
+TRUST = "model.trust_remote_code"
 SEVEN_PROJECTIONS = ["q_proj", "k_proj", "v_proj", "o_proj", "gate_proj", "up_proj", "down_proj"]
 
 
@@ -74,7 +75,9 @@ class ModelConfig(Section):
     max_length: int = Field(2048, ge=8, le=2**24, description="tokens of a row, at most")
     dtype: Literal["auto", "bfloat16", "float32"] = Field("auto", description="of the weights and of the arithmetic")
     quantization: Literal["none", "nf4"] = Field("none", description="of the base weights, under an adapter")
-    trust_remote_code: bool = Field(False, description="runs code that comes with the model: only if you read it")
+    trust_remote_code: bool = Field(
+        False, description="runs code that comes with the model, if you read it; only on the command line"
+    )
 
 
 class LoraConfig(Section):
@@ -270,8 +273,11 @@ def looks_like_hub(source: str) -> bool:
     return not source.startswith(("builtin:", ".", "/", "~")) and source.count("/") == 1 and not os.path.exists(source)
 
 
-def load(path: str | Path, overrides: list[str] | None = None) -> Config:
-    """Read a YAML file, apply `section.key=value` overrides, check everything; raises ConfigError with all problems."""
+def load(path: str | Path, overrides: list[str] | None = None, ours: bool = False) -> Config:
+    """Read a YAML file, apply `section.key=value` overrides, check everything; raises ConfigError with all problems.
+
+    `ours`: this very command has written the file. In any other trust_remote_code is not believed.
+    """
     path = Path(path)
     try:
         tree = strict_yaml.read(path)
@@ -282,7 +288,13 @@ def load(path: str | Path, overrides: list[str] | None = None) -> Config:
         raise ConfigError([f"{path}{error.where}: {error}"]) from error
     if not isinstance(tree, dict):
         raise ConfigError([f"{path}: holds no settings; see configs/quickstart.yaml"])
+    model = tree.get("model")
+    trusts = not ours and isinstance(model, dict) and model.pop("trust_remote_code", None)
     problems = _apply_overrides(tree, overrides or [])
+    if trusts and not any(override.startswith((f"{TRUST}=", "model=")) for override in overrides or []):
+        problems.append(
+            f"{path}: {TRUST} is not taken from a file; read the model's code, then add {TRUST}=true to the command"
+        )
     try:
         return parse(tree, problems)
     except ConfigError as error:

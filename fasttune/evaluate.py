@@ -74,11 +74,12 @@ def run(
     output: str | None = None,
     batch_rows: int | None = None,
     keep_answers: bool = True,
+    trust_remote_code: bool = False,
 ) -> EvalResult:
     """Score RUN or MODEL, write the two files and return the scores. Raises FasttuneError in one line."""
     started = time.perf_counter()
     check_installed()
-    finished = finished_models.open_run(name)
+    finished = finished_models.open_run(name, trust_remote_code)
     names, data, why = choose(tasks, data, finished)
     folder = _folder(finished, output)
     reporter.note(f"tasks: {', '.join(names)}{f' on {data}' if data else ''} ({why})")

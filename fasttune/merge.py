@@ -13,13 +13,14 @@ from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
-from fasttune import hub, pretrained
+from fasttune import hub, paths, pretrained
 from fasttune.config import ModelConfig
 from fasttune.errors import ModelError
 
 INDEX = "model.safetensors.index.json"
 WEIGHTS = "model.safetensors"
-BESIDE = ("config.json", "generation_config.json", "*.py", "LICENSE*", "NOTICE*", "USE_POLICY*")  # kept of the base
+BESIDE = ("config.json", "generation_config.json", "LICENSE*", "NOTICE*", "USE_POLICY*")  # kept of the base
+CODE = "*.py"  # too, where the command trusts it: a converter to GGUF runs what it finds
 logging.getLogger("torch.utils._pytree").setLevel(logging.ERROR)  # torchao's registrations warn at every import
 PREFIX = "base_model.model."  # PEFT's, before every name of the base model
 
@@ -43,6 +44,7 @@ class Merge:
     shards: dict[str, list[str]]  # file name → its tensors
     deltas: dict[str, Delta] = field(default_factory=dict)
     replaced: dict[str, str] = field(default_factory=dict)  # weight → name in the adapter's file
+    trusted: bool = False  # the code that comes with the base
 
     def size_bytes(self, dtype_bytes: int | None) -> int:
         """Of the files to write, at most: those of the base, each value in `dtype_bytes` where that is more."""
@@ -52,7 +54,10 @@ class Merge:
 
 def plan(base: ModelConfig, adapter: Path | None) -> Merge:
     """Everything that is checked before a byte is written. Raises ModelError for what cannot be merged exactly."""
+    pretrained.read_architecture(base)  # says what is wrong with it
     folder = _files(base)
+    for place in filter(None, (folder, adapter)):
+        paths.check_model(place, weights_too=True)
     if json.loads((folder / "config.json").read_text(encoding="utf-8")).get("quantization_config"):
         raise ModelError(
             f"{base.name}: these weights are quantized, so nothing can be added to them exactly; merge into the 16-bit "
@@ -60,9 +65,9 @@ def plan(base: ModelConfig, adapter: Path | None) -> Merge:
         )
     shards = _shards(folder, base.name)
     if adapter is None:
-        return Merge(folder, None, shards)
+        return Merge(folder, None, shards, trusted=base.trust_remote_code)
     deltas, replaced = _adapter(base, folder, adapter, {name for names in shards.values() for name in names})
-    return Merge(folder, adapter, shards, deltas, replaced)
+    return Merge(folder, adapter, shards, deltas, replaced, base.trust_remote_code)
 
 
 def _files(base: ModelConfig) -> Path:
@@ -72,7 +77,7 @@ def _files(base: ModelConfig) -> Path:
         return Path(source)
     import huggingface_hub
 
-    wanted = ["*.json", "*.safetensors", *BESIDE]
+    wanted = ["*.json", "*.safetensors", *BESIDE, CODE]
     try:
         found = hub.patiently(
             lambda: huggingface_hub.snapshot_download(
@@ -195,7 +200,7 @@ def write(merge: Merge, folder: Path, dtype: str | None, progress: Callable[[flo
         total += sum(tensor.numel() * tensor.element_size() for tensor in made.values())
         rows = next((len(made[name]) for name in made if name in merge.replaced and "embed" in name), rows)
         del made
-    for pattern in BESIDE:
+    for pattern in (*BESIDE, CODE) if merge.trusted else BESIDE:
         for path in merge.base.glob(pattern):
             shutil.copyfile(path, folder / path.name)
     if (merge.base / INDEX).is_file():
@@ -203,11 +208,14 @@ def write(merge: Merge, folder: Path, dtype: str | None, progress: Callable[[flo
         index["metadata"] = {**index.get("metadata", {}), "total_size": total}
         (folder / INDEX).write_text(json.dumps(index, indent=2) + "\n", encoding="utf-8")
     config = json.loads((folder / "config.json").read_text(encoding="utf-8"))
+    if not merge.trusted:
+        config.pop("auto_map", None)  # names code that is not there
     if dtype:
         config = {**{key: value for key, value in config.items() if key != "torch_dtype"}, "dtype": dtype}
     if rows:
         config["vocab_size"] = rows
     (folder / "config.json").write_text(json.dumps(config, indent=2) + "\n", encoding="utf-8")
+    paths.readable(folder)
     progress(1.0)
 
 

@@ -13,7 +13,7 @@ from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
-from fasttune import cache, hub, pretrained
+from fasttune import cache, hub, paths, pretrained
 from fasttune.config import LoraConfig, ModelConfig
 from fasttune.cpu import memory
 from fasttune.data import sandbox
@@ -115,6 +115,7 @@ def save(model: Any, tokenizer: Any, folder: Path, initial_adapter: Path | None 
             model.save_pretrained(made, **extra)
         (made / "README.md").unlink(missing_ok=True)  # PEFT's empty model card
         tokenizer.save_pretrained(made)
+        paths.readable(made)
         made.rename(folder)
 
 

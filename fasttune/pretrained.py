@@ -7,7 +7,7 @@ import re
 from pathlib import Path
 from typing import Any
 
-from fasttune import builtin, hub
+from fasttune import builtin, hub, paths
 from fasttune.config import ModelConfig
 from fasttune.errors import ModelError
 
@@ -26,6 +26,7 @@ def locate(config: ModelConfig) -> str:
     folder = Path(config.name).expanduser()
     if not folder.is_dir():
         return config.name
+    paths.check_model(folder)
     pickles = [path.name for kind in ("pytorch_model", "adapter_model") for path in folder.glob(f"{kind}*.bin")]
     if pickles and not any(folder.glob("*.safetensors")):
         raise _pickled(config.name, min(pickles))
@@ -92,7 +93,7 @@ def explain(name: str, error: Exception) -> ModelError:
     if "trust_remote_code" in text:
         return ModelError(
             f"model.name: {name} comes with code of its own, which is not run unless asked for; read that code, then "
-            "set model.trust_remote_code=true, or choose a model that transformers knows"
+            "add model.trust_remote_code=true to the command (eval, generate, merge: --trust-remote-code)"
         )
     if "file named model.safetensors" in text:
         return _pickled(name, "pytorch_model.bin")

@@ -8,6 +8,8 @@ from collections.abc import Iterator
 from pathlib import Path
 from typing import TextIO
 
+from fasttune import paths
+
 
 class LibraryLog(io.TextIOBase):
     """A text stream that is kept in memory until the output folder exists."""
@@ -28,7 +30,7 @@ class LibraryLog(io.TextIOBase):
         """Write what came so far into `path`, and everything that comes from now on."""
         assert isinstance(self.sink, io.StringIO)
         so_far = self.sink.getvalue()
-        self.sink = path.open("a" if append else "w", encoding="utf-8", errors="replace", buffering=1)
+        self.sink = paths.open_text(path, "a" if append else "w")
         self.write(so_far)
 
 

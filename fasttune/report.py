@@ -5,13 +5,13 @@ A sink: it knows the result types of metrics.py and nothing of how a run is made
 
 import json
 import math
-import os
+import re
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass, fields, is_dataclass
 from pathlib import Path
 from typing import Any
 
-from fasttune import plots
+from fasttune import paths, plots
 from fasttune.errors import OutputError
 from fasttune.metrics import Forecast, RunResult, StepMetrics
 
@@ -192,18 +192,28 @@ def write_html(path: Path | str, result: RunResult, steps: list[StepMetrics]) ->
 
 
 def fill(template: str, **values: Any) -> str:
-    """A template with its values: escaped in HTML, as they are in Markdown."""
+    """A template with its values, which are text and nothing else in HTML and in Markdown; Markup stays as it is."""
     import jinja2  # with matplotlib about a second of imports that only pages need
 
     environment = jinja2.Environment(
         loader=jinja2.FileSystemLoader(Path(__file__).parent / "templates"),
         autoescape=jinja2.select_autoescape(["html.j2"]),
         undefined=jinja2.StrictUndefined,
+        finalize=markdown if template.endswith(".md.j2") else None,
         trim_blocks=True,
         lstrip_blocks=True,
     )
-    environment.filters["cell"] = lambda value: str(value).replace("|", "\\|").replace("\n", " ")  # of a Markdown table
     return environment.get_template(template).render(values)
+
+
+def markdown(value: Any) -> str:
+    """Text that Markdown shows as it is, on one line: no tag, link, picture, code, emphasis or column of a table."""
+    from markupsafe import Markup
+
+    if isinstance(value, Markup):
+        return value
+    text = re.sub(r"([\\`*\[\]|])", r"\\\1", " ".join(str(value).splitlines()))
+    return text.replace("<", "&lt;").replace(">", "&gt;")
 
 
 def facts(values: Mapping[str, Any]) -> list[tuple[str, str]]:
@@ -245,14 +255,7 @@ def write_text(path: Path, text: str) -> None:
 
 def write_bytes(path: Path, content: bytes) -> None:
     """The whole content or the old file: never half a file. Raises OutputError."""
-    temporary = path.with_name(f".{path.name}.{os.getpid()}.tmp")
     try:
-        with temporary.open("wb") as file:
-            file.write(content)
-            file.flush()
-            os.fsync(file.fileno())
-        os.replace(temporary, path)
+        paths.write(path, content)
     except OSError as error:
         raise OutputError(f"{path}: cannot be written: {error.strerror} (choose another output_dir)") from error
-    finally:
-        temporary.unlink(missing_ok=True)

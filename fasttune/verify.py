@@ -10,7 +10,7 @@ import signal
 import sys
 from collections.abc import Callable
 
-from fasttune import hardware as machines, stack, text as texts
+from fasttune import children, hardware as machines, stack, text as texts
 from fasttune.checks import Result, facts, imports
 from fasttune.checks.runner import Job, run_jobs
 from fasttune.errors import FasttuneError
@@ -42,6 +42,8 @@ ONLINE = (Job("fasttune.checks.online", ("online:hub", "online:token"), 60, "ope
 
 def main(argv: list[str] | None = None) -> int:
     """Run the checks, print the table or the JSON document, return the exit code."""
+    if argv is None:
+        children.leave_current_folder()
     options = parser().parse_args(argv)
     stop: list[int] = []  # signals are noted, and obeyed between two steps, so that no child is left without an owner
     for number in (signal.SIGINT, signal.SIGTERM):

@@ -12,7 +12,8 @@ for argument in "$@"; do
     previous="$argument"
 done
 
-fits() { "$1" -c 'import sys; sys.exit(not (3, 11) <= sys.version_info[:2] <= (3, 13))' >/dev/null 2>&1; }
+# PYTHONSAFEPATH: a venv.py in the current folder is none of ours
+fits() { PYTHONSAFEPATH=1 "$1" -c 'import sys; sys.exit(not (3, 11) <= sys.version_info[:2] <= (3, 13))' >/dev/null 2>&1; }
 
 if [ -n "$asked" ]; then
     candidates=("$asked")
@@ -24,7 +25,7 @@ for candidate in "${candidates[@]}"; do
     if fits "$candidate"; then
         found="$candidate"
         # Debian ships a python3 that cannot make environments; another one may
-        if "$candidate" -c 'import ensurepip, venv' >/dev/null 2>&1; then break; fi
+        if PYTHONSAFEPATH=1 "$candidate" -c 'import ensurepip, venv' >/dev/null 2>&1; then break; fi
     fi
 done
 if [ -z "$found" ]; then

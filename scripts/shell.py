@@ -15,7 +15,8 @@ from pathlib import Path
 from fasttune.errors import FasttuneError, RunFailed
 
 # Settings of the caller that would install elsewhere or bend the pins; indexes, proxies and certificates stay.
-UNWANTED = ("PYTHONPATH", "PYTHONHOME", "PIP_TARGET", "PIP_PREFIX", "PIP_ROOT", "PIP_CONSTRAINT", "PIP_REQUIREMENT")
+UNWANTED = ("PYTHONPATH", "PYTHONSTARTUP", "PYTHONHOME")
+UNWANTED += ("PIP_TARGET", "PIP_PREFIX", "PIP_ROOT", "PIP_CONSTRAINT", "PIP_REQUIREMENT")
 
 
 class Shell:
@@ -24,6 +25,7 @@ class Shell:
     def __init__(self, python: Path, log: Path, folder: Path, dry_run: bool):
         self.python, self.log, self.folder, self.dry_run = python, log, folder, dry_run
         self.environment = {name: value for name, value in os.environ.items() if name not in UNWANTED}
+        self.environment |= {"PYTHONSAFEPATH": "1"}  # nothing in the current folder is imported
         self.environment |= {"PYTHONNOUSERSITE": "1", "PIP_USER": "0", "PIP_NO_INPUT": "1"}
 
     def pip(self, *arguments: str) -> list[str]:

@@ -11,9 +11,10 @@ PACKAGE = Path("fasttune")
 # Lowest first. A module imports only from rows above its own.
 LAYERS = [
     {"text"},
-    {"hints", "strict_yaml"},
+    {"children", "hints", "strict_yaml"},
     {"errors"},
-    {"cache", "checkpoint", "hardware", "hub", "memory", "metrics", "publish", "quiet"},
+    {"paths"},
+    {"cache", "checkpoint", "hardware", "hub", "memory", "merge_check", "metrics", "publish", "quiet"},
     {"config", "plots", "shape", "stack"},
     {"builtin", "data", "memory_forecast", "output", "report", "rules"},
     {"decoding", "live", "plan", "pretrained", "rows_attention", "terminal"},

@@ -3,6 +3,7 @@
 import json
 import shutil
 import warnings
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -212,3 +213,21 @@ def test_other_bases_are_refused(tmp_path: Path, finished_run: Path) -> None:
         huge = {name: merge.Delta(delta.a, delta.b, 1e9, delta.transposed) for name, delta in plan.deltas.items()}
         (tmp_path / "out").mkdir()
         merge.write(merge.Merge(plan.base, plan.adapter, plan.shards, huge), tmp_path / "out", "float16", print)
+
+
+@pytest.mark.parametrize("trusted", [True, False])
+def test_the_code_of_a_base_goes_along_only_where_it_is_trusted(tmp_path: Path, trusted: bool) -> None:
+    """A converter to GGUF may run what it finds."""
+    from fasttune import merge
+
+    base = base_model(tmp_path / "base")
+    said = json.loads((base / "config.json").read_text()) | {"auto_map": {"AutoConfig": "own.Own"}}
+    (base / "config.json").write_text(json.dumps(said))
+    (base / "own.py").write_text("from transformers import LlamaConfig as Own")
+    (base / "LICENSE").touch()
+    (tmp_path / "out").mkdir()
+    planned = merge.plan(ModelConfig(name=str(base)), None)
+    merge.write(replace(planned, trusted=trusted), tmp_path / "out", None, lambda share: None)
+    written = {path.name for path in (tmp_path / "out").iterdir()}
+    assert ("own.py" in written) == trusted and "LICENSE" in written
+    assert ("auto_map" in json.loads((tmp_path / "out" / "config.json").read_text())) == trusted

@@ -1,6 +1,7 @@
 """`fasttune merge`: compared before it appears, a card of what was measured, uploaded only when asked."""
 
 import json
+import os
 import shutil
 import subprocess
 import sys
@@ -24,6 +25,9 @@ def out(finished_run: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
     folder = tmp_path_factory.mktemp("merge") / "merged"
     assert cli.main(["merge", str(finished_run), "--out", str(folder)]) == 0
     assert [path.name for path in folder.parent.iterdir()] == ["merged"]
+    mask = os.umask(0o022)
+    os.umask(mask)
+    assert {path.stat().st_mode & 0o777 for path in folder.iterdir()} == {0o666 & ~mask}
     return folder
 
 
@@ -89,6 +93,54 @@ def test_scores_and_hub_ids_are_on_the_card_and_paths_are_not(finished_run: Path
     text = card.text(finished.open_run(str(tmp_path / "run")), None)
     assert "| model | the-model | weights of the-model |" in text and "(data=x.jsonl)" in text
     assert "secret" not in text and str(tmp_path) not in text
+
+
+HOSTILE = "<img src=x>![](http://x/y.png) | [a](javascript:b) `c`\n# *d*"
+
+
+def test_what_names_warnings_and_scores_say_is_text_on_a_card(finished_run: Path, tmp_path: Path) -> None:
+    from fasttune.after import card, finished
+
+    run = Path(shutil.copytree(finished_run, tmp_path / "run"))
+    config = yaml.safe_load((run / "config.yaml").read_text())
+    config["model"]["name"] = "```\n" + HOSTILE.replace("/", "")
+    (run / "config.yaml").write_text(yaml.safe_dump(config))
+    result = json.loads((run / "run.json").read_text())
+    result |= {"warnings": [HOSTILE], "versions": {HOSTILE: HOSTILE}}
+    result["settings"] = [{"name": name, "value": HOSTILE, "reason": HOSTILE} for name in ("data", "model")]
+    result["backend"]["library"] = result["hardware"]["cpu_model"] = HOSTILE
+    (run / "run.json").write_text(json.dumps(result))
+    score = {"task": HOSTILE, "metric": HOSTILE, "value": None, "stderr": 0.5, "problems": 4}
+    (run / "eval.json").write_text(json.dumps({"scores": [score]}))
+    text = card.text(finished.open_run(str(run)), None)
+    recipe = text.split("````yaml\n")[1].split("````")[0]
+    assert yaml.safe_load(recipe)["model"]["name"] == config["model"]["name"]
+    rest = text.replace(recipe, "")
+    assert "<img" not in rest and "](" not in rest.replace("\\](", "") and "\n# *d" not in rest
+    assert r"&lt;img src=x&gt;!\[\](" in rest and r" \| \[a\](javascript:b) \`c\` # \*d\*" in rest
+    assert rest.count("| – | 0.5000 | 4 |") == 1
+
+
+def test_a_damaged_eval_json_is_said_on_the_card_and_breaks_no_merge(
+    finished_run: Path, tmp_path: Path, here: None
+) -> None:
+    from fasttune.after import card, finished
+
+    run = Path(shutil.copytree(finished_run, tmp_path / "run"))
+    for text in ("[]", "{", '{"scores": 7}', '{"scores": [{"task": "x"}]}', "[" * 99999):
+        (run / "eval.json").write_text(text)
+        assert "Not known: eval.json cannot be read." in card.text(finished.open_run(str(run)), None)
+    assert cli.main(["merge", str(run), "--out", str(tmp_path / "m")]) == 0
+
+
+def test_figures_that_cannot_be_shown_are_left_out(finished_run: Path, tmp_path: Path) -> None:
+    from fasttune.after import card, finished
+
+    run = Path(shutil.copytree(finished_run, tmp_path / "run"))
+    result = json.loads((run / "run.json").read_text())
+    for wrong in ({"wall_s": float("inf")}, {"backend": 7}):
+        (run / "run.json").write_text(json.dumps(result | wrong))
+        assert "Nothing was measured." in card.text(finished.open_run(str(run)), None)
 
 
 @pytest.fixture

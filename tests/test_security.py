@@ -289,10 +289,50 @@ def test_code_of_a_model_is_not_run_unless_asked_for(tiny_folder: Path, tmp_path
     file.write_text(json.dumps(json.loads(file.read_text()) | ours))
     read = pretrained.read_architecture if kind == "architecture" else pretrained.read_tokenizer
     with pytest.raises(
-        ModelError, match="comes with code of its own.*read that code, then set model.trust_remote_code"
+        ModelError, match="comes with code of its own.*read that code, then add model.trust_remote_code=true to"
     ):
         read(ModelConfig(name=str(tiny_folder)))
     assert not (tmp_path / "ran").exists()
+
+
+def test_no_file_switches_code_on_but_the_command_may(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    file = tmp_path / "run.yaml"
+    file.write_text(yaml.safe_dump(TREE | {"model": {"name": "builtin:tiny", "trust_remote_code": True}}))
+    for command in ("train", "plan", "data", "bench"):
+        assert cli.main([command, str(file)]) == 2
+        (line,) = capsys.readouterr().err.splitlines()
+        assert "model.trust_remote_code is not taken from a file" in line
+        assert "add model.trust_remote_code=true to the command" in line
+    for said in (True, False):
+        asked = config.load(file, [f"model.trust_remote_code={said}"])
+        assert asked.model.trust_remote_code is said
+    file.write_text(config.dump(config.load(file, ["model.trust_remote_code=true"])))
+    assert config.load(file, ours=True).model.trust_remote_code, "what a command tells its own processes"
+
+
+def test_a_run_does_not_switch_on_the_code_that_it_brings(
+    tiny_folder: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    from fasttune.after import finished
+
+    run, ran = tmp_path / "run", tmp_path / "ran"
+    run.mkdir()
+    brought = tiny_folder.rename(run / "model")
+    (brought / "evil.py").write_text(f"open({str(ran)!r}, 'w').close()\nfrom transformers import LlamaConfig as Evil")
+    said = json.loads((brought / "config.json").read_text())
+    said |= {"model_type": "evil", "auto_map": {"AutoConfig": "evil.Evil"}}
+    (brought / "config.json").write_text(json.dumps(said))
+    tree = TREE | {"model": {"name": "x", "trust_remote_code": True}, "train": {"method": "full"}}
+    (run / "config.yaml").write_text(yaml.safe_dump(tree))
+    out = str(tmp_path / "out")
+    for command in (["generate", "--prompt", "x"], ["merge", "--dtype", "bf16", "--out", out]):
+        for name in (run, brought):
+            assert cli.main([command[0], str(name), *command[1:]]) == 2
+            assert "(eval, generate, merge: --trust-remote-code)" in capsys.readouterr().err.splitlines()[-1]
+    assert not ran.exists() and not Path(out).exists()
+    assert cli.main(["eval", str(run), "--limit", "1", "--out", out]) == 2 and not ran.exists()
+    pretrained.read_architecture(finished.open_run(str(run), trust_remote_code=True).base)
+    assert ran.exists()
 
 
 class Touch:

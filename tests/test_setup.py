@@ -305,6 +305,22 @@ def test_no_fitting_python_is_one_line() -> None:
     refused(done, "no Python 3.11 to 3.13 (tried /bin/false); install one")
 
 
+def test_nothing_in_the_current_folder_is_imported(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    for name in ("venv", "ensurepip", "json", "pip", "platform"):
+        (tmp_path / f"{name}.py").write_text(f"open({str(tmp_path / 'ran')!r}, 'w')")
+    command = ["bash", SCRIPT, "--python", sys.executable, "--dry-run", "--stack", "cpu", "--venv", tmp_path / "new"]
+    done = subprocess.run(command, capture_output=True, text=True, cwd=tmp_path, check=False)
+    assert done.returncode == 0 and not (tmp_path / "ran").exists(), done.stderr
+    monkeypatch.syspath_prepend(str(ROOT / "scripts"))
+    import shell
+
+    bent = {"PYTHONPATH": "x", "PYTHONSTARTUP": "x", "PYTHONUNBUFFERED": "1"}
+    for name, value in bent.items():
+        monkeypatch.setenv(name, value)
+    clean = shell.Shell(Path(sys.executable), tmp_path / "log", tmp_path, dry_run=True).environment
+    assert clean["PYTHONSAFEPATH"] == "1" and clean.keys() & bent.keys() == {"PYTHONUNBUFFERED"}
+
+
 FACTS = {"torch": "2.11.0+cu130", "cuda": "13.0", "abi": True, "python": "cp312"}
 
 

@@ -123,7 +123,7 @@ CHECKS = {f.__name__: f for f in (fine, crash, hang, leave, symbol, prints)}
 def test_a_dead_child_is_a_result_and_the_rest_goes_on(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     (tmp_path / "broken_checks.py").write_text(BROKEN)
     (tmp_path / "tmp").mkdir()
-    monkeypatch.setenv("PYTHONPATH", str(tmp_path))
+    monkeypatch.syspath_prepend(tmp_path)
     monkeypatch.setattr("tempfile.tempdir", str(tmp_path / "tmp"))
     names = ("crash", "leave", "symbol", "prints", "hang", "fine")
     start = time.perf_counter()

@@ -5,26 +5,38 @@ Local paths are shown by their last part: a card is made to be shared.
 
 import json
 import re
-from dataclasses import replace
+from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
 
 import pydantic
 import yaml
 
-from fasttune import hardware, report
+from fasttune import hardware, paths, report
 from fasttune.after.finished import Finished, open_run
 from fasttune.after.merge_check import Comparison
 from fasttune.config import Config, looks_like_hub
 from fasttune.metrics import RunResult
+from fasttune.training.output import EVAL_FILES
 
 FIELDS = ("seed", "model", "lora", "data", "train", "eval")
 
 
+@dataclass
+class Scored:
+    """A line of eval.json, as far as the card shows it."""
+
+    task: str
+    metric: str
+    value: float | None
+    stderr: float | None
+    problems: int
+
+
 def of_run(folder: Path) -> None:
-    """The card of a run's adapter/ or model/, as far as the run got. Nothing where it saved neither."""
+    """The card of a run's adapter/ or model/, as far as the run got. Nothing where it saved neither, or a link."""
     kind = next((kind for kind in ("adapter", "model") if (folder / kind).is_dir()), None)
-    if kind:
+    if kind and not (folder / kind).is_symlink():  # that would be somebody else's folder
         write(folder / kind, open_run(str(folder)))
 
 
@@ -36,6 +48,7 @@ def write(folder: Path, finished: Finished, compared: Comparison | None = None) 
 def text(finished: Finished, compared: Comparison | None) -> str:
     """The card. Evaluations are those of eval.json in the run's folder."""
     import huggingface_hub
+    from markupsafe import Markup
 
     config = finished.config
     base = config.model.name if config else finished.base.name
@@ -55,7 +68,7 @@ def text(finished: Finished, compared: Comparison | None) -> str:
 
     return report.fill(
         "card.md.j2",
-        metadata=data.to_yaml(),
+        metadata=Markup(data.to_yaml()),
         name=config.name if config else shown(finished.name),
         base=shown(base),
         adapter=adapter,
@@ -69,11 +82,11 @@ def text(finished: Finished, compared: Comparison | None) -> str:
         if result
         else [],
         warnings=[clean(warning) for warning in result.warnings] if result else [],
-        config=_recipe(config) if config else "",
+        config=Markup(_fenced(_recipe(config))) if config else "",
         result=result,
         figures=report.key_figures(result) if result else [],
         hardware=hardware.line(result.hardware) if result else "",
-        evaluation=_evaluation(finished),
+        scores=_scores(finished),
         compared=compared,
     )
 
@@ -84,13 +97,15 @@ def shown(name: str) -> str:
 
 
 def result_of(finished: Finished) -> RunResult | None:
-    """run.json as it was written; None where there is none, or one of another version."""
+    """run.json as it was written; None where there is none, or one of another version that cannot be shown."""
     if finished.result is None:
         return None
     try:
-        return pydantic.TypeAdapter(RunResult).validate_python(finished.result)
-    except pydantic.ValidationError:
+        result = pydantic.TypeAdapter(RunResult).validate_python(finished.result)
+        report.key_figures(result), hardware.line(result.hardware)
+    except (ValueError, ArithmeticError, KeyError, TypeError):
         return None
+    return result
 
 
 def _without_paths(line: str, names: list[str]) -> str:
@@ -112,9 +127,23 @@ def _recipe(config: Config) -> str:
     return yaml.safe_dump(tree, sort_keys=False, allow_unicode=True)
 
 
-def _evaluation(finished: Finished) -> dict[str, Any] | None:
-    path = finished.run / "eval.json" if finished.run else None
-    try:
-        return dict(json.loads(path.read_text(encoding="utf-8"))) if path else None
-    except (OSError, ValueError):
+def _fenced(code: str) -> str:
+    """A block of YAML that nothing in it can end."""
+    fence = "`" * max(3, 1 + max(map(len, re.findall("`+", code)), default=0))
+    return f"{fence}yaml\n{code}{fence}"
+
+
+def _scores(finished: Finished) -> list[list[str]] | None:
+    """The cells of eval.json's table; None where there is no such file, nothing of one that cannot be read."""
+    path = finished.run / EVAL_FILES[0] if finished.run else None
+    if path is None or not path.exists():
         return None
+    try:
+        scores = pydantic.TypeAdapter(list[Scored]).validate_python(json.loads(paths.read_text(path))["scores"])
+    except (OSError, ValueError, KeyError, TypeError, RecursionError):
+        return []
+    return [[s.task, s.metric, _number(s.value), _number(s.stderr), str(s.problems)] for s in scores]
+
+
+def _number(value: float | None) -> str:
+    return "–" if value is None else f"{value:.4f}"

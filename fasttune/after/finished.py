@@ -5,11 +5,12 @@ model, tokenizer = load(finished, dtype_for(finished))      # base weights, and 
 """
 
 import json
-from dataclasses import dataclass, field
+import shlex
+from dataclasses import dataclass, field, replace
 from pathlib import Path
 from typing import Any, Literal
 
-from fasttune import builtin, config as configuration
+from fasttune import builtin, config as configuration, paths
 from fasttune.config import Config, ModelConfig, looks_like_hub
 from fasttune.errors import ConfigError, ModelError
 
@@ -47,11 +48,17 @@ class Finished:
         return data.held_out_split if source == data.eval else data.split, data.columns
 
 
-def open_run(name: str) -> Finished:
+def open_run(name: str, trust_remote_code: bool = False) -> Finished:
     """The parts of RUN (output folder of `fasttune train`) or MODEL (folder, `builtin:` name, hub id).
 
-    Imports nothing heavy and loads no weights. Raises ModelError in one line.
+    Only the command now given may switch on the model's own code, never a file that is there. Imports nothing heavy and
+    loads no weights. Raises ModelError in one line.
     """
+    found = _open(name)
+    return replace(found, base=found.base.model_copy(update={"trust_remote_code": trust_remote_code}))
+
+
+def _open(name: str) -> Finished:
     if name.startswith("builtin:"):
         builtin.check(name)
         return Finished(name, _base(name))
@@ -86,16 +93,16 @@ def _refuse_missing_run(name: str, folder: Path) -> None:
 
 def _run(name: str, folder: Path) -> Finished:
     try:
-        config = configuration.load(folder / "config.yaml")
+        config = configuration.load(folder / "config.yaml", [f"{configuration.TRUST}=false"])
     except ConfigError as error:
         raise ModelError(f"{name}: its config.yaml cannot be used: {error.problems[0]}") from error
     result = _json(folder / "run.json") if (folder / "run.json").is_file() else None
     status = result.get("status") if result else "not finished"
     kind = "model" if config.train.method == "full" else "adapter"
     if not (folder / kind).is_dir():
-        go_on = result.get("resume_command") if result else None
-        go_on = go_on or f"fasttune train {folder / 'config.yaml'} --resume {folder}"
+        go_on = f"fasttune train --resume {shlex.quote(str(folder))}"
         raise ModelError(f"{name}: this run is {status} and has no {kind}/; go on with it: {go_on}")
+    paths.check_model(folder / kind)
     warnings = [] if status == "completed" else [f"{name}: this run is {status}, so its {kind}/ is not its last word"]
     if kind == "model":
         base = config.model.model_copy(update={"name": str(folder / "model"), "revision": None})
@@ -105,11 +112,13 @@ def _run(name: str, folder: Path) -> Finished:
 
 def _adapter(name: str, folder: Path) -> Finished:
     """A PEFT folder that is no part of a run: it names its base itself."""
+    paths.check_model(folder)
     said = _json(folder / "adapter_config.json")
     base = said.get("base_model_name_or_path")
     if not base:
         raise ModelError(f"{name}: its adapter_config.json names no base model; set base_model_name_or_path in it")
-    return Finished(name, _base(str(base), said.get("revision")), folder)
+    revision = said.get("revision")
+    return Finished(name, _base(str(base), str(revision) if revision else None), folder)
 
 
 def _base(name: str, revision: str | None = None) -> ModelConfig:
@@ -118,8 +127,8 @@ def _base(name: str, revision: str | None = None) -> ModelConfig:
 
 def _json(path: Path) -> dict[str, Any]:
     try:
-        return dict(json.loads(path.read_text(encoding="utf-8")))
-    except (OSError, ValueError) as error:
+        return dict(json.loads(paths.read_text(path)))
+    except (OSError, ValueError, TypeError, RecursionError) as error:
         raise ModelError(f"{path}: cannot be read; it should be JSON") from error
 
 

@@ -18,7 +18,8 @@ DTYPES: dict[str, opening.Dtype] = {"bf16": "bfloat16", "fp32": "float32"}
 def run(options: argparse.Namespace) -> dict[str, Any]:
     """Do what was asked for; returns what --json prints. Raises FasttuneError, with nothing half-written."""
     check(options)
-    finished, reporter, stdout = opening.open_run(options.model), terminal.Reporter(), sys.stdout
+    finished = opening.open_run(options.model, options.trust_remote_code)
+    reporter, stdout = terminal.Reporter(), sys.stdout
     reporter.note("importing unsloth and torch …")
     with library_log():  # what libraries say is not part of an answer
         from fasttune import generate as generating

@@ -14,7 +14,7 @@ from dataclasses import asdict
 from pathlib import Path
 from typing import Any
 
-from fasttune import merge as merging, pretrained, report, terminal
+from fasttune import children, merge as merging, pretrained, report, terminal
 from fasttune.after import card, finished as opening, publish
 from fasttune.after.finished import Finished
 from fasttune.after.merge_check import Comparison
@@ -32,7 +32,7 @@ def run(options: argparse.Namespace) -> dict[str, Any]:
     A model that was written and is not proved to agree with base + adapter is kept as DIR.unverified.
     """
     started, reporter = time.perf_counter(), terminal.Reporter()
-    finished, out = opening.open_run(options.model), Path(options.out).expanduser()
+    finished, out = opening.open_run(options.model, options.trust_remote_code), Path(options.out).expanduser()
     for text in finished.warnings:
         reporter.warn(text)
     dtype = DTYPES[options.dtype] if options.dtype else None
@@ -75,6 +75,10 @@ def run(options: argparse.Namespace) -> dict[str, Any]:
 
 def check(finished: Finished, out: Path, dtype: str | None, options: argparse.Namespace) -> None:
     """What can be refused at once. Raises FasttuneError."""
+    if finished.run and Path(finished.weights).is_symlink():
+        raise ModelError(
+            f"{options.model}: {finished.weights} is a link; name the folder itself, {Path(finished.weights).resolve()}"
+        )
     if finished.adapter is None and dtype is None:
         raise ModelError(
             f"{options.model}: has no adapter, there is nothing to merge: {finished.base.name} is the whole model; "
@@ -116,8 +120,8 @@ def compare(made: Path, finished: Finished) -> Comparison:
         "adapter": str(finished.adapter) if finished.adapter else None,
         "trust_remote_code": base.trust_remote_code,
     }
-    command = [sys.executable, "-m", "fasttune.after.merge_check", str(made), json.dumps(given)]
-    done = subprocess.run(command, capture_output=True, text=True, check=False)
+    command = children.command("fasttune.after.merge_check", str(made), json.dumps(given))
+    done = subprocess.run(command, capture_output=True, text=True, check=False, env=children.environment())
     if done.returncode:
         told = next((line for line in reversed(done.stderr.splitlines()) if line.strip()), f"code {done.returncode}")
         raise RunFailed(f"the merged model could not be compared with base + adapter: {told}")
@@ -191,9 +195,10 @@ def to_gguf(program: str, folder: Path, reporter: terminal.Reporter) -> str:
     """DIR/NAME.gguf in the dtype of the files. Raises RunFailed; the merged model stays."""
     target, temporary = folder / f"{folder.name}.gguf", folder / f".{folder.name}.gguf"
     reporter.note(f"converting to {target} …")
-    done = subprocess.run(
-        [program, str(folder), "--outfile", str(temporary)], capture_output=True, text=True, check=False
-    )
+    clean = children.environment()
+    clean.pop("PYTHONSAFEPATH", None)  # llama.cpp's script has modules beside it, and is started by its path
+    command = [program, str(folder), "--outfile", str(temporary)]
+    done = subprocess.run(command, capture_output=True, text=True, check=False, env=clean)
     if done.returncode or not temporary.is_file():
         temporary.unlink(missing_ok=True)
         told = next((line for line in reversed(done.stderr.splitlines()) if line.strip()), "no reason given")

@@ -12,7 +12,7 @@ from contextlib import contextmanager
 from pathlib import Path
 from typing import IO, Any
 
-from fasttune import report
+from fasttune import paths, report
 from fasttune.after.finished import Finished
 from fasttune.data import beside, formats, sources
 from fasttune.data.formats import Conversation, Row, Unusable
@@ -107,7 +107,7 @@ def opened(out: Path, belongs_to: dict[str, Any]) -> Iterator[IO[str]]:
     if not out.exists():
         report.write_json(beside, belongs_to)
     try:
-        file = out.open("a+", encoding="utf-8")
+        file = paths.open_text(out, "a+")
     except OSError as error:
         raise OutputError(f"--out: {out} cannot be written ({error.strerror}); name another file") from error
     with file:
@@ -121,7 +121,7 @@ def opened(out: Path, belongs_to: dict[str, Any]) -> Iterator[IO[str]]:
 def _check_same(out: Path, beside: Path, belongs_to: dict[str, Any]) -> None:
     other = "name another --out, or remove it"
     try:
-        made_by = json.loads(beside.read_text(encoding="utf-8"))
+        made_by = json.loads(paths.read_text(beside))
     except (OSError, ValueError):
         raise OutputError(f"--out: {out} exists and was not written by `fasttune generate`; {other}") from None
     for key, value in belongs_to.items():

@@ -8,7 +8,6 @@ import json
 import os
 import shutil
 import subprocess
-import sys
 import tempfile
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
@@ -17,7 +16,7 @@ from datetime import UTC, datetime
 from pathlib import Path
 from typing import Any
 
-from fasttune import config as configuration, errors, hardware, plan, stack
+from fasttune import children, config as configuration, errors, hardware, plan, stack
 from fasttune.bench.arms import WHAT
 from fasttune.bench.measurements import Measurements
 from fasttune.bench.result import MIN_REPEATS, WARMUP_STEPS, Bench
@@ -67,7 +66,7 @@ def run(
     beside = busy(machine)
     with tempfile.TemporaryDirectory() as shared:
         facts = share(config, Path(shared), steps)
-        resolved = configuration.load(Path(shared) / "config.yaml")
+        resolved = configuration.load(Path(shared) / "config.yaml", ours=True)
         identity = identify(resolved, steps, machine)
         measured = Measurements(folder, identity, datetime.now(UTC).strftime("%Y-%m-%d"))
         all_of_it = [(name, number) for number in range(repeats) for name in [*arms, "limit"]]
@@ -135,8 +134,8 @@ def share(config: Config, shared: Path, steps: int) -> dict[str, Any]:
 
 def fresh_process(what: str, shared: Path, steps: int) -> dict[str, Any]:
     """One measurement of worker.py; what its libraries print is dropped."""
-    command = [sys.executable, "-m", "fasttune.bench.worker", what, str(shared), str(steps)]
-    done = subprocess.run(command, capture_output=True, text=True, check=False)
+    command = children.command("fasttune.bench.worker", what, str(shared), str(steps))
+    done = subprocess.run(command, capture_output=True, text=True, check=False, env=children.environment())
     try:
         return json.loads(done.stdout.splitlines()[-1])
     except (IndexError, ValueError):

@@ -22,7 +22,7 @@ LIMIT_SECONDS, LIMIT_STEPS = 4.0, 6  # fewer steps than these, as in a dry run: 
 
 def main() -> int:
     what, shared, steps = sys.argv[1], Path(sys.argv[2]), int(sys.argv[3])
-    config = configuration.load(shared / ("job.yaml" if what == "share" else "config.yaml"))
+    config = configuration.load(shared / ("job.yaml" if what == "share" else "config.yaml"), ours=True)
     with tempfile.TemporaryDirectory() as scratch:
         try:
             result = _measure(what, config, steps, shared, Path(scratch))

@@ -11,6 +11,7 @@ from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
+from fasttune import children
 from fasttune.checks import Result, install_command
 from fasttune.checks.guard import block_network
 from fasttune.checks.symptoms import from_exit
@@ -48,9 +49,8 @@ def parity() -> Iterator[Result]:
         return
     with tempfile.TemporaryDirectory() as temporary:
         folder = Path(temporary)
-        plain = subprocess.run(
-            [sys.executable, "-m", "fasttune.checks.plain", temporary], capture_output=True, text=True, timeout=300
-        )
+        command, clean = children.command("fasttune.checks.plain", temporary), children.environment()
+        plain = subprocess.run(command, capture_output=True, text=True, timeout=300, env=clean)
         if plain.returncode:
             result = from_exit("unsloth-parity", plain.returncode, plain.stderr, "transformers")
             result.detail = f"plain transformers + PEFT: {result.detail}"

@@ -14,7 +14,7 @@ from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Literal
 
-from fasttune import hardware
+from fasttune import children, hardware
 from fasttune.checks import Result
 from fasttune.checks.symptoms import from_exit
 
@@ -83,7 +83,7 @@ def run_jobs(jobs: tuple[Job, ...], announce: Callable[[str], None], stop: Seque
 
 def start(job: Job) -> Child:
     folder = tempfile.TemporaryDirectory(prefix="fasttune-verify-", ignore_cleanup_errors=True)
-    command = [sys.executable, "-m", "fasttune.checks.child", job.module, f"{folder.name}/report", *job.names]
+    command = children.command("fasttune.checks.child", job.module, f"{folder.name}/report", *job.names)
     with open(f"{folder.name}/printed", "w+b") as printed:
         process = subprocess.Popen(
             command,
@@ -98,24 +98,22 @@ def start(job: Job) -> Child:
 
 
 def environment(job: Job, folder: Path) -> dict[str, str]:
-    """The child's environment: the package importable from anywhere, all temporary files and caches in `folder`."""
-    clean = {
-        key: value for key, value in os.environ.items() if key.lower() not in ("http_proxy", "https_proxy", "all_proxy")
-    }
-    env = dict(os.environ) if job.hub == "open" else clean
+    """The child's environment: all temporary files and caches in `folder`."""
+    env = children.environment()
+    if job.hub != "open":
+        for name in [name for name in env if name.lower() in ("http_proxy", "https_proxy", "all_proxy")]:
+            del env[name]
     if job.hub == "offline":
         env |= {"HF_HUB_OFFLINE": "1", "TRANSFORMERS_OFFLINE": "1", "HF_DATASETS_OFFLINE": "1"}
     else:  # whether the package is silent by itself is what these checks look at
         for name in ("HF_HUB_OFFLINE", "TRANSFORMERS_OFFLINE", "HF_DATASETS_OFFLINE", "UNSLOTH_DISABLE_STATISTICS"):
             env.pop(name, None)
-    package_parent = str(Path(__file__).resolve().parents[2])
     temporary = folder / "tmp"
     temporary.mkdir()
     env |= {
         "HF_HUB_DISABLE_TELEMETRY": "1",
         "FASTTUNE_CACHE": str(folder / "cache"),
         "TMPDIR": str(temporary),
-        "PYTHONPATH": os.pathsep.join(filter(None, (package_parent, os.environ.get("PYTHONPATH")))),
         "PYTHONUNBUFFERED": "1",
         "OMP_NUM_THREADS": str(max(1, hardware.usable_cores() // PARALLEL)),
     }

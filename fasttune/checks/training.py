@@ -2,15 +2,14 @@
 
 import json
 import math
-import os
 import secrets
 import subprocess
-import sys
 import tempfile
 from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
+from fasttune import children
 from fasttune.checks import Result, install_command
 from fasttune.checks.symptoms import from_exit
 
@@ -44,21 +43,14 @@ def run(root: Path, token: str) -> subprocess.CompletedProcess[str]:
     (root / "verify.yaml").write_text(json.dumps(config), encoding="utf-8")  # JSON is YAML
     for name in ("cwd", "cache", "tmp"):
         (root / name).mkdir()
-    environment = {key: value for key, value in os.environ.items() if not key.startswith(("HF_", "HUGGING_FACE_"))}
+    environment = {k: v for k, v in children.environment().items() if not k.startswith(("HF_", "HUGGING_FACE_"))}
     environment |= {
         "HF_TOKEN": token,
         "HF_HOME": str(root / "cache/huggingface"),
         "FASTTUNE_CACHE": str(root / "cache/fasttune"),
         "TMPDIR": str(root / "tmp"),
     }
-    command = [
-        sys.executable,
-        "-m",
-        "fasttune.checks.probe",
-        str(root / "probe.json"),
-        "train",
-        str(root / "verify.yaml"),
-    ]
+    command = children.command("fasttune.checks.probe", str(root / "probe.json"), "train", str(root / "verify.yaml"))
     return subprocess.run(command, cwd=root / "cwd", env=environment, capture_output=True, text=True, timeout=400)
 
 

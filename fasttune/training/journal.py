@@ -6,7 +6,7 @@ from contextlib import suppress
 from pathlib import Path
 from typing import IO, Any
 
-from fasttune import checkpoint, config as configuration, report
+from fasttune import checkpoint, config as configuration, paths, report
 from fasttune.config import Config
 from fasttune.errors import RunFailed
 from fasttune.metrics import StepMetrics
@@ -33,7 +33,7 @@ def read_metrics(folder: Path, step: int) -> list[StepMetrics]:
     """The steps of a run up to `step`, from its metrics.jsonl, as far as its lines can be read."""
     found = []
     with suppress(OSError, ValueError, TypeError):  # the end of a process, or of a machine, may have torn a line
-        for line in (folder / METRICS).read_text(encoding="utf-8").splitlines()[:step]:
+        for line in paths.read_text(folder / METRICS).splitlines()[:step]:
             values = json.loads(line)
             found.append(StepMetrics(**(values | {"loss": math.nan if values["loss"] is None else values["loss"]})))
     return found
@@ -90,7 +90,7 @@ class Journal:
             if self._disk_is_full or not self._path.exists():
                 self._write_all()
             else:
-                with self._path.open("a", encoding="utf-8") as file:
+                with paths.open_text(self._path, "a") as file:
                     file.write(_line(step))
             self._disk_is_full = False
         except OSError as error:
@@ -107,9 +107,7 @@ class Journal:
             folder.mkdir(parents=True, exist_ok=True)  # a checkpoint may have made it already
             _write_config(self.job)
             self.warn(f"{folder} was removed while the run wrote into it: made again")
-        made = folder / f".{METRICS}"
-        made.write_text("".join(map(_line, self.outcome.steps)), encoding="utf-8")
-        made.replace(self._path)
+        paths.write(self._path, "".join(map(_line, self.outcome.steps)).encode())
 
     def _what_runs(self, step: StepMetrics) -> None:
         """Warns where that is not what was asked for, or not any more."""
@@ -134,7 +132,7 @@ def _line(step: StepMetrics) -> str:
 def _write_config(job: Job) -> None:
     header = "# Resolved by fasttune; run it again with: fasttune train config.yaml\n"
     text = configuration.dump(_portable(job.config), header)
-    (job.folder / CONFIG).write_text(text, encoding="utf-8")
+    paths.write(job.folder / CONFIG, text.encode())
 
 
 def _portable(config: Config) -> Config:

@@ -7,13 +7,14 @@ from datetime import datetime
 from pathlib import Path
 from typing import IO
 
-from fasttune import hardware
+from fasttune import hardware, paths
 from fasttune.config import Config
 from fasttune.errors import OutputError
 
 RUN_FILES = ("run.json", "config.yaml", "metrics.jsonl", "adapter", "model", "checkpoints")
 EVAL_FILES = ("eval.json", "eval_samples.jsonl")
 LOCK = ".lock"
+WRITTEN = (*RUN_FILES, *EVAL_FILES, LOCK, "library.log", "report.html", "tensorboard", "wandb")
 SLACK_GIB = 0.1  # metrics, report, tokenizer
 
 
@@ -23,6 +24,8 @@ def choose(config: Config, resume: Path | None = None) -> Path:
     folder = resume or Path(named).expanduser()
     if folder.exists() and not folder.is_dir():
         raise OutputError(f"output_dir: {folder} is a file; name a folder")
+    if linked := [name for name in WRITTEN if (folder / name).is_symlink()]:
+        raise OutputError(f"output_dir: {folder / linked[0]} is a link, and nothing is written through one; remove it")
     holds_a_run = folder.is_dir() and any((folder / name).exists() for name in RUN_FILES)
     if holds_a_run and not config.overwrite and resume is None:
         raise OutputError(
@@ -76,7 +79,7 @@ def create(folder: Path, resume: bool = False) -> IO[str]:
     old += ["report.html", *EVAL_FILES]  # scores are those of the weights that go
     try:
         folder.mkdir(parents=True, exist_ok=True)
-        lock = (folder / LOCK).open("a+", encoding="utf-8")
+        lock = paths.open_text(folder / LOCK, "a+")
         try:
             fcntl.flock(lock, fcntl.LOCK_EX | fcntl.LOCK_NB)
         except BlockingIOError:

@@ -6,7 +6,7 @@ from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
-from fasttune import checkpoint as checkpoints
+from fasttune import checkpoint as checkpoints, paths
 from fasttune.training import state  # imports unsloth, which must come before transformers
 
 import transformers
@@ -46,7 +46,7 @@ def find(run: Path, identity: dict[str, str], note: Callable[[str], None]) -> Ch
 
 def _is_completed(run: Path) -> bool:
     try:
-        return json.loads((run / "run.json").read_text(encoding="utf-8"))["status"] == "completed"
+        return json.loads(paths.read_text(run / "run.json"))["status"] == "completed"
     except (OSError, ValueError, KeyError, TypeError):
         return False
 

@@ -9,6 +9,7 @@ from typing import Any, Literal
 
 from fasttune import hardware, metrics, stack
 from fasttune.checkpoint import Checkpoint
+from fasttune.config import TRUST
 from fasttune.metrics import RunResult, StepMetrics
 from fasttune.training.prepare import Job
 
@@ -119,8 +120,8 @@ def set_cost(result: RunResult, outcome: Outcome, started: float) -> None:
 def _resume_command(job: Job, outcome: Outcome) -> str | None:
     if outcome.status == "completed" or outcome.checkpoint is None:
         return None
-    folder = shlex.quote(str(job.folder))
-    return f"fasttune train {shlex.quote(str(job.folder / 'config.yaml'))} --resume {folder}"
+    command = ["fasttune", "train", str(job.folder / "config.yaml"), "--resume", str(job.folder)]
+    return shlex.join([*command, *([f"{TRUST}=true"] if job.config.model.trust_remote_code else [])])
 
 
 def measured_matmul_tflops(job: Job) -> float:

@@ -1,0 +1,197 @@
+"""Nothing is written or copied through a link, no pipe is waited for, and files are as readable as the umask says."""
+
+import json
+import os
+import shutil
+import stat
+from collections.abc import Iterator
+from pathlib import Path
+from typing import Any
+
+import pytest
+
+from fasttune import builtin, checkpoint, cli, config, paths, report
+from fasttune.after import finished
+from fasttune.bench.measurements import Measurements
+from fasttune.data import sources
+from fasttune.errors import ConfigError, DataError, ModelError, OutputError
+from fasttune.training import journal, output
+
+
+@pytest.fixture(params=[0o022, 0o077, 0o002], ids=oct)
+def umask(request: pytest.FixtureRequest) -> Iterator[int]:
+    old = os.umask(request.param)
+    yield request.param
+    os.umask(old)
+
+
+def modes(folder: Path) -> dict[str, int]:
+    return {str(path.relative_to(folder)): stat.S_IMODE(path.stat().st_mode) for path in folder.rglob("*")}
+
+
+def test_a_file_is_as_readable_as_the_umask_says(tmp_path: Path, umask: int) -> None:
+    report.write_json(tmp_path / "run.json", {})
+    assert modes(tmp_path) == {"run.json": 0o666 & ~umask}
+
+
+def test_a_checkpoint_is_as_readable_as_the_umask_says(unsloth: None, tmp_path: Path, umask: int) -> None:
+    import torch
+
+    checkpoint.save(tmp_path, 1, {"weights": {"a": torch.ones(2)}}, {})
+    for name, mode in modes(tmp_path).items():
+        assert mode == (0o666 if "." in name else 0o777) & ~umask, name
+
+
+def test_the_saved_weights_are_as_readable_as_the_umask_says(unsloth: None, tmp_path: Path) -> None:
+    from fasttune import model
+
+    class Saved:
+        def save_pretrained(self, folder: Path, **_: Any) -> None:
+            folder.mkdir(exist_ok=True)
+            (folder / "adapter_model.safetensors").touch(0o600)
+
+    old = os.umask(0o022)
+    model.save(Saved(), Saved(), tmp_path / "adapter")
+    os.umask(old)
+    assert modes(tmp_path) == {"adapter": 0o755, "adapter/adapter_model.safetensors": 0o644}
+
+
+def test_a_write_replaces_a_link_and_leaves_its_target(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    (tmp_path / "mine").write_text("mine")
+    (tmp_path / "run.json").symlink_to("mine")
+    planted = [f".run.json.{os.getpid()}.tmp", ".run.json.tmp", ".run.json"]
+    for name in planted:
+        (tmp_path / name).symlink_to("mine")
+    temporary: list[str] = []
+    replace = os.replace
+    monkeypatch.setattr(paths.os, "replace", lambda a, b: (temporary.append(str(a)), replace(a, b)))
+    report.write_text(tmp_path / "run.json", "run")
+    report.write_text(tmp_path / "run.json", "again")
+    assert (tmp_path / "mine").read_text() == "mine" and (tmp_path / "run.json").read_text() == "again"
+    assert not (tmp_path / "run.json").is_symlink() and len(set(temporary)) == 2
+    assert {path.name for path in tmp_path.iterdir()} == {"mine", "run.json", *planted}
+
+
+@pytest.mark.parametrize("kind", ["link", "pipe"])
+@pytest.mark.parametrize("mode", ["a", "w", "a+"])
+def test_no_line_is_written_through_a_link_or_into_a_pipe(tmp_path: Path, kind: str, mode: str) -> None:
+    (tmp_path / "mine").write_text("mine")
+    place = tmp_path / "library.log"
+    place.symlink_to("mine") if kind == "link" else os.mkfifo(place)
+    with pytest.raises(OSError, match=f"is a {kind}"):
+        paths.open_text(place, mode)
+    assert (tmp_path / "mine").read_text() == "mine"
+
+
+def settings(folder: Path) -> config.Config:
+    tree = {"model": {"name": "builtin:tiny"}, "data": {"train": "builtin:arithmetic"}, "overwrite": True}
+    return config.parse({**tree, "output_dir": str(folder)})
+
+
+@pytest.mark.parametrize("name", output.WRITTEN)
+def test_a_link_in_the_output_folder_is_refused_before_anything_is_written(tmp_path: Path, name: str) -> None:
+    (tmp_path / "others").mkdir()
+    (tmp_path / "run").mkdir()
+    (tmp_path / "run" / name).symlink_to(tmp_path / "others")
+    for resume in (None, tmp_path / "run"):
+        with pytest.raises(OutputError, match=f"{name} is a link, and nothing is written through one"):
+            output.choose(settings(tmp_path / "run"), resume)
+    assert not any((tmp_path / "others").iterdir())
+
+
+def test_no_checkpoint_goes_through_a_link_that_comes_later(tmp_path: Path) -> None:
+    (tmp_path / "others").mkdir()
+    (tmp_path / "run").mkdir()
+    (tmp_path / "run" / checkpoint.FOLDER).symlink_to(tmp_path / "others")
+    with pytest.raises(OSError, match="is a link"):
+        checkpoint.save(tmp_path / "run", 1, {}, {})
+    assert not any((tmp_path / "others").iterdir())
+
+
+@pytest.fixture
+def tiny_folder(unsloth: None, tmp_path: Path) -> Path:
+    """A copy of builtin:tiny, to be spoiled."""
+    return Path(shutil.copytree(builtin.path("builtin:tiny"), tmp_path / "tiny"))
+
+
+@pytest.mark.parametrize(
+    "name",
+    ["LICENSE", "generation_config.json", "chat_template.jinja", "model.safetensors", "additional_chat_templates/x"],
+)
+def test_merge_copies_nothing_that_a_link_of_the_base_leads_to(
+    tiny_folder: Path, finished_run: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str], name: str
+) -> None:
+    secret, link = tmp_path / "secret", tiny_folder / name
+    link.parent.mkdir(exist_ok=True)
+    shutil.move(link, secret) if link.exists() else secret.write_text("secret")
+    link.symlink_to(secret)
+    adapter = Path(shutil.copytree(finished_run / "adapter", tmp_path / "adapter"))
+    said = json.loads((adapter / "adapter_config.json").read_text()) | {"base_model_name_or_path": str(tiny_folder)}
+    (adapter / "adapter_config.json").write_text(json.dumps(said))
+    assert cli.main(["merge", str(adapter), "--out", str(tmp_path / "out")]) == 2
+    line = capsys.readouterr().err.splitlines()[-1]
+    assert f"{link} is a link out of its folder" in line and not (tmp_path / "out").exists()
+
+
+def test_links_inside_a_folder_and_of_the_hubs_cache_are_read(tiny_folder: Path, tmp_path: Path) -> None:
+    snapshot = tmp_path / "models--a--b" / "snapshots" / "main"
+    snapshot.mkdir(parents=True)
+    for path in tiny_folder.iterdir():
+        (snapshot / path.name).symlink_to(Path(shutil.copy(path, tmp_path / "models--a--b")))
+    (snapshot / "LICENSE").symlink_to("config.json")
+    paths.check_model(snapshot, weights_too=True)
+    (tiny_folder / "model.safetensors").unlink()
+    (tiny_folder / "model.safetensors").symlink_to(snapshot / "model.safetensors")
+    paths.check_model(tiny_folder)  # weights on another disk: they are read, not copied
+    with pytest.raises(ModelError, match=r"model\.safetensors is a link out of its folder"):
+        paths.check_model(tiny_folder, weights_too=True)
+
+
+def test_a_linked_adapter_of_a_run_gets_no_card_and_is_not_merged(
+    finished_run: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    from fasttune.after import card
+
+    run, others = Path(shutil.copytree(finished_run, tmp_path / "run")), tmp_path / "others"
+    (run / "adapter").rename(others)
+    (run / "adapter").symlink_to(others)
+    (others / "README.md").write_text("mine")
+    card.of_run(run)
+    assert cli.main(["merge", str(run), "--out", str(tmp_path / "out")]) == 2
+    assert "adapter is a link" in capsys.readouterr().err
+    assert (others / "README.md").read_text() == "mine" and not (tmp_path / "out").exists()
+
+
+def test_a_pipe_for_an_input_is_refused_and_not_waited_for(
+    tiny_folder: Path, finished_run: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    pipe = tmp_path / "rows.jsonl"
+    os.mkfifo(pipe)
+    with pytest.raises(ConfigError, match="it is a pipe or a device, not a file"):
+        config.load(pipe)
+    with pytest.raises(DataError, match="is a pipe or a device, not a file"):
+        sources.check(str(pipe))
+    with pytest.raises(OutputError, match="is a pipe or a device"):
+        os.mkfifo(tmp_path / "measurements.jsonl")
+        Measurements(tmp_path, {}, "2026-01-01")
+    for folder, name in ((tiny_folder, "tokenizer.json"), (tiny_folder, "model-00002.safetensors")):
+        (folder / name).unlink(missing_ok=True)
+        os.mkfifo(folder / name)
+        with pytest.raises(ModelError, match=f"{name} is a pipe or a device, not a file"):
+            paths.check_model(folder)
+        (folder / name).unlink()
+    run = Path(shutil.copytree(finished_run, tmp_path / "run"))
+    for name in ("metrics.jsonl", "run.json", "eval.json"):
+        (run / name).unlink(missing_ok=True)
+        os.mkfifo(run / name)
+    assert journal.read_metrics(run, 3) == []
+    assert finished.open_run(str(run)).result is None
+    from fasttune.after import card
+
+    assert "eval.json cannot be read" in card.text(finished.open_run(str(run)), None)
+    for folder in (run / "adapter", Path(shutil.copytree(finished_run / "adapter", tmp_path / "alone"))):
+        os.mkfifo(folder / "adapter_model.bin")
+        with pytest.raises(ModelError, match="is a pipe or a device"):
+            finished.open_run(str(folder))
+    assert cli.main(["generate", "builtin:tiny", "--file", str(pipe)]) == 2
+    assert "is a pipe or a device" in capsys.readouterr().err
