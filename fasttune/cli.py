@@ -52,9 +52,9 @@ def main(argv: list[str] | None = None) -> int:
     commands["train"] = train
     try:
         code, document = commands[options.command](options)
-    except KeyboardInterrupt:
+    except KeyboardInterrupt as error:
         print(f"fasttune: interrupted{INTERRUPTED[options.command]}", file=sys.stderr)
-        return 128 + signal.SIGINT
+        return 128 + (error.args[0] if error.args else signal.SIGINT)
     except FasttuneError as error:
         if options.debug:
             raise

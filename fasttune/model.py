@@ -111,6 +111,8 @@ def save(model: Any, tokenizer: Any, folder: Path, initial_adapter: Path | None 
             model.save_pretrained(made, **extra)
         (made / "README.md").unlink(missing_ok=True)  # PEFT's empty model card
         tokenizer.save_pretrained(made)
+        if folder.exists():  # of the same run, before it was resumed
+            folder.rename(Path(temp) / "old")
         made.rename(folder)
 
 

@@ -44,7 +44,10 @@ def test_a_full_disk_costs_a_checkpoint_and_not_the_run(tmp_path: Path) -> None:
         resource.setrlimit(resource.RLIMIT_FSIZE, (soft, hard))
     assert result.status == "completed"
     (warning,) = result.warnings
-    assert warning.startswith("step 4: no checkpoint could be written (") and "step-2 is the last good one" in warning
+    assert (
+        warning.startswith("step 4: no checkpoint could be written (")
+        and "step-2 is the last good checkpoint" in warning
+    )
     assert [step for step, _ in checkpoint.steps(tmp_path / "run")] == [6, 2]
     assert all(checkpoint.broken(path) is None for _, path in checkpoint.steps(tmp_path / "run"))
     assert not list((tmp_path / "run" / "checkpoints").glob(".*")), "nothing half-written is left"
@@ -83,9 +86,9 @@ def test_a_disk_that_is_full_at_the_end_is_a_failed_run_that_can_go_on(tmp_path:
 
 
 def test_two_runs_cannot_share_a_folder(tmp_path: Path) -> None:
-    with output.create(tmp_path / "run"), pytest.raises(OutputError, match=f"in use by process {os.getpid()}"):
-        output.create(tmp_path / "run")
-    output.create(tmp_path / "run").close()  # free again
+    with output.hold(tmp_path / "run"), pytest.raises(OutputError, match=f"in use by process {os.getpid()}"):
+        output.hold(tmp_path / "run")
+    output.hold(tmp_path / "run").close()  # free again
 
 
 def test_a_step_that_is_not_finite_changes_nothing(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:

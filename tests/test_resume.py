@@ -197,13 +197,17 @@ def test_the_folder_to_resume(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -
     monkeypatch.chdir(tmp_path)
     named, unnamed = settings(tmp_path / "mine"), settings(tmp_path / "mine").model_copy(update={"output_dir": None})
     assert output.to_resume(named, "") == tmp_path / "mine"
-    with pytest.raises(OutputError, match="no runs/tiny-\\* has a checkpoint"):
+    with pytest.raises(OutputError, match="no runs/tiny-DATE has a checkpoint"):
         output.to_resume(unnamed, "")
     for name in ("tiny-20260101-000000", "tiny-20260102-000000", "tiny-20260103-000000"):
         (tmp_path / "runs" / name).mkdir(parents=True)
-    for name in ("tiny-20260101-000000", "tiny-20260102-000000"):
-        (tmp_path / "runs" / name / "checkpoints").mkdir()
-    assert output.to_resume(unnamed, "") == Path("runs/tiny-20260102-000000")
+    for name in ("20260101-000000", "20260102-000000", "20260102-000000-2", "b-20270101-000000", "b-9"):
+        (tmp_path / "runs" / f"tiny-{name}" / "checkpoints").mkdir(parents=True)
+    assert output.to_resume(unnamed, "") == Path("runs/tiny-20260102-000000-2"), "tiny-b is another name"
+    assert output.to_resume(unnamed, "runs/tiny-20260101-000000") == Path("runs/tiny-20260101-000000")
+    (tmp_path / "runs" / "tiny-21260101-000000" / "checkpoints").mkdir(parents=True)
+    with pytest.raises(OutputError, match="tiny-21260101-000000 is dated in the future"):
+        output.to_resume(unnamed, "")
     assert output.to_resume(unnamed, "runs/tiny-20260101-000000") == Path("runs/tiny-20260101-000000")
     with pytest.raises(OutputError, match="leave output_dir="):
         output.to_resume(named, "runs/tiny-20260101-000000")
