@@ -50,7 +50,7 @@ def folder(name: str, build: Callable[[Path], None]) -> Path:
         try:
             build(made)
         except Exception as error:
-            if isinstance(error, OSError) and error.errno in FULL or OS_ERROR.search(str(error)):
+            if (isinstance(error, OSError) and error.errno in FULL) or OS_ERROR.search(str(error)):
                 raise _not_written(first_line(error)) from error
             raise
         try:
@@ -78,7 +78,7 @@ def discard(target: Path, is_whole: Callable[[Path], bool]) -> None:
 
 
 def _sweep(parent: Path) -> None:
-    """Remove what a killed build has left: nothing was written into it for a day. Its process may be on another node."""
+    """Remove what a killed build has left: for a day nothing was written into it, by this node or another."""
     for left in parent.glob(".*-*"):
         with suppress(OSError):
             if time.time() - max(path.stat().st_mtime for path in (left, *left.rglob("*"))) > LEFT_S:

@@ -17,7 +17,7 @@ from typing import Any
 from fasttune import checkpoint, hardware, report
 from fasttune.after import card
 from fasttune.config import Config
-from fasttune.errors import FasttuneError, OutputError, first_line, kind_and_line
+from fasttune.errors import FasttuneError, first_line, kind_and_line
 from fasttune.metrics import RunResult
 from fasttune.plan import smaller
 from fasttune.quiet import library_log
@@ -48,7 +48,7 @@ def run(config: Config, reporter: Reporter, resume: Path | None = None) -> RunRe
             output.refuse_completed(folder)
         job = prepare(config, folder, reporter)
         from fasttune import model as models  # torch is loaded
-        from fasttune.training import resume as resuming, samples, state, trainer as trainers, validation
+        from fasttune.training import resume as resuming, samples, state, trainer as trainers
 
         identity = state.identity(job)
         found = resuming.find(folder, job.model, identity, reporter.note) if resume else None
@@ -69,30 +69,42 @@ def run(config: Config, reporter: Reporter, resume: Path | None = None) -> RunRe
         machine = hardware.line(job.machine)
         reporter.start(job.config.name, machine, job.settings, job.total_steps, job.usd_per_hour)
         record = Journal(job, trainer, reporter, outcome)
-        validator = validation.Validator(job, trainer.model, trainer.args.bf16)
-        keeper = resuming.Keeper(job, trainer, validator, identity, started - outcome.earlier_s, outcome, record.warn)
-        hours = job.config.checkpoint.max_hours
-        ends_at = started + 3600 * hours if hours else math.inf
-        recorder = trainers.StepRecorder(trainer, record.step, validator, keeper.after_step, ends_at)
-        trainer.add_callback(recorder)
+        keeper, recorder = watch(job, trainer, record, outcome, identity, started)
         with signals_to(recorder.stop):
             try:
-                train(job, trainer, record, outcome, keeper, recorder)
+                train(job, record, outcome, keeper, recorder)
                 save(job, outcome, initial)
-                result = write_down(job, outcome, trainer, validator, recorder, before, started)
+                result = write_down(job, outcome, recorder, before, started)
             except KeyboardInterrupt:  # a second signal
                 for number in SIGNALS:
                     signal.signal(number, signal.SIG_IGN)
                 outcome.status, outcome.error = "interrupted", AT_ONCE
-                result = write_down(job, outcome, trainer, validator, recorder, before, started)
+                result = write_down(job, outcome, recorder, before, started)
         with suppress(KeyboardInterrupt):
             record.tracker.close()  # last: a service that hangs must not hold up what is saved
     return result
 
 
-def train(job: Job, trainer: Any, record: Journal, outcome: Outcome, keeper: Any, recorder: Any) -> None:
+def watch(
+    job: Job, trainer: Any, record: Journal, outcome: Outcome, identity: dict[str, str], started: float
+) -> tuple[Any, Any]:
+    """(Keeper, StepRecorder): what looks on after every step."""
+    from fasttune.training.resume import Keeper
+    from fasttune.training.trainer import StepRecorder
+    from fasttune.training.validation import Validator
+
+    validator = Validator(job, trainer.model, trainer.args.bf16)
+    keeper = Keeper(job, trainer, validator, identity, started - outcome.earlier_s, outcome, record.warn)
+    hours = job.config.checkpoint.max_hours
+    ends_at = started + 3600 * hours if hours else math.inf
+    recorder = StepRecorder(trainer, record.step, validator, keeper.after_step, ends_at)
+    trainer.add_callback(recorder)
+    return keeper, recorder
+
+
+def train(job: Job, record: Journal, outcome: Outcome, keeper: Any, recorder: Any) -> None:
     """All optimizer steps that are left; fills `outcome`, whatever ends them."""
-    validator = keeper.validator
+    validator = recorder.validator
     try:
         with record:
             if outcome.resumed_from_step is not None:
@@ -100,7 +112,7 @@ def train(job: Job, trainer: Any, record: Journal, outcome: Outcome, keeper: Any
             elif validator.due(0):
                 validator.measure(0)
             if outcome.done < job.total_steps:
-                trainer.train()
+                recorder.trainer.train()
             if recorder.stopped_by is None and validator.missing(job.total_steps):  # ended by a signal, and resumed
                 validator.measure(job.total_steps)
         outcome.status = "completed"
@@ -141,14 +153,12 @@ def save(job: Job, outcome: Outcome, initial_adapter: Path | None) -> None:
         outcome.status, outcome.error = "failed", f"{kind}/ could not be written: {why}; {outcome.kept}"
 
 
-def write_down(
-    job: Job, outcome: Outcome, trainer: Any, validator: Any, recorder: Any, before: list[str], started: float
-) -> RunResult:
+def write_down(job: Job, outcome: Outcome, recorder: Any, before: list[str], started: float) -> RunResult:
     """run.json, report and card, and before them the answers of a run that is completed. A disk that cannot take them
     makes the run `failed`.
     """
-    result = summary.summarize(job, outcome, trainer, started)
-    result.held_out = validator.result(outcome.saved_step)
+    result = summary.summarize(job, outcome, recorder.trainer, started)
+    result.held_out = recorder.validator.result(outcome.saved_step)
     path = job.folder / "run.json"
     try:
         if outcome.status == "completed":  # said only when all of it is there: until then --resume does the rest
@@ -158,13 +168,13 @@ def write_down(
         report.write_html(job.folder / "report.html", result, outcome.steps)
         card.of_run(job.folder, result)
         report.write_json(path, result)
-    except OutputError as error:
+    except FasttuneError as error:
         told = f"{first_line(error)}; {outcome.kept}"
         if outcome.status == "completed":
             result.status, result.error, result.resume_command = "failed", told, summary.resume_command(job)
         else:
             result.warnings.append(told)
-        with suppress(OutputError):
+        with suppress(FasttuneError):
             report.write_json(path, result)
         return result
     if outcome.status == "completed":

@@ -70,6 +70,15 @@ def test_two_runs_of_one_second_have_a_folder_each(tmp_path: Path, monkeypatch: 
         lock.close()
 
 
+def test_what_killed_processes_left_is_swept(tmp_path: Path) -> None:
+    for name in (".adapter-x1/made/a", ".model-x2/b", ".run.json.7.tmp", ".metrics.jsonl", "checkpoints/.step-2-x/c"):
+        (tmp_path / name).parent.mkdir(parents=True, exist_ok=True)
+        (tmp_path / name).touch()
+    (tmp_path / ".mine").touch()
+    output.sweep(tmp_path)
+    assert sorted(path.name for path in tmp_path.rglob("*")) == [".mine", "checkpoints"]
+
+
 def test_a_file_is_no_folder(tmp_path: Path) -> None:
     (tmp_path / "x").touch()
     with pytest.raises(OutputError, match="is a file"):

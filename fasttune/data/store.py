@@ -186,9 +186,10 @@ def _crc32(path: Path) -> int:
 
 def _is_whole(folder: Path) -> bool:
     try:
-        return bool(_open(folder, "", check=True))
+        _open(folder, "", check=True)
     except (OSError, ValueError, KeyError, TypeError):
         return False
+    return True
 
 
 def _open(folder: Path, source: str, check: bool = False) -> Rows:

@@ -15,6 +15,7 @@ from fasttune.training import samples
 from fasttune.training.prepare import Job
 
 AT_ONCE = 256  # learned tokens whose logits are raised to float32 at a time
+SOUND_TOKENS = 512  # the end of a row, where its answer is; a GPU computes the logits of all of them
 LARGEST_WEIGHT = 1e6  # those of models that work are below 1,000
 
 
@@ -53,7 +54,9 @@ class Validator:
         trained = [parameter for parameter in self.model.parameters() if parameter.requires_grad]
         if not float(torch.nn.utils.get_total_norm(trained, math.inf)) < LARGEST_WEIGHT:
             return False
-        return math.isfinite(self._sums_of([flat([row]) if self._job.data.packed else _alone(flat([row]))])[0])
+        ids, learned = row
+        batch = flat([(ids[-SOUND_TOKENS:], learned[-SOUND_TOKENS:])])
+        return math.isfinite(self._sums_of([batch if self._job.data.packed else _alone(batch)])[0])
 
     def _sums_of(self, batches: list[MicroBatch]) -> list[float]:
         was_training = self.model.training
