@@ -8,8 +8,12 @@ import hashlib
 import json
 import os
 import re
+import secrets
 import shutil
+import stat
 import tempfile
+from collections.abc import Callable
+from contextlib import suppress
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -21,6 +25,10 @@ MANIFEST = "manifest.json"
 STATE = "state.json"
 
 Tensors = dict[str, Any]  # name → torch.Tensor
+
+
+class Broken(Exception):
+    """A checkpoint that does not hold: why, in a few words."""
 
 
 @dataclass(frozen=True)
@@ -50,7 +58,7 @@ def save(run: Path, step: int, tensors: dict[str, Tensors], state: dict[str, Any
             _to_disk(path)
         final = root / f"step-{step}"
         if final.exists():  # one that did not hold, passed over by the run that now comes past it again
-            shutil.rmtree(final)
+            remove(final)
         made.rename(final)
         _to_disk(root)
     except BaseException:
@@ -65,34 +73,39 @@ def steps(run: Path) -> list[tuple[int, Path]]:
     return sorted(((int(match[1]), path) for match, path in found if match), reverse=True)
 
 
-def newest(run: Path) -> tuple[Checkpoint | None, list[str]]:
-    """The newest checkpoint that holds, and why newer ones were passed over."""
-    passed_over = []
+def newest(
+    run: Path, misfit: Callable[[Checkpoint], str | None] = lambda found: None
+) -> tuple[Checkpoint | None, list[str]]:
+    """The newest checkpoint that holds and is no `misfit`, and why newer ones were passed over."""
+    passed_over: list[str] = []
     for _, path in steps(run):
-        if problem := broken(path):
-            passed_over.append(f"{path.name}: {problem}")
-        else:
-            return read(path), passed_over
+        try:
+            found = read(path)
+            if (problem := misfit(found)) is None:
+                return found, passed_over
+        except Broken as error:
+            problem = str(error)
+        passed_over.append(f"{path.name}: {problem}")
     return None, passed_over
 
 
 def broken(path: Path) -> str | None:
-    """What is wrong with a checkpoint, or None if every file is what the manifest says."""
+    """What is wrong with the files of a checkpoint, or None if every one is what the manifest says."""
     try:
-        files = json.loads((path / MANIFEST).read_text(encoding="utf-8"))
+        files = json.loads(_regular(path / MANIFEST).read_text(encoding="utf-8"))
         for name, expected in files.items():
             if Path(name).name != name:
                 return f"{MANIFEST} names a file outside of the checkpoint"
-            if (path / name).is_symlink():
-                return f"{name} is a link, not a file of the checkpoint"
-            size = (path / name).stat().st_size
+            size = _regular(path / name).stat().st_size
             if size != expected["bytes"]:
                 return f"{name} has {size:,} bytes, not {expected['bytes']:,}"
             if _sha256(path / name) != expected["sha256"]:
                 return f"{name} was changed after it was written"
     except FileNotFoundError as error:
         return f"{Path(error.filename).name} is missing"
-    except (OSError, ValueError, KeyError, TypeError, AttributeError) as error:
+    except Broken as error:
+        return str(error)
+    except (OSError, ValueError, KeyError, TypeError, AttributeError, RecursionError) as error:
         return f"{MANIFEST} cannot be read ({type(error).__name__})"
     return None if STATE in files else f"{STATE} is not in {MANIFEST}"
 
@@ -101,7 +114,15 @@ def prune(run: Path, keep: int, best: int | None = None) -> None:
     """Remove all but the newest `keep` checkpoints and that of step `best`."""
     for step, path in steps(run)[keep:]:
         if step != best:
-            shutil.rmtree(path, ignore_errors=True)
+            remove(path)
+
+
+def remove(path: Path) -> None:
+    """Out of its name first: what a process that is killed meanwhile leaves is no checkpoint, and is swept away."""
+    gone = path.with_name(f".{path.name}-{secrets.token_hex(4)}")
+    with suppress(OSError):
+        path.rename(gone)
+        shutil.rmtree(gone)
 
 
 def sweep(run: Path) -> None:
@@ -111,12 +132,24 @@ def sweep(run: Path) -> None:
 
 
 def read(path: Path) -> Checkpoint:
-    """One that is not `broken`."""
+    """A checkpoint whose files are what its manifest says. Raises Broken."""
+    from safetensors import SafetensorError
     from safetensors.torch import load_file
 
-    files = [path / name for name in json.loads((path / MANIFEST).read_text(encoding="utf-8"))]
-    tensors = {file.stem: load_file(file) for file in files if file.suffix == ".safetensors"}
-    return Checkpoint(path, tensors, json.loads((path / STATE).read_text(encoding="utf-8")))
+    if problem := broken(path):
+        raise Broken(problem)
+    try:
+        files = [path / name for name in json.loads((path / MANIFEST).read_text(encoding="utf-8"))]
+        tensors = {file.stem: load_file(file) for file in files if file.suffix == ".safetensors"}
+        return Checkpoint(path, tensors, json.loads((path / STATE).read_text(encoding="utf-8")))
+    except (OSError, ValueError, RecursionError, SafetensorError) as error:
+        raise Broken(f"its files cannot be read ({type(error).__name__})") from error
+
+
+def _regular(path: Path) -> Path:
+    if not stat.S_ISREG(path.lstat().st_mode):  # a link may lead out of the checkpoint, and a pipe never ends
+        raise Broken(f"{path.name} is a link or a pipe, not a file of the checkpoint")
+    return path
 
 
 def _save_tensors(path: Path, tensors: Tensors) -> None:

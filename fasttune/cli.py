@@ -65,9 +65,9 @@ def main(argv: list[str] | None = None) -> int:
     try:
         _check(options)
         code, document = commands[options.command](options)
-    except KeyboardInterrupt:
+    except KeyboardInterrupt as error:
         print(f"fasttune: interrupted{INTERRUPTED[options.command]}", file=sys.stderr)
-        return 128 + signal.SIGINT
+        return 128 + (error.args[0] if error.args else signal.SIGINT)
     except FasttuneError as error:
         if options.debug:
             raise
@@ -204,14 +204,20 @@ Done = tuple[int, Any]  # the exit code, and what --json prints
 
 def train(options: argparse.Namespace) -> Done:
     """`fasttune train`: 0 completed, 1 failed, 130 / 143 interrupted by SIGINT / SIGTERM (143 by max_hours too)."""
+    from pathlib import Path
+
     from fasttune import config, terminal, train as training
+    from fasttune.errors import OutputError
     from fasttune.training import output
 
     if options.resume and "=" in options.resume:  # argparse takes the setting behind a bare --resume for its value
         options.overrides, options.resume = [*options.overrides, options.resume], ""
     if options.resume and (options.config is None or "=" in options.config):  # RUN alone: it knows its config
         options.overrides = [*filter(None, [options.config]), *options.overrides]
-        options.config = f"{options.resume}/config.yaml"
+        path = Path(options.resume, "config.yaml").expanduser()
+        if path.exists() and not output.is_run(path.parent):  # a pipe, for one, would be waited for
+            raise OutputError(f"--resume {options.resume}: fasttune did not write its config.yaml; name a run's folder")
+        options.config = str(path)
     if options.config is None:
         raise ConfigError(["train: name a config, e.g. configs/quickstart.yaml, or --resume RUN"])
     settings = config.load(options.config, options.overrides)

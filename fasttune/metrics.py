@@ -148,11 +148,17 @@ class Forecast:
     without_evaluation: bool = False  # the run evaluates, and hours and usd leave that out
 
 
+Status = Literal["running", "completed", "interrupted", "failed"]
+
+
 @dataclass
 class RunResult:
-    """The contract of `run.json`. Speeds are medians of the steady steps; None means "cannot be said honestly"."""
+    """The contract of `run.json`. Speeds are medians of the steady steps; None means "cannot be said honestly".
 
-    status: Literal["completed", "interrupted", "failed"]
+    A run that is `running` and that no process holds was killed: `--resume` does the rest.
+    """
+
+    status: Status
     name: str
     output_dir: str
     steps: int
@@ -185,7 +191,7 @@ class RunResult:
     warnings: list[str] = field(default_factory=list)
     error: str | None = None
     resumed_from_step: int | None = None
-    resume_command: str | None = None  # of a run that did not complete and has a checkpoint
+    resume_command: str | None = None  # of a run that is not completed, and of which something is kept
 
 
 def steady(steps: list[StepMetrics]) -> list[StepMetrics]:

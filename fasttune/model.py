@@ -116,6 +116,8 @@ def save(model: Any, tokenizer: Any, folder: Path, initial_adapter: Path | None 
         (made / "README.md").unlink(missing_ok=True)  # PEFT's empty model card
         tokenizer.save_pretrained(made)
         paths.readable(made)
+        if folder.exists():  # of the same run, before it was resumed
+            folder.rename(Path(temp) / "old")
         made.rename(folder)
 
 

@@ -9,11 +9,12 @@ import tempfile
 import time
 import traceback
 from collections.abc import Iterator
-from contextlib import ExitStack, contextmanager
+from contextlib import ExitStack, contextmanager, suppress
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
-from fasttune import hardware, report
+from fasttune import checkpoint, hardware, report
 from fasttune.after import card
 from fasttune.config import Config
 from fasttune.errors import FasttuneError, first_line, kind_and_line
@@ -21,90 +22,114 @@ from fasttune.metrics import RunResult
 from fasttune.plan import smaller
 from fasttune.quiet import library_log
 from fasttune.terminal import Reporter
-from fasttune.training import journal, summary, tracking
+from fasttune.training import journal, output, summary, tracking
 from fasttune.training.journal import Journal
 from fasttune.training.prepare import Job, preflight, prepare
 from fasttune.training.summary import Outcome
 
 AT_ONCE = "stopped at once by a second signal"
+SIGNALS = (signal.SIGINT, signal.SIGTERM)
 
 
 def run(config: Config, reporter: Reporter, resume: Path | None = None) -> RunResult:
     """Train, write the output folder and return what happened. `resume`: the folder of a run to go on with.
 
     Raises FasttuneError for bad input, with nothing written. Once training has begun every ending is a RunResult and a
-    run.json: completed, interrupted (SIGINT, SIGTERM, max_hours: state and adapter so far are saved) or failed.
+    run.json: completed, interrupted (SIGINT, SIGTERM, max_hours: state and adapter so far are saved) or failed. Until
+    then run.json says `running`: a process that is killed leaves that, and `resume` does what is left.
     """
     started = time.perf_counter()
     tracking.check(config.train.report_to)
     folder = preflight(config, resume)
-    with library_log() as log, tempfile.TemporaryDirectory() as scratch, ExitStack() as held:
+    with signals_to(_at_once), library_log() as log, tempfile.TemporaryDirectory() as scratch, ExitStack() as held:
+        there = resume is not None and output.is_run(folder)
+        if there:
+            held.enter_context(output.hold(folder))  # before anything in it is looked at
+            output.refuse_completed(folder)
         job = prepare(config, folder, reporter)
         from fasttune import model as models  # torch is loaded
         from fasttune.training import resume as resuming, samples, state, trainer as trainers
 
         identity = state.identity(job)
-        found = resuming.find(folder, identity, reporter.note) if resume else None
+        found = resuming.find(folder, job.model, identity, reporter.note) if resume else None
         initial = models.save_initial(job.model, job.config.lora, Path(scratch) / "initial")
         before = samples.answer(job.model, job.tokenizer, job.problems, job.plan.gradient_checkpointing)
         trainer = trainers.build(job, Path(scratch), done=found.state["step"] if found else 0)
-        held.enter_context(journal.begin(job, log, resumed=found is not None))
+        if not there:
+            job.folder, lock = output.create(config, folder)
+            held.enter_context(lock)
+        journal.begin(job, log, resumed=there)
+        steps = journal.read_metrics(folder, found.state["step"], job.warnings.append) if found else []
         outcome = Outcome(warnings=list(job.warnings))
         if found:
             state.restore_weights(job.model, found)
             trainer.add_callback(resuming.Resumed(trainer, found))
-            outcome.go_on(found, journal.read_metrics(folder, found.state["step"]))
+            outcome.go_on(found, steps)
+        report.write_json(job.folder / "run.json", summary.summarize(job, outcome, trainer, started))
         machine = hardware.line(job.machine)
         reporter.start(job.config.name, machine, job.settings, job.total_steps, job.usd_per_hour)
         record = Journal(job, trainer, reporter, outcome)
-        held.callback(record.tracker.close)  # last: a service that hangs must not hold up what is saved
-        validator = train(job, trainer, record, outcome, identity, started)
-        save(job, outcome, initial)
-        result = summary.summarize(job, outcome, trainer, started)
-        result.held_out = validator.result(outcome.saved_step)
-        report.write_json(folder / "run.json", result)  # what comes now is only for the report
-        if outcome.status == "completed":
-            answer_again(job, result, before)
-            summary.set_cost(result, outcome, started)
-        report.write_json(folder / "run.json", result)
-        report.write_html(folder / "report.html", result, outcome.steps)
-        card.of_run(folder)
+        keeper, recorder = watch(job, trainer, record, outcome, identity, started)
+        with signals_to(recorder.stop):
+            try:
+                train(job, record, outcome, keeper, recorder)
+                save(job, outcome, initial)
+                result = write_down(job, outcome, recorder, before, started)
+            except KeyboardInterrupt:  # a second signal
+                for number in SIGNALS:
+                    signal.signal(number, signal.SIG_IGN)
+                outcome.status, outcome.error = "interrupted", AT_ONCE
+                result = write_down(job, outcome, recorder, before, started)
+        with suppress(KeyboardInterrupt):
+            record.tracker.close()  # last: a service that hangs must not hold up what is saved
     return result
 
 
-def train(job: Job, trainer: Any, record: Journal, outcome: Outcome, identity: dict[str, str], started: float) -> Any:
-    """All optimizer steps that are left; fills `outcome`, whatever ends them. Returns the Validator."""
+def watch(
+    job: Job, trainer: Any, record: Journal, outcome: Outcome, identity: dict[str, str], started: float
+) -> tuple[Any, Any]:
+    """(Keeper, StepRecorder): what looks on after every step."""
     from fasttune.training.resume import Keeper
     from fasttune.training.trainer import StepRecorder
     from fasttune.training.validation import Validator
 
     validator = Validator(job, trainer.model, trainer.args.bf16)
-    keeper = Keeper(job, trainer, validator, identity, started - outcome.earlier_s, record.warn)
+    keeper = Keeper(job, trainer, validator, identity, started - outcome.earlier_s, outcome, record.warn)
     hours = job.config.checkpoint.max_hours
     ends_at = started + 3600 * hours if hours else math.inf
     recorder = StepRecorder(trainer, record.step, validator, keeper.after_step, ends_at)
     trainer.add_callback(recorder)
+    return keeper, recorder
+
+
+def train(job: Job, record: Journal, outcome: Outcome, keeper: Any, recorder: Any) -> None:
+    """All optimizer steps that are left; fills `outcome`, whatever ends them."""
+    validator = recorder.validator
     try:
-        with record, signals_to(recorder.stop):
+        with record:
             if outcome.resumed_from_step is not None:
                 validator.restore(outcome.held_out)
             elif validator.due(0):
                 validator.measure(0)
-            if (outcome.resumed_from_step or 0) < job.total_steps:
-                trainer.train()
+            if outcome.done < job.total_steps:
+                recorder.trainer.train()
             if recorder.stopped_by is None and validator.missing(job.total_steps):  # ended by a signal, and resumed
                 validator.measure(job.total_steps)
+        outcome.status = "completed"
     except KeyboardInterrupt:
         outcome.status, outcome.error = "interrupted", AT_ONCE
+        return
     except Exception as error:  # every ending is reported in run.json
         outcome.status, outcome.error = "failed", _one_line(error, job)
         print(traceback.format_exc())  # into library.log
-    if recorder.stopped_by is not None and outcome.status == "completed":
+        return
+    if recorder.stopped_by is not None:
         outcome.status, outcome.error = "interrupted", f"stopped by {recorder.stopped_by}"
-    outcome.checkpoint = keeper.last or outcome.checkpoint
-    if outcome.status != "failed" and outcome.error != AT_ONCE and outcome.steps:
-        outcome.saved_step = keeper.bring_back_best(outcome.steps[-1].step)
-    return validator
+    if outcome.done and not keeper.sound():
+        outcome.status = "failed"
+        outcome.error = f"the weights have diverged: begin anew with a lower train.learning_rate; {outcome.kept}"
+    elif outcome.done:
+        outcome.saved_step = keeper.bring_back_best(outcome.done)
 
 
 def save(job: Job, outcome: Outcome, initial_adapter: Path | None) -> None:
@@ -116,31 +141,78 @@ def save(job: Job, outcome: Outcome, initial_adapter: Path | None) -> None:
 
     from fasttune import model as models
 
-    if not outcome.steps or outcome.status == "failed" or outcome.error == AT_ONCE:
+    if outcome.saved_step is None:
         return
     kind = "model" if job.config.train.method == "full" else "adapter"
     try:
         models.save(job.model, job.tokenizer, job.folder / kind, initial_adapter)
+        for name in output.EVAL_FILES:  # scores of the weights that were there before
+            (job.folder / name).unlink(missing_ok=True)
     except (OSError, SafetensorError) as error:
-        outcome.status, outcome.error = "failed", f"{kind}/ could not be written: {getattr(error, 'strerror', error)}"
+        why = getattr(error, "strerror", None) or first_line(error)
+        outcome.status, outcome.error = "failed", f"{kind}/ could not be written: {why}; {outcome.kept}"
 
 
-def answer_again(job: Job, result: RunResult, before: list[str]) -> None:
+def write_down(job: Job, outcome: Outcome, recorder: Any, before: list[str], started: float) -> RunResult:
+    """run.json, report and card, and before them the answers of a run that is completed. A disk that cannot take them
+    makes the run `failed`.
+    """
+    result = summary.summarize(job, outcome, recorder.trainer, started)
+    result.held_out = recorder.validator.result(outcome.saved_step)
+    path = job.folder / "run.json"
+    try:
+        if outcome.status == "completed":  # said only when all of it is there: until then --resume does the rest
+            report.write_json(path, replace(result, status="running", resume_command=summary.resume_command(job)))
+            answer_again(job, result, before, recorder)
+            summary.set_cost(result, outcome, started)
+        report.write_html(job.folder / "report.html", result, outcome.steps)
+        card.of_run(job.folder, result)
+        report.write_json(path, result)
+    except FasttuneError as error:
+        told = f"{first_line(error)}; {outcome.kept}"
+        if outcome.status == "completed":
+            result.status, result.error, result.resume_command = "failed", told, summary.resume_command(job)
+        else:
+            result.warnings.append(told)
+        with suppress(FasttuneError):
+            report.write_json(path, result)
+        return result
+    if outcome.status == "completed":
+        last = job.folder / checkpoint.FOLDER / f"step-{job.total_steps}"
+        checkpoint.remove(last)
+        with suppress(OSError):  # others are in it
+            last.parent.rmdir()
+    return result
+
+
+def answer_again(job: Job, result: RunResult, before: list[str], recorder: Any) -> None:
     """The held-out problems after training; what goes wrong with them costs a warning and not the run."""
     from fasttune.training import samples
 
+    if not job.problems:
+        return
+    failed = "the held-out problems were not answered after training: "
     try:
-        after = samples.answer(job.model, job.tokenizer, job.problems, job.plan.gradient_checkpointing)
-        result.samples, result.exact_match = samples.compare(job.config, job.problems, before, after)
-    except (Exception, KeyboardInterrupt) as error:
+        if recorder.stopped_by is not None:
+            raise KeyboardInterrupt
+        with signals_to(_at_once):
+            after = samples.answer(job.model, job.tokenizer, job.problems, job.plan.gradient_checkpointing)
+            result.samples, result.exact_match = samples.compare(job.config, job.problems, before, after)
+    except KeyboardInterrupt:
+        result.warnings.append(failed + "a signal ended it")
+    except Exception as error:
         print(traceback.format_exc())  # into library.log
-        result.warnings.append(f"the held-out problems were not answered after training: {first_line(error)}")
+        result.warnings.append(failed + first_line(error))
+
+
+def _at_once(number: int, _frame: Any) -> None:
+    raise KeyboardInterrupt(number)
 
 
 @contextmanager
 def signals_to(handler: Any) -> Iterator[None]:
-    """SIGINT and SIGTERM go to `handler` while training runs."""
-    old = {number: signal.signal(number, handler) for number in (signal.SIGINT, signal.SIGTERM)}
+    """SIGINT and SIGTERM go to `handler` meanwhile."""
+    old = {number: signal.signal(number, handler) for number in SIGNALS}
     try:
         yield
     finally:

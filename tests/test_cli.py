@@ -1,5 +1,6 @@
 """The command line: quick help, one line for every user error, nothing half-written."""
 
+import os
 import statistics
 import subprocess
 import sys
@@ -99,6 +100,9 @@ def test_a_run_goes_on_by_its_folder_alone(tmp_path: Path) -> None:
     assert "old/config.yaml: cannot be read" in done.stderr
     done = fasttune("train", cwd=tmp_path)
     assert (done.returncode, done.stderr.count("\n")) == (2, 1) and "name a config" in done.stderr
+    os.mkfifo(tmp_path / "old" / "config.yaml")
+    done = fasttune("train", "--resume", "old", cwd=tmp_path)
+    assert (done.returncode, done.stderr.count("\n")) == (2, 1) and "did not write its config.yaml" in done.stderr
 
 
 @pytest.mark.parametrize(

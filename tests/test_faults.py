@@ -10,7 +10,7 @@ from pathlib import Path
 from typing import Any
 
 import pytest
-from tiny_run import STEPS, learned, losses, run
+from tiny_run import STEPS, break_off_after, learned, losses, run
 
 from fasttune import checkpoint
 from fasttune.errors import OutputError
@@ -44,7 +44,8 @@ def test_a_full_disk_costs_a_checkpoint_and_not_the_run(tmp_path: Path) -> None:
         resource.setrlimit(resource.RLIMIT_FSIZE, (soft, hard))
     assert result.status == "completed"
     (warning,) = result.warnings
-    assert warning.startswith("step 4: no checkpoint could be written (") and "step-2 is the last good one" in warning
+    assert warning.startswith("step 4: no checkpoint could be written (")
+    assert warning.endswith("; step-2 is the last good checkpoint")
     assert [step for step, _ in checkpoint.steps(tmp_path / "run")] == [6, 2]
     assert all(checkpoint.broken(path) is None for _, path in checkpoint.steps(tmp_path / "run"))
     assert not list((tmp_path / "run" / "checkpoints").glob(".*")), "nothing half-written is left"
@@ -77,15 +78,33 @@ def test_a_disk_that_is_full_at_the_end_is_a_failed_run_that_can_go_on(tmp_path:
     finally:
         resource.setrlimit(resource.RLIMIT_FSIZE, (soft, hard))
     assert result.status == "failed" and (result.error or "").startswith("adapter/ could not be written: ")
+    assert result.error.endswith("; step-6 is the last good checkpoint")
     assert json.loads((tmp_path / "run" / "run.json").read_text())["resume_command"]
     assert not (tmp_path / "run" / "adapter").exists()
     assert run(tmp_path / "run", resume=True).status == "completed"
 
 
+def test_a_report_that_cannot_be_written_is_a_failed_run_that_can_be_finished(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    from fasttune import report
+
+    def full(*arguments: Any) -> None:
+        raise OutputError("report.html: cannot be written: No space left on device")
+
+    with monkeypatch.context() as patch:
+        patch.setattr(report, "write_html", full)
+        result = run(tmp_path / "run")
+    assert result.status == "failed" and learned(tmp_path / "run") and "--resume" in (result.resume_command or "")
+    assert (result.error or "").endswith("No space left on device; step-8 is the last good checkpoint")
+    assert json.loads((tmp_path / "run" / "run.json").read_text())["error"] == result.error
+    assert run(tmp_path / "run", resume=True, after=break_off_after(STEPS)).status == "completed", "nothing is trained"
+
+
 def test_two_runs_cannot_share_a_folder(tmp_path: Path) -> None:
-    with output.create(tmp_path / "run"), pytest.raises(OutputError, match=f"in use by process {os.getpid()}"):
-        output.create(tmp_path / "run")
-    output.create(tmp_path / "run").close()  # free again
+    with output.hold(tmp_path / "run"), pytest.raises(OutputError, match=f"in use by process {os.getpid()}"):
+        output.hold(tmp_path / "run")
+    output.hold(tmp_path / "run").close()  # free again
 
 
 def test_a_step_that_is_not_finite_changes_nothing(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
@@ -120,6 +139,36 @@ def test_too_many_of_them_end_the_run(tmp_path: Path) -> None:
     assert result.status == "failed" and result.steps < STEPS
     assert "3 steps in a row could not be applied" in (result.error or "") and "of builtin:arithmetic" in result.error
     assert not (tmp_path / "run" / "adapter").exists()
+
+
+@pytest.mark.parametrize("steps", [1, 2])
+def test_a_diverged_run_is_failed_and_saves_nothing(tmp_path: Path, steps: int) -> None:
+    """The loss of the last step is still that of good weights where there is one step only."""
+    changes = {"train": {"learning_rate": 1e30, "max_grad_norm": 1e30, "max_steps": steps}}
+    result = run(tmp_path / "run", changes | {"checkpoint": {"every": "1 steps"}})
+    assert result.status == "failed" and (result.error or "").startswith("the weights have diverged: ")
+    assert result.error.endswith("; there is no checkpoint") and result.resume_command is None
+    assert not (tmp_path / "run" / "adapter").exists() and not checkpoint.steps(tmp_path / "run")
+
+
+def test_a_diverged_run_names_the_last_good_checkpoint(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    import torch
+
+    from fasttune.training import state, trainer as trainers
+
+    step_of = trainers.MeasuredTrainer.training_step
+
+    def poisoned(self: Any, model: Any, inputs: Any, learned: Any = None) -> Any:
+        if self.state.global_step == 4:
+            with torch.no_grad():
+                next(iter(state.trained(model).values())).fill_(1e30)
+        return step_of(self, model, inputs, learned)
+
+    monkeypatch.setattr(trainers.MeasuredTrainer, "training_step", poisoned)
+    result = run(tmp_path / "run", {"train": {"max_bad_steps": 100}})
+    assert result.status == "failed" and (result.error or "").endswith("; step-4 is the last good checkpoint")
+    assert [step for step, _ in checkpoint.steps(tmp_path / "run")] == [4, 2], "diverged ones push no good one out"
+    assert any("step 6: no checkpoint, for its weights have diverged; step-4" in text for text in result.warnings)
 
 
 @pytest.fixture

@@ -26,11 +26,57 @@ def test_the_default_is_named_by_run_and_time(tmp_path: Path, monkeypatch: pytes
 def test_a_folder_that_holds_a_run_is_refused_unless_told_otherwise(tmp_path: Path) -> None:
     for name in ("run.json", *output.EVAL_FILES):
         (tmp_path / name).write_text("{}")
-    (tmp_path / "notes.txt").write_text("mine")
+    (tmp_path / "config.yaml").write_text(f"{output.MARK}\ntrain:\n  report_to: wandb\n")
+    (tmp_path / "checkpoints" / "step-2").mkdir(parents=True)
+    theirs = ["checkpoints/mine.txt", "notes.txt", "tensorboard/events"]
+    for name in [*theirs, "wandb/run-1", "adapter/adapter_model.safetensors"]:
+        (tmp_path / name).parent.mkdir(exist_ok=True)
+        (tmp_path / name).write_text("mine")
     with pytest.raises(OutputError, match="already holds a run.*overwrite=true"):
         output.choose(settings(tmp_path))
-    output.create(output.choose(settings(tmp_path, overwrite=True))).close()
-    assert sorted(path.name for path in tmp_path.iterdir()) == [output.LOCK, "notes.txt"]
+    over = settings(tmp_path, overwrite=True)
+    output.create(over, output.choose(over))[1].close()
+    left = sorted(str(path.relative_to(tmp_path)) for path in tmp_path.rglob("*") if path.is_file())
+    assert left == sorted([output.LOCK, "config.yaml", *theirs])
+
+
+@pytest.mark.parametrize("name", ["report.html", "run.json", "adapter/x", "checkpoints/step-1/x", "config.yaml"])
+@pytest.mark.parametrize("how", ["new", "overwrite", "resume"])
+def test_what_no_run_of_ours_wrote_is_never_written_over(tmp_path: Path, name: str, how: str) -> None:
+    (tmp_path / name).parent.mkdir(parents=True, exist_ok=True)
+    (tmp_path / name).write_text("of another trainer")
+    with pytest.raises(OutputError, match=f"holds {name.split('/')[0]}, which no run of fasttune wrote"):
+        output.choose(settings(tmp_path, how == "overwrite"), tmp_path if how == "resume" else None)
+    with pytest.raises(OutputError, match="which no run of fasttune wrote"):
+        output.create(settings(tmp_path, how == "overwrite"), tmp_path)
+    assert (tmp_path / name).read_text() == "of another trainer"
+
+
+def test_a_run_that_came_and_went_while_this_one_was_prepared_is_not_replaced(tmp_path: Path) -> None:
+    folder = output.choose(settings(tmp_path / "run"))
+    folder.mkdir()
+    (folder / "config.yaml").write_text(output.MARK)
+    with pytest.raises(OutputError, match="already holds a run"):
+        output.create(settings(folder), folder)
+    output.hold(folder).close()  # and it is held by nobody
+
+
+def test_two_runs_of_one_second_have_a_folder_each(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.chdir(tmp_path)
+    named = output.choose(settings(None))
+    first, second = output.create(settings(None), named), output.create(settings(None), named)
+    assert [first[0], second[0]] == [named, named.with_name(f"{named.name}-2")]
+    for _, lock in (first, second):
+        lock.close()
+
+
+def test_what_killed_processes_left_is_swept(tmp_path: Path) -> None:
+    for name in (".adapter-x1/made/a", ".model-x2/b", ".run.json.7.tmp", ".metrics.jsonl", "checkpoints/.step-2-x/c"):
+        (tmp_path / name).parent.mkdir(parents=True, exist_ok=True)
+        (tmp_path / name).touch()
+    (tmp_path / ".mine").touch()
+    output.sweep(tmp_path)
+    assert sorted(path.name for path in tmp_path.rglob("*")) == [".mine", "checkpoints"]
 
 
 def test_a_file_is_no_folder(tmp_path: Path) -> None:

@@ -1,7 +1,10 @@
 """Nothing lost: a run that was ended anywhere goes on to the very bits of one that was not."""
 
+import hashlib
+import json
 import os
 import random
+import shutil
 import signal
 import subprocess
 import sys
@@ -102,6 +105,176 @@ def test_a_checkpoint_that_does_not_hold_is_passed_over(copy: Path, damage: Any,
     assert len(passed_over) == 1 and f"step-4: {told}" in passed_over[0]
 
 
+def test_a_pipe_in_place_of_a_file_is_passed_over(copy: Path) -> None:
+    for name in ("random.safetensors", "manifest.json"):
+        path = copy / "checkpoints" / "step-4" / name
+        path.unlink()
+        os.mkfifo(path)
+        assert checkpoint.newest(copy)[1] == [f"step-4: {name} is a link or a pipe, not a file of the checkpoint"]
+
+
+def forge(path: Path, name: str, content: bytes) -> None:
+    """Another content, and a manifest that says so."""
+    (path / name).write_bytes(content)
+    files = json.loads((path / "manifest.json").read_text())
+    files[name] = {"bytes": len(content), "sha256": hashlib.sha256(content).hexdigest()}
+    (path / "manifest.json").write_text(json.dumps(files))
+
+
+def test_what_does_not_fit_the_run_is_passed_over(copy: Path) -> None:
+    """Whole by its manifest; copied into the parameters all the same, a row would fill every matrix."""
+    import safetensors.torch
+
+    path = copy / "checkpoints" / "step-4"
+    weights = safetensors.torch.load_file(path / "weights.safetensors")
+    name = min(weights)
+    forge(path, "weights.safetensors", safetensors.torch.save(weights | {name: weights[name][:1].clone()}))
+    result = run(copy, resume=True)
+    assert result.status == "completed" and result.resumed_from_step == 2
+    assert any(f"passed over step-4: weights.safetensors: {name} is float32 1×" in text for text in result.told)
+
+
+def test_moments_of_other_shapes_end_the_run_in_one_line(copy: Path) -> None:
+    import safetensors.torch
+
+    path = copy / "checkpoints" / "step-4"
+    moments = safetensors.torch.load_file(path / "optimizer.safetensors")
+    forge(path, "optimizer.safetensors", safetensors.torch.save({k: v.flatten()[:1] for k, v in moments.items()}))
+    result = run(copy, resume=True)
+    assert result.status == "failed" and not (copy / "adapter").exists()
+    assert "step-4 cannot be gone on from (ValueError: " in result.error and "remove it" in result.error
+
+
+@pytest.mark.parametrize(
+    ("change", "told"),
+    [
+        (lambda state: state.pop("wall_s"), "state.json: wall_s: "),
+        (lambda state: state["random"].pop("numpy"), "state.json: random.numpy: "),
+        (lambda state: state.update(optimizer=[]), "state.json: optimizer: "),
+        (lambda state: state.update(held_out={"best": {"step": 1}}), "state.json: held_out.best.loss: "),
+        (lambda state: state.update(step=2), "state.json is that of step 2"),
+    ],
+)
+def test_a_state_with_missing_fields_is_passed_over(copy: Path, change: Any, told: str) -> None:
+    from fasttune.training import state
+
+    path = copy / "checkpoints" / "step-4"
+    values = json.loads((path / "state.json").read_text())
+    change(values)
+    forge(path, "state.json", json.dumps(values).encode())
+    assert (state.misfit(checkpoint.read(path), None) or "").startswith(told)
+
+
+def test_a_checkpoint_killed_while_it_is_removed_is_none(copy: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    def killed(path: Path, **_: Any) -> None:
+        (path / "weights.safetensors").unlink()
+        raise KeyboardInterrupt
+
+    with monkeypatch.context() as patch, suppress(KeyboardInterrupt):
+        patch.setattr(shutil, "rmtree", killed)
+        checkpoint.prune(copy, 1)
+    assert [step for step, _ in checkpoint.steps(copy)] == [4] and half_written(copy)
+    checkpoint.sweep(copy)
+    assert not half_written(copy)
+
+
+def test_steps_whose_lines_are_damaged_are_said(copy: Path, tmp_path: Path) -> None:
+    run(tmp_path / "whole")
+    lines = (copy / "metrics.jsonl").read_text().splitlines()
+    lines[1], lines[2] = lines[1][:40], lines[2].replace('"tokens": ', '"tokens": null, "was": ', 1)
+    (copy / "metrics.jsonl").write_text("\n".join(lines))
+    result = run(copy, resume=True)
+    assert (result.status, result.steps, learned(copy)) == ("completed", STEPS, learned(tmp_path / "whole"))
+    assert losses(copy) == [loss for i, loss in enumerate(losses(tmp_path / "whole")) if i not in (1, 2)]
+    (warning,) = result.warnings
+    assert warning.startswith("metrics.jsonl: the lines of 2 of the 4 steps before the checkpoint cannot be read")
+
+
+def test_nothing_is_looked_at_before_the_folder_is_held(copy: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Two processes that resume: the second one must not see a state which the first one is about to change."""
+    from fasttune import train
+
+    def prepare(*_: Any) -> None:
+        raise AssertionError("prepared a run that another process is finishing")
+
+    monkeypatch.setattr(train, "prepare", prepare)
+    with output.hold(copy), pytest.raises(OutputError, match="is in use by process"):
+        run(copy, resume=True)
+    (copy / "run.json").write_text('{"status": "completed"}')
+    with pytest.raises(OutputError, match="is completed, nothing is left to do"):
+        run(copy, resume=True)
+
+
+class Killed(BaseException):
+    """Stands for SIGKILL: nothing in fasttune catches it."""
+
+
+AT_THE_END: dict[str, Any] = {"train": {"max_steps": 2}, "samples": 1, "data": {"eval": "builtin:arithmetic"}}
+
+
+@pytest.mark.parametrize(
+    ("moment", "every"), [("save", "1 steps"), ("answer", "never"), ("report", "1 steps"), ("card", "never")]
+)
+def test_killed_after_the_last_step_nothing_is_trained_again(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, moment: str, every: str
+) -> None:
+    from fasttune import model, report
+    from fasttune.after import card
+    from fasttune.training import samples
+
+    folder, changes, answer = tmp_path / "run", AT_THE_END | {"checkpoint": {"every": every}}, samples.answer
+
+    def killed(*arguments: Any) -> Any:
+        if moment == "answer" and not folder.exists():
+            return answer(*arguments)  # those before training
+        raise Killed
+
+    where: dict[str, tuple[Any, str]] = {"save": (model, "save"), "answer": (samples, "answer")}
+    where |= {"report": (report, "write_html"), "card": (card, "of_run")}
+    with monkeypatch.context() as patch, pytest.raises(Killed):
+        patch.setattr(*where[moment], killed)
+        run(folder, changes)
+    told, before = json.loads((folder / "run.json").read_text()), learned(folder).get("adapter_model.safetensors")
+    assert told["status"] == "running" and "--resume" in told["resume_command"]
+    assert (before is None) == (moment == "save")
+    result = run(folder, changes, resume=True, after=break_off_after(2))  # no step is done again
+    assert (result.status, result.resumed_from_step, len(result.samples)) == ("completed", 2, 1)
+    assert json.loads((folder / "run.json").read_text())["status"] == "completed"
+    assert (folder / "report.html").is_file() and (folder / "adapter" / "README.md").is_file()
+    assert learned(folder)["adapter_model.safetensors"] == (before or learned(folder)["adapter_model.safetensors"])
+    assert [step for step, _ in checkpoint.steps(folder)] == ([1] if every != "never" else [])
+    assert not list(folder.glob(".adapter-*"))
+
+
+@pytest.mark.parametrize("signals", [1, 2])
+def test_signals_after_the_last_step(tmp_path: Path, monkeypatch: pytest.MonkeyPatch, signals: int) -> None:
+    """The first one leaves the answers out and the run is complete; a second one ends it at once, to be finished."""
+    from fasttune import model, report
+
+    def signalled(call: Any) -> Any:
+        def called(*arguments: Any) -> Any:
+            os.kill(os.getpid(), signal.SIGTERM)
+            return call(*arguments)
+
+        return called
+
+    with monkeypatch.context() as patch:
+        patch.setattr(model, "save", signalled(model.save))
+        if signals == 2:
+            patch.setattr(report, "write_html", signalled(report.write_html))
+        result = run(tmp_path / "run", AT_THE_END)
+    told = json.loads((tmp_path / "run" / "run.json").read_text())
+    assert learned(tmp_path / "run") and told["status"] == result.status
+    if signals == 1:
+        assert (result.status, result.samples) == ("completed", [])
+        assert result.warnings == ["the held-out problems were not answered after training: a signal ended it"]
+        return
+    assert (result.status, result.error) == ("interrupted", "stopped at once by a second signal")
+    assert "--resume" in told["resume_command"]
+    again = run(tmp_path / "run", AT_THE_END, resume=True, after=break_off_after(2))
+    assert (again.status, again.resumed_from_step, len(again.samples)) == ("completed", 2, 1)
+
+
 def test_a_run_goes_on_from_the_one_before_it(copy: Path, tmp_path: Path) -> None:
     run(tmp_path / "whole")
     flip(copy / "checkpoints" / "step-4" / "weights.safetensors")
@@ -197,13 +370,17 @@ def test_the_folder_to_resume(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -
     monkeypatch.chdir(tmp_path)
     named, unnamed = settings(tmp_path / "mine"), settings(tmp_path / "mine").model_copy(update={"output_dir": None})
     assert output.to_resume(named, "") == tmp_path / "mine"
-    with pytest.raises(OutputError, match="no runs/tiny-\\* has a checkpoint"):
+    with pytest.raises(OutputError, match="no runs/tiny-DATE has a checkpoint"):
         output.to_resume(unnamed, "")
     for name in ("tiny-20260101-000000", "tiny-20260102-000000", "tiny-20260103-000000"):
         (tmp_path / "runs" / name).mkdir(parents=True)
-    for name in ("tiny-20260101-000000", "tiny-20260102-000000"):
-        (tmp_path / "runs" / name / "checkpoints").mkdir()
-    assert output.to_resume(unnamed, "") == Path("runs/tiny-20260102-000000")
+    for name in ("20260101-000000", "20260102-000000", "20260102-000000-2", "b-20270101-000000", "b-9"):
+        (tmp_path / "runs" / f"tiny-{name}" / "checkpoints").mkdir(parents=True)
+    assert output.to_resume(unnamed, "") == Path("runs/tiny-20260102-000000-2"), "tiny-b is another name"
+    assert output.to_resume(unnamed, "runs/tiny-20260101-000000") == Path("runs/tiny-20260101-000000")
+    (tmp_path / "runs" / "tiny-21260101-000000" / "checkpoints").mkdir(parents=True)
+    with pytest.raises(OutputError, match="tiny-21260101-000000 is dated in the future"):
+        output.to_resume(unnamed, "")
     assert output.to_resume(unnamed, "runs/tiny-20260101-000000") == Path("runs/tiny-20260101-000000")
     with pytest.raises(OutputError, match="leave output_dir="):
         output.to_resume(named, "runs/tiny-20260101-000000")

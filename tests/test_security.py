@@ -108,7 +108,7 @@ def test_tokens_appear_nowhere_and_nothing_is_asked_for_offline(
         files = written(tmp_path / ending)
         errors = files["stderr"].decode()
         assert int(files["code"]) == code, (ending, errors)
-        assert ("out/library.log" in files) == any("checkpoints" in file for file in files) == (ending == "failed")
+        assert ("out/library.log" in files) == ("out/run.json" in files) == (ending == "failed")
         assert ("Traceback" in errors) == (ending == "with a traceback")
         if code == 2:
             line = errors.splitlines()[-1]

@@ -1,10 +1,12 @@
 """Encoded rows on disk: made once for each content, never used when torn, the same from any number of processes."""
 
 import contextlib
+import errno
 import json
 import multiprocessing
 import os
 import signal
+import time
 from collections.abc import Callable, Iterator
 from dataclasses import replace
 from pathlib import Path
@@ -13,11 +15,11 @@ from typing import Any
 
 import pytest
 
-from fasttune import config, terminal
+from fasttune import cache as caches, config, terminal
 from fasttune.data import arithmetic, files, load, sources, store
 from fasttune.data.files import Chunk
 from fasttune.data.tokens import Recipe
-from fasttune.errors import DataError
+from fasttune.errors import DataError, FasttuneError
 from fasttune.previews import preview, view
 
 GOOD = {"question": "q", "answer": "a"}
@@ -177,6 +179,50 @@ def test_an_interrupted_build_leaves_nothing(tmp_path: Path, cache: Path, recipe
     with pytest.raises(KeyboardInterrupt):
         store.load(source, "key", recipe, interrupted, lambda share: None)
     assert entries(cache) == []
+
+
+def test_a_cache_that_cannot_be_written_is_one_line(
+    tmp_path: Path, recipe: Recipe, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    source = write(tmp_path / "rows.jsonl", [GOOD])
+    (tmp_path / "file").touch()
+    monkeypatch.setenv("FASTTUNE_CACHE", str(tmp_path / "file" / "cache"))  # root may write anywhere else
+    with pytest.raises(FasttuneError, match="^cache: .*/file/cache cannot be written .*FASTTUNE_CACHE"):
+        stored(recipe, source)
+    monkeypatch.setenv("FASTTUNE_CACHE", "~no-such-user/cache")
+    with pytest.raises(FasttuneError, match="^cache: .*FASTTUNE_CACHE"):
+        stored(recipe, source)
+
+
+@pytest.mark.parametrize("error", [OSError(errno.ENOSPC, "No space left"), ValueError("I/O error: full (os error 28)")])
+def test_a_full_cache_is_one_line_and_leaves_nothing(cache: Path, error: Exception) -> None:
+    def full(made: Path) -> None:
+        raise error
+
+    with pytest.raises(FasttuneError, match="^cache: .* cannot be written .*; free some room there"):
+        caches.folder("data/x", full)
+    assert not list(cache.iterdir())
+
+
+def test_what_a_killed_build_left_is_swept_after_a_day(cache: Path) -> None:
+    for name, age_s in ((".x-old", 25 * 3600), (".x-at-work", 3600)):
+        made = cache / name / "made"
+        made.mkdir(parents=True)
+        for path in (made, made.parent):
+            os.utime(path, (time.time() - age_s,) * 2)
+    caches.folder("data/y", lambda made: None)
+    assert sorted(path.name for path in cache.iterdir()) == [".x-at-work", "y"]
+
+
+def test_an_entry_that_another_process_has_made_again_stays(tmp_path: Path, cache: Path, recipe: Recipe) -> None:
+    """Both found it torn: what the first one has put there, and is reading, is not removed by the second one."""
+    stored(recipe, write(tmp_path / "rows.jsonl", [GOOD]))
+    (entry,) = cache.iterdir()
+    caches.discard(entry, store._is_whole)
+    assert store._is_whole(entry) and list(cache.iterdir()) == [entry]
+    (entry / "ids.i32").write_bytes(b"torn")
+    caches.discard(entry, store._is_whole)
+    assert not list(cache.iterdir())
 
 
 def test_over_5_percent_of_useless_rows_is_an_error_that_shows_one(tmp_path: Path, cache: Path, recipe: Recipe) -> None:

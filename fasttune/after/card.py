@@ -33,11 +33,17 @@ class Scored:
     problems: int
 
 
-def of_run(folder: Path) -> None:
-    """The card of a run's adapter/ or model/, as far as the run got. Nothing where it saved neither, or a link."""
+def of_run(folder: Path, result: RunResult | None = None) -> None:
+    """The card of a run's adapter/ or model/, as far as the run got. Nothing where it saved neither, or a link.
+
+    `result`: what run.json will say, where it is not yet written.
+    """
     kind = next((kind for kind in ("adapter", "model") if (folder / kind).is_dir()), None)
     if kind and not (folder / kind).is_symlink():  # that would be somebody else's folder
-        write(folder / kind, open_run(str(folder)))
+        finished = open_run(str(folder))
+        if result is not None:
+            finished = replace(finished, result=json.loads(report.to_json_line(result)))
+        write(folder / kind, finished)
 
 
 def write(folder: Path, finished: Finished, compared: Comparison | None = None) -> None:

@@ -97,7 +97,8 @@ def _run(name: str, folder: Path) -> Finished:
     except ConfigError as error:
         raise ModelError(f"{name}: its config.yaml cannot be used: {error.problems[0]}") from error
     result = _json(folder / "run.json") if (folder / "run.json").is_file() else None
-    status = result.get("status") if result else "not finished"
+    status = result.get("status") if result else "running"
+    status = "not finished" if status == "running" else status  # or it was killed
     kind = "model" if config.train.method == "full" else "adapter"
     if not (folder / kind).is_dir():
         go_on = f"fasttune train --resume {shlex.quote(str(folder))}"

@@ -9,7 +9,6 @@ import hashlib
 import json
 import multiprocessing
 import os
-import shutil
 import zlib
 from collections import Counter, deque
 from collections.abc import Callable, Iterator
@@ -75,8 +74,7 @@ def load(source: str, key: str, recipe: Recipe, chunks: Callable[[], Iterator[Ch
     try:
         return _open(folder, source, check=True)
     except (OSError, ValueError, KeyError, TypeError):
-        if folder.is_dir():
-            shutil.rmtree(folder)  # torn or changed: never used, made again
+        cache.discard(folder, _is_whole)  # torn or changed: never used, made again
     return _open(cache.folder(f"data/{name}", lambda made: _make(made, source, recipe, chunks(), progress)), source)
 
 
@@ -184,6 +182,14 @@ def _crc32(path: Path) -> int:
         while block := file.read(1 << 22):
             check = zlib.crc32(block, check)
     return check
+
+
+def _is_whole(folder: Path) -> bool:
+    try:
+        _open(folder, "", check=True)
+    except (OSError, ValueError, KeyError, TypeError):
+        return False
+    return True
 
 
 def _open(folder: Path, source: str, check: bool = False) -> Rows:

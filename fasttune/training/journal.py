@@ -2,13 +2,16 @@
 
 import json
 import math
+from collections.abc import Callable
 from contextlib import suppress
 from pathlib import Path
-from typing import IO, Any
+from typing import Any
 
-from fasttune import checkpoint, config as configuration, paths, report
+import pydantic
+
+from fasttune import config as configuration, paths, report
 from fasttune.config import Config
-from fasttune.errors import RunFailed
+from fasttune.errors import OutputError, RunFailed
 from fasttune.metrics import StepMetrics
 from fasttune.quiet import LibraryLog
 from fasttune.terminal import Reporter
@@ -20,23 +23,34 @@ from fasttune.training.tracking import Tracker
 CONFIG, METRICS = "config.yaml", "metrics.jsonl"
 
 
-def begin(job: Job, log: LibraryLog, resumed: bool) -> IO[str]:
-    """Make the output folder and write the resolved config into it. Returns the lock on it."""
-    lock = output.create(job.folder, resumed)
-    checkpoint.sweep(job.folder)
-    log.move_to(job.folder / "library.log", append=resumed)
-    _write_config(job)
-    return lock
+def begin(job: Job, log: LibraryLog, resumed: bool) -> None:
+    """Write the resolved config into the folder of a run, which is held. Raises OutputError."""
+    try:
+        _write_config(job)
+        output.sweep(job.folder)
+        log.move_to(job.folder / "library.log", append=resumed)
+    except OSError as error:
+        raise OutputError(
+            f"output_dir: {job.folder} cannot be written ({error.strerror}); free some room, or name another folder"
+        ) from error
 
 
-def read_metrics(folder: Path, step: int) -> list[StepMetrics]:
-    """The steps of a run up to `step`, from its metrics.jsonl, as far as its lines can be read."""
-    found = []
-    with suppress(OSError, ValueError, TypeError):  # the end of a process, or of a machine, may have torn a line
-        for line in paths.read_text(folder / METRICS).splitlines()[:step]:
+def read_metrics(folder: Path, step: int, warn: Callable[[str], object]) -> list[StepMetrics]:
+    """The steps of a run up to `step`, from its metrics.jsonl; a warning for those whose line cannot be read."""
+    path, found = folder / METRICS, dict[int, StepMetrics]()
+    form = pydantic.TypeAdapter(StepMetrics)
+    for line in path.read_bytes().splitlines() if path.is_file() else []:
+        with suppress(ValueError, TypeError, KeyError, RecursionError):  # a machine that went down may have torn it
             values = json.loads(line)
-            found.append(StepMetrics(**(values | {"loss": math.nan if values["loss"] is None else values["loss"]})))
-    return found
+            one = form.validate_python(values | {"loss": math.nan if values["loss"] is None else values["loss"]})
+            found[one.step] = one
+    kept = [found[number] for number in sorted(found) if 0 < number <= step]
+    if lost := step - len(kept):
+        warn(
+            f"{METRICS}: the lines of {lost:,} of the {step:,} steps before the checkpoint cannot be read: the weights "
+            "are right, but tokens, losses and speeds of the report are without these steps"
+        )
+    return kept
 
 
 class Journal:
@@ -81,7 +95,7 @@ class Journal:
         if bad_in_a_row > self.job.config.train.max_bad_steps:
             raise RunFailed(
                 f"{bad_in_a_row} steps in a row could not be applied, the last with {bad} on {rows}; "
-                "look at these rows, or lower train.learning_rate"
+                f"look at these rows, or lower train.learning_rate; {self.outcome.kept}"
             )
 
     def _write(self, step: StepMetrics) -> None:
@@ -130,7 +144,7 @@ def _line(step: StepMetrics) -> str:
 
 
 def _write_config(job: Job) -> None:
-    header = "# Resolved by fasttune; run it again with: fasttune train config.yaml\n"
+    header = f"{output.MARK}; run it again with: fasttune train config.yaml\n"
     text = configuration.dump(_portable(job.config), header)
     paths.write(job.folder / CONFIG, text.encode())
 

@@ -5,14 +5,17 @@ Weights that are trained, optimizer, scheduler and every random state. The posit
 
 import random
 import zlib
+from dataclasses import dataclass, field
 from typing import Any
 
 from fasttune import model as fasttune_model  # noqa: F401  first: it imports unsloth
 
 import numpy as np
+import pydantic
 import torch
 
 from fasttune.checkpoint import Checkpoint, Tensors
+from fasttune.metrics import Evaluation
 from fasttune.training.prepare import Job
 
 # What may differ between a checkpoint and the run that goes on from it: how a step is computed, not what it learns.
@@ -29,13 +32,42 @@ FREE = {
     "train.report_to",
 }
 SECTIONS = ("seed", "model", "lora", "train")
+MOMENTS = {"exp_avg", "exp_avg_sq", "state1", "state2"}  # of torch's AdamW, and of bitsandbytes'
+WHOLE = "steps of the whole run"
 PROBED = 256  # values of every parameter that tell whether the base model is the same
 
 
+@dataclass
+class Optimizer:
+    groups: list[dict[str, Any]]
+    plain: dict[str, Any]
+
+
+@dataclass
+class Random:
+    python: list[Any]
+    numpy: list[Any]
+
+
+@dataclass
+class State:
+    """What a checkpoint's state.json holds. It may come from another machine, and is checked before it is used."""
+
+    step: int
+    optimizer: Optimizer
+    scheduler: dict[str, Any]
+    random: Random
+    identity: dict[str, str]
+    wall_s: float
+    held_out: dict[str, Evaluation | None] = field(default_factory=dict)
+
+
 def collect(trainer: Any) -> tuple[dict[str, Tensors], dict[str, Any]]:
-    """(tensors by file, plain values) of a trainer between two steps."""
+    """(tensors by file, plain values) of a trainer between two steps; after the last one without the moments."""
     tensors: dict[str, Tensors] = {"weights": trained(trainer.model), "optimizer": {}, "random": _random_tensors()}
     optimizer = trainer.optimizer.state_dict()
+    if trainer.state.global_step == trainer.state.max_steps:
+        optimizer["state"] = {}
     plain: dict[str, Any] = {}
     for index, entries in optimizer["state"].items():
         for name, value in _flat(entries).items():
@@ -57,11 +89,39 @@ def _flat(entries: dict[str, Any]) -> dict[str, Any]:
     return found
 
 
+def misfit(checkpoint: Checkpoint, model: Any, identity: dict[str, str] | None = None) -> str | None:
+    """Why a run cannot go on from a checkpoint whose files hold, or None.
+
+    One of another identity is no misfit: what differs is named to the person.
+    """
+    try:
+        state = pydantic.TypeAdapter(State).validate_python(checkpoint.state)
+    except pydantic.ValidationError as error:
+        first = error.errors()[0]
+        return f"state.json: {'.'.join(map(str, first['loc'])) or 'all of it'}: {first['msg']}"
+    if checkpoint.path.name != f"step-{state.step}":
+        return f"state.json is that of step {state.step}"
+    if missing := {"weights", "optimizer", "random"} - set(checkpoint.tensors):
+        return f"{sorted(missing)[0]}.safetensors is missing"
+    if identity is not None and state.identity != identity:
+        return None
+    if identity is not None and not 0 < state.step <= int(identity[WHOLE]):
+        return f"state.json: step {state.step} is none of this run"
+    now, saved = trained(model), checkpoint.tensors["weights"]
+    for name in {**now, **saved}:
+        here, there = (_kind(found[name]) if name in found else "not there" for found in (now, saved))
+        if here != there:  # copied all the same, a row would fill a whole matrix
+            return f"weights.safetensors: {name} is {there}, not {here}"
+    return None
+
+
+def _kind(tensor: torch.Tensor) -> str:
+    return f"{str(tensor.dtype).removeprefix('torch.')} {'×'.join(map(str, tensor.shape))}"
+
+
 def restore_weights(model: Any, checkpoint: Checkpoint) -> None:
     """The trained parameters as they were. The checkpoint gives them away: a second copy would fill the host."""
     now, saved = trained(model), checkpoint.tensors.pop("weights")
-    if set(now) != set(saved):  # the identity has been compared: this is a fault of ours
-        raise RuntimeError("the checkpoint holds other parameters than are trained")
     with torch.no_grad():
         for name, parameter in now.items():
             parameter.copy_(saved[name])
@@ -74,6 +134,11 @@ def restore_optimizer(trainer: Any, checkpoint: Checkpoint) -> None:
     for name, value in [*checkpoint.tensors.pop("optimizer").items(), *saved["plain"].items()]:
         index, _, key = name.partition(".")
         entries.setdefault(int(index), {})[key] = value
+    parameters = [parameter for group in trainer.optimizer.param_groups for parameter in group["params"]]
+    for index, values in entries.items():
+        for key in MOMENTS & set(values):
+            if values[key].shape != parameters[index].shape:
+                raise ValueError(f"{index}.{key} has another shape than its parameter")
     trainer.optimizer.load_state_dict({"state": entries, "param_groups": saved["groups"]})
     trainer.lr_scheduler.load_state_dict(checkpoint.state["scheduler"])
 
@@ -108,7 +173,7 @@ def identity(job: Job) -> dict[str, str]:
         values = settings[section] if isinstance(settings[section], dict) else {"": settings[section]}
         found |= {f"{section}.{key}".rstrip("."): str(value) for key, value in values.items()}
     found = {key: value for key, value in found.items() if key not in FREE}
-    found["steps of the whole run"] = str(job.total_steps)
+    found[WHOLE] = str(job.total_steps)
     found["data.eval_share"] = str(job.config.data.eval_share)
     for number, (rows, weight) in enumerate(zip(job.data.parts, job.data.weights, strict=True), 1):
         found[f"rows of data set {number}"] = f"{len(rows)} rows × {weight:g} ({rows.checksum})"

@@ -5,12 +5,12 @@ import statistics
 import time
 from dataclasses import asdict, dataclass, field
 from pathlib import Path
-from typing import Any, Literal
+from typing import Any
 
 from fasttune import hardware, metrics, stack
 from fasttune.checkpoint import Checkpoint
 from fasttune.config import TRUST
-from fasttune.metrics import RunResult, StepMetrics
+from fasttune.metrics import RunResult, Status, StepMetrics
 from fasttune.training.prepare import Job
 
 MATMUL_SECONDS = 1.0  # spent after the run on measuring this machine's matmul rate
@@ -20,7 +20,7 @@ MATMUL_SECONDS = 1.0  # spent after the run on measuring this machine's matmul r
 class Outcome:
     """How the training itself ended."""
 
-    status: Literal["completed", "interrupted", "failed"] = "completed"
+    status: Status = "running"
     error: str | None = None
     steps: list[StepMetrics] = field(default_factory=list)
     warnings: list[str] = field(default_factory=list)
@@ -29,6 +29,16 @@ class Outcome:
     checkpoint: Path | None = None  # the last good one
     held_out: dict[str, Any] = field(default_factory=dict)  # what the checkpoint knows of it
     saved_step: int | None = None  # whose weights are saved
+
+    @property
+    def done(self) -> int:
+        """Steps that are behind the run."""
+        return self.steps[-1].step if self.steps else self.resumed_from_step or 0
+
+    @property
+    def kept(self) -> str:
+        """What is left to go on from, for a message."""
+        return f"{self.checkpoint.name} is the last good checkpoint" if self.checkpoint else "there is no checkpoint"
 
     def go_on(self, found: Checkpoint, steps: list[StepMetrics]) -> None:
         """From a checkpoint, with the steps that lie before it."""
@@ -65,7 +75,7 @@ def summarize(job: Job, outcome: Outcome, trainer: Any, started: float) -> RunRe
     padding = sum(step.padding_tokens for step in steps)
     speed = metrics.median_rate(steps)
     achieved = matmul = None
-    flops = live.count_flops(job.model) if steady else None
+    flops = live.count_flops(job.model) if steady and outcome.status != "running" else None
     if flops is not None:
         rows = job.config.train.batch_rows
         computed = ((step.tokens - step.shared_tokens, step) for step in steady)
@@ -73,12 +83,13 @@ def summarize(job: Job, outcome: Outcome, trainer: Any, started: float) -> RunRe
         matmul = measured_matmul_tflops(job)
     peak = hardware.peak_bf16_tflops(job.machine.gpus[0].name) if job.machine.gpus else None
     price = job.usd_per_hour
+    may_go_on = outcome.status != "completed" and outcome.checkpoint is not None
     result = RunResult(
         status=outcome.status,
         name=job.config.name,
         output_dir=str(job.folder),
-        steps=len(steps),
-        first_loss=steps[0].loss if steps else None,
+        steps=outcome.done,
+        first_loss=steps[0].loss if steps and steps[0].step == 1 else None,
         last_loss=steps[-1].loss if steps else None,
         tokens=tokens_seen,
         loss_tokens=sum(step.loss_tokens for step in steps),
@@ -104,7 +115,7 @@ def summarize(job: Job, outcome: Outcome, trainer: Any, started: float) -> RunRe
         warnings=outcome.warnings,
         error=outcome.error,
         resumed_from_step=outcome.resumed_from_step,
-        resume_command=_resume_command(job, outcome),
+        resume_command=resume_command(job) if outcome.status == "running" or may_go_on else None,
     )
     set_cost(result, outcome, started)
     return result
@@ -117,9 +128,7 @@ def set_cost(result: RunResult, outcome: Outcome, started: float) -> None:
         result.cost_usd = result.usd_per_hour * result.wall_s / 3600
 
 
-def _resume_command(job: Job, outcome: Outcome) -> str | None:
-    if outcome.status == "completed" or outcome.checkpoint is None:
-        return None
+def resume_command(job: Job) -> str:
     command = ["fasttune", "train", str(job.folder / "config.yaml"), "--resume", str(job.folder)]
     return shlex.join([*command, *([f"{TRUST}=true"] if job.config.model.trust_remote_code else [])])
 

@@ -6,15 +6,18 @@ from typing import Any
 
 from fasttune import model as fasttune_model  # noqa: F401  first: it imports unsloth
 
+import numpy as np
 import torch
 
-from fasttune.data.batches import MicroBatch, best_fit, flat
+from fasttune.data.batches import Encoded, MicroBatch, best_fit, flat
 from fasttune.data.tokens import IGNORE
 from fasttune.metrics import Evaluation, HeldOut
 from fasttune.training import samples
 from fasttune.training.prepare import Job
 
 AT_ONCE = 256  # learned tokens whose logits are raised to float32 at a time
+SOUND_TOKENS = 128  # of the end of a row
+LARGEST_WEIGHT = 1e6  # those of models that work are below 1,000
 
 
 class Validator:
@@ -40,19 +43,29 @@ class Validator:
 
     def measure(self, step: int) -> Evaluation:
         """Evaluate now, as the model after `step`."""
-        was_training = self.model.training
-        self.model.eval()
-        try:
-            loss, right, count = torch.tensor([self._sums(batch) for batch in self._batches], dtype=torch.float64).sum(
-                0
-            )
-        finally:
-            self.model.train(was_training)
+        loss, right, count = self._sums_of(self._batches)
         self.last = Evaluation(step, float(loss / count), float(right / count), self._answered(step))
         self.before = self.last if step == 0 else self.before
         if step and math.isfinite(self.last.loss) and (self.best is None or self.last.loss < self.best.loss):
             self.best = self.last
         return self.last
+
+    def sound(self, row: Encoded) -> bool:
+        """Whether the weights as they are now are those of a model: no diverged ones, and a loss on this row."""
+        trained = [parameter for parameter in self.model.parameters() if parameter.requires_grad]
+        if not float(torch.nn.utils.get_total_norm(trained, math.inf)) < LARGEST_WEIGHT:
+            return False
+        ids = row[0][-SOUND_TOKENS:]
+        batch = flat([(ids, np.ones(len(ids), np.bool_))])
+        return bool(self._sums_of([batch if self._job.data.packed else _alone(batch)])[0].isfinite())
+
+    def _sums_of(self, batches: list[MicroBatch]) -> torch.Tensor:
+        was_training = self.model.training
+        self.model.eval()
+        try:
+            return torch.tensor([self._sums(batch) for batch in batches], dtype=torch.float64).sum(0)
+        finally:
+            self.model.train(was_training)
 
     def _answered(self, step: int) -> float | None:
         if step in (0, self.total_steps):
