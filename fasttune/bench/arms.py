@@ -20,6 +20,7 @@ WHAT = {
     "hf-tuned": "the same, tuned: rows end to end (DataCollatorWithFlattening), fused AdamW, huge pages on a CPU",
     "unsloth-notebook": "Unsloth as its examples use it: SFTTrainer, its own batching and recomputation",
 }
+PLAIN = ("vanilla", "hf-tuned")
 ADAPTER = "adapter.pt"
 
 
@@ -144,9 +145,13 @@ def _hugging_face(config: Config, steps: int, shared: Path, scratch: Path, tuned
     from fasttune.metrics import Backend
 
     source = pretrained.locate(config.model)
-    tokenizer = transformers.AutoTokenizer.from_pretrained(source)
+    same: dict[str, Any] = {
+        "revision": config.model.revision,
+        "trust_remote_code": config.model.trust_remote_code,
+    }
+    tokenizer = transformers.AutoTokenizer.from_pretrained(source, **same)
     model = transformers.AutoModelForCausalLM.from_pretrained(
-        source, dtype=getattr(torch, config.model.dtype), use_safetensors=True
+        source, dtype=getattr(torch, config.model.dtype), use_safetensors=True, **same
     )
     if config.train.method == "lora":
         model = _plain_lora(model, config)

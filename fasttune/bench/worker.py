@@ -50,7 +50,9 @@ def limit(config: Config, shared: Path, seconds: float = LIMIT_SECONDS) -> dict[
     from fasttune import hardware, pretrained
 
     with torch.device("meta"):
-        model = transformers.AutoModelForCausalLM.from_config(pretrained.read_architecture(config.model))
+        model = transformers.AutoModelForCausalLM.from_config(
+            pretrained.read_architecture(config.model), trust_remote_code=config.model.trust_remote_code
+        )
     rows = [row for step in json.loads((shared / "rows.json").read_text(encoding="utf-8")) for row in step]
     at_once = arms.micro(config)[0]
     tokens = at_once * sum(len(ids) for ids, _ in rows) // len(rows)
