@@ -6,12 +6,11 @@ It may come from anywhere: what PEFT would run, build or search by its word alon
 import signal
 from collections.abc import Iterator
 from contextlib import contextmanager
-from math import isfinite
 from pathlib import Path
 from typing import Any
 
 from fasttune import pretrained
-from fasttune.errors import ModelError, kind_and_line
+from fasttune.errors import ModelError
 
 SETTINGS, WEIGHTS = "adapter_config.json", "adapter_model.safetensors"
 PREFIX = "base_model.model."  # PEFT's, before every name of the base model
@@ -22,7 +21,8 @@ REFUSED = (
     "loftq_config",
     "arrow_config",
 )  # rebuild the base, or import by name
-MATCHING_CPU_S = 5.0  # of all patterns against all layers; ordinary ones take milliseconds
+MOST = 1e9  # of a rank or an alpha
+MATCHING_CPU_S = 2.0  # of all patterns against all layers; ordinary ones take milliseconds
 
 Shapes = dict[str, tuple[int, ...]]
 
@@ -53,8 +53,8 @@ def settings(folder: Path) -> dict[str, Any]:
             raise ModelError(f"{where}: {name} is {_short(more)}; expected a number for each layer")
         numbers |= {f"{name} of {layer}": value for layer, value in more.items()}
     for name, value in numbers.items():
-        if isinstance(value, bool) or not isinstance(value, int | float) or not isfinite(value) or value <= 0:
-            raise ModelError(f"{where}: {_short(name)} is {_short(value)}; expected a number above 0")
+        if isinstance(value, bool) or not isinstance(value, int | float) or not 0 < value < MOST:
+            raise ModelError(f"{where}: {_short(name)} is {_short(value)}; expected a number above 0, below {MOST:.0e}")
     return said
 
 
@@ -85,7 +85,7 @@ def explained(folder: Path) -> Iterator[None]:
     except ModelError:
         raise
     except Exception as error:
-        text = _short(kind_and_line(error))
+        text = _short(f"{type(error).__name__}: {error}", 170)
         raise ModelError(f"{folder}: does not fit its base model, or is damaged: {text}") from error
 
 
@@ -103,7 +103,7 @@ def check(model: Any, folder: Path) -> Shapes:
         (shape[0] for name, shape in shapes.items() if ".lora_" in name and "_A" in name and shape), default=0
     )
     rank = max([said.get("r", 8), *(said.get("rank_pattern") or {}).values()])
-    if largest and rank > largest:
+    if rank > largest:
         raise ModelError(
             f"{folder / SETTINGS}: says rank {_short(rank)}, its weights have at most {largest}; get both again"
         )
@@ -117,11 +117,11 @@ def check_names(folder: Path, shapes: Shapes, lacking: list[str], unused: list[s
     unused = [name for name in unused if not (copy_of(name) and copy_of(name) in shapes)]
     if not lacking and not unused:
         return
-    fits = len(shapes) - len(unused)
-    mine, its = (_short((names or ["none"])[0].replace(".default", ""), 52) for names in (unused, lacking))
+    fits, more = len(shapes) - len(unused), f", {len(lacking)} missing" if lacking else ""
+    mine, its = (_short((names or ["none"])[0].replace(".default", ""), 50) for names in (unused, lacking))
     raise ModelError(
-        f"{_short(folder, 50)}: {fits or 'none'} of the adapter's {len(shapes)} weights belong to a layer of the base "
-        f"(no layer: {mine}; no weight: {its}); set base_model_name_or_path to its own base"
+        f"{_short(folder, 40)}: {fits or 'none'} of the adapter's {len(shapes)} weights belong to a layer of the base"
+        f"{more} (no layer: {mine}; missing: {its}); set base_model_name_or_path to its own base"
     )
 
 
@@ -147,7 +147,7 @@ def grow(model: Any, shapes: Shapes, folder: Path) -> int | None:
     if all(shape == now for shape in brought.values()):
         return None
     tied = outside is None or outside.weight is inside.weight
-    if len(set(brought.values())) > 1 or any(shape[1:] != now[1:] for shape in brought.values()):
+    if len(set(brought.values())) > 1 or any(shape[1:] != now[1:] or not shape[0] for shape in brought.values()):
         raise ModelError(
             f"{folder}: its embeddings are {_short(brought)}, those of the base {now}; it has another base"
         )

@@ -14,7 +14,7 @@ from pathlib import Path
 from typing import Any
 
 from fasttune import adapter as adapters, hub, pretrained
-from fasttune.adapter import PREFIX
+from fasttune.adapter import PREFIX, Shapes
 from fasttune.config import ModelConfig
 from fasttune.errors import ModelError
 
@@ -116,31 +116,11 @@ def _adapter(
     base: ModelConfig, folder: Path, adapter: Path, weights: set[str]
 ) -> tuple[dict[str, Delta], dict[str, str], int | None]:
     """(what each weight gains, what is replaced whole, Merge.rows), as PEFT says on a model without weights."""
-    import peft
-    import torch
-    import transformers
     from peft.tuners.lora import Linear
     from peft.tuners.tuners_utils import BaseTunerLayer
 
-    pretrained.read_architecture(base)  # refuses what cannot be built
-    with pretrained.explained(base.name), torch.device("meta"):
-        architecture = transformers.AutoConfig.from_pretrained(folder, trust_remote_code=base.trust_remote_code)
-        model = transformers.AutoModelForCausalLM.from_config(architecture, trust_remote_code=base.trust_remote_code)
-        ends = [model.get_input_embeddings(), model.get_output_embeddings()]
-        tied = ends[1] is not None and ends[0].weight is ends[1].weight
-        names = [name for name, module in model.named_modules() if module in ends] if tied else []
-    shapes = adapters.check(model, adapter)
+    model, names, shapes, sizes, rows = _without_weights(base, folder, adapter)
     left = set(shapes)
-    with adapters.explained(adapter), torch.device("meta"), warnings.catch_warnings():
-        warnings.simplefilter("ignore")  # PEFT warns of tied weights: they are refused below
-        rows = adapters.grow(model, shapes, adapter)
-        sizes = {name: tuple(value.shape) for name, value in model.state_dict().items()}
-        said = peft.PeftConfig.from_pretrained(str(adapter))
-        said.init_lora_weights = False  # nothing is computed, there are no weights
-        model = peft.get_peft_model(model, said)
-        wanted = set(peft.get_peft_model_state_dict(model, save_embedding_layers=False))
-    known = wanted | {name.replace(".default", "") for name in model.state_dict()}
-    adapters.check_names(adapter, shapes, sorted(wanted - left), sorted(left - known))
     deltas, cannot = {}, []
     for name, module in model.named_modules():
         if not isinstance(module, BaseTunerLayer):
@@ -159,7 +139,7 @@ def _adapter(
     left = {name for name in left if adapters.copy_of(name) not in left}
     replaced = _whole(adapter, left, names, weights, cannot)
     for name, key in replaced.items():
-        if name in sizes and shapes[key] != sizes[name]:
+        if shapes[key] != sizes.get(name, shapes[key]):
             cannot.append(f"{name} ({shapes[key]}, in the base {sizes[name]})")
     if cannot:
         more = f" and {len(cannot) - 3} more" if len(cannot) > 3 else ""
@@ -167,6 +147,41 @@ def _adapter(
             f"{adapter}: cannot be merged exactly: {'; '.join(cannot[:3])}{more}; use it with PEFT instead"
         )
     return deltas, replaced, rows
+
+
+def _without_weights(
+    base: ModelConfig, folder: Path, adapter: Path
+) -> tuple[Any, list[str], Shapes, Shapes, int | None]:
+    """PEFT's model on the meta device, its tied modules, what the adapter and the base hold, Merge.rows.
+
+    Raises ModelError where the adapter is not of this base.
+    """
+    import peft
+    import torch
+    import transformers
+
+    pretrained.read_architecture(base)  # refuses what cannot be built
+    with pretrained.explained(base.name), torch.device("meta"):
+        architecture = transformers.AutoConfig.from_pretrained(folder, trust_remote_code=base.trust_remote_code)
+        model = transformers.AutoModelForCausalLM.from_config(architecture, trust_remote_code=base.trust_remote_code)
+        ends = [model.get_input_embeddings(), model.get_output_embeddings()]
+        tied = ends[1] is not None and ends[0].weight is ends[1].weight
+        names = [name for name, module in model.named_modules() if module in ends] if tied else []
+    shapes = adapters.check(model, adapter)
+    with adapters.explained(adapter), torch.device("meta"), warnings.catch_warnings():
+        warnings.simplefilter("ignore")  # PEFT warns of tied weights: they are refused later
+        rows = adapters.grow(model, shapes, adapter)
+        sizes = {name: tuple(value.shape) for name, value in model.state_dict().items()}
+        said = peft.PeftConfig.from_pretrained(str(adapter))
+        said.init_lora_weights = False  # nothing is computed, there are no weights
+        model = peft.get_peft_model(model, said)
+        wanted = peft.get_peft_model_state_dict(model, save_embedding_layers=False)
+    known = {*wanted, *(name.replace(".default", "") for name in model.state_dict())}
+    adapters.check_names(adapter, shapes, sorted(set(wanted) - set(shapes)), sorted(set(shapes) - known))
+    for name, weight in wanted.items():
+        if shapes[name] != tuple(weight.shape):
+            raise ModelError(f"{adapter}: {name} is {shapes[name]}, for this base it would be {tuple(weight.shape)}")
+    return model, names, shapes, sizes, rows
 
 
 def _whole(adapter: Path, keys: set[str], tied: list[str], weights: set[str], cannot: list[str]) -> dict[str, str]:

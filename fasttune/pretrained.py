@@ -13,6 +13,7 @@ from typing import Any
 from fasttune import builtin, hub
 from fasttune.config import ModelConfig
 from fasttune.errors import FasttuneError, ModelError, first_line, kind_and_line
+from fasttune.forecasts.shape import NEEDED, Shape
 
 # As huggingface_hub (utils/_http.py, file_download.py) and transformers (utils/hub.py) write them: numbers alone are in
 # any text. MISSING is asked first, for there the hub answers 401 too and adds that the repository may be gated.
@@ -23,6 +24,7 @@ TOO_LARGE = r"out of memory|can't allocate memory"  # torch, on a GPU and on a C
 MAX_JSON_BYTES = 100 << 20  # the largest tokenizer.json is 33 MB (Gemma 3)
 # What a config.json may say: far above any model there is, and small enough to be built and counted.
 MOST = {"num_hidden_layers": 2000, "hidden_size": 10**6, "vocab_size": 10**7, "max_position_embeddings": 10**9}
+MOST_A_BYTE = 16  # parameters: those of 4-bit weights are two
 
 
 def locate(config: ModelConfig) -> str:
@@ -40,15 +42,28 @@ def check(name: str) -> None:
     """Raise ModelError for what `locate` cannot take, before anything heavy is imported."""
     if name.startswith("builtin:"):
         return builtin.check(name)
-    folder = Path(name).expanduser()
-    if not folder.is_dir():
-        if folder.exists() or is_path(name):
+    folder = folder_of(name)
+    if folder is None:
+        if is_path(name):
             raise ModelError(f"model.name: {name[:150]}: no such folder; check the spelling, or give a hub id")
         return None
     for adapter in (folder, folder / "adapter"):
         if (adapter / "adapter_config.json").is_file():
             raise _is_adapter(name, f"`fasttune merge {folder} --out DIR`")
+    if not (folder / "config.json").is_file():
+        raise ModelError(
+            f"model.name: {name[:150]} has no config.json, so it is no model; name the folder that has one"
+        )
     return None
+
+
+def folder_of(name: str) -> Path | None:
+    """The folder that a name is of; None where there is none, for a hub id and for what can be no name of a file."""
+    try:
+        folder = Path(name).expanduser()
+        return folder if folder.is_dir() else None
+    except (OSError, RuntimeError, ValueError):
+        return None
 
 
 def is_path(name: str) -> bool:
@@ -67,8 +82,8 @@ def _source(config: ModelConfig) -> str:
     """Folder or hub id, for weights or for a tokenizer. Raises ModelError for a folder that could block or drown us."""
     if config.name.startswith("builtin:"):
         return str(builtin.path(config.name))
-    folder = Path(config.name).expanduser()
-    if not folder.is_dir():
+    folder = folder_of(config.name)
+    if folder is None:
         return config.name
     for path in folder.iterdir():
         if path.exists() and not path.is_file() and not path.is_dir():
@@ -97,7 +112,8 @@ def read_architecture(config: ModelConfig) -> Any:
     from transformers.utils.peft_utils import find_adapter_config_file
 
     with explained(config.name):
-        if source == config.name and hub.patiently(lambda: find_adapter_config_file(source, revision=config.revision)):
+        on_hub = folder_of(source) is None
+        if on_hub and hub.patiently(lambda: find_adapter_config_file(source, revision=config.revision)):
             raise _is_adapter(config.name, f"`hf download {config.name} --local-dir DIR`, then `fasttune merge DIR`")
         found = hub.patiently(
             lambda: transformers.AutoConfig.from_pretrained(
@@ -105,10 +121,18 @@ def read_architecture(config: ModelConfig) -> Any:
             )
         )
         found = getattr(found, "get_text_config", lambda: found)()
-    for name, most in MOST.items():
-        value = getattr(found, name, None)
-        if value is not None and not (isinstance(value, int) and 0 < value <= most):
-            raise ModelError(f"model.name: {config.name}: its config.json says {name} {str(value)[:50]}; get it again")
+        for name, most in MOST.items():
+            if not isinstance(value := getattr(found, name, None) or 1, int) or not 0 < value <= most:
+                raise ModelError(
+                    f"model.name: {config.name[:100]}: config.json says {name} {str(value)[:50]}; get it again"
+                )
+        sizes = Shape.of(found).parameters if all(getattr(found, name, None) for name in NEEDED) else 0
+    weights = sum(path.stat().st_size for path in Path(source).glob("*.safetensors"))
+    if weights and sizes > MOST_A_BYTE * weights:
+        raise ModelError(
+            f"model.name: {config.name[:100]}: config.json describes {sizes:,} parameters, more than its weights of "
+            f"{weights:,} bytes can hold; get both again"
+        )
     return found
 
 

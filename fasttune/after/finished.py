@@ -115,8 +115,9 @@ def _adapter(name: str, folder: Path) -> Finished:
 
 
 def _base_is_here(base: str, key: str) -> None:
-    if pretrained.is_path(base) and not Path(base).expanduser().is_dir():
+    if pretrained.is_path(base) and pretrained.folder_of(base) is None:
         raise ModelError(f"{key} is {base[:100]}, which is not here; set it to the folder or hub id of that base model")
+    pretrained.check(base)
 
 
 def _base(name: str, revision: str | None = None) -> ModelConfig:
