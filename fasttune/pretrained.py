@@ -12,7 +12,7 @@ from typing import Any
 
 from fasttune import builtin, hub
 from fasttune.config import ModelConfig
-from fasttune.errors import FasttuneError, ModelError, first_line, kind_and_line
+from fasttune.errors import FasttuneError, ModelError, first_line
 from fasttune.forecasts.shape import NEEDED, Shape
 
 # As huggingface_hub (utils/_http.py, file_download.py) and transformers (utils/hub.py) write them: numbers alone are in
@@ -22,6 +22,7 @@ GATED = r"gated repo|40[13] (Client Error|Forbidden|Unauthorized)"
 UNREACHABLE = r"[Cc]onnection\b|couldn't connect|offline mode|[Ff]ailed to resolve|name resolution|Max retries"
 TOO_LARGE = r"out of memory|can't allocate memory"  # torch, on a GPU and on a CPU
 MAX_JSON_BYTES = 100 << 20  # the largest tokenizer.json is 33 MB (Gemma 3)
+HUGE_ID = rb'[^\\]"\s*:\s*\d{8,}\s*[,}]'  # tokenizers would fill all ids below it, for minutes
 # What a config.json may say: far above any model there is, and small enough to be built and counted.
 MOST = {"num_hidden_layers": 2000, "hidden_size": 10**6, "vocab_size": 10**7, "max_position_embeddings": 10**9}
 MOST_A_BYTE = 16  # parameters: those of 4-bit weights are two
@@ -90,6 +91,8 @@ def _source(config: ModelConfig) -> str:
             raise ModelError(f"{path}: is no ordinary file; get the folder again")  # reading a pipe may never end
         if path.suffix == ".json" and path.is_file() and path.stat().st_size > MAX_JSON_BYTES:
             raise ModelError(f"{path}: is larger than {MAX_JSON_BYTES >> 20} MiB, which no such file is; get it again")
+        if path.name == "tokenizer.json" and re.search(HUGE_ID, path.read_bytes()):
+            raise ModelError(f"{path}: has a token id above 9,999,999, which no model has a row for; get it again")
     return str(folder)
 
 
@@ -237,8 +240,8 @@ def explain(name: str, error: BaseException) -> FasttuneError:
             "check the name and the network, or download it elsewhere and give the folder"
         )
     known = isinstance(error, OSError | ValueError | RuntimeError)
-    text = text if known else f"one of its files is damaged or not supported ({kind_and_line(error)})"
-    return ModelError(f"model.name: {name[:100]} cannot be loaded: {text[:170]}")
+    text = text if known else f"one of its files is damaged or not supported ({type(error).__name__}: {text})"
+    return ModelError(f"model.name: {name[:100]} cannot be loaded: {text[:180]}")
 
 
 def pickled(what: str, file: str) -> ModelError:

@@ -63,6 +63,13 @@ def test_a_pipe_is_not_waited_for(folder: Path) -> None:
         pretrained.read_tokenizer(ModelConfig(name=str(folder)))
 
 
+def test_an_id_beyond_all_embeddings_is_not_filled_up_to(folder: Path) -> None:
+    text = (folder / "tokenizer.json").read_text()
+    (folder / "tokenizer.json").write_text(text.replace('"vocab": {', '"vocab": {"far": 100000000,'))
+    with pytest.raises(ModelError, match="has a token id above"):
+        pretrained.read_tokenizer(ModelConfig(name=str(folder)))
+
+
 def run_of(folder: Path, *settings: str) -> list[str]:
     (folder.parent / "rows.jsonl").write_text('{"question": "[CALL] 1", "answer": "2"}\n' * 8)
     tree = {"model": {"name": str(folder)}, "data": {"train": str(folder.parent / "rows.jsonl")}}

@@ -152,7 +152,7 @@ def load(finished: Finished, dtype: Dtype) -> tuple[Any, Any]:
     if finished.adapter:
         model = adapters.put_on(model, finished.adapter)
     if tokenizer.pad_token_id is None:
-        tokenizer.pad_token = tokenizer.eos_token
+        tokenizer.pad_token = tokenizer.eos_token or tokenizer.convert_ids_to_tokens(0)  # never looked at
     pretrained.check_tokens(tokenizer, len(model.get_input_embeddings().weight))
     models.for_inference(model)
     return model, tokenizer
