@@ -31,8 +31,10 @@ def generate(model: Any, tokenizer: Any, prompts: list[str], stops: list[int], m
 
 def refusal(model: Any, tokenizer: Any, text: str) -> str | None:
     """Why a text cannot be given to the model: it is none, or holds a token without an embedding. Else None."""
-    if half := next((character for character in text if "\ud800" <= character <= "\udfff"), None):
-        return f"half a character ({half!a}) is no text: write it as UTF-8, or leave it out"
+    try:
+        text.encode()
+    except UnicodeEncodeError as error:
+        return f"half a character ({text[error.start]!a}) is no text: write it as UTF-8, or leave it out"
     rows = len(model.get_input_embeddings().weight)
     if len(tokenizer) <= rows:
         return None

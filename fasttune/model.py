@@ -55,6 +55,7 @@ def load(config: ModelConfig, dtype: str, gradient_checkpointing: str, full: boo
                 random_state=seed,
             )
         )
+        tokenizer("x")  # some are read and break at the first text
     quantized = bool(getattr(model, "is_loaded_in_4bit", False))
     if quantized != (config.quantization == "nf4"):
         raise ModelError(

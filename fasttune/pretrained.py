@@ -48,13 +48,12 @@ def check(name: str) -> None:
         if is_path(name):
             raise ModelError(f"model.name: {name[:150]}: no such folder; check the spelling, or give a hub id")
         return None
-    for adapter in (folder, folder / "adapter"):
+    whole = (folder / "config.json").is_file()
+    for adapter in (folder, folder / "adapter")[: 1 if whole else 2]:  # a model may have a folder of that name
         if (adapter / "adapter_config.json").is_file():
             raise _is_adapter(name, f"`fasttune merge {folder} --out DIR`")
-    if not (folder / "config.json").is_file():
-        raise ModelError(
-            f"model.name: {name[:150]} has no config.json, so it is no model; name the folder that has one"
-        )
+    if not whole:
+        raise ModelError(f"model.name: {name[:150]} has no config.json; name the folder of a model")
     return None
 
 
@@ -150,6 +149,7 @@ def read_tokenizer(config: ModelConfig) -> Any:
                 source, revision=config.revision, trust_remote_code=config.trust_remote_code
             )
         )
+        tokenizer("x")  # some are read and break at the first text
     if not getattr(tokenizer, "is_fast", False):  # it alone can say which characters a token stands for
         raise ModelError(
             f"model.name: {config.name} has no fast tokenizer (tokenizer.json), so labels cannot be placed"

@@ -63,6 +63,21 @@ def test_a_pipe_is_not_waited_for(folder: Path) -> None:
         pretrained.read_tokenizer(ModelConfig(name=str(folder)))
 
 
+@pytest.mark.filterwarnings("ignore")
+def test_a_tokenizer_that_breaks_at_a_text_is_one_line(folder: Path) -> None:
+    file = folder / "tokenizer.json"
+    for part in (
+        {"normalizer": {"type": "Precompiled", "precompiled_charsmap": "AAAA"}},
+        {"model": {"type": "WordLevel"}},
+    ):
+        whole = json.loads(file.read_text())
+        empty = {"vocab": {}, "unk_token": "x"} if "model" in part else {}
+        file.write_text(json.dumps(whole | {key: {**value, **empty} for key, value in part.items()}))
+        with pytest.raises(ModelError, match="damaged or not supported"):
+            pretrained.read_tokenizer(ModelConfig(name=str(folder)))
+        file.write_text(json.dumps(whole))
+
+
 def test_an_id_beyond_all_embeddings_is_not_filled_up_to(folder: Path) -> None:
     text = (folder / "tokenizer.json").read_text()
     (folder / "tokenizer.json").write_text(text.replace('"vocab": {', '"vocab": {"far": 100000000,'))
