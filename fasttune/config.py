@@ -320,11 +320,11 @@ def parse(tree: dict[str, Any], problems: list[str] | None = None) -> Config:
     return config
 
 
-def dump(config: Config, header: str = "") -> str:
-    """YAML that `load` reads back to the same Config."""
+def dump(config: Config, header: str = "", exclude_unset: bool = False) -> str:
+    """YAML that `load` reads back to the same Config; `exclude_unset`: without what nobody wrote."""
     unused = {"lora"} if config.train.method == "full" else None
-    body = yaml.safe_dump(config.model_dump(mode="json", exclude=unused), sort_keys=False, allow_unicode=True)
-    return header + body
+    tree = config.model_dump(mode="json", exclude=unused, exclude_unset=exclude_unset)
+    return header + yaml.safe_dump(tree, sort_keys=False, allow_unicode=True)
 
 
 def known_keys(model: type[BaseModel] = Config, prefix: str = "") -> list[str]:

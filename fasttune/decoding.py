@@ -29,6 +29,21 @@ def generate(model: Any, tokenizer: Any, prompts: list[str], stops: list[int], m
         return model.generate(**given, **{**settings, **more})[:, given["input_ids"].shape[1] :]
 
 
+def refusal(model: Any, tokenizer: Any, text: str) -> str | None:
+    """Why a text cannot be given to the model: it is none, or holds a token without an embedding. Else None."""
+    try:
+        text.encode()
+    except UnicodeEncodeError as error:
+        return f"half a character ({text[error.start]!a}) is no text: write it as UTF-8, or leave it out"
+    rows = len(model.get_input_embeddings().weight)
+    if len(tokenizer) <= rows:
+        return None
+    largest = max(tokenizer(text, add_special_tokens=False).input_ids, default=0)
+    if largest < rows:
+        return None
+    return f"the model has no embedding for {tokenizer.convert_ids_to_tokens(largest)[:40]!r}: {rows:,} rows, no more"
+
+
 def stop_ids(model: Any, tokenizer: Any) -> list[int]:
     """Tokens that end an answer: EOS of the model and of the tokenizer, and what the chat template closes a turn with.
 

@@ -60,7 +60,9 @@ class Speaker:
         return self.template.prompt(messages, tools)
 
     def length(self, prompt: str) -> int:
-        """Tokens of a prompt. Raises Unusable where no room is left for an answer."""
+        """Tokens of a prompt. Raises Unusable where it is no text, or no room is left for an answer."""
+        if why := decoding.refusal(self.model, self.tokenizer, prompt):
+            raise Unusable(why)
         tokens = len(self.tokenizer(prompt, add_special_tokens=False).input_ids)
         if self.positions and tokens + self.sampling.max_new_tokens > self.positions:
             raise Unusable(

@@ -13,7 +13,8 @@ from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
-from fasttune import hub, paths, pretrained
+from fasttune import adapter as adapters, hub, paths, pretrained
+from fasttune.adapter import PREFIX, Shapes
 from fasttune.config import ModelConfig
 from fasttune.errors import ModelError
 
@@ -22,7 +23,6 @@ WEIGHTS = "model.safetensors"
 BESIDE = ("config.json", "generation_config.json", "LICENSE*", "NOTICE*", "USE_POLICY*")  # kept of the base
 CODE = "*.py"  # too, where the command trusts it: a converter to GGUF runs what it finds
 logging.getLogger("torch.utils._pytree").setLevel(logging.ERROR)  # torchao's registrations warn at every import
-PREFIX = "base_model.model."  # PEFT's, before every name of the base model
 
 
 @dataclass(frozen=True)
@@ -45,6 +45,7 @@ class Merge:
     deltas: dict[str, Delta] = field(default_factory=dict)
     replaced: dict[str, str] = field(default_factory=dict)  # weight → name in the adapter's file
     trusted: bool = False  # the code that comes with the base
+    rows: int | None = None  # of the embeddings, where the adapter brings more than the base has
 
     def size_bytes(self, dtype_bytes: int | None) -> int:
         """Of the files to write, at most: those of the base, each value in `dtype_bytes` where that is more."""
@@ -58,7 +59,7 @@ def plan(base: ModelConfig, adapter: Path | None) -> Merge:
     folder = _files(base)
     for place in filter(None, (folder, adapter)):
         paths.check_model(place, weights_too=True)
-    if json.loads((folder / "config.json").read_text(encoding="utf-8")).get("quantization_config"):
+    if pretrained.read_json(folder / "config.json").get("quantization_config"):
         raise ModelError(
             f"{base.name}: these weights are quantized, so nothing can be added to them exactly; merge into the 16-bit "
             "model they were made from: put its name into model.name of config.yaml"
@@ -66,8 +67,9 @@ def plan(base: ModelConfig, adapter: Path | None) -> Merge:
     shards = _shards(folder, base.name)
     if adapter is None:
         return Merge(folder, None, shards, trusted=base.trust_remote_code)
-    deltas, replaced = _adapter(base, folder, adapter, {name for names in shards.values() for name in names})
-    return Merge(folder, adapter, shards, deltas, replaced, base.trust_remote_code)
+    names = {name for names in shards.values() for name in names}
+    deltas, replaced, rows = _adapter(base, folder, adapter, names)
+    return Merge(folder, adapter, shards, deltas, replaced, base.trust_remote_code, rows)
 
 
 def _files(base: ModelConfig) -> Path:
@@ -93,7 +95,10 @@ def _shards(folder: Path, name: str) -> dict[str, list[str]]:
     import safetensors
 
     if (folder / INDEX).is_file():
-        files = sorted(set(json.loads((folder / INDEX).read_text(encoding="utf-8"))["weight_map"].values()))
+        named = pretrained.read_json(folder / INDEX).get("weight_map")
+        if not isinstance(named, dict) or not named or not all(isinstance(file, str) for file in named.values()):
+            raise ModelError(f"{folder / INDEX}: has no weight_map from weights to files; get the model again")
+        files = sorted(set(named.values()))
     else:
         files = [WEIGHTS]
     found = {}
@@ -114,33 +119,13 @@ def _shards(folder: Path, name: str) -> dict[str, list[str]]:
 
 def _adapter(
     base: ModelConfig, folder: Path, adapter: Path, weights: set[str]
-) -> tuple[dict[str, Delta], dict[str, str]]:
-    """(what each weight gains, what is replaced whole), from PEFT's own layers on a model without weights."""
-    import peft
-    import safetensors
-    import torch
-    import transformers
+) -> tuple[dict[str, Delta], dict[str, str], int | None]:
+    """(what each weight gains, what is replaced whole, Merge.rows), as PEFT says on a model without weights."""
     from peft.tuners.lora import Linear
     from peft.tuners.tuners_utils import BaseTunerLayer
 
-    try:
-        said = peft.PeftConfig.from_pretrained(str(adapter))
-        with safetensors.safe_open(adapter / "adapter_model.safetensors", "pt") as file:
-            left = set(file.keys())
-    except (OSError, ValueError, TypeError, safetensors.SafetensorError) as error:
-        text = " ".join(str(error).split())[:200]
-        raise ModelError(f"{adapter}: is no adapter that can be read: {text}") from error
-    if said.peft_type != "LORA":
-        raise ModelError(f"{adapter}: a {said.peft_type} adapter cannot be merged, only LoRA")
-    said.init_lora_weights = False  # nothing is computed, there are no weights
-    architecture = transformers.AutoConfig.from_pretrained(folder, trust_remote_code=base.trust_remote_code)
-    with torch.device("meta"), warnings.catch_warnings():
-        warnings.simplefilter("ignore")  # PEFT warns of tied weights: they are refused below
-        model = transformers.AutoModelForCausalLM.from_config(architecture, trust_remote_code=base.trust_remote_code)
-        ends = [model.get_input_embeddings(), model.get_output_embeddings()]
-        tied = ends[1] is not None and ends[0].weight is ends[1].weight
-        names = [name for name, module in model.named_modules() if module in ends] if tied else []
-        model = peft.get_peft_model(model, said)
+    model, names, shapes, sizes, rows = _without_weights(base, folder, adapter)
+    left = set(shapes)
     deltas, cannot = {}, []
     for name, module in model.named_modules():
         if not isinstance(module, BaseTunerLayer):
@@ -156,13 +141,52 @@ def _adapter(
             continue
         left -= mine
         deltas[f"{weight}.weight"] = Delta(a, b, float(module.scaling["default"]), bool(module.fan_in_fan_out))
+    left = {name for name in left if adapters.copy_of(name) not in left}
     replaced = _whole(adapter, left, names, weights, cannot)
+    for name, key in replaced.items():
+        if shapes[key] != sizes.get(name, shapes[key]):
+            cannot.append(f"{name} ({shapes[key]}, in the base {sizes[name]})")
     if cannot:
         more = f" and {len(cannot) - 3} more" if len(cannot) > 3 else ""
         raise ModelError(
             f"{adapter}: cannot be merged exactly: {'; '.join(cannot[:3])}{more}; use it with PEFT instead"
         )
-    return deltas, replaced
+    return deltas, replaced, rows
+
+
+def _without_weights(
+    base: ModelConfig, folder: Path, adapter: Path
+) -> tuple[Any, list[str], Shapes, Shapes, int | None]:
+    """PEFT's model on the meta device, its tied modules, what the adapter and the base hold, Merge.rows.
+
+    Raises ModelError where the adapter is not of this base.
+    """
+    import peft
+    import torch
+    import transformers
+
+    pretrained.read_architecture(base)  # refuses what cannot be built
+    with pretrained.explained(base.name), torch.device("meta"):
+        architecture = transformers.AutoConfig.from_pretrained(folder, trust_remote_code=base.trust_remote_code)
+        model = transformers.AutoModelForCausalLM.from_config(architecture, trust_remote_code=base.trust_remote_code)
+        ends = [model.get_input_embeddings(), model.get_output_embeddings()]
+        tied = ends[1] is not None and ends[0].weight is ends[1].weight
+        names = [name for name, module in model.named_modules() if module in ends] if tied else []
+    shapes = adapters.check(model, adapter)
+    with adapters.explained(adapter), torch.device("meta"), warnings.catch_warnings():
+        warnings.simplefilter("ignore")  # PEFT warns of tied weights: they are refused later
+        rows = adapters.grow(model, shapes, adapter)
+        sizes = {name: tuple(value.shape) for name, value in model.state_dict().items()}
+        said = peft.PeftConfig.from_pretrained(str(adapter))
+        said.init_lora_weights = False  # nothing is computed, there are no weights
+        model = peft.get_peft_model(model, said)
+        wanted = peft.get_peft_model_state_dict(model, save_embedding_layers=False)
+    known = {*wanted, *(name.replace(".default", "") for name in model.state_dict())}
+    adapters.check_names(adapter, shapes, sorted(set(wanted) - set(shapes)), sorted(set(shapes) - known))
+    for name, weight in wanted.items():
+        if shapes[name] != tuple(weight.shape):
+            raise ModelError(f"{adapter}: {name} is {shapes[name]}, for this base it would be {tuple(weight.shape)}")
+    return model, names, shapes, sizes, rows
 
 
 def _whole(adapter: Path, keys: set[str], tied: list[str], weights: set[str], cannot: list[str]) -> dict[str, str]:
@@ -191,14 +215,13 @@ def write(merge: Merge, folder: Path, dtype: str | None, progress: Callable[[flo
     import safetensors
     import safetensors.torch
 
-    total, rows = 0, None
+    total = 0
     for number, (file, names) in enumerate(merge.shards.items()):
         progress(number / len(merge.shards))
         with safetensors.safe_open(merge.base / file, "pt") as shard:
             made = {name: _merged(merge, name, shard.get_tensor(name), dtype) for name in names}
             safetensors.torch.save_file(made, folder / file, metadata=shard.metadata() or {"format": "pt"})
         total += sum(tensor.numel() * tensor.element_size() for tensor in made.values())
-        rows = next((len(made[name]) for name in made if name in merge.replaced and "embed" in name), rows)
         del made
     for pattern in (*BESIDE, CODE) if merge.trusted else BESIDE:
         for path in merge.base.glob(pattern):
@@ -212,8 +235,8 @@ def write(merge: Merge, folder: Path, dtype: str | None, progress: Callable[[flo
         config.pop("auto_map", None)  # names code that is not there
     if dtype:
         config = {**{key: value for key, value in config.items() if key != "torch_dtype"}, "dtype": dtype}
-    if rows:
-        config["vocab_size"] = rows
+    if merge.rows:
+        config["vocab_size"] = merge.rows
     (folder / "config.json").write_text(json.dumps(config, indent=2) + "\n", encoding="utf-8")
     paths.readable(folder)
     progress(1.0)

@@ -29,8 +29,6 @@ logging.getLogger("torch.utils._pytree").setLevel(logging.ERROR)  # torchao's re
 
 from unsloth import FastLanguageModel, tokenizer_utils
 
-import peft
-import safetensors
 import torch
 import transformers
 
@@ -45,7 +43,7 @@ def load(config: ModelConfig, dtype: str, gradient_checkpointing: str, full: boo
     source = pretrained.locate(config)
     if not torch.cuda.is_available():
         memory.keep_freed()
-    try:
+    with pretrained.explained(config.name):
         model, tokenizer = hub.patiently(
             lambda: FastLanguageModel.from_pretrained(
                 model_name=source,
@@ -61,8 +59,7 @@ def load(config: ModelConfig, dtype: str, gradient_checkpointing: str, full: boo
                 random_state=seed,
             )
         )
-    except (OSError, ValueError, RuntimeError, safetensors.SafetensorError) as error:
-        raise pretrained.explain(config.name, error) from error
+        tokenizer("x")  # some are read and break at the first text
     quantized = bool(getattr(model, "is_loaded_in_4bit", False))
     if quantized != (config.quantization == "nf4"):
         raise ModelError(
@@ -89,15 +86,6 @@ def add_lora(model: Any, config: LoraConfig, gradient_checkpointing: str, seed: 
         use_gradient_checkpointing=_unsloth_checkpointing(gradient_checkpointing),
         random_state=seed,
     )
-
-
-def add_trained(model: Any, adapter: Path) -> Any:
-    """The adapter of a folder (PEFT format) on a loaded base, not to be trained on. Raises ModelError."""
-    try:
-        return peft.PeftModel.from_pretrained(model, str(adapter))
-    except (OSError, ValueError, RuntimeError, TypeError, safetensors.SafetensorError) as error:
-        text = " ".join(str(error).split())[:300]
-        raise ModelError(f"{adapter}: does not fit its base model, or is damaged: {text}") from error
 
 
 def save(model: Any, tokenizer: Any, folder: Path, initial_adapter: Path | None = None) -> None:

@@ -3,6 +3,7 @@
 import json
 import os
 import shlex
+import shutil
 import signal
 import statistics
 import subprocess
@@ -72,6 +73,7 @@ def test_the_ratio_is_of_medians_and_its_interval_holds_it() -> None:
         ({"losses": [2.0, 1.9, 1.8, 1.69]}, "losses differ by 0.6%"),
         ({"losses": [2.0, 1.9, 1.8, float("nan")]}, "a loss is not finite"),
         ({"rows_digest": "other"}, "saw different rows"),
+        ({"weights_digest": "other"}, "began with different weights"),
         ({"tokens": [130] * 4}, "count tokens differently"),
         ({"loss_tokens": [61] * 4}, "count tokens differently"),
     ],
@@ -133,6 +135,57 @@ def test_every_arm_does_the_work_of_the_baseline(vanilla: Repeat, shared: Path, 
     assert other.flops_per_token == pytest.approx(vanilla.flops_per_token)
 
 
+def test_an_arm_of_other_weights_is_invalid(vanilla: Repeat, shared: Path, tmp_path: Path) -> None:
+    """By so little that no loss tells."""
+    import safetensors.torch
+
+    from fasttune import builtin
+    from fasttune.bench import arms
+
+    other = Path(shutil.copytree(builtin.path("builtin:tiny"), tmp_path / "other"))
+    weights = safetensors.torch.load_file(other / "model.safetensors")
+    weights["model.norm.weight"] *= 1 + 1e-6
+    safetensors.torch.save_file(weights, other / "model.safetensors", {"format": "pt"})
+    settings = config.load(shared / "config.yaml", [f"model.name={other}"])
+    found = compared(arms.run("vanilla", settings, STEPS, shared, tmp_path), vanilla)
+    assert found == "they began with different weights"
+
+
+def test_weights_are_the_same_in_another_dtype_and_not_as_bytes(unsloth: None) -> None:
+    import torch
+
+    from fasttune.training import live
+
+    layer = torch.nn.Linear(64, 64).bfloat16()
+    before = live.weights_digest(layer)
+    assert live.weights_digest(layer.float()) == before
+    packed = torch.nn.Module()
+    packed.weight = torch.nn.Parameter(torch.zeros(2048, 1, dtype=torch.uint8), requires_grad=False)
+    assert live.weights_digest(packed) != before
+
+
+def test_plain_arms_load_the_revision_and_the_code_of_the_config(
+    shared: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    import transformers
+
+    from fasttune.bench import arms
+
+    settings = config.load(shared / "config.yaml", ["model.revision=abc", "model.trust_remote_code=true"])
+    asked: list[dict[str, Any]] = []
+
+    def load(source: str, **more: Any) -> None:
+        asked.append(more)
+        if len(asked) == 2:
+            raise StopIteration
+
+    for kind in (transformers.AutoTokenizer, transformers.AutoModelForCausalLM):
+        monkeypatch.setattr(kind, "from_pretrained", load)
+    with pytest.raises(StopIteration):
+        arms.run("vanilla", settings, STEPS, shared, tmp_path)
+    assert [(each["revision"], each["trust_remote_code"]) for each in asked] == [("abc", True)] * 2
+
+
 def test_another_learning_rate_is_invalid(vanilla: Repeat, shared: Path, tmp_path: Path) -> None:
     assert "losses differ" in (compared(measure("vanilla", shared, tmp_path, learning_rate=2e-2), vanilla) or "")
 
@@ -173,6 +226,7 @@ def test_an_arm_that_counts_padding_is_invalid(
         (["--repeats", "0"], "--repeats 0"),
         (["--steps", "1"], "--steps 1: at least 2"),
         (["lora.dropout=0.1"], "add lora.dropout=0"),
+        (["model.quantization=nf4"], "add model.quantization=none"),
         (["data.train=nowhere.jsonl"], "no file nowhere.jsonl"),
     ],
 )

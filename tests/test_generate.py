@@ -197,6 +197,30 @@ def test_rows_that_cannot_be_asked(tmp_path: Path) -> None:
             list(questions.read(str(path), columns, None))
 
 
+def test_half_a_character_is_told(
+    speaker: Any, finished_run: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: Any
+) -> None:
+    """A row with one is left out and counted; what was typed with one is refused."""
+    from fasttune import generate, terminal
+    from fasttune.after import finished
+
+    source, opened = tmp_path / "rows.jsonl", finished.open_run(str(finished_run))
+    source.write_text('{"prompt": "Hi"}\n{"prompt": "a \\ud83d b"}\n')
+    done = generate.answer_file(
+        speaker, opened, str(source), tmp_path / "out", 2, None, {}, terminal.Reporter(quiet=True)
+    )
+    assert (done["answered"], done["left_out"]) == (1, 1)
+    source.write_text('{"prompt": "a \\ud83d b"}\n')
+    with pytest.raises(DataError, match=r"row 1: half a character \('\\ud83d'\)"):
+        generate.answer_file(speaker, opened, str(source), tmp_path / "none", 2, None, {}, None)
+    for arguments in (["--prompt", "caf\udce9"], ["--prompt", "x", "--system", "caf\udce9"]):
+        assert cli.main(["generate", "builtin:tiny", *arguments]) == 2
+        assert rf"{arguments[-2]}: 'caf\udce9' is no UTF-8" in capsys.readouterr().err
+    monkeypatch.setattr(sys, "stdin", io.TextIOWrapper(io.BytesIO(b"caf\xe9\n"), encoding="utf-8"))
+    assert cli.main(["generate", str(finished_run), "--chat"]) == 2
+    assert "--chat: what was typed is no UTF-8" in capsys.readouterr().err
+
+
 def test_a_prompt_too_long_for_the_model_is_told(speaker: Any) -> None:
     from fasttune import generate
 

@@ -18,7 +18,7 @@ LAYERS = [
     {"config", "plots", "shape", "stack"},
     {"builtin", "data", "memory_forecast", "output", "report", "rules"},
     {"decoding", "live", "plan", "pretrained", "rows_attention", "terminal"},
-    {"forecast", "model"},
+    {"adapter", "forecast", "model"},
     {"finished", "fused_lora", "merge_check", "packed", "samples", "tasks"},
     {"card", "harness", "merge", "prepare", "questions"},
     {"generate", "merge_command", "preview", "state", "tracking", "validation", "view"},

@@ -148,12 +148,19 @@ def test_bf16_is_the_fp32_sum_rounded_once_in_the_same_files(tmp_path: Path) -> 
     assert model.lm_head.weight.data_ptr() == model.model.embed_tokens.weight.data_ptr()
 
 
-@pytest.mark.parametrize("tie", [True, False])
-def test_added_tokens_and_their_embeddings_are_kept(tmp_path: Path, tie: bool) -> None:
-    from fasttune.after import merge_check
+@pytest.mark.parametrize(
+    ("tie", "settings"),
+    [(True, {}), (False, {}), (False, {"modules_to_save": ["embed_tokens", "lm_head"]})],
+)
+def test_added_tokens_and_their_embeddings_are_kept(tmp_path: Path, tie: bool, settings: dict[str, Any]) -> None:
+    """By merge and by what generate and eval load; PEFT writes modules_to_save after a resize three times."""
+    import torch
+    from transformers import AutoModelForCausalLM
+
+    from fasttune.after import finished, merge_check
 
     base = base_model(tmp_path / "base", tie_word_embeddings=tie)
-    learned = adapter(base, tmp_path / "adapter", grow=3, target_modules=ALL)
+    learned = adapter(base, tmp_path / "adapter", grow=3, target_modules=ALL, **settings)
     out = merged(base, learned, tmp_path / "merged")
     assert json.loads((out / "config.json").read_text())["vocab_size"] == 259 + 3
     shutil.copy(learned / "tokenizer.json", out)
@@ -161,6 +168,9 @@ def test_added_tokens_and_their_embeddings_are_kept(tmp_path: Path, tie: bool) -
     compared = merge_check.compare(str(out), str(base), None, str(learned), False)
     assert compared.verified and compared.seen
     assert ("lm_head.weight" in tensors(out)) is not tie
+    used, _ = finished.load(finished.open_run(str(learned)), "float32")
+    ids = torch.tensor([[5, 259, 261]])
+    torch.testing.assert_close(used(ids).logits, AutoModelForCausalLM.from_pretrained(out)(ids).logits)
 
 
 @pytest.mark.parametrize(

@@ -4,13 +4,12 @@ finished = open_run("runs/quickstart-20261121-120000")      # reads two small fi
 model, tokenizer = load(finished, dtype_for(finished))      # base weights, and the adapter on them
 """
 
-import json
 import shlex
 from dataclasses import dataclass, field, replace
 from pathlib import Path
 from typing import Any, Literal
 
-from fasttune import builtin, config as configuration, paths
+from fasttune import adapter as adapters, builtin, config as configuration, paths, pretrained
 from fasttune.config import Config, ModelConfig, looks_like_hub
 from fasttune.errors import ConfigError, ModelError
 
@@ -96,7 +95,7 @@ def _run(name: str, folder: Path) -> Finished:
         config = configuration.load(folder / "config.yaml", [f"{configuration.TRUST}=false"])
     except ConfigError as error:
         raise ModelError(f"{name}: its config.yaml cannot be used: {error.problems[0]}") from error
-    result = _json(folder / "run.json") if (folder / "run.json").is_file() else None
+    result = pretrained.read_json(folder / "run.json") if (folder / "run.json").is_file() else None
     status = result.get("status") if result else "running"
     status = "not finished" if status == "running" else status  # or it was killed
     kind = "model" if config.train.method == "full" else "adapter"
@@ -108,29 +107,30 @@ def _run(name: str, folder: Path) -> Finished:
     if kind == "model":
         base = config.model.model_copy(update={"name": str(folder / "model"), "revision": None})
         return Finished(name, base, None, folder, config, result, warnings)
+    adapters.settings(folder / "adapter")
+    _base_is_here(config.model.name, f"{folder / 'config.yaml'}: model.name")
     return Finished(name, config.model, folder / "adapter", folder, config, result, warnings)
 
 
 def _adapter(name: str, folder: Path) -> Finished:
     """A PEFT folder that is no part of a run: it names its base itself."""
     paths.check_model(folder)
-    said = _json(folder / "adapter_config.json")
+    said = adapters.settings(folder)
     base = said.get("base_model_name_or_path")
     if not base:
         raise ModelError(f"{name}: its adapter_config.json names no base model; set base_model_name_or_path in it")
-    revision = said.get("revision")
-    return Finished(name, _base(str(base), str(revision) if revision else None), folder)
+    _base_is_here(base, f"{folder / adapters.SETTINGS}: base_model_name_or_path")
+    return Finished(name, _base(base, said.get("revision")), folder)
+
+
+def _base_is_here(base: str, key: str) -> None:
+    if pretrained.is_path(base) and pretrained.folder_of(base) is None:
+        raise ModelError(f"{key} is {base[:100]}, which is not here; set it to the folder or hub id of that base model")
+    pretrained.check(base)
 
 
 def _base(name: str, revision: str | None = None) -> ModelConfig:
     return ModelConfig(name=name, revision=revision)
-
-
-def _json(path: Path) -> dict[str, Any]:
-    try:
-        return dict(json.loads(paths.read_text(path)))
-    except (OSError, ValueError, TypeError, RecursionError) as error:
-        raise ModelError(f"{path}: cannot be read; it should be JSON") from error
 
 
 def dtype_for(finished: Finished) -> Dtype:
@@ -148,7 +148,7 @@ def load(finished: Finished, dtype: Dtype) -> tuple[Any, Any]:
 
     The base is quantized as it was in training; where there is no GPU for that, `finished.warnings` says so.
     """
-    from fasttune import model as models, pretrained
+    from fasttune import model as models
 
     base = finished.base
     if base.quantization == "nf4" and not models.torch.cuda.is_available():
@@ -159,8 +159,9 @@ def load(finished: Finished, dtype: Dtype) -> tuple[Any, Any]:
     base = base.model_copy(update={"max_length": max(base.max_length, positions)})  # on a GPU unsloth cuts off there
     model, _ = models.load(base, dtype, gradient_checkpointing="none", full=False, seed=0)
     if finished.adapter:
-        model = models.add_trained(model, finished.adapter)
+        model = adapters.put_on(model, finished.adapter)
     if tokenizer.pad_token_id is None:
-        tokenizer.pad_token = tokenizer.eos_token
+        tokenizer.pad_token = tokenizer.eos_token or tokenizer.convert_ids_to_tokens(0)  # never looked at
+    pretrained.check_tokens(tokenizer, len(model.get_input_embeddings().weight))
     models.for_inference(model)
     return model, tokenizer

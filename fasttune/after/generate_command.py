@@ -71,6 +71,9 @@ def check(options: argparse.Namespace) -> None:
         raise FasttuneError(f"--temperature {options.temperature}: 0 (greedy) or more")
     if options.prompt is not None and not options.prompt.strip():
         raise DataError("--prompt is empty; say what is asked")
+    for flag, text in (("--prompt", options.prompt), ("--system", options.system)):
+        if any("\ud800" <= character <= "\udfff" for character in text or ""):  # as Python reads a byte like \xe9
+            raise DataError(f"{flag}: {text[:100]!a} is no UTF-8; set the terminal to UTF-8, or give a --file")
 
 
 def default_out(source: str) -> Path:
@@ -82,5 +85,8 @@ def ask() -> str | None:
     """A line of stdin, asked for on stderr where a person sits; None at its end."""
     if sys.stdin.isatty():
         print("you: ", end="", file=sys.stderr, flush=True)
-    line = sys.stdin.readline()
+    try:
+        line = sys.stdin.readline()
+    except UnicodeDecodeError as error:
+        raise DataError(f"--chat: what was typed is no UTF-8 ({error.reason}); set the terminal to UTF-8") from error
     return line.rstrip("\n") if line else None

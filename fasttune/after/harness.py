@@ -70,6 +70,10 @@ class Harness(HFLM):
         missing = {key: request for key, request in zip(keys, requests, strict=True) if key not in found}
         self.from_cache += len(found)
         self.computed += len(missing)
+        for request in missing.values():
+            for text in (argument for argument in request.args if isinstance(argument, str)):
+                if why := decoding.refusal(self.model, self.tokenizer, text):
+                    raise DataError(f"problem {request.doc_id + 1} of {request.task_name}: {why}")
         # The longest first, so that what does not fit into memory fails at once; kept batch by batch.
         order = iter(sorted(missing, key=lambda key: (-len(missing[key].args[0]), key)))
         done = 0

@@ -23,6 +23,7 @@ WHAT = {
     "on a CPU rows end to end (DataCollatorWithFlattening) and huge pages",
     "unsloth-notebook": "Unsloth as its examples use it: SFTTrainer, its own batching and recomputation",
 }
+PLAIN = ("vanilla", "hf-tuned")
 ADAPTER = "adapter.pt"
 
 
@@ -172,11 +173,16 @@ def _hugging_face(config: Config, steps: int, shared: Path, scratch: Path, tuned
     source, on_gpu = pretrained.locate(config.model), torch.cuda.is_available()
     # Without it SDPA would be given a mask of the whole pack's square.
     flash = tuned and on_gpu and importlib.util.find_spec("flash_attn") is not None
-    tokenizer = transformers.AutoTokenizer.from_pretrained(source)
+    same: dict[str, Any] = {
+        "revision": config.model.revision,
+        "trust_remote_code": config.model.trust_remote_code,
+    }
+    tokenizer = transformers.AutoTokenizer.from_pretrained(source, **same)
     model = transformers.AutoModelForCausalLM.from_pretrained(
         source,
         dtype=getattr(torch, config.model.dtype),
         use_safetensors=True,
+        **same,
         **({"attn_implementation": "flash_attention_2"} if flash else {}),
     )
     if config.train.method == "lora":

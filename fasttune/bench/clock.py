@@ -21,9 +21,13 @@ class Clock(transformers.TrainerCallback):
         self.seconds: list[float] = []
         self.losses: list[float] = []
         self.seconds_to_first_step = 0.0
+        self.weights_digest = ""
         self._last = 0.0
 
-    def on_train_begin(self, args: Any, state: Any, control: Any, **_: Any) -> None:
+    def on_train_begin(self, args: Any, state: Any, control: Any, model: Any = None, **_: Any) -> None:
+        began = time.perf_counter()
+        self.weights_digest = live.weights_digest(model)
+        self.process_started += time.perf_counter() - began  # not what a person waits for
         live.synchronize()
         self._last = time.perf_counter()
 
@@ -115,4 +119,5 @@ def repeat(clock: Clock, counter: Counter, model: Any, rows_per_step: int, backe
         seconds_to_first_step=clock.seconds_to_first_step,
         flops_per_token=flops.of_step(computed, sum(learned), rows_per_step * steps) / sum(tokens) if flops else None,
         backend=backend,
+        weights_digest=clock.weights_digest,
     )

@@ -80,7 +80,10 @@ class Measurements:
         lines = [line for number in range(repeats) if (line := self.get(name, number)) and "failure" not in line]
         fields = Repeat.__dataclass_fields__
         found = [
-            Repeat(**{key: line[key] for key in fields if key != "backend"}, backend=Backend(**line["backend"]))
+            Repeat(
+                **{key: line[key] for key in fields if key in line and key != "backend"},
+                backend=Backend(**line["backend"]),
+            )
             for line in lines
         ]
         return Arm(name, WHAT[name], found, self.failed(name))

@@ -29,6 +29,7 @@ class Repeat:
     """One arm, once. Lists have one entry a step. Tokens count no padding; seconds are device-synchronised.
 
     rows_digest: hash of every step's rows, read from the tensors that were trained on.
+    weights_digest: of the live model before the first step, see live.weights_digest; "" in older files.
     """
 
     tokens: list[int]
@@ -41,6 +42,7 @@ class Repeat:
     seconds_to_first_step: float
     flops_per_token: float | None  # see live.count_flops
     backend: Backend
+    weights_digest: str = ""
 
     @property
     def tokens_per_s(self) -> float:
@@ -204,6 +206,8 @@ def compare(arm: Arm, over: Arm, tolerance: float) -> Comparison:
     invalid = None
     if any(a.rows_digest != b.rows_digest for a, b in pairs):
         invalid = "they saw different rows"
+    elif any(a.weights_digest != b.weights_digest for a, b in pairs):
+        invalid = "they began with different weights"
     elif any(a.tokens != b.tokens or a.loss_tokens != b.loss_tokens for a, b in pairs):
         invalid = "they count tokens differently"
     elif len({len(repeat.losses) for pair in pairs for repeat in pair}) > 1:

@@ -17,7 +17,7 @@ from pathlib import Path
 from typing import Any
 
 from fasttune import children, config as configuration, errors, hardware, plan, stack
-from fasttune.bench.arms import WHAT
+from fasttune.bench.arms import PLAIN, WHAT
 from fasttune.bench.measurements import Measurements
 from fasttune.bench.result import MIN_REPEATS, WARMUP_STEPS, Bench
 from fasttune.config import Config, EvalConfig
@@ -53,6 +53,11 @@ def check(config: Config, arms: str | None, repeats: int, steps: int | None) -> 
         )
     if config.lora.init != "default":
         raise FasttuneError("bench: lora.init=pissa changes the base weights of one arm only; add lora.init=default")
+    if config.model.quantization != "none" and (plain := [name for name in names if name in PLAIN]):
+        raise FasttuneError(
+            f"bench: {', '.join(plain)} train 16-bit weights, which is other work than model.quantization=nf4; add "
+            "model.quantization=none, or --arms fasttune,unsloth-notebook"
+        )
     prepare.check(config)
     return names
 
@@ -87,7 +92,7 @@ def run(
         dtype=resolved.model.dtype,
         steps=steps,
         batch_rows=config.train.batch_rows,
-        max_length=config.model.max_length,
+        max_length=resolved.model.max_length,
         job_tokens=job_tokens(config, facts),
         arms=[measured.arm(name, repeats) for name in arms],
         limit=measured.limit(repeats),
@@ -117,7 +122,8 @@ def share(config: Config, shared: Path, steps: int) -> dict[str, Any]:
     data = config.data.model_copy(update={"eval": None})
     nothing = {"samples": 0, "eval": EvalConfig(every="never"), "output_dir": None}
     job = config.model_copy(update={"train": train, "data": data, **nothing})
-    (shared / "job.yaml").write_text(configuration.dump(job), encoding="utf-8")
+    only = configuration.dump(job, exclude_unset=True)  # what was not written may be fitted to the model
+    (shared / "job.yaml").write_text(only, encoding="utf-8")
     facts = fresh_process("share", shared, steps)
     if "failure" in facts:
         kind, _, text = facts["failure"].partition(": ")

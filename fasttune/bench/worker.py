@@ -51,7 +51,9 @@ def limit(config: Config, shared: Path, seconds: float = LIMIT_SECONDS) -> dict[
     from fasttune import hardware, pretrained
 
     with torch.device("meta"):
-        model = transformers.AutoModelForCausalLM.from_config(pretrained.read_architecture(config.model))
+        model = transformers.AutoModelForCausalLM.from_config(
+            pretrained.read_architecture(config.model), trust_remote_code=config.model.trust_remote_code
+        )
     tokens, labels = at_once(config, json.loads((shared / "rows.json").read_text(encoding="utf-8")))
     head = model.get_output_embeddings()
     flops: dict[tuple[int, int, int], float] = {}

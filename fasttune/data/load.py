@@ -1,6 +1,7 @@
 """Config and tokenizer → Batches: every data set recognised, encoded (or taken from the cache) and split."""
 
-from collections.abc import Callable, Iterable, Iterator
+from collections.abc import Callable, Iterable, Iterator, Sequence
+from pathlib import Path
 from typing import Any
 
 from fasttune.config import Config
@@ -57,6 +58,14 @@ def held_out(config: Config, tokenizer: Any, batches: Batches, progress: Progres
         held = (rows.row(i) for rows, i in places)
     found = overlap.warning(batches, held)
     return measured, [found] if found else []
+
+
+def texts(batches: Batches, held_out: Sequence[Encoded] = ()) -> Iterator[tuple[str, Any]]:
+    """(where it is from, its ids) of every row."""
+    for part in batches.parts:
+        for index, number in enumerate(part.numbers):
+            yield f"row {number} of {Path(part.source).name}", part.row(index)[0]
+    yield from (("a held-out row", ids) for ids, _ in held_out)
 
 
 def _encode_one(

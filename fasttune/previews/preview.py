@@ -60,7 +60,8 @@ def look(config: Config, gpu: str | None, reporter: terminal.Reporter) -> Figure
     try:
         with library_log():
             reporter.note(f"reading the architecture and the tokenizer of {config.model.name} …")
-            shape = Shape.of(pretrained.read_architecture(config.model))
+            config, architecture = prepare.fitted(config, reporter.warn)
+            shape = Shape.of(architecture)
             tokenizer = pretrained.read_tokenizer(config.model)
             chat.complete(tokenizer)
             return _figures(config, machine, shape, tokenizer, reporter)
@@ -73,6 +74,7 @@ def _figures(config: Config, machine: Hardware, shape: Shape, tokenizer: Any, re
     sample, scale = _sample(chosen.apply(config))
     data = load.encode(sample, tokenizer, chosen.packed, reporter.progress)
     load.held_out(sample, tokenizer, data, reporter.progress)  # which may be refused, too
+    pretrained.check_tokens(tokenizer, shape.vocab, load.texts(data))
     data.share_prefix = chosen.packed and not machine.gpus  # as packed.shares_prefix says of a live model
     usd_per_hour, price = plan.price_of(config, machine)
     expected = forecast.of_run(sample, chosen, data, machine, usd_per_hour, scale)

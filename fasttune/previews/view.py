@@ -126,10 +126,12 @@ def look(config: Config, rows: int, reporter: terminal.Reporter) -> Figures:
             reporter.note(f"reading the tokenizer of {config.model.name} …")
             tokenizer = pretrained.read_tokenizer(config.model)
             changes = chat.complete(tokenizer)
-            shape = Shape.of(pretrained.read_architecture(config.model))
+            config, architecture = prepare.fitted(config, reporter.warn)
+            shape = Shape.of(architecture)
             chosen = plan.resolve(config, hardware.detect(), shape)  # how many rows at once a run would take here
             data = load.encode(chosen.apply(config), tokenizer, True, reporter.progress)
-            _, warnings = load.held_out(config, tokenizer, data, reporter.progress)
+            held_out, warnings = load.held_out(config, tokenizer, data, reporter.progress)
+            pretrained.check_tokens(tokenizer, shape.vocab, load.texts(data, held_out))
     finally:
         reporter.stop()
     return measure(config, tokenizer, changes, data, rows, warnings)

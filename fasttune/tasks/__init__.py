@@ -94,4 +94,7 @@ def _split(rows: list[Row], source: str) -> dict[str, Any]:
 
     if not rows:
         raise DataError(f"--data: {source} holds no rows")
-    return {"test": datasets.Dataset.from_list(rows)}
+    try:
+        return {"test": datasets.Dataset.from_list(rows)}
+    except UnicodeEncodeError as error:
+        raise DataError(f"--data: {source} holds half a character: {error.reason}; write its rows as UTF-8") from error

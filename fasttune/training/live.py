@@ -4,6 +4,7 @@ Needs torch only, so that arms without Unsloth are measured by the same code.
 Shapes: B rows of a micro-batch, T tokens of the longest row (or of the whole packed row).
 """
 
+import hashlib
 from typing import Any
 
 import torch
@@ -143,6 +144,19 @@ def dtypes(model: Any, autocast: bool) -> str:
     trained = {parameter.dtype for parameter in model.parameters() if parameter.requires_grad}
     found = [f"{_names(trained)} trained"] + ([f"{_names(weights)} frozen"] if weights else [])
     return ", ".join([*found, "bf16 autocast" if autocast else "no autocast"])
+
+
+def weights_digest(model: Any) -> str:
+    """The same for models of the same weights, whatever wraps them: of the size and the square of every parameter.
+
+    Values count, not their dtype; packed 4-bit weights are bytes, so never the same as those that they stand for.
+    """
+    found = []
+    for parameter in model.parameters():
+        parts = parameter.detach().flatten().split(1 << 22)  # a copy of all would be the peak of the memory
+        square = sum(part.double().square().sum().item() for part in parts)
+        found.append(f"{parameter.numel()} {square:.9e}")
+    return hashlib.sha256("\n".join(sorted(found)).encode()).hexdigest()[:16]
 
 
 def count_flops(model: Any) -> Flops | None:

@@ -3,15 +3,16 @@
 Unsloth and torch are imported inside `prepare`: bad input must fail in a second, not in ten.
 """
 
+from collections.abc import Callable
 from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
 
-from fasttune import builtin, hardware, plan, pretrained
+from fasttune import hardware, plan, pretrained
 from fasttune.config import Config, looks_like_hub
 from fasttune.data import chat, load, sources
 from fasttune.data.batches import Batches, Encoded
-from fasttune.errors import DataError
+from fasttune.errors import ConfigError, DataError
 from fasttune.forecasts import forecast, shape
 from fasttune.hardware import Hardware
 from fasttune.metrics import Forecast, Setting
@@ -59,7 +60,7 @@ def check(config: Config) -> None:
             unused = not load.form_of(config, source, split)[1] and unused
     if columns and unused:
         raise DataError(f"data.columns: no source has {', '.join(columns.values())}: correct the names or remove it")
-    builtin.check(config.model.name)
+    pretrained.check(config.model.name)
 
 
 def prepare(config: Config, folder: Path, reporter: Reporter) -> Job:
@@ -72,7 +73,8 @@ def prepare(config: Config, folder: Path, reporter: Reporter) -> Job:
     take_over_loggers()
     warnings: list[str] = []
     machine = hardware.detect(folder)
-    chosen = plan.resolve(config, machine, shape.Shape.of(pretrained.read_architecture(config.model)))
+    config, architecture = fitted(config, warnings.append)
+    chosen = plan.resolve(config, machine, shape.Shape.of(architecture))
     config = chosen.apply(config)
     if not chosen.fits:
         warnings.append("the forecast does not fit into memory: `fasttune plan` says what to change")
@@ -97,6 +99,7 @@ def prepare(config: Config, folder: Path, reporter: Reporter) -> Job:
     data.share_prefix = packed and packing.shares_prefix()
     held_out, doubts = load.held_out(config, tokenizer, data, reporter.progress)
     warnings += doubts
+    pretrained.check_tokens(tokenizer, len(model.get_input_embeddings().weight), load.texts(data, held_out))
     settings += [Setting("data", line) for line in load.describe(data)]
     if held_out:
         settings.append(Setting("held out", f"loss of {len(held_out):,} rows, {_when(config)}"))
@@ -121,6 +124,22 @@ def prepare(config: Config, folder: Path, reporter: Reporter) -> Job:
         warnings=warnings,
         forecast=expected,
     )
+
+
+def fitted(config: Config, warn: Callable[[str], None]) -> tuple[Config, Any]:
+    """The config, with no longer rows than the model has positions, and the model's architecture.
+
+    Raises ConfigError where more were asked for, ModelError where the architecture cannot be read.
+    """
+    architecture = pretrained.read_architecture(config.model)
+    most, asked = pretrained.positions(architecture), config.model.max_length
+    if not most or asked <= most:
+        return config, architecture
+    said = f"model.max_length={asked:,} is more than the {most:,} positions of {config.model.name[:100]}"
+    if "max_length" in config.model.model_fields_set:
+        raise ConfigError([f"{said}: set it to {most} or less"])
+    warn(f"{said}: {most:,} are used (set model.max_length to choose)")
+    return config.model_copy(update={"model": config.model.model_copy(update={"max_length": most})}), architecture
 
 
 def needed_gib(config: Config, trained_gib: float) -> float:

@@ -1,0 +1,152 @@
+"""Adapters of others: used where every weight finds its layer, else refused in one line by every command."""
+
+import json
+import os
+import re
+import shutil
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+import pytest
+
+from fasttune import adapter as adapters, cli, pretrained
+from fasttune.config import ModelConfig
+from fasttune.errors import ModelError
+
+pytestmark = pytest.mark.usefixtures("unsloth")
+
+SLOW = r"([a-z_.0-9]+)*!"  # each name takes it 2**50 tries
+
+
+def changed(run: Path, folder: Path, rename: Callable[[str], str | None] = str, **settings: Any) -> Path:
+    """A copy of a run's adapter, with its weights under other names (None: left out) and other settings."""
+    import safetensors.torch
+
+    shutil.copytree(run / "adapter", folder)
+    weights = safetensors.torch.load_file(folder / adapters.WEIGHTS)
+    renamed = {new: weight for name, weight in weights.items() if (new := rename(name))}
+    safetensors.torch.save_file(renamed, folder / adapters.WEIGHTS)
+    said = json.loads((folder / adapters.SETTINGS).read_text()) | {"base_model_name_or_path": "builtin:tiny"}
+    (folder / adapters.SETTINGS).write_text(json.dumps(said | settings))
+    return folder
+
+
+def refused(capsys: pytest.CaptureFixture[str], *command: str) -> str:
+    """The one line of a command that exits with 2."""
+    assert cli.main([*command]) == 2
+    line = capsys.readouterr().err.splitlines()[-1]
+    assert line.startswith("fasttune: ") and len(line) <= 310 and "Traceback" not in line
+    return line
+
+
+@pytest.mark.parametrize(
+    ("rename", "told"),
+    [
+        (lambda name: name.replace("model.layers", "model.language_model.layers"), "none of the adapter's 28 weights"),
+        (lambda name: name.removeprefix(adapters.PREFIX), "no layer: model.layers.0"),
+        (lambda name: name if "layers.0" in name else None, "14 of the adapter's 14 weights .* 14 missing"),
+        (lambda name: name.replace("layers.1", "layers.7"), "14 of the adapter's 28 weights"),
+    ],
+)
+def test_an_adapter_that_does_not_fit_is_no_answer_of_the_base(
+    finished_run: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str], rename: Any, told: str
+) -> None:
+    folder = str(changed(finished_run, tmp_path / "adapter", rename))
+    for command in (["generate", folder, "--prompt", "hi"], ["merge", folder, "--out", str(tmp_path / "out")]):
+        line = refused(capsys, *command)
+        assert re.search(told, line) and "base_model_name_or_path" in line
+    assert not (tmp_path / "out").exists()
+
+
+@pytest.mark.parametrize(
+    ("settings", "told"),
+    [
+        ({"target_modules": SLOW}, "take too long"),
+        ({"rank_pattern": {SLOW: 4}}, "take too long"),
+        ({"exclude_modules": SLOW}, "take too long"),
+        ({"target_modules": "("}, "damaged: "),
+        ({"target_modules": 5}, "damaged: TypeError"),
+        ({"r": 10**8}, "says rank 100000000, its weights have at most 4"),
+        ({"rank_pattern": {"q_proj": 10**8}}, "says rank 100000000"),
+        ({"lora_alpha": None}, "lora_alpha is None; expected a number"),
+        ({"peft_type": "XLORA"}, "peft_type is XLORA, and only LORA"),
+        ({"peft_type": None}, "peft_type is None"),
+        ({"revision": 5}, "revision is 5"),
+        ({"layer_replication": [[0, 10**9]]}, "layer_replication is not supported"),
+        ({"megatron_config": {"a": 1}}, "megatron_config is not supported"),
+        ({"init_lora_weights": "pissa_niter_1000000000"}, "init_lora_weights is pissa_niter"),
+        ({"base_model_name_or_path": {}}, "base_model_name_or_path is {}"),
+        ({"base_model_name_or_path": "/gone/Base-7B"}, "which is not here; set it to"),
+    ],
+)
+def test_settings_of_others_are_bounded(
+    finished_run: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, settings: dict[str, Any], told: str
+) -> None:
+    from fasttune import merge, model
+    from fasttune.after import finished
+
+    monkeypatch.setattr(adapters, "MATCHING_CPU_S", 0.2)
+    folder = changed(finished_run, tmp_path / "adapter", **settings)
+
+    def used() -> None:
+        opened = finished.open_run(str(folder))
+        adapters.put_on(model.load(opened.base, "float32", "none", False, 0)[0], folder)
+
+    def merged() -> None:
+        merge.plan(finished.open_run(str(folder)).base, folder)
+
+    for use in (used, merged):
+        with pytest.raises(ModelError, match=told) as caught:
+            use()
+        assert "\n" not in str(caught.value)
+
+
+def test_weights_that_are_a_pickle_a_pipe_or_nothing(finished_run: Path, tmp_path: Path, capsys: Any) -> None:
+    folder = changed(finished_run, tmp_path / "adapter")
+    (folder / adapters.WEIGHTS).rename(folder / "adapter_model.bin")
+    for command in (["generate", "--prompt", "hi"], ["merge", "--out", str(tmp_path / "x")], ["eval"]):
+        assert "a pickle (adapter_model.bin)" in refused(capsys, command[0], str(folder), *command[1:])
+    (folder / "adapter_model.bin").unlink()
+    os.mkfifo(folder / adapters.WEIGHTS)
+    with pytest.raises(ModelError, match=f"has no {adapters.WEIGHTS}"):
+        adapters.settings(folder)
+    for text in ("", "[]", "[" * 10**5, "{"):
+        (folder / adapters.SETTINGS).write_text(text)
+        with pytest.raises(ModelError, match=r"adapter_config.json: cannot be read"):
+            adapters.settings(folder)
+
+
+@pytest.mark.parametrize("kind", ["folder", "with a config", "run", "gone", "hub"])
+def test_an_adapter_is_no_model_to_train(
+    finished_run: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: Any, kind: str
+) -> None:
+    from fasttune import builtin
+
+    name, told = str(finished_run / "adapter"), "fasttune merge"
+    if kind == "with a config":
+        name = str(changed(finished_run, tmp_path / "adapter"))
+        shutil.copy(builtin.path("builtin:tiny") / "config.json", name)
+    elif kind == "run":
+        name = str(finished_run)
+    elif kind == "gone":
+        name, told = "/gone/Base-7B", "no such folder"
+    elif kind == "hub":
+        name, told = "o/adapter", "hf download o/adapter"
+        monkeypatch.setattr("transformers.utils.peft_utils.find_adapter_config_file", lambda *_, **__: "x")
+    config = tmp_path / "run.yaml"
+    config.write_text(f"model: {{name: {name}}}\ndata: {{train: builtin:arithmetic}}\noutput_dir: {tmp_path / 'out'}\n")
+    for command in ("train", "plan", "data", "bench") if kind == "folder" else ("train",):
+        line = refused(capsys, command, str(config))
+        assert told in line and ("is an adapter, no model" in line or kind == "gone")
+    assert not (tmp_path / "out").exists()
+
+
+def test_patterns_of_ordinary_adapters_are_as_peft_takes_them(finished_run: Path, tmp_path: Path) -> None:
+    from fasttune import merge
+
+    pattern = r".*\.(q|k|v|o|gate|up|down)_proj"
+    folder = changed(finished_run, tmp_path / "adapter", target_modules=pattern)
+    plan = merge.plan(ModelConfig(name="builtin:tiny"), folder)
+    assert plan.deltas == merge.plan(ModelConfig(name="builtin:tiny"), finished_run / "adapter").deltas
+    assert pretrained.read_json(folder / adapters.SETTINGS)["target_modules"] == pattern
