@@ -92,7 +92,7 @@ def test_parquet_holds_the_same_rows(tmp_path: Path) -> None:
 
 
 def test_keys_that_only_the_column_type_brings_are_left_out(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    """Arrow gives every object of a column the keys of all of them: below the columns null is absence, in a list not."""
+    """Arrow gives every object of a column the keys of all of them: below the columns null is absence."""
 
     def row(**arguments: Any) -> dict[str, Any]:
         call = {"function": {"name": "f", "arguments": arguments}}
