@@ -168,7 +168,7 @@ USER, SYSTEM = [formats._turn("user", "Hi")], [formats._turn("system", "Be kind.
         ),
         ({"conversations": [{"from": "human", "value": "Hi"}]}, USER),
         *(
-            ({"conversations": [{"from": "human", "value": "Hi"}, {"from": speaker, "value": "Ho"}]}, USER)
+            ({"conversations": [{"from": "human", "value": "Hi"}, {"from": speaker, "value": '{"name": "f"}'}]}, USER)
             for speaker, role in formats.SHAREGPT_ROLES.items()
             if role == "assistant"
         ),
