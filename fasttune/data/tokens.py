@@ -22,7 +22,7 @@ from fasttune.errors import DataError
 IGNORE = -100  # label of a token that is read, but not learned
 MOST_COUNTS = 100  # of a chunk; rows whose every column has a name of its own fill no memory
 SHOWN_CHARACTERS = 160  # of a row in an error
-HOPELESS_ROWS = 100  # of the first chunk: a template that refuses so many of so many is not asked again
+HOPELESS_ROWS = 100  # a template that refuses so many from the first on is not asked again
 
 
 @dataclass(frozen=True)
@@ -67,7 +67,7 @@ class Encoder:
         self.tokenizer.no_padding()
         self.tokenizer.no_truncation()
         self.control = ControlTokens(self.tokenizer)
-        self.refused = 0  # rows of the first chunk, by the chat template
+        self.refused = 0  # rows, by the chat template
         self.as_text: dict[int, list[Span]] = {}  # number of a row → where it has control tokens that are text
 
     def encode(self, chunk: Chunk) -> Block:
@@ -139,7 +139,7 @@ class Encoder:
                 text, learned, self.as_text[number] = self.control.unmarked(text, learned)
         except formats.Unusable as reason:
             self.refused += isinstance(reason, formats.Refused)
-            if self.refused == counts["rows"] == HOPELESS_ROWS:
+            if self.refused == number == HOPELESS_ROWS:
                 raise DataError(
                     f"data: {place}: this row and all {HOPELESS_ROWS - 1} before it are {reason}: fix the rows, "
                     "or use a model with another template"
