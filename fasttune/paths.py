@@ -22,7 +22,7 @@ def read_text(path: Path, errors: str = "strict") -> str:
 
 def not_a_file(path: Path) -> bool:
     """Whether a pipe, a device or a socket is there."""
-    return path.exists() and not path.is_file() and not path.is_dir()
+    return os.path.exists(path) and not os.path.isfile(path) and not os.path.isdir(path)
 
 
 def write(path: Path, content: bytes) -> None:

@@ -99,7 +99,11 @@ def test_keys_that_only_the_column_type_brings_are_left_out(tmp_path: Path, monk
 
     def row(**arguments: Any) -> dict[str, Any]:
         call = {"function": {"name": "f", "arguments": arguments}}
-        return {"id": None, "messages": [{"role": "assistant", "tool_calls": [call]}], "tools": [{"list": [1, None]}]}
+        return {
+            "input": None,
+            "messages": [{"role": "assistant", "tool_calls": [call]}],
+            "tools": [{"list": [1, None]}],
+        }
 
     rows = [row(city="Faro"), row(a={"b": 2}), row(a={"c": 3})]
     assert read(write(tmp_path / "rows.parquet", as_parquet(rows))) == rows
