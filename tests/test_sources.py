@@ -112,7 +112,7 @@ def test_keys_that_only_the_column_type_brings_are_left_out(tmp_path: Path, monk
     import datasets
 
     monkeypatch.setattr(datasets, "load_dataset", lambda *_, **__: datasets.Dataset.from_list(rows))
-    assert [row for chunk in sources._hub("owner/name", "train", False) for row in chunk.rows or []] == rows
+    assert [row for chunk in sources._hub("owner/name", "train", False, ()) for row in chunk.rows or []] == rows
 
 
 def test_hand_compressed_gzip_of_two_members_is_read_whole(tmp_path: Path) -> None:
