@@ -3,6 +3,7 @@
 from typing import Any
 
 from fasttune.data import chat
+from fasttune.errors import ModelError
 
 # What a model's own generation_config may put otherwise: greedy means greedy.
 NEUTRAL = {"num_beams": 1, "repetition_penalty": 1.0}
@@ -51,6 +52,8 @@ def stop_ids(model: Any, tokenizer: Any) -> list[int]:
     """
     said = model.generation_config.eos_token_id
     found = {tokenizer.eos_token_id, *(said if isinstance(said, list) else [said])}
+    if not all(isinstance(token, int | None) for token in found):
+        raise ModelError(f"generation_config.json: eos_token_id is {str(said)[:50]}; write numbers of tokens")
     if tokenizer.chat_template and (closing := chat.template_of(tokenizer).closing):
         first = tokenizer(closing, add_special_tokens=False).input_ids[:1]
         found |= {token for token in first if token in tokenizer.added_tokens_decoder}

@@ -20,7 +20,7 @@ from fasttune.after import finished as opening, questions
 from fasttune.after.finished import Dtype, Finished
 from fasttune.data import chat
 from fasttune.data.formats import Message, Unusable
-from fasttune.errors import DataError, FasttuneError, RunFailed
+from fasttune.errors import DataError, FasttuneError, ModelError, RunFailed, first_line
 
 END_OF_CHAT = ("/exit", "/quit")
 
@@ -64,6 +64,8 @@ class Speaker:
         if why := decoding.refusal(self.model, self.tokenizer, prompt):
             raise Unusable(why)
         tokens = len(self.tokenizer(prompt, add_special_tokens=False).input_ids)
+        if not tokens:
+            raise Unusable("the tokenizer makes no token of it")
         if self.positions and tokens + self.sampling.max_new_tokens > self.positions:
             raise Unusable(
                 f"{tokens:,} tokens and {self.sampling.max_new_tokens:,} new ones exceed the model's "
@@ -82,6 +84,10 @@ class Speaker:
             )
         except torch.OutOfMemoryError as error:
             raise RunFailed(f"out of memory with {len(prompts)} rows at once: lower --batch-rows") from error
+        except (TypeError, ValueError) as error:  # transformers, over what the model says of itself
+            if isinstance(error, UnicodeError):  # of the streamer
+                raise
+            raise ModelError(f"generation_config.json of the model: {first_line(error)[:200]}; fix it there") from error
         return [self._answer(ids) for ids in found.tolist()]
 
     def stream(self, prompt: str, write: Callable[[str], None]) -> Answer:

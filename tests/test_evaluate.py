@@ -197,10 +197,12 @@ def test_answers_are_kept_for_these_weights_only(tmp_path: Path, harness: Any) -
 
 
 def test_an_adapter_of_another_scale_is_another_model(harness: Any, tiny_tokenizer: Any) -> None:
+    import peft
+
     from fasttune import builtin, model as models
 
     model = models.transformers.AutoModelForCausalLM.from_pretrained(builtin.path("builtin:tiny"))
-    model = models.peft.get_peft_model(model, models.peft.LoraConfig(r=4, target_modules=["q_proj"]))
+    model = peft.get_peft_model(model, peft.LoraConfig(r=4, target_modules=["q_proj"]))
     first = harness.fingerprint(model, tiny_tokenizer)
     assert harness.fingerprint(model, tiny_tokenizer) == first
     model.base_model.model.model.layers[0].self_attn.q_proj.scaling["default"] = 7.0

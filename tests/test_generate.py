@@ -74,6 +74,16 @@ def test_a_turn_ends_where_the_template_ends_it(tiny_tokenizer: Any) -> None:
     ]
 
 
+def test_a_generation_config_of_others_is_no_traceback(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    from fasttune import builtin
+
+    folder = shutil.copytree(builtin.path("builtin:tiny"), tmp_path / "tiny")
+    for changes in ({"eos_token_id": "x"}, {"bad_words_ids": 5}):
+        (folder / "generation_config.json").write_text(json.dumps(changes))
+        assert cli.main(["generate", str(folder), "--prompt", "x", "--max-new-tokens", "2"]) == 2
+        assert next(iter(changes)) in capsys.readouterr().err.splitlines()[-1]
+
+
 def test_an_answer_ends_at_the_first_stop_token(speaker: Any, monkeypatch: pytest.MonkeyPatch) -> None:
     prompt = speaker.prompt([formats._turn("user", PROMPTS[0])])
     seen: list[list[int]] = []

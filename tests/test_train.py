@@ -323,7 +323,7 @@ def test_a_signal_ends_the_run_in_order(tmp_path: Path) -> None:
 def test_bad_input_of_a_model_leaves_nothing(tmp_path: Path) -> None:
     for sections, told in [
         ({"lora": {"targets": ["q_proj", "query"]}}, "lora.targets: this model has no query"),
-        ({"model": {"name": str(tmp_path)}}, "no model folder"),
+        ({"model": {"name": str(tmp_path)}}, "has no config.json"),
         ({"model": {"name": "nobody/nothing"}}, "HF_HUB_OFFLINE is set"),
     ]:
         with pytest.raises(ModelError, match=told):

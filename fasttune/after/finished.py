@@ -108,7 +108,6 @@ def _run(name: str, folder: Path) -> Finished:
         base = config.model.model_copy(update={"name": str(folder / "model"), "revision": None})
         return Finished(name, base, None, folder, config, result, warnings)
     adapters.settings(folder / "adapter")
-    _base_is_here(config.model.name, f"{folder / 'config.yaml'}: model.name")
     return Finished(name, config.model, folder / "adapter", folder, config, result, warnings)
 
 
@@ -119,14 +118,13 @@ def _adapter(name: str, folder: Path) -> Finished:
     base = said.get("base_model_name_or_path")
     if not base:
         raise ModelError(f"{name}: its adapter_config.json names no base model; set base_model_name_or_path in it")
-    _base_is_here(base, f"{folder / adapters.SETTINGS}: base_model_name_or_path")
-    return Finished(name, _base(base, said.get("revision")), folder)
-
-
-def _base_is_here(base: str, key: str) -> None:
     if pretrained.is_path(base) and pretrained.folder_of(base) is None:
-        raise ModelError(f"{key} is {base[:100]}, which is not here; set it to the folder or hub id of that base model")
+        raise ModelError(
+            f"{folder / adapters.SETTINGS}: base_model_name_or_path is {base[:100]}, which is not here; set it to the "
+            "folder or hub id of that base model"
+        )
     pretrained.check(base)
+    return Finished(name, _base(base, said.get("revision")), folder)
 
 
 def _base(name: str, revision: str | None = None) -> ModelConfig:
