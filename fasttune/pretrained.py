@@ -51,7 +51,7 @@ def check(name: str) -> None:
     whole = (folder / "config.json").is_file()
     for adapter in (folder, folder / "adapter")[: 1 if whole else 2]:  # a model may have a folder of that name
         if (adapter / "adapter_config.json").is_file():
-            raise _is_adapter(name, f"`fasttune merge {folder} --out DIR`")
+            raise _is_adapter(f"`fasttune merge {folder} --out DIR`")
     if not whole:
         raise ModelError(f"model.name: {name[:150]} has no config.json; name the folder of a model")
     return None
@@ -71,10 +71,10 @@ def is_path(name: str) -> bool:
     return name.startswith((".", "/", "~")) or name.count("/") > 1
 
 
-def _is_adapter(name: str, merge: str) -> ModelError:
+def _is_adapter(merge: str) -> ModelError:
     return ModelError(
-        f"model.name: {name[:80]} is an adapter, no model: merge it first ({merge}) and name that folder; a run that "
-        "was interrupted goes on with --resume"
+        f"model.name is an adapter, no model: merge it first ({merge}) and name that folder; to resume a run that was "
+        "interrupted: --resume"
     )
 
 
@@ -115,7 +115,7 @@ def read_architecture(config: ModelConfig) -> Any:
     with explained(config.name):
         on_hub = folder_of(source) is None
         if on_hub and hub.patiently(lambda: find_adapter_config_file(source, revision=config.revision)):
-            raise _is_adapter(config.name, f"`hf download {config.name} --local-dir DIR`, then `fasttune merge DIR`")
+            raise _is_adapter(f"`hf download {config.name} --local-dir DIR`, then `fasttune merge DIR`")
         found = hub.patiently(
             lambda: transformers.AutoConfig.from_pretrained(
                 source, revision=config.revision, trust_remote_code=config.trust_remote_code

@@ -128,9 +128,9 @@ def test_a_run_is_scored_on_its_own_rows_and_its_card_says_so(
 def test_the_split_of_the_run_is_read(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
     real, splits = tasks.sources.read, []
 
-    def read(source: str, part: Any, split: str = "train", *more: Any) -> Any:
+    def read(source: str, part: Any, split: str = "train", *more: Any, **rest: Any) -> Any:
         splits.append(split)
-        return real(source, part, "train", *more)
+        return real(source, part, "train", *more, **rest)
 
     monkeypatch.setattr(tasks.sources, "read", read)
     source = write(tmp_path / "rows.jsonl", [{"q": "x", "answer": "#### 1"}])

@@ -43,7 +43,10 @@ def settings(folder: Path, changes: dict[str, Any] | None = None) -> config.Conf
         tree[section] = tree.get(section, {}) | values if isinstance(values, dict) else values
     if tree["train"].get("method") == "full":
         del tree["lora"]
-    return config.parse(tree | {"output_dir": str(folder)})
+    rate = tree["train"]["learning_rate"]
+    made = config.parse(tree | {"train": tree["train"] | {"learning_rate": min(rate, 1.0)}, "output_dir": str(folder)})
+    made.train.learning_rate = rate  # of a run that shall diverge it is more than a config may ask for
+    return made
 
 
 def run(folder: Path, changes: dict[str, Any] | None = None, resume: bool = False, **reporter: Any) -> Any:

@@ -5,6 +5,7 @@ Shapes: B rows of a micro-batch, T tokens of the longest row (or of the whole pa
 """
 
 import hashlib
+from pathlib import Path
 from typing import Any
 
 import torch
@@ -133,9 +134,9 @@ def peak_memory_gib() -> float:
     """Peak of the GPU's allocated memory, or of this process's resident memory on a CPU."""
     if torch.cuda.is_available():
         return torch.cuda.max_memory_allocated() / 2**30
-    import resource
-
-    return resource.getrusage(resource.RUSAGE_SELF).ru_maxrss / 2**20  # KiB on Linux
+    # Not ru_maxrss: a process inherits that of the one that started it.
+    status = Path("/proc/self/status").read_text(encoding="utf-8")
+    return int(status.partition("VmHWM:")[2].split()[0]) / 2**20
 
 
 def dtypes(model: Any, autocast: bool) -> str:
