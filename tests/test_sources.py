@@ -372,6 +372,8 @@ def test_values_of_unused_columns_are_not_read(tmp_path: Path) -> None:
     digits = "9" * 5000
     row = read(write(tmp_path / "rows.jsonl", f'{{"text": "a", "id": {digits}, "n": -1}}\n'.encode()))[0]
     assert (row["text"], str(row["id"]), row["n"], type(row["n"])) == ("a", digits, -1, int)
+    with pytest.raises(DataError, match="line 1 is no valid JSON: Extra data"):
+        read(write(tmp_path / "rows.jsonl", f'{{"text": {digits}}} {{}}\n'.encode()))
 
 
 def test_a_source_says_how_far_it_is_read(tmp_path: Path) -> None:

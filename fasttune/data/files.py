@@ -221,18 +221,25 @@ def _without_nulls(value: Any) -> Any:
 
 def _parse(line: bytes, place: str, kind: type = dict) -> Any:
     try:
-        value = json.loads(line)
+        value = _loads(line)
     except UnicodeDecodeError as error:
         raise DataError(f"data: {place} is {_not_utf8(error)}") from error
     except (json.JSONDecodeError, RecursionError) as error:
         what = getattr(error, "msg", "nested too deeply")
         column = f" at column {error.colno}" if isinstance(error, json.JSONDecodeError) else ""
         raise DataError(f"data: {place} is no valid JSON: {what}{column} (is the file cut off there?)") from error
-    except ValueError:  # an integer of thousands of digits, most likely in a column that is not used
-        value = json.loads(line, parse_int=lambda digits: (int if len(digits) < INT_DIGITS else Decimal)(digits))
     if not isinstance(value, kind):
         raise DataError(f"data: {place} is no JSON object, it is {type(value).__name__}: a row is {{…}}")
     return value
+
+
+def _loads(line: bytes) -> Any:
+    try:
+        return json.loads(line)
+    except (UnicodeDecodeError, json.JSONDecodeError):
+        raise
+    except ValueError:  # an integer of thousands of digits, most likely in a column that is not used
+        return json.loads(line, parse_int=lambda digits: (int if len(digits) < INT_DIGITS else Decimal)(digits))
 
 
 def _damaged(error: BaseException) -> str:
