@@ -43,6 +43,15 @@ def batches(parts: list[Rows], **changed: Any) -> Batches:
     return Batches(parts, **(settings | changed))
 
 
+def test_rows_of_one_length_are_a_plain_rectangle() -> None:
+    """Without row lengths and mask, which would keep Unsloth from compiling its blocks."""
+    same = batches([rows([30] * 4)], batch_rows=4).micro_batches(0)
+    assert [(set(batch), batch["input_ids"].shape) for batch in same] == [({"input_ids", "labels"}, (4, 30))]
+    assert (same[0]["labels"][:, 0] == -100).all(), "no row's first token is a target"
+    (mixed,) = batches([rows([30, 30, 30, 31])], batch_rows=4).micro_batches(0)
+    assert mixed["input_ids"].shape == (1, 121) and sorted(mixed["packed_seq_lengths"].tolist()) == [30, 30, 30, 31]
+
+
 def test_steps_of_a_run() -> None:
     data = batches([rows([9] * 40)])
     assert [data.total_steps(epochs, None) for epochs in (1, 1.1, 0.05, 1.11)] == [10, 11, 1, 12]

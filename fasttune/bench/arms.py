@@ -45,8 +45,9 @@ def run(arm: str, config: Config, steps: int, shared: Path, scratch: Path) -> Re
             if arm == "fasttune" or at_once == 1:
                 raise
         gc.collect()  # outside of `except`, whose traceback holds the model
-        torch.cuda.empty_cache()
-        torch.cuda.reset_peak_memory_stats()
+        if torch.cuda.is_available():
+            torch.cuda.empty_cache()
+            torch.cuda.reset_peak_memory_stats()
         fewer = max(n for n in range(1, at_once) if config.train.batch_rows % n == 0)
         config = config.model_copy(update={"train": config.train.model_copy(update={"micro_batch_rows": fewer})})
 
