@@ -85,7 +85,7 @@ class LoraConfig(Section):
 
     rank: int = Field(16, ge=1, le=8192, description="of the two matrices of an adapter")
     alpha: float = Field(32, gt=0, le=100_000, description="what they add is scaled by alpha / rank")
-    dropout: float = Field(0.0, ge=0, lt=1, description="anything but 0 loses Unsloth's fused kernels")
+    dropout: float = Field(0.0, ge=0, lt=1, description="on a CPU anything but 0 costs the fused LoRA function")
     targets: list[str] = Field(
         default_factory=lambda: list(SEVEN_PROJECTIONS), min_length=1, description="linear layers that get an adapter"
     )
