@@ -319,7 +319,7 @@ def test_a_run_does_not_switch_on_the_code_that_it_brings(
     run.mkdir()
     brought = tiny_folder.rename(run / "model")
     code = f"open({str(ran)!r}, 'w').close()\nfrom transformers import LlamaConfig\nclass Evil(LlamaConfig): ...\n"
-    (brought / "evil.py").write_text(code)  # a class of its own: transformers marks what it loads, for the whole process
+    (brought / "evil.py").write_text(code)  # of its own: transformers marks what it loads for the whole process
     said = json.loads((brought / "config.json").read_text())
     said |= {"model_type": "evil", "auto_map": {"AutoConfig": "evil.Evil"}}
     (brought / "config.json").write_text(json.dumps(said))
