@@ -292,7 +292,8 @@ def load(path: str | Path, overrides: list[str] | None = None, ours: bool = Fals
     trusts = not ours and isinstance(model, dict) and model.pop("trust_remote_code", None)
     problems = _apply_overrides(tree, overrides or [])
     if trusts and not any(override.startswith((f"{TRUST}=", "model=")) for override in overrides or []):
-        problems.append(f"{TRUST} is not taken from a file; read the model's code, then add {TRUST}=true to the command")
+        remedy = f"read the model's code, then add {TRUST}=true to the command"
+        problems.append(f"{TRUST} is not taken from a file; {remedy}")
     try:
         return parse(tree, problems)
     except ConfigError as error:
