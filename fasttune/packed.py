@@ -16,7 +16,7 @@ from transformers.integrations.sdpa_attention import sdpa_attention_forward
 from transformers.masking_utils import AttentionMaskInterface, sdpa_mask
 
 from fasttune.cpu.rows_attention import RowsAttention
-from fasttune.data.batches import Encoded, MicroBatch, flat
+from fasttune.data.batches import ON_HOST, Encoded, MicroBatch, flat
 from fasttune.errors import first_line
 
 NAME = "fasttune_rows"
@@ -181,9 +181,8 @@ def _logits(model: Any, batch: MicroBatch) -> torch.Tensor:
 
 
 def _tensors(model: Any, batch: MicroBatch) -> dict[str, torch.Tensor]:
-    on_cpu = ("packed_seq_lengths", "shared_prefix")
     return {
-        name: torch.from_numpy(array) if name in on_cpu else torch.from_numpy(array).to(model.device)
+        name: torch.from_numpy(array) if name in ON_HOST else torch.from_numpy(array).to(model.device)
         for name, array in batch.items()
         if name != "labels"
     }

@@ -32,8 +32,6 @@ def run(arm: str, config: Config, steps: int, shared: Path, scratch: Path) -> Re
     many rows at once; `fasttune` does so by itself."""
     import gc
 
-    import torch
-
     asked = micro(config)[0]
     while True:
         at_once = micro(config)[0]
@@ -41,8 +39,10 @@ def run(arm: str, config: Config, steps: int, shared: Path, scratch: Path) -> Re
             found = _once(arm, config, steps, shared, scratch)
             packing = f"{found.backend.packing}, {at_once} at once: {asked} ran out of memory"
             return found if at_once == asked else replace(found, backend=replace(found.backend, packing=packing))
-        except torch.OutOfMemoryError:
-            if arm == "fasttune" or at_once == 1:
+        except RuntimeError as error:
+            import torch  # not before: what an arm asks of the memory must be set by then
+
+            if not isinstance(error, torch.OutOfMemoryError) or arm == "fasttune" or at_once == 1:
                 raise
         gc.collect()  # outside of `except`, whose traceback holds the model
         if torch.cuda.is_available():

@@ -17,6 +17,7 @@ from fasttune.data.tokens import IGNORE, labels
 
 MicroBatch = dict[str, Any]  # arrays by the names a transformers model takes them
 Encoded = tuple[np.ndarray, np.ndarray]  # ids and whether each is learned, both (T,)
+ON_HOST = ("packed_seq_lengths", "shared_prefix")  # where Unsloth and RowsAttention read them: not moved to a GPU
 MIN_PREFIX = 8  # tokens; fewer cost more in small matmuls than they save
 HOLD_OUT_STREAM = 1 << 32  # keeps the hold-out draw apart from the epochs' shuffles
 

@@ -19,7 +19,7 @@ import trl
 from datasets import Dataset
 
 from fasttune.cpu import fused_lora
-from fasttune.data.batches import Batches
+from fasttune.data.batches import ON_HOST, Batches
 from fasttune.metrics import Backend, StepMetrics
 from fasttune.training.live import Watched, count_tokens, dtypes, peak_memory_gib, rows_of, synchronize
 from fasttune.training.prepare import Job
@@ -27,7 +27,6 @@ from fasttune.training.validation import Validator
 
 
 MAX_HOURS = "checkpoint.max_hours"
-ON_HOST = ("packed_seq_lengths", "shared_prefix")
 
 
 class MeasuredTrainer(Watched, trl.SFTTrainer):
@@ -101,7 +100,7 @@ class MeasuredTrainer(Watched, trl.SFTTrainer):
         return micro_batches
 
     def _prepare_inputs(self, inputs: dict[str, torch.Tensor]) -> dict[str, torch.Tensor]:
-        """To the device without waiting for it. Row lengths stay: Unsloth and RowsAttention read them on the host."""
+        """To the device without waiting for it. Row lengths stay on the host."""
         return {
             name: tensor if name in ON_HOST else tensor.to(self.args.device, non_blocking=True)
             for name, tensor in inputs.items()
