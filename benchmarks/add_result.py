@@ -24,7 +24,8 @@ RESULTS = Path(__file__).resolve().parent / "results"
 NO_REVISION = ("", "not a checkout")
 JOB = ("name", "date", "model", "dtype", "steps", "batch_rows", "max_length")
 ARM = ("name", "failure", "padding_fraction", "share_of_limit", "usd_per_million_tokens", "losses", "backend")
-REPEATED = ("tokens_per_s", "loss_tokens_per_s", "step_s", "peak_memory_gib", "seconds_to_first_step")
+REPEATED = ("tokens_per_s", "loss_tokens_per_s", "step_s", "peak_memory_gib", "seconds_to_first_step", "power_w")
+IDS = ("uuid", "card")  # of a GPU: those of one machine, which a result is to be without
 MACHINE = ("os", "arch", "glibc", "python", "cpu_model", "cores", "memory_gib", "gpus", "driver")
 # A folder of some machine: absolute, ~ or ../, but neither a URL nor a path inside the repository.
 FOLDERS = re.compile(r"(?<![\w:/.])(?:~\w*|\.\.?)?(?:/[^\s/'\",;:()\[\]]+)+/?")
@@ -111,7 +112,9 @@ def make_row(bench: dict[str, Any]) -> dict[str, Any]:
     arms = [{key: arm[key] for key in ARM} | {key: arm[key]["values"] for key in REPEATED} for arm in bench["arms"]]
     row = {"benchmark": "bench"} | {key: bench[key] for key in JOB}
     row |= {"git": bench["git"], "command": bench["command"], "settings": bench.get("settings")}
-    row |= {"hardware": {key: bench["hardware"].get(key) for key in MACHINE}, "versions": bench["versions"]}
+    machine = {key: bench["hardware"].get(key) for key in MACHINE}
+    machine["gpus"] = [{key: gpu[key] for key in gpu if key not in IDS} for gpu in machine["gpus"]]
+    row |= {"hardware": machine, "versions": bench["versions"]}
     row |= {"arms": arms, "comparisons": bench["comparisons"], "limit": bench["limit"]}
     return portable(row | {"usd_per_hour": bench["usd_per_hour"], "objections": bench["objections"]})
 

@@ -12,7 +12,7 @@ import time
 from pathlib import Path
 from typing import Any
 
-from fasttune import config as configuration, terminal
+from fasttune import config as configuration, gpus, terminal
 from fasttune.training import prepare
 
 GROUPS = {  # the first name that a kernel's own holds
@@ -29,6 +29,7 @@ LONGEST = 25
 
 def main() -> int:
     config = configuration.load(Path(sys.argv[1]), sys.argv[2:])
+    gpus.pin()
     with tempfile.TemporaryDirectory() as scratch:
         job = prepare.prepare(config, Path(scratch) / "run", terminal.Reporter(quiet=True))
         for warning in job.warnings:

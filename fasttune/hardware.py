@@ -16,14 +16,11 @@ from functools import partial
 from pathlib import Path
 from typing import Any
 
+from fasttune import gpus as cards
+from fasttune.errors import FasttuneError
+from fasttune.gpus import Gpu as Gpu
+
 GIB = 2**30
-
-
-@dataclass(frozen=True)
-class Gpu:
-    name: str
-    compute_capability: tuple[int, int]
-    memory_gib: float
 
 
 @dataclass(frozen=True)
@@ -38,7 +35,7 @@ class Hardware:
     cores: int  # usable by this process: affinity and cgroup quota honoured
     memory_gib: float  # cgroup limit honoured
     disk_free_gib: float  # at the path given to detect()
-    gpus: tuple[Gpu, ...] = ()
+    gpus: tuple[Gpu, ...] = ()  # that this process may use; the first is the one that a command takes
     driver: str | None = None
     silent_gpu: bool = False  # an NVIDIA chip is on the PCI bus, but its driver does not answer
 
@@ -55,12 +52,14 @@ def line(machine: Hardware | dict[str, Any]) -> str:
     return f"{facts.get('cpu_model')}, {facts.get('cores')} cores, {facts.get('memory_gib') or 0:.0f} GiB, no GPU"
 
 
-def detect(path: str | Path = ".") -> Hardware:
+def detect(path: str | Path = ".", hidden_too: bool = False) -> Hardware:
     """Read the machine without importing torch; takes well under 0.5 s beyond nvidia-smi itself.
 
-    `path` may not exist yet: the free disk is that of its nearest existing parent.
+    `path` may not exist yet: the free disk is that of its nearest existing parent. hidden_too: also GPUs that
+    CUDA_VISIBLE_DEVICES hides, which choose what is to be installed.
     """
-    gpus, driver = _nvidia_smi()
+    found, driver = cards.read()
+    gpus = tuple(cards.visible(found, {} if hidden_too else os.environ))
     libc, version = platform.libc_ver()
     return Hardware(
         os=platform.system().lower(),
@@ -73,8 +72,31 @@ def detect(path: str | Path = ".") -> Hardware:
         disk_free_gib=disk_free_gib(path),
         gpus=gpus,
         driver=driver,
-        silent_gpu=not gpus and _nvidia_on_pci_bus(),
+        silent_gpu=not found and _nvidia_on_pci_bus(),
     )
+
+
+def as_torch_sees(machine: Hardware) -> Hardware:
+    """The machine with its GPU as torch, which is loaded, has it: another memory under MPS, or without nvidia-smi.
+
+    Raises FasttuneError where torch cannot use the GPU, or would use several.
+    """
+    import torch
+
+    if not torch.cuda.is_available():
+        if machine.gpus:
+            raise FasttuneError(
+                f"torch {torch.__version__} cannot use the {machine.gpus[0].name}: fasttune verify says what mends it "
+                f"({cards.VISIBLE}= before the command: the CPU)"
+            )
+        return machine
+    if torch.cuda.device_count() > 1 and "LOCAL_RANK" not in os.environ:
+        raise FasttuneError(f"torch sees {torch.cuda.device_count()} GPUs; choose one: export {cards.VISIBLE}=0")
+    seen = torch.cuda.get_device_properties(torch.cuda.current_device())
+    gib = seen.total_memory / GIB
+    gpu = machine.gpus[0] if machine.gpus else Gpu(seen.name, (seen.major, seen.minor), gib)
+    # nvidia-smi counts what the driver keeps for itself: 1 % on an H100.
+    return replace(machine, gpus=(gpu if abs(gpu.memory_gib / gib - 1) < 0.05 else replace(gpu, memory_gib=gib),))
 
 
 def disk_free_gib(path: str | Path) -> float:
@@ -112,30 +134,6 @@ def _memory_gib() -> float:
 def _cpu_model() -> str:
     match = re.search(r"model name\s*:\s*(.+)", _read("/proc/cpuinfo"))
     return match[1].strip() if match else platform.processor() or platform.machine()
-
-
-def _nvidia_smi() -> tuple[tuple[Gpu, ...], str | None]:
-    query = "name,compute_cap,memory.total,driver_version"
-    command = ["nvidia-smi", f"--query-gpu={query}", "--format=csv,noheader,nounits"]
-    try:
-        answer = subprocess.run(command, capture_output=True, text=True, timeout=20, check=True).stdout
-    except (OSError, subprocess.SubprocessError):
-        return (), None
-    return parse_nvidia_smi(answer)
-
-
-def parse_nvidia_smi(answer: str) -> tuple[tuple[Gpu, ...], str | None]:
-    """Parse the CSV of `name, compute_cap, memory.total [MiB], driver_version`, one line a GPU."""
-    gpus, driver = [], None
-    for line in answer.splitlines():
-        fields = [field.strip() for field in line.split(",")]
-        if len(fields) != 4 or not re.fullmatch(r"\d+\.\d+", fields[1]):
-            continue  # a warning of nvidia-smi, or a driver too old to know compute_cap
-        major, minor = fields[1].split(".")
-        memory_mib = float(fields[2]) if fields[2].isdigit() else 0.0
-        gpus.append(Gpu(fields[0], (int(major), int(minor)), memory_mib / 1024))
-        driver = fields[3]
-    return tuple(gpus), driver
 
 
 def nvidia_smi_error() -> str:

@@ -20,6 +20,7 @@ FLOPS_FORMULA = (
 class StepMetrics:
     """One optimizer step, as one line of `metrics.jsonl`. Tokens count no padding; seconds are device-synchronised.
 
+    peak_memory_gib: of a GPU in this very step; of a CPU that of the process, until now.
     shared_tokens: of `tokens`, those not computed again, because rows of a pack begin alike.
     eval_*: on held-out rows, after the step; None where none was due. In no `seconds` of a step.
     """
@@ -191,6 +192,7 @@ class RunResult:
     warnings: list[str] = field(default_factory=list)
     error: str | None = None
     resumed_from_step: int | None = None
+    peak_outside_steps_gib: float | None = None  # of a GPU: loading, proof and evaluation; peak_memory_gib: the steps
     resume_command: str | None = None  # of a run that is not completed, and of which something is kept
 
 

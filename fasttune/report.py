@@ -67,7 +67,7 @@ def key_figures(result: RunResult) -> list[Figure]:
         *_held_out(result),
         *_exact_match(result),
         _known("speed", result.tokens_per_s, lambda v: f"{rate(v)} tokens/s", padding, "not enough steps to say"),
-        Figure("peak memory", f"{result.peak_memory_gib:,.1f} GiB"),
+        Figure("peak memory", f"{result.peak_memory_gib:,.1f} GiB", _outside_steps(result)),
         Figure("time", duration(result.wall_s), f"{steps_text(result.steps)}; from start to end, loading included"),
         _known("cost", result.cost_usd, usd, cost_note, cost_note),
         _known("first step", result.seconds_to_first_step, duration, "from the start to its end", "no step finished"),
@@ -97,6 +97,12 @@ def key_figures(result: RunResult) -> list[Figure]:
         ),
         *([] if result.forecast is None else [_forecast(result, result.forecast)]),
     ]
+
+
+def _outside_steps(result: RunResult) -> str:
+    """Where loading or evaluating took more than the steps: it decides what fits."""
+    outside = result.peak_outside_steps_gib or 0.0
+    return f"in the steps; {outside:,.1f} GiB outside of them" if outside > result.peak_memory_gib else ""
 
 
 def _forecast(result: RunResult, expected: Forecast) -> Figure:

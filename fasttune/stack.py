@@ -175,7 +175,7 @@ def active_stack() -> str:
         return str(name)
     except (OSError, ValueError, KeyError, TypeError, FasttuneError):
         pass
-    hardware = detect()
+    hardware = detect(hidden_too=True)
     try:
         return choose_stack(hardware)[0]
     except FasttuneError:

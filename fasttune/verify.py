@@ -10,7 +10,7 @@ import signal
 import sys
 from collections.abc import Callable
 
-from fasttune import children, hardware as machines, stack, text as texts
+from fasttune import children, gpus, hardware as machines, stack, text as texts
 from fasttune.checks import Result, facts, imports
 from fasttune.checks.runner import Job, run_jobs
 from fasttune.errors import FasttuneError
@@ -49,6 +49,7 @@ def main(argv: list[str] | None = None) -> int:
     for number in (signal.SIGINT, signal.SIGTERM):
         signal.signal(number, lambda received, _: stop.append(received))
     try:
+        gpus.pin()
         hardware, stack_name = machines.detect(), stack.active_stack()
         results = list(facts.check(hardware, stack_name))
         if not options.quick:

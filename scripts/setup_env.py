@@ -100,7 +100,7 @@ class Setup:
         self.python = self.venv / "bin" / "python"
         self.marker = self.venv / stack.MARKER_FILE
         self.log = self.venv / LOG_FILE
-        self.hardware = detect(self.venv)
+        self.hardware = detect(self.venv, hidden_too=True)
         self.stack, self.reason = preflight(options, self.hardware)
         self.shell = shell.Shell(self.python, self.log, ROOT, options.dry_run)
 

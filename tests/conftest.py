@@ -53,6 +53,31 @@ def unsloth() -> None:
         import fasttune.training.trainer  # noqa: F401
 
 
+class GpuMemory:
+    """In place of a GPU's counter: 1 GiB is held, and `takes` is the most that was."""
+
+    def __init__(self) -> None:
+        self.peak = 1.0
+
+    def takes(self, gib: float) -> None:
+        self.peak = max(self.peak, gib)
+
+    def restart(self) -> float:
+        peak, self.peak = self.peak, 1.0
+        return peak
+
+
+@pytest.fixture
+def gpu_memory(unsloth: None, monkeypatch: pytest.MonkeyPatch) -> GpuMemory:
+    """A run on a CPU that measures its memory as on a GPU."""
+    from fasttune.training import live
+
+    memory = GpuMemory()
+    monkeypatch.setattr(live, "peak_memory_gib", lambda: memory.peak)
+    monkeypatch.setattr(live, "restart_peak", memory.restart)
+    return memory
+
+
 @pytest.fixture
 def tiny_tokenizer(unsloth: None) -> Iterator[Any]:
     """A fresh tokenizer of builtin:tiny."""

@@ -117,6 +117,15 @@ def measure(arm: str, shared: Path, scratch: Path, **train: Any) -> Repeat:
     return arms.run(arm, settings, STEPS, shared, scratch)
 
 
+def test_peak_memory_is_that_of_the_steps(shared: Path, tmp_path: Path, gpu_memory: Any) -> None:
+    """And what took more before them is said, for it decides what fits."""
+    gpu_memory.takes(60.0)
+    arm = Arm("vanilla", "", [measure("vanilla", shared, tmp_path)])
+    assert [(each.peak_memory_gib, each.peak_before_gib) for each in arm.repeats] == [(1.0, 60.0)]
+    assert arm.larger_before_gib == 60.0
+    assert Arm("vanilla", "", [repeat(peak_memory_gib=60.5, peak_before_gib=60.0)]).larger_before_gib is None
+
+
 def compared(one: Repeat, other: Repeat) -> str | None:
     return result.compare(Arm("a", "", [one]), Arm("b", "", [other]), result.LOSS_TOLERANCE["float32"]).invalid
 
@@ -362,10 +371,16 @@ def stub_smi(folder: Path, monkeypatch: pytest.MonkeyPatch, *lines: str) -> Path
 H200 = hardware.with_gpu(hardware.Hardware("linux", "x86_64", "2.36", "3.11.2", "CPU", 2, 23.4, 99.0), "h200-141")
 
 
-def test_throttling_is_seen_while_it_lasts(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    """In the middle of a measurement; when the last one has ended it is over."""
-    cold = "Not Active, Not Active, Not Active"
-    said = stub_smi(tmp_path, monkeypatch, cold, "Not Active, Active, Not Active", "Active, Not Active, [N/A]", cold)
+def test_throttling_and_power_are_seen_while_they_last(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """In the middle of a measurement; when the last one has ended it is over. Of that very card, not of its neighbours.
+
+    A card at its own full limit is not throttled. Loading, which draws little, is in no mean.
+    """
+    cold, at_limit = "Not Active, " * 4 + "Not Active, ", "Not Active, " * 4 + "Active, "
+    hot = "Not Active, Active, Not Active, Not Active, Not Active, "
+    braked = "Active, Not Active, [N/A], Active, Active, "
+    lines = [cold + "120.00, 3", at_limit + "690.00, 99", hot + "600.00, 98", braked + "[N/A], 97", cold + "130.00, 0"]
+    said = stub_smi(tmp_path, monkeypatch, *lines)
     watches: list[subprocess.Popen[str]] = []
     popen = subprocess.Popen
 
@@ -374,23 +389,44 @@ def test_throttling_is_seen_while_it_lasts(tmp_path: Path, monkeypatch: pytest.M
         return watches[-1]
 
     monkeypatch.setattr(run.subprocess, "Popen", remembered)
-    with run.throttling(H200) as found:
+    machine = replace(H200, gpus=(replace(H200.gpus[0], uuid="MIG-1", card="GPU-7"),))
+    with run.watched(machine) as found:
         wait_for(said)
-    assert found == ["the GPU was throttled (hw_thermal_slowdown)", "the GPU was throttled (sw_thermal_slowdown)"]
-    with pytest.raises(KeyboardInterrupt), run.throttling(H200):
+    names = ("hw_slowdown", "hw_thermal_slowdown", "hw_power_brake_slowdown")
+    assert found.objections == [f"the GPU was throttled ({name})" for name in names]
+    assert found.power == {"power_w": 645.0, "at_power_limit": pytest.approx(2 / 3)}
+    assert watches[0].args[-2:] == ["-i", "GPU-7"]
+    with pytest.raises(KeyboardInterrupt), run.watched(machine):
         raise KeyboardInterrupt
     assert [watch.returncode for watch in watches] == [-signal.SIGTERM] * 2, "nothing is left running"
 
 
 def test_a_driver_that_does_not_say_it_is_an_objection(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     said = stub_smi(tmp_path, monkeypatch, 'Field "clocks_event_reasons.x" is not a valid field to query.')
-    with run.throttling(H200) as found:
+    with run.watched(H200) as found:
         wait_for(said)
-    assert found == ["nvidia-smi does not say whether the GPU was throttled"]
+    assert found == run.Watch(["nvidia-smi does not say whether the GPU was throttled"])
     monkeypatch.setenv("PATH", str(tmp_path / "nowhere"))
-    with run.throttling(replace(H200, gpus=())) as found:
+    with run.watched(replace(H200, gpus=())) as found:
         pass
-    assert found == []
+    assert found == run.Watch()
+
+
+def test_only_a_whole_free_card_without_a_power_cap_makes_a_claim(monkeypatch: pytest.MonkeyPatch) -> None:
+    apps = {"GPU-1": "", "GPU-2": "4711, python\n"}
+    monkeypatch.setattr(run.gpus, "smi", lambda *arguments: apps[arguments[-1]])
+
+    def told(**changes: Any) -> list[str]:
+        return run.busy(replace(H200, gpus=(replace(H200.gpus[0], uuid="GPU-1", card="GPU-1", **changes),)))
+
+    assert told(power_limit_w=700.0, default_power_limit_w=700.0) == told() == []
+    assert told(power_limit_w=500.0, default_power_limit_w=700.0) == [
+        "power cap 500 W of 700 W: slower than a full card"
+    ]
+    with pytest.raises(FasttuneError, match="another process is on the GPU .4711, python"):
+        run.busy(replace(H200, gpus=(replace(H200.gpus[0], uuid="GPU-2", card="GPU-2"),)))
+    slices = replace(H200.gpus[0], uuid="MIG-1", card="GPU-2")
+    assert run.busy(replace(H200, gpus=(slices,))) == ["it is a slice of a card: what the other slices do is not known"]
 
 
 def wait_for(path: Path) -> None:
@@ -425,14 +461,17 @@ def test_a_benchmark_is_not_relabelled(tmp_path: Path, monkeypatch: pytest.Monke
     monkeypatch.setattr(run.hardware, "detect", lambda path: H200)
     monkeypatch.setattr(run, "_git", lambda: "abc1234")
     stub_smi(tmp_path, monkeypatch, "Active, Not Active, Not Active")
-    monkeypatch.setattr(run, "throttling", lambda machine: nullcontext(["the GPU was throttled (x)"]))
+    watch = run.Watch(["the GPU was throttled (x)"], {"power_w": 650.0})
+    monkeypatch.setattr(run, "watched", lambda machine: nullcontext(watch))
     first = run_it(tmp_path / "out", ["fasttune"])
     assert measured == ["fasttune", "limit"] and first.git == "abc1234"
-    monkeypatch.setattr(run, "throttling", lambda machine: nullcontext([]))
+    monkeypatch.setattr(run, "watched", lambda machine: nullcontext(run.Watch()))
     file = tmp_path / "out" / "measurements.jsonl"
     file.write_text(file.read_text().replace(f'"date": "{first.date}"', '"date": "2020-01-01"'))
     again = run_it(tmp_path / "out", ["fasttune", "vanilla"])
     assert measured == ["fasttune", "limit", "vanilla"]
+    power = [[repeat.power_w for repeat in arm.repeats] for arm in again.arms]
+    assert power == [[650.0], [None]], "an earlier measurement keeps what was drawn"
     assert again.date == "2020-01-01" and "the GPU was throttled (x)" in again.objections
     for name, value in (("_git", lambda: "def5678"), ("stack", SimpleNamespace(versions=lambda: {"torch": "0"}))):
         with monkeypatch.context() as changed, pytest.raises(OutputError, match="of another job"):

@@ -15,7 +15,7 @@ def test_detect_reads_this_machine_quickly(tmp_path: Path) -> None:
     assert seen.cores >= 1
     assert 0.1 < seen.memory_gib < 100_000
     assert seen.disk_free_gib > 0
-    assert (seen.driver is None) == (not seen.gpus)
+    assert seen.driver is not None or not seen.gpus
 
 
 def test_cores_honour_affinity_and_cgroup_quota(monkeypatch: pytest.MonkeyPatch) -> None:
@@ -41,14 +41,6 @@ def test_memory_honours_the_cgroup_limit(monkeypatch: pytest.MonkeyPatch) -> Non
     assert hardware._memory_gib() == 16
     files["/sys/fs/cgroup/memory.max"] = str(4 * hardware.GIB)
     assert hardware._memory_gib() == 4
-
-
-def test_nvidia_smi_is_parsed() -> None:
-    gpus, driver = hardware.parse_nvidia_smi("NVIDIA H200, 9.0, 143771, 580.95.05\n")
-    assert gpus == (hardware.Gpu("NVIDIA H200", (9, 0), 143771 / 1024),)
-    assert driver == "580.95.05"
-    assert hardware.parse_nvidia_smi("WARNING: infoROM is corrupted\n") == ((), None)
-    assert len(hardware.parse_nvidia_smi("A, 8.0, 1, 550.1\nB, 9.0, [N/A], 550.1\n")[0]) == 2
 
 
 @pytest.mark.parametrize(

@@ -13,7 +13,7 @@ LAYERS = [
     {"text"},
     {"children", "hints", "strict_yaml"},
     {"errors"},
-    {"paths"},
+    {"gpus", "paths"},
     {"cache", "checkpoint", "hardware", "hub", "memory", "merge_check", "metrics", "publish", "quiet"},
     {"config", "plots", "shape", "stack"},
     {"builtin", "data", "memory_forecast", "output", "report", "rules"},
@@ -33,7 +33,9 @@ LAYERS = [
 ]
 GROUPS = {"after", "cpu", "forecasts", "previews", "training"}  # their files have layers of their own
 LEVEL = {name: level for level, names in enumerate(LAYERS) for name in names}
-LIGHT = "errors config stack cli evaluate hardware terminal verify train training.prepare previews.view_page".split()
+LIGHT = (
+    "errors config gpus stack cli evaluate hardware terminal verify train training.prepare previews.view_page".split()
+)
 LIGHT += ["after.generate_command", "after.merge_command"]
 HEAVY = {"torch", "transformers", "unsloth", "trl", "peft", "datasets", "matplotlib", "jinja2", "lm_eval"}
 

@@ -340,3 +340,57 @@ def test_a_truncated_base_model_is_named(tmp_path: Path) -> None:
     with pytest.raises(ModelError, match="cannot be loaded"):
         train(tmp_path / "run", model={"name": str(tmp_path / "model")})
     assert not (tmp_path / "run").exists()
+
+
+def test_peak_memory_is_that_of_the_steps(tmp_path: Path, monkeypatch: pytest.MonkeyPatch, gpu_memory: Any) -> None:
+    """Loading and evaluation leak into no step; where they take more, that is said, too."""
+    from fasttune import report
+    from fasttune.training.trainer import MeasuredTrainer
+    from fasttune.training.validation import Validator
+
+    step, measure = MeasuredTrainer._micro_step, Validator.measure
+
+    def in_a_step(trainer: Any, *arguments: Any) -> Any:
+        gpu_memory.takes(10.0 - trainer.state.global_step)
+        return step(trainer, *arguments)
+
+    def in_an_evaluation(validator: Any, *arguments: Any) -> Any:
+        gpu_memory.takes(30.0)
+        return measure(validator, *arguments)
+
+    monkeypatch.setattr(MeasuredTrainer, "_micro_step", in_a_step)
+    monkeypatch.setattr(Validator, "measure", in_an_evaluation)
+    gpu_memory.takes(60.0)
+    result = train(tmp_path / "run", data={"eval_share": 0.25}, eval={"every": "1 steps", "rows": 8})
+    lines = (tmp_path / "run" / "metrics.jsonl").read_text().splitlines()
+    assert [json.loads(line)["peak_memory_gib"] for line in lines] == [10.0, 9.0, 8.0, 7.0]
+    assert (result.status, result.peak_memory_gib, result.peak_outside_steps_gib) == ("completed", 10.0, 60.0)
+    (said,) = [figure for figure in report.key_figures(result) if figure.label == "peak memory"]
+    assert (said.value, said.note) == ("10.0 GiB", "in the steps; 60.0 GiB outside of them")
+    again = train(tmp_path / "again", data={"eval_share": 0.25}, eval={"every": "1 steps", "rows": 8})
+    assert again.peak_outside_steps_gib == 30.0, "also what is evaluated between two steps and after the last"
+
+
+def test_unsloths_emptying_of_the_cache_is_off(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Its own SFTConfig, which replaces TRL's on a GPU, empties it every 250 steps."""
+    import dataclasses
+
+    import trl
+
+    from fasttune.training import trainer
+
+    @dataclasses.dataclass
+    class Theirs(trl.SFTConfig):  # type: ignore[misc]
+        torch_empty_cache_steps: int | None = 250
+
+    seen: list[Any] = []
+    real = trainer.MeasuredTrainer.__init__
+
+    def made(self: Any, *arguments: Any, **options: Any) -> None:
+        seen.append(options["args"])
+        real(self, *arguments, **options)
+
+    monkeypatch.setattr(trainer.trl, "SFTConfig", Theirs)
+    monkeypatch.setattr(trainer.MeasuredTrainer, "__init__", made)
+    assert train(tmp_path / "run", train={"max_steps": 1}).status == "completed"
+    assert [(type(each), each.torch_empty_cache_steps) for each in seen] == [(Theirs, None)]

@@ -216,15 +216,13 @@ def test_facts_fail_where_the_machine_cannot_do_it() -> None:
     assert status_of(dataclasses.replace(MACHINE, memory_gib=5.5))["memory"] == "pass"
 
 
-@pytest.mark.parametrize(
-    ("visible", "status"),
-    [("", "warn"), ("0,1", "warn"), ("GPU-5a2b,GPU-77c1", "warn"), ("1", "pass"), ("GPU-5a2b-4c", "pass")],
-)
-def test_one_of_several_gpus_can_be_chosen_by_number_or_name(
-    monkeypatch: pytest.MonkeyPatch, visible: str, status: str
-) -> None:
-    monkeypatch.setenv("CUDA_VISIBLE_DEVICES", visible)
-    assert status_of(dataclasses.replace(H100, gpus=H100.gpus * 2))["gpu"] == status
+def test_a_gpu_that_is_hidden_or_held_back_is_said() -> None:
+    hidden = {result.name: result for result in facts.gpu(dataclasses.replace(H100, gpus=()))}
+    assert (hidden["driver"].status, hidden["gpu"].status) == ("pass", "skip")
+    assert "CUDA_VISIBLE_DEVICES hides it: everything runs on the CPU" in hidden["gpu"].detail
+    capped = dataclasses.replace(H100.gpus[0], power_limit_w=500.0, default_power_limit_w=700.0)
+    said = {result.name: result for result in facts.gpu(dataclasses.replace(H100, gpus=(capped,)))}
+    assert said["gpu"].status == "pass" and "power cap 500 W of 700 W" in said["gpu"].detail
 
 
 def test_a_wrong_or_missing_package_fails_with_the_command_that_pins_it(monkeypatch: pytest.MonkeyPatch) -> None:

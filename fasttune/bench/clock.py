@@ -22,12 +22,14 @@ class Clock(transformers.TrainerCallback):
         self.losses: list[float] = []
         self.seconds_to_first_step = 0.0
         self.weights_digest = ""
+        self.peak_before_gib: float | None = None
         self._last = 0.0
 
     def on_train_begin(self, args: Any, state: Any, control: Any, model: Any = None, **_: Any) -> None:
         began = time.perf_counter()
         self.weights_digest = live.weights_digest(model)
         self.process_started += time.perf_counter() - began  # not what a person waits for
+        self.peak_before_gib = live.restart_peak()
         live.synchronize()
         self._last = time.perf_counter()
 
@@ -116,6 +118,7 @@ def repeat(clock: Clock, counter: Counter, model: Any, rows_per_step: int, backe
         losses=clock.losses,
         rows_digest=counter.digest(steps),
         peak_memory_gib=live.peak_memory_gib(),
+        peak_before_gib=clock.peak_before_gib,
         seconds_to_first_step=clock.seconds_to_first_step,
         flops_per_token=flops.of_step(computed, sum(learned), rows_per_step * steps) / sum(tokens) if flops else None,
         backend=backend,

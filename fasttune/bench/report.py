@@ -125,6 +125,8 @@ def table(bench: Bench) -> Table:
         ("s a step", lambda arm: _median(arm, "step_s", lambda s: f"{s:,.3g}" if s < 100 else f"{s:,.0f}")),
         ("padding", lambda arm: _median(arm, "padding_fraction", percent)),
         ("peak GiB", lambda arm: _median(arm, "peak_memory_gib", lambda gib: f"{gib:,.2f}")),
+        ("GiB before", lambda arm: _optional(arm.larger_before_gib, lambda gib: f"{gib:,.2f}")),
+        ("W", lambda arm: _median(arm, "power_w", lambda watts: f"{watts:,.0f}")),
         ("s to first step", lambda arm: _median(arm, "seconds_to_first_step", lambda s: f"{s:,.1f}")),
         ("of limit", lambda arm: _optional(bench.share_of_limit(arm), percent)),
         ("MFU", lambda arm: _optional(bench.mfu(arm), percent)),

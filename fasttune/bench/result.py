@@ -24,12 +24,19 @@ BOOTSTRAP_DRAWS = 10_000
 LOSS_TOLERANCE = {"float32": 1e-3, "bfloat16": 2e-2}
 
 
+# What bench.json has the median and range of.
+SPREADS = ("tokens_per_s", "loss_tokens_per_s", "step_s", "peak_memory_gib", "seconds_to_first_step", "power_w")
+
+
 @dataclass(frozen=True)
 class Repeat:
     """One arm, once. Lists have one entry a step. Tokens count no padding; seconds are device-synchronised.
 
     rows_digest: hash of every step's rows, read from the tensors that were trained on.
     weights_digest: of the live model before the first step, see live.weights_digest; "" in older files.
+    peak_memory_gib: of a GPU in the steps, peak_before_gib before them; of a CPU of all the process.
+    power_w: mean of the seconds in which the GPU worked; at_power_limit: the share of them in which its clocks were
+    lower for its power limit. None where it is not known, as on a CPU.
     """
 
     tokens: list[int]
@@ -43,6 +50,9 @@ class Repeat:
     flops_per_token: float | None  # see live.count_flops
     backend: Backend
     weights_digest: str = ""
+    peak_before_gib: float | None = None
+    power_w: float | None = None
+    at_power_limit: float | None = None
 
     @property
     def tokens_per_s(self) -> float:
@@ -73,11 +83,18 @@ class Arm:
     failure: str | None = None
 
     def values(self, attribute: str) -> list[float]:
-        """An attribute of Repeat, of each repeat."""
-        return [getattr(repeat, attribute) for repeat in self.repeats]
+        """An attribute of Repeat, of each repeat of which it is known."""
+        return [value for repeat in self.repeats if (value := getattr(repeat, attribute)) is not None]
 
     def median(self, attribute: str) -> float | None:
-        return statistics.median(self.values(attribute)) if self.repeats else None
+        values = self.values(attribute)
+        return statistics.median(values) if values else None
+
+    @property
+    def larger_before_gib(self) -> float | None:
+        """The most memory before the first step, where that is more than in the steps: it decides what fits."""
+        before = max(self.values("peak_before_gib"), default=0.0)
+        return before if before > max(self.values("peak_memory_gib"), default=0.0) else None
 
 
 @dataclass(frozen=True)
@@ -178,7 +195,7 @@ class Bench:
         """bench.json."""
         document = asdict(self)
         for arm, plain in zip(self.arms, document["arms"], strict=True):
-            for name in ("tokens_per_s", "loss_tokens_per_s", "step_s", "peak_memory_gib", "seconds_to_first_step"):
+            for name in SPREADS:
                 plain[name] = spread(arm.values(name))
             plain["padding_fraction"] = arm.median("padding_fraction")
             plain["losses"] = arm.repeats[0].losses if arm.repeats else []

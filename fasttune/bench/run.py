@@ -7,16 +7,17 @@ OUTPUT_DIR/  measurements.jsonl (one line as each ends; an interrupted benchmark
 import json
 import os
 import shutil
+import statistics
 import subprocess
 import tempfile
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
-from dataclasses import asdict
+from dataclasses import asdict, dataclass, field
 from datetime import UTC, datetime
 from pathlib import Path
 from typing import Any
 
-from fasttune import children, config as configuration, errors, hardware, plan, stack
+from fasttune import children, config as configuration, errors, gpus, hardware, plan, stack
 from fasttune.bench.arms import PLAIN, WHAT
 from fasttune.bench.measurements import Measurements
 from fasttune.bench.result import MIN_REPEATS, WARMUP_STEPS, Bench
@@ -32,7 +33,10 @@ USER_ERRORS = {  # as worker.py names them
     each.__name__ for each in (FasttuneError, errors.ConfigError, DataError, errors.ModelError, errors.OutputError)
 }
 # The driver's names: https://docs.nvidia.com/deploy/nvidia-smi/ (--help-query-gpu)
-THROTTLED = ("hw_thermal_slowdown", "sw_thermal_slowdown", "hw_power_brake_slowdown")
+THROTTLED = ("hw_slowdown", "hw_thermal_slowdown", "sw_thermal_slowdown", "hw_power_brake_slowdown")
+AT_LIMIT = "sw_power_cap"  # no fault: a card at work under its own full limit says it for most of the time
+REASONS = [f"clocks_event_reasons.{name}" for name in (*THROTTLED, AT_LIMIT)]
+WORKING = 50  # percent of a second in which kernels ran: loading counts in no draw
 
 Told = Callable[[str, float], None]  # what is measured now, and the share of all measurements that are done
 
@@ -78,9 +82,9 @@ def run(
         for done, (name, number) in enumerate(all_of_it):
             if measured.get(name, number) is None and not measured.failed(name):
                 told(f"repeat {number + 1} of {repeats}: {name}", done / len(all_of_it))
-                with throttling(machine) as slowed:
+                with watched(machine) as seen:
                     result = fresh_process(name, Path(shared), steps)
-                measured.add(name, number, result, [*beside, *slowed])
+                measured.add(name, number, result | seen.power, [*beside, *seen.objections])
     objections = measured.objections()
     if repeats < MIN_REPEATS:
         objections.append(f"{repeats} repeats, fewer than {MIN_REPEATS}")
@@ -158,28 +162,39 @@ def job_tokens(config: Config, facts: dict[str, Any]) -> int:
 
 
 def busy(machine: Hardware) -> list[str]:
-    """Refuse a GPU that another process uses; on a CPU, say so when other programs run."""
-    if machine.gpus:
-        others = _smi("--query-compute-apps=pid,process_name")
-        if others:
-            raise FasttuneError(f"bench: another process is on the GPU ({others[0]}): end it, or wait for it")
-        return []
-    load = os.getloadavg()[0] / machine.cores
-    return [f"other programs ran beside it (load {load:.0%} of the cores before the start)"] if load > BUSY_LOAD else []
+    """What else is on the machine: refuses a GPU that another process uses; objections to the numbers otherwise."""
+    if not machine.gpus:
+        load = os.getloadavg()[0] / machine.cores
+        told = f"other programs ran beside it (load {load:.0%} of the cores before the start)"
+        return [told] if load > BUSY_LOAD else []
+    gpu = machine.gpus[0]
+    if gpu.sliced:
+        return ["it is a slice of a card: what the other slices do is not known"]
+    others = gpus.smi("--query-compute-apps=pid,process_name", "--format=csv,noheader", "-i", gpu.card).splitlines()
+    if others:
+        raise FasttuneError(f"bench: another process is on the GPU ({others[0]}): end it, or wait for it")
+    return list(filter(None, [gpus.capped(gpu)]))
+
+
+@dataclass
+class Watch:
+    """What the driver said while something was measured; `power` are fields of Repeat."""
+
+    objections: list[str] = field(default_factory=list)
+    power: dict[str, float] = field(default_factory=dict)
 
 
 @contextmanager
-def throttling(machine: Hardware) -> Iterator[list[str]]:
-    """What slows the GPU down meanwhile, as the driver says every second; the list is filled at the end."""
-    found: list[str] = []
+def watched(machine: Hardware) -> Iterator[Watch]:
+    """What slows the GPU down meanwhile, and what it draws, as the driver says every second; filled at the end."""
+    found = Watch()
     if not machine.gpus:
         yield found
         return
-    query = f"--query-gpu={','.join(f'clocks_event_reasons.{name}' for name in THROTTLED)}"
+    query = f"--query-gpu={','.join([*REASONS, 'power.draw', 'utilization.gpu'])}"
+    command = ["nvidia-smi", query, "--format=csv,noheader,nounits", "--loop=1", "-i", machine.gpus[0].card]
     with tempfile.TemporaryFile("w+", encoding="utf-8") as said:
-        watch = subprocess.Popen(
-            ["nvidia-smi", query, "--format=csv,noheader", "--loop=1"], stdout=said, stderr=subprocess.DEVNULL
-        )
+        watch = subprocess.Popen(command, stdout=said, stderr=subprocess.DEVNULL)
         try:
             yield found
         finally:
@@ -187,15 +202,15 @@ def throttling(machine: Hardware) -> Iterator[list[str]]:
             watch.wait()
             said.seek(0)
             seen = [[value.strip() for value in line.split(",")] for line in said]
-    known = [values for values in seen if len(values) == len(THROTTLED) and {*values} & {"Active", "Not Active"}]
+    known = [values for values in seen if len(values) == len(REASONS) + 2 and {*values} & {"Active", "Not Active"}]
     active = [name for i, name in enumerate(THROTTLED) if any(values[i] == "Active" for values in known)]
-    found += [f"the GPU was throttled ({name})" for name in active]
-    found += [] if known else ["nvidia-smi does not say whether the GPU was throttled"]
-
-
-def _smi(query: str) -> list[str]:
-    done = subprocess.run(["nvidia-smi", query, "--format=csv,noheader"], capture_output=True, text=True, check=False)
-    return [line for line in done.stdout.splitlines() if line.strip()]
+    found.objections += [f"the GPU was throttled ({name})" for name in active]
+    found.objections += [] if known else ["nvidia-smi does not say whether the GPU was throttled"]
+    working = [values for values in known if (gpus.number(values[-1]) or 0) >= WORKING]
+    if draws := [draw for values in working if (draw := gpus.number(values[-2])) is not None]:
+        found.power["power_w"] = statistics.mean(draws)
+        at_limit = [values[len(THROTTLED)] == "Active" for values in working]
+        found.power["at_power_limit"] = statistics.mean(at_limit)
 
 
 def _git() -> str:

@@ -1,12 +1,11 @@
 """Facts of this machine, every installed package against the stack's pins, and the version rules. Imports no torch."""
 
 import os
-import re
 import sys
 from collections.abc import Iterator
 from pathlib import Path
 
-from fasttune import hardware as machines, stack
+from fasttune import gpus, hardware as machines, stack
 from fasttune.checks import Result, Status
 from fasttune.hardware import Hardware
 from fasttune.rules import RULES
@@ -18,7 +17,6 @@ LEAST_DISK_GIB = 2
 WANTED_DISK_GIB = 20  # one 8B model in bf16 is 15 GiB
 LEAST_CAPABILITY = (8, 0)  # bf16 and Flash Attention 2
 SHOWN_MISMATCHES = 6
-ONE_GPU = re.compile(r"\d+|(GPU|MIG)-[^,]+")  # of CUDA_VISIBLE_DEVICES: an index, or the name nvidia-smi -L gives it
 
 
 def check(hardware: Hardware, stack_name: str) -> Iterator[Result]:
@@ -58,15 +56,17 @@ def operating_system(hardware: Hardware) -> Result:
 
 def gpu(hardware: Hardware) -> Iterator[Result]:
     """`driver` and `gpu`; without a GPU both are skipped with the reason."""
-    if not hardware.gpus:
+    if hardware.driver is None:
         yield silent_driver(hardware)
-        yield Result("gpu", "skip", "none: everything runs on the CPU, in float32 and slowly")
-        return
-    if (hardware.driver_major or 0) < stack.OLDEST_DRIVER:
+    elif (hardware.driver_major or 0) < stack.OLDEST_DRIVER:
         fix = f"update it to 580 or newer ({stack.DRIVERS_URL}), then: bash scripts/setup_h100.sh"
         yield Result("driver", "fail", f"{hardware.driver}, {stack.OLDEST_DRIVER} is needed", fix)
     else:
-        yield Result("driver", "pass", str(hardware.driver))
+        yield Result("driver", "pass", hardware.driver)
+    if not hardware.gpus:
+        why = "none" if hardware.driver is None else f"{gpus.VISIBLE} hides it"
+        yield Result("gpu", "skip", f"{why}: everything runs on the CPU, in float32 and slowly")
+        return
     names = ", ".join(
         f"{gpu.name} ({gpu.memory_gib:.0f} GiB, compute capability {'.'.join(map(str, gpu.compute_capability))})"
         for gpu in hardware.gpus
@@ -75,10 +75,8 @@ def gpu(hardware: Hardware) -> Iterator[Result]:
         yield Result(
             "gpu", "fail", f"{names}; bf16 and Flash Attention need 8.0", "use an Ampere or newer GPU (A100, H100 …)"
         )
-    elif len(hardware.gpus) > 1 and not ONE_GPU.fullmatch(os.environ.get("CUDA_VISIBLE_DEVICES", "")):
-        yield Result("gpu", "warn", f"{names}; fasttune trains on one", "export CUDA_VISIBLE_DEVICES=0")
     else:
-        yield Result("gpu", "pass", names)
+        yield Result("gpu", "pass", "; ".join([names, *filter(None, map(gpus.capped, hardware.gpus))]))
 
 
 def silent_driver(hardware: Hardware) -> Result:

@@ -73,7 +73,8 @@ def of_run(
         tokens_a_step = sample.tokens / sample.steps
         layers = 0 if chosen.gpu_gib is None else chosen.shape.layers * len(sample.micro_batches) / sample.steps
         paired = zip(vars(rate).values(), vars(LAUNCH_S_A_LAYER).values(), strict=True)
-        speed = Range(*(tokens_a_step / (flops / (tera * 1e12) + layers * launch_s) for tera, launch_s in paired))
+        # The CPU launches while the GPU computes: whichever takes longer.
+        speed = Range(*(tokens_a_step / max(flops / (tera * 1e12), layers * launch_s) for tera, launch_s in paired))
         hours = _hours(tokens, speed, _start_s(chosen, memory))
         cost = None if usd_per_hour is None else Range(*(usd_per_hour * each for each in vars(hours).values()))
     low, high = MEMORY_ERROR["cpu" if chosen.gpu_gib is None else "gpu"]

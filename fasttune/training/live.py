@@ -139,6 +139,15 @@ def peak_memory_gib() -> float:
     return int(status.partition("VmHWM:")[2].split()[0]) / 2**20
 
 
+def restart_peak() -> float | None:
+    """The peak of a GPU's memory up to now; from here it is counted anew. None on a CPU: that of the process stays."""
+    if not torch.cuda.is_available():
+        return None
+    peak = peak_memory_gib()
+    torch.cuda.reset_peak_memory_stats()
+    return peak
+
+
 def dtypes(model: Any, autocast: bool) -> str:
     """Dtypes of the live parameters, e.g. "float32 trained, bfloat16 frozen, bf16 autocast"."""
     weights = {parameter.dtype for parameter in model.parameters() if not parameter.requires_grad}

@@ -8,7 +8,7 @@ from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
 
-from fasttune import hardware, plan, pretrained
+from fasttune import gpus, hardware, plan, pretrained
 from fasttune.config import Config, looks_like_hub
 from fasttune.data import chat, load, sources
 from fasttune.data.batches import Batches, Encoded
@@ -72,7 +72,8 @@ def prepare(config: Config, folder: Path, reporter: Reporter) -> Job:
 
     take_over_loggers()
     warnings: list[str] = []
-    machine = hardware.detect(folder)
+    machine = hardware.as_torch_sees(hardware.detect(folder))
+    warnings += filter(None, map(gpus.capped, machine.gpus))
     config, architecture = fitted(config, warnings.append)
     chosen = plan.resolve(config, machine, shape.Shape.of(architecture))
     config = chosen.apply(config)

@@ -83,6 +83,7 @@ def summarize(job: Job, outcome: Outcome, trainer: Any, started: float) -> RunRe
         matmul = measured_matmul_tflops(job)
     peak = hardware.peak_bf16_tflops(job.machine.gpus[0].name) if job.machine.gpus else None
     price = job.usd_per_hour
+    outside = trainer.peak_outside_gib  # None on a CPU, where a peak is that of the whole process
     may_go_on = outcome.status != "completed" and outcome.checkpoint is not None
     result = RunResult(
         status=outcome.status,
@@ -99,7 +100,7 @@ def summarize(job: Job, outcome: Outcome, trainer: Any, started: float) -> RunRe
         steady_steps=len(steady),
         seconds_to_first_step=trainer.first_step_done - started if trainer.first_step_done else None,
         wall_s=0.0,  # both: set_cost
-        peak_memory_gib=live.peak_memory_gib(),
+        peak_memory_gib=max(s.peak_memory_gib for s in steps) if steps and outside else live.peak_memory_gib(),
         mfu=achieved / peak if achieved and peak and job.plan.dtype == "bfloat16" else None,
         fraction_of_measured_matmul=achieved / matmul if achieved and matmul else None,
         measured_matmul_tflops=matmul,
@@ -115,6 +116,7 @@ def summarize(job: Job, outcome: Outcome, trainer: Any, started: float) -> RunRe
         warnings=outcome.warnings,
         error=outcome.error,
         resumed_from_step=outcome.resumed_from_step,
+        peak_outside_steps_gib=outside,
         resume_command=resume_command(job) if outcome.status == "running" or may_go_on else None,
     )
     set_cost(result, outcome, started)

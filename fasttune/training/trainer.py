@@ -21,7 +21,8 @@ from datasets import Dataset
 from fasttune.cpu import fused_lora
 from fasttune.data.batches import ON_HOST, Batches
 from fasttune.metrics import Backend, StepMetrics
-from fasttune.training.live import Watched, count_tokens, dtypes, peak_memory_gib, rows_of, synchronize
+from fasttune.training import live
+from fasttune.training.live import Watched, count_tokens, dtypes, rows_of, synchronize
 from fasttune.training.prepare import Job
 from fasttune.training.validation import Validator
 
@@ -44,6 +45,7 @@ class MeasuredTrainer(Watched, trl.SFTTrainer):
     step_loss: float = 0.0
     rows_at_once: int | None = None  # fewer than planned, since memory ran out
     first_step_done: float = 0.0
+    peak_outside_gib: float | None = None  # of a GPU's memory before and between the steps
 
     def get_batch_samples(self, epoch_iterator: Any, num_batches: int, device: torch.device) -> Any:
         """The micro-batches of one optimizer step and how many tokens it learns: the loss is their mean over all of it.
@@ -140,7 +142,7 @@ class StepRecorder(transformers.TrainerCallback):
         self.validator = validator
         self.after_step = after_step  # step, whether it is the last before an early end
         self.ends_at = ends_at  # perf_counter()
-        self.seconds = 0.0
+        self.seconds = self.peak_memory_gib = 0.0
         self.stopped_by: str | None = None
         self.bad_in_a_row = 0
 
@@ -149,6 +151,13 @@ class StepRecorder(transformers.TrainerCallback):
         if self.stopped_by is not None:
             raise KeyboardInterrupt
         self.stopped_by = signal.Signals(number).name
+
+    def on_step_begin(self, *_: Any, **__: Any) -> None:
+        """What was loaded, proved or evaluated until now is in no step's peak memory."""
+        if (peak := live.restart_peak()) is not None:
+            self.trainer.peak_outside_gib = max(self.trainer.peak_outside_gib or 0.0, peak)
+
+    on_train_end = on_step_begin
 
     def on_pre_optimizer_step(self, args: Any, state: Any, control: Any, model: Any = None, **kwargs: Any) -> None:
         """Without gradients the optimizer changes nothing: weights and moments stay as they were."""
@@ -162,6 +171,7 @@ class StepRecorder(transformers.TrainerCallback):
         synchronize()
         now = time.perf_counter()
         self.seconds = now - self.trainer.started
+        self.peak_memory_gib = live.restart_peak() or live.peak_memory_gib()
         self.trainer.first_step_done = self.trainer.first_step_done or now
         if self.stopped_by is None and now >= self.ends_at and state.global_step < state.max_steps:
             self.stopped_by = MAX_HOURS
@@ -182,7 +192,7 @@ class StepRecorder(transformers.TrainerCallback):
                 grad_norm=float(logs["grad_norm"]) if logs.get("grad_norm") is not None else None,
                 seconds=self.seconds,
                 tokens_per_s=counts["tokens"] / self.seconds,
-                peak_memory_gib=peak_memory_gib(),
+                peak_memory_gib=self.peak_memory_gib,
                 eval_loss=seen.loss if seen else None,
                 eval_token_accuracy=seen.token_accuracy if seen else None,
                 eval_exact_match=seen.exact_match if seen else None,
@@ -220,6 +230,7 @@ def build(job: Job, scratch: Path, done: int = 0) -> MeasuredTrainer:
         disable_tqdm=True,
         save_strategy="no",
         report_to="none",
+        torch_empty_cache_steps=None,  # Unsloth's own 250 throws memory away that is asked for again at once
         use_cpu=not torch.cuda.is_available(),
     )
     first = min(done, job.total_steps - 1)  # of a run whose steps are all behind it too: trl looks at an example
