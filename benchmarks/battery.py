@@ -44,6 +44,14 @@ def main() -> int:
         out = (options.out or (scratch / "out" if options.dry_run else ROOT / "runs" / "battery")).absolute()
         for folder in (scratch, out):
             folder.mkdir(parents=True, exist_ok=True)
+        if not options.dry_run:
+            sys.path.append(str(ROOT))
+            from fasttune import errors, gpus
+
+            try:
+                gpus.pin()  # of several GPUs all stages take the same one
+            except errors.FasttuneError as error:
+                return refuse(str(error))
         battery = Battery(options, out, scratch, install(options.wheels, scratch))
         try:
             battery.run([stage for stage in STAGES if stage.name in options.stages])

@@ -89,6 +89,7 @@ def run(
         from fasttune.after import harness
 
         take_over_loggers()
+        machine = hardware.as_torch_sees(hardware.detect(folder))
         # Bad rows are told of before the weights are read.
         loaded = harness.load_tasks(names, data, *finished.reading(data or ""))
         reporter.note(f"loading {finished.weights} …")
@@ -123,7 +124,7 @@ def run(
         from_cache=asked.from_cache,
         seconds=time.perf_counter() - started,
         date=datetime.now().isoformat(timespec="seconds"),
-        hardware=hardware.line(hardware.detect(folder)),
+        hardware=hardware.line(machine),
         versions=stack.versions() | {"lm_eval": importlib.metadata.version("lm_eval")},
         warnings=finished.warnings,
     )

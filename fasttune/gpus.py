@@ -14,7 +14,8 @@ from fasttune.errors import FasttuneError
 
 VISIBLE = "CUDA_VISIBLE_DEVICES"
 # https://docs.nvidia.com/deploy/nvidia-smi/ (--help-query-gpu). The limits are watts.
-QUERY = "name,compute_cap,memory.total,driver_version,uuid,power.limit,power.default_limit,mig.mode.current"
+QUERY = "name,compute_cap,memory.total,driver_version,uuid,mig.mode.current"
+QUERY += ",power.default_limit,power.limit,enforced.power.limit"
 SLICE = re.compile(r"\s+MIG (\S+)\s+Device\s+(\d+): \(UUID: (MIG-\S+)\)")
 
 
@@ -27,7 +28,7 @@ class Gpu:
     memory_gib: float
     uuid: str = ""  # as CUDA_VISIBLE_DEVICES takes it
     card: str = ""  # as `nvidia-smi -i` takes it
-    power_limit_w: float | None = None
+    power_limit_w: float | None = None  # the lowest of those that are set
     default_power_limit_w: float | None = None
 
     @property
@@ -48,10 +49,11 @@ def parse(answer: str) -> tuple[list[Gpu], str | None, set[str]]:
         fields = [field.strip() for field in line.split(",")]
         if len(fields) != len(QUERY.split(",")) or not re.fullmatch(r"\d+\.\d+", fields[1]):
             continue  # a warning of nvidia-smi, or a driver too old to know compute_cap
-        name, capability, memory_mib, driver, uuid, limit, default, mig = fields
+        name, capability, memory_mib, driver, uuid, mig, default, *limits = fields
         major, minor = map(int, capability.split("."))
         memory_gib = (number(memory_mib) or 0.0) / 1024
-        gpus.append(Gpu(name, (major, minor), memory_gib, uuid, uuid, number(limit), number(default)))
+        limit = min((watts for text in limits if (watts := number(text)) is not None), default=None)
+        gpus.append(Gpu(name, (major, minor), memory_gib, uuid, uuid, limit, number(default)))
         sliced |= {uuid} if mig == "Enabled" else set()
     return gpus, driver, sliced
 

@@ -133,7 +133,7 @@ class Environment:
         for name in ("bash", "dirname"):
             (self.tools / name).symlink_to(shutil.which(name) or f"/bin/{name}")
         if self.case.gpus:
-            more = ", 700.00, 700.00, Disabled"  # what is asked beyond the four: id, power limits, MIG
+            more = ", Disabled, 700.00, 700.00, 700.00"  # what is asked beyond the four: id, MIG, power limits
             lines = [f"echo '{gpu}, GPU-{number}{more}'" for number, gpu in enumerate(self.case.gpus)]
             self.script("nvidia-smi", NVIDIA_SMI.format(lines="\n".join(lines)))
         elif self.case.nvidia_smi:
