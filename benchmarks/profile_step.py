@@ -49,6 +49,9 @@ def main() -> int:
                 self.profile: Any = None
                 self.seconds: list[float] = []
 
+            def on_train_begin(self, *_: Any, **__: Any) -> None:
+                torch.cuda.reset_peak_memory_stats()  # loading is none of the steps
+
             def on_step_begin(self, args: Any, state: Any, control: Any, **_: Any) -> None:
                 if state.global_step == job.total_steps - 1:
                     self.profile = torch.profiler.profile(activities=[torch.profiler.ProfilerActivity.CUDA])

@@ -11,6 +11,9 @@ import hypothesis
 import hypothesis.configuration
 import pytest
 
+from fasttune import gpus
+
+gpus.pin()  # with several GPUs tests in this process, too, take one
 _CACHE = tempfile.TemporaryDirectory(prefix="fasttune-tests-")
 os.environ |= {
     "FASTTUNE_CACHE": _CACHE.name,  # inherited by the commands that tests start
