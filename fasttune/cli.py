@@ -11,7 +11,7 @@ import signal
 import sys
 from typing import Any
 
-from fasttune import __version__, children, gpus, text as texts
+from fasttune import __version__, children, text as texts
 from fasttune.errors import ConfigError, FasttuneError
 
 EXAMPLES = """examples:
@@ -64,6 +64,8 @@ def main(argv: list[str] | None = None) -> int:
     commands["train"] = train
     try:
         _check(options)
+        from fasttune import gpus
+
         gpus.pin()
         code, document = commands[options.command](options)
     except KeyboardInterrupt as error:

@@ -186,16 +186,16 @@ def test_the_active_stack_is_that_of_the_set_up_else_that_of_the_machine(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     monkeypatch.setattr(sys, "prefix", str(tmp_path))
-    monkeypatch.setattr(stack, "detect", lambda: machine(H100, driver="580.1"))
+    monkeypatch.setattr(stack, "detect", lambda **_: machine(H100, driver="580.1"))
     marker = tmp_path / stack.MARKER_FILE
     assert stack.active_stack() == "cu130"
     for text, name in (('{"stack": "cpu"}', "cpu"), ('{"stack": "cu12"}', "cu12"), ("{", "cu130"), ("[]", "cu130")):
         marker.write_text(text)
         assert stack.active_stack() == name
     marker.unlink()
-    monkeypatch.setattr(stack, "detect", lambda: machine("Tesla T4", (7, 5), "580.1"))
+    monkeypatch.setattr(stack, "detect", lambda **_: machine("Tesla T4", (7, 5), "580.1"))
     assert stack.active_stack() == "cpu"  # no stack fits: verify says why
-    monkeypatch.setattr(stack, "detect", lambda: machine(H100, driver="470.1"))
+    monkeypatch.setattr(stack, "detect", lambda **_: machine(H100, driver="470.1"))
     assert stack.active_stack() == "cu130"  # the driver is to be updated, not the GPU given up
 
 

@@ -14,7 +14,7 @@ import pytest
 import yaml
 
 from fasttune import config
-from fasttune.errors import ModelError
+from fasttune.errors import FasttuneError, ModelError
 
 pytestmark = pytest.mark.usefixtures("unsloth")
 
@@ -396,3 +396,15 @@ def test_unsloths_emptying_of_the_cache_is_off(tmp_path: Path, monkeypatch: pyte
     monkeypatch.setattr(trainer.MeasuredTrainer, "__init__", made)
     assert train(tmp_path / "run", train={"max_steps": 1}).status == "completed"
     assert [(type(each), each.torch_empty_cache_steps) for each in seen] == [(Theirs, None)]
+
+
+def test_a_gpu_that_torch_cannot_use_is_no_reason_to_train_on_the_cpu(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    from fasttune import hardware
+
+    machine = hardware.with_gpu(hardware.detect(), "h100-80")
+    monkeypatch.setattr(hardware, "detect", lambda path: machine)
+    with pytest.raises(FasttuneError, match="cannot use the NVIDIA H100 80GB HBM3: fasttune verify says what mends it"):
+        train(tmp_path / "run")
+    assert not (tmp_path / "run").exists()
