@@ -15,7 +15,7 @@ from fasttune import stack
 
 PYTHON = (3, 12)
 PLATFORMS = [f"manylinux_2_{minor}_x86_64" for minor in (28, 27, 24, 17)] + ["manylinux2014_x86_64"]
-# Left out: xformers, built for another torch and not loadable beside 2.11; torchao, diffusers and lm-eval, not used.
+# Left out: torchao, diffusers and lm-eval, not used.
 TRAINING = ("unsloth", "unsloth-zoo", "trl", "datasets", "dill", "multiprocess", "bitsandbytes", "liger-kernel")
 CONFIG = ("pydantic", "pydantic-core", "annotated-types", "typing-inspection")
 IMPORTED = ("cut-cross-entropy", "docstring-parser", "hf-transfer", "json5", "msgspec", "nest-asyncio", "structlog")

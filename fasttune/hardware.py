@@ -9,6 +9,8 @@ import re
 import shutil
 import statistics
 import subprocess
+import sys
+import sysconfig
 import time
 from collections.abc import Callable, Sequence
 from dataclasses import asdict, dataclass, replace
@@ -134,6 +136,20 @@ def _memory_gib() -> float:
 def _cpu_model() -> str:
     match = re.search(r"model name\s*:\s*(.+)", _read("/proc/cpuinfo"))
     return match[1].strip() if match else platform.processor() or platform.machine()
+
+
+def triton_lacks() -> tuple[str, str] | None:
+    """What Triton does not find when it compiles its launcher, at the first step on a GPU, and what installs it.
+
+    Source: triton/runtime/build.py (3.6.0)
+    """
+    header = Path(sysconfig.get_paths("posix_prefix")["include"]) / "Python.h"
+    missing = {}
+    if not (os.environ.get("CC") or shutil.which("gcc") or shutil.which("clang")):
+        missing["gcc"] = "a C compiler"
+    if not header.is_file():
+        missing["python{}.{}-dev".format(*sys.version_info)] = f"Python's headers ({header})"
+    return (" and ".join(missing.values()), f"apt-get install -y {' '.join(missing)}") if missing else None
 
 
 def nvidia_smi_error() -> str:

@@ -7,6 +7,7 @@ them at import. So this is the one file that imports it, and everything that tra
 # isort: skip_file
 import logging
 import os
+import sys
 import tempfile
 import warnings
 from collections.abc import Callable
@@ -25,6 +26,8 @@ os.environ["HF_HUB_DISABLE_TELEMETRY"] = "1"
 os.environ.setdefault("UNSLOTH_COMPILE_LOCATION", str(cache.root() / "unsloth_compiled_cache"))
 os.environ.setdefault("TOKENIZERS_PARALLELISM", "false")  # else tokenizers warns at every later fork
 memory.ask_for_huge_pages()
+# Unsloth prefers xformers until torch 2.12, copies keys and values for every query head for it, and never asks again.
+sys.modules.setdefault("xformers", None)  # type: ignore[arg-type]
 logging.getLogger("torch.utils._pytree").setLevel(logging.ERROR)  # torchao's registrations warn at every import
 
 from unsloth import FastLanguageModel, tokenizer_utils
@@ -147,6 +150,16 @@ def take_varlen_kernel() -> Callable[[], None] | None:
     before = {name: getattr(dispatch, name, None) for name in mine}
     vars(dispatch).update(mine)
     return lambda: vars(dispatch).update(before)
+
+
+def attention_packages() -> list[str] | None:
+    """Which of xformers and flash-attn Unsloth may take in this process; None where it runs on a CPU."""
+    if not torch.cuda.is_available():
+        return None
+    from unsloth.utils import attention_dispatch as dispatch
+
+    found = {"xformers": dispatch.HAS_XFORMERS, "flash-attn": dispatch.HAS_FLASH_ATTENTION}
+    return [name for name, there in found.items() if there]
 
 
 def enable_packed_kernels(model: Any) -> None:

@@ -4,7 +4,6 @@ A rule reads versions, metadata and hardware; it never imports the package: a br
 """
 
 import functools
-import json
 import re
 import shlex
 import sys
@@ -20,7 +19,6 @@ from fasttune.stack import (
     fix_command,
     installed,
     mend_command,
-    read_dist_file,
     read_pins,
 )
 
@@ -140,18 +138,6 @@ def _numpy(installed: Versions, hardware: Hardware) -> str | None:
     return None
 
 
-def _xformers(installed: Versions, hardware: Hardware) -> str | None:
-    """The wheel records the torch it was compiled with; its C++ part loads with no other."""
-    try:
-        built_for = json.loads(read_dist_file("xformers", "xformers/cpp_lib.json"))["version"]["torch"]
-    except (ValueError, KeyError, TypeError):
-        return None
-    torch = installed.get("torch", "")
-    if "xformers" not in installed or not torch or built_for == torch:
-        return None
-    return f"xformers {installed['xformers']} was built for torch {built_for}, torch {torch} is installed"
-
-
 def _flash_attn(installed: Versions, hardware: Hardware) -> str | None:
     """Wheels of the project say in their local version what they were built for: `2.8.3+cu12torch2.8cxx11abiTRUE`."""
     wheel, torch = installed.get("flash-attn", ""), installed.get("torch", "")
@@ -244,16 +230,6 @@ RULES: tuple[Rule, ...] = (
         "https://numpy.org/doc/stable/dev/depending_on_numpy.html#numpy-2-0-specific-advice",
         ("numpy", "pandas", "pyarrow", "matplotlib", "contourpy", "torch"),
         _numpy,
-    ),
-    Rule(
-        "xformers-torch",
-        "xformers' own CUDA kernels load with the torch they were built with only; with another it falls back to"
-        " PyTorch's Flash Attention 2 and cutlass kernels",
-        "https://github.com/facebookresearch/xformers#installing-xformers",
-        ("torch", "xformers"),
-        _xformers,
-        remedy="none needed: fasttune verify runs the kernels that are left",
-        severity="warn",
     ),
     Rule(
         "flash-attn-torch",

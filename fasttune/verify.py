@@ -27,7 +27,6 @@ JOBS = (
             "attention:sdpa-efficient",
             "attention:sdpa-cudnn",
             "attention:torch-varlen",
-            "attention:xformers",
             "attention:flash-attn",
             "attention:flash-attn-3",
         ),

@@ -18,7 +18,7 @@ from fasttune.hardware import Hardware
 RELEASES = "https://github.com/Dao-AILab/flash-attention/releases/download"
 VERSIONS = ("2.8.3.post1", "2.8.3")
 GIB_PER_JOB = 9  # https://github.com/Dao-AILab/flash-attention/blob/main/setup.py: "peak memory cost is ~8-9GB"
-FALLBACK = "the Flash Attention 2 kernels inside PyTorch and xformers will be used"
+FALLBACK = "the Flash Attention 2 kernels inside PyTorch will be used"
 
 DESCRIBE = """
 import json, sys, torch

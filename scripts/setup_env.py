@@ -27,7 +27,7 @@ import shell  # noqa: E402  scripts/shell.py
 
 from fasttune import stack  # noqa: E402
 from fasttune.errors import FasttuneError  # noqa: E402
-from fasttune.hardware import Hardware, detect  # noqa: E402
+from fasttune.hardware import Hardware, detect, triton_lacks  # noqa: E402
 
 LOG_FILE = "setup.log"
 KEPT = {stack.MARKER_FILE, LOG_FILE, "pyvenv.cfg"}  # deleted last, or not at all, when an environment is rebuilt
@@ -80,9 +80,10 @@ def preflight(options: argparse.Namespace, hardware: Hardware) -> tuple[str, str
         raise FasttuneError(
             f"this is {have}; needed is x86-64 Linux with glibc 2.28 or newer (Ubuntu 20.04, Debian 11)"
         )
-    if options.stack:
-        return options.stack, "asked for"
-    return stack.choose_stack(hardware)
+    chosen = (options.stack, "asked for") if options.stack else stack.choose_stack(hardware)
+    if hardware.gpus and chosen[0] != "cpu" and (lacks := triton_lacks()):
+        raise FasttuneError(f"Triton, which compiles kernels for the GPU, needs {lacks[0]} ({lacks[1]})")
+    return chosen
 
 
 def short(python: str) -> tuple[int, int]:

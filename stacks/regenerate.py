@@ -32,8 +32,10 @@ OVERRIDES = ["certifi>=2026.1"]
 NOT_USED = ["llm", "llama-cpp-python"]
 # lm-eval asks for these; only some of its own tasks need one of them, and say so. sqlitedict unpickles what it reads.
 NOT_USED += "evaluate more-itertools pytablewriter rouge-score scikit-learn sqlitedict word2number".split()
+# unsloth asks for it and prefers it to faster kernels of PyTorch, so fasttune/model.py hides it.
+NOT_USED += ["xformers"]
 # unsloth asks for these, and imports and trains without them on a CPU. There is no CPU build of torchvision on PyPI.
-NOT_ON_CPU = ["torchvision", "xformers", "bitsandbytes", "diffusers"]
+NOT_ON_CPU = ["torchvision", "bitsandbytes", "diffusers"]
 IN_EVERY_STACK = ["numpy", "setuptools"]  # not in the same version
 CUDA = ["cuda-toolkit", "cuda-bindings"]  # what torch asks for beside triton
 CUDA += [f"nvidia-{library}" for library in ("cublas", "cudnn-cu13", "cusparselt-cu13", "nccl-cu13", "nvshmem-cu13")]

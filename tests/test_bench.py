@@ -144,6 +144,27 @@ def test_every_arm_does_the_work_of_the_baseline(vanilla: Repeat, shared: Path, 
     assert other.flops_per_token == pytest.approx(vanilla.flops_per_token)
 
 
+def test_the_notebook_arm_has_what_a_usual_install_has(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """xformers, which fasttune.model hides from Unsloth, is imported before it; the row says where it is not there."""
+    import fasttune
+    from fasttune.bench import arms
+
+    (tmp_path / "xformers.py").write_text("")
+    monkeypatch.syspath_prepend(tmp_path)
+    monkeypatch.delitem(sys.modules, "xformers", raising=False)
+
+    def load(*_: object) -> None:
+        assert sys.modules["xformers"].__file__ == str(tmp_path / "xformers.py")
+        raise LookupError("far enough")
+
+    monkeypatch.setattr(fasttune, "model", SimpleNamespace(load=load), raising=False)
+    with pytest.raises(LookupError, match="far enough"):
+        arms._notebook(config.parse({**TREE, "output_dir": str(tmp_path)}), STEPS, tmp_path, tmp_path)
+    monkeypatch.delitem(sys.modules, "xformers")
+    assert arms._unsloth_library(["xformers"]) == "unsloth + trl + xformers"
+    assert "without xformers or flash-attn" in arms._unsloth_library([])
+
+
 def test_an_arm_of_other_weights_is_invalid(vanilla: Repeat, shared: Path, tmp_path: Path) -> None:
     """By so little that no loss tells."""
     import safetensors.torch

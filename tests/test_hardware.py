@@ -1,5 +1,9 @@
 """What this machine is, and the tables about chips."""
 
+import os
+import re
+import subprocess
+import sys
 import time
 from pathlib import Path
 
@@ -41,6 +45,41 @@ def test_memory_honours_the_cgroup_limit(monkeypatch: pytest.MonkeyPatch) -> Non
     assert hardware._memory_gib() == 16
     files["/sys/fs/cgroup/memory.max"] = str(4 * hardware.GIB)
     assert hardware._memory_gib() == 4
+
+
+def test_what_triton_lacks_is_named_with_the_package_that_has_it(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    (tmp_path / "gcc").write_text("#!/bin/sh\n")
+    (tmp_path / "gcc").chmod(0o755)
+    (tmp_path / "Python.h").write_text("")
+    headers = "python{}.{}-dev".format(*sys.version_info)
+    monkeypatch.delenv("CC", raising=False)
+    monkeypatch.setenv("PATH", str(tmp_path))
+    monkeypatch.setattr(hardware.sysconfig, "get_paths", lambda scheme: {"include": str(tmp_path)})
+    assert hardware.triton_lacks() is None
+    (tmp_path / "Python.h").unlink()
+    assert hardware.triton_lacks() == (f"Python's headers ({tmp_path}/Python.h)", f"apt-get install -y {headers}")
+    (tmp_path / "gcc").unlink()
+    said, command = hardware.triton_lacks() or ("", "")
+    assert said.startswith("a C compiler and Python's headers") and command == f"apt-get install -y gcc {headers}"
+    monkeypatch.setenv("CC", "/opt/cc")
+    assert (hardware.triton_lacks() or ("", ""))[1] == f"apt-get install -y {headers}"
+
+
+def test_a_run_on_a_gpu_is_refused_before_anything_is_loaded_where_triton_could_not_compile(tmp_path: Path) -> None:
+    (tmp_path / "nvidia-smi").write_text(
+        "#!/bin/sh\necho 'NVIDIA H200, 9.0, 143771, 580.95.05, GPU-0, Disabled, 700, 700, 700'\n"
+    )
+    (tmp_path / "nvidia-smi").chmod(0o755)
+    environment = {name: value for name, value in os.environ.items() if name != "CC"} | {"PATH": str(tmp_path)}
+    command = [sys.executable, "-X", "importtime", "-m", "fasttune.cli", "train", "configs/quickstart.yaml"]
+    command += ["model.name=builtin:tiny", f"output_dir={tmp_path / 'run'}"]
+    done = subprocess.run(command, env=environment, capture_output=True, text=True)
+    said = [line for line in done.stderr.splitlines() if not line.startswith("import time:")]
+    assert done.returncode == 2 and "apt-get install -y gcc" in said[-1], said
+    assert not re.search(r"\| +(torch|unsloth)$", done.stderr, re.M)
+    assert not (tmp_path / "run").exists()
 
 
 @pytest.mark.parametrize(

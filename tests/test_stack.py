@@ -67,10 +67,10 @@ def test_the_committed_pins_hold_what_the_project_needs(name: str, python: tuple
     for package in ("torch", "triton", "transformers", "trl", "peft", "unsloth", "unsloth-zoo", "setuptools", "wheel"):
         assert package in pins
     assert pins["transformers"] == "5.17.0"
-    assert not {"llm", "llama-cpp-python", "diskcache"} & set(pins)
+    assert not {"llm", "llama-cpp-python", "diskcache", "xformers"} & set(pins)
     if name == "cpu":
         assert pins["torch"] == "2.13.0"
-        assert not {"torchvision", "xformers", "bitsandbytes"} & set(pins)
+        assert not {"torchvision", "bitsandbytes"} & set(pins)
         assert not any(stack.CUDA_WHEEL.match(package) for package in pins)
     else:
         assert pins["numpy"] == ("2.4.6" if python == (3, 11) else "2.5.2")
@@ -257,16 +257,6 @@ def test_declared_limits_are_read_from_the_installed_metadata(
     assert rule.check({package: "3.1.1"}, CPU_MACHINE) is None  # left out on purpose
 
 
-def test_xformers_built_for_another_torch_is_a_warning(monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(rules, "read_dist_file", lambda *_: '{"version": {"torch": "2.10.0+cu128"}}')
-    rule = next(rule for rule in rules.RULES if rule.name == "xformers-torch")
-    assert "built for torch 2.10.0+cu128" in (
-        rule.check({"xformers": "0.0.35", "torch": "2.11.0+cu130"}, CPU_MACHINE) or ""
-    )
-    assert rule.check({"xformers": "0.0.35", "torch": "2.10.0+cu128"}, CPU_MACHINE) is None
-    assert rule.severity == "warn"
-
-
 def test_the_fix_of_a_rule_puts_right_what_differs_and_removes_what_the_stack_does_without(
     monkeypatch: pytest.MonkeyPatch,
 ) -> None:
@@ -288,5 +278,5 @@ def test_every_rule_has_a_reason_a_source_and_a_remedy_and_a_test(monkeypatch: p
         assert rule.source.startswith("https://")
         for name in stack.stack_names():
             assert rule.fix(name)
-    tested = {case[0] for case in CASES} | {case[0] for case in DECLARED} | {"xformers-torch"}
+    tested = {case[0] for case in CASES} | {case[0] for case in DECLARED}
     assert tested == {rule.name for rule in rules.RULES}

@@ -165,7 +165,7 @@ def test_a_dead_child_is_a_result_and_the_rest_goes_on(tmp_path: Path, monkeypat
          "Try:", "refuses tokenizers==0.23.3", "tokenizers=="),
         ("CUDA error: no kernel image is available for execution on the device", "this GPU's architecture", "torch=="),
         ("The NVIDIA driver on your system is too old (found version 11040)", "missing or too old", "580"),
-        ("WARNING[XFORMERS]: xFormers can't load C++/CUDA extensions", "built for another torch", "attention:xformers"),
+        ("This flash attention build does not support backward.", "cannot train", "uninstall -y flash-attn-3"),
         ("/x/libcusparse.so.12: undefined symbol: __nvJitLinkComplete_12_4, version libnvJitLink.so.12",
          "CUDA libraries of two installations", "unset LD_LIBRARY_PATH"),
         ("x/libbitsandbytes_cuda130.so: cannot open shared object file", "no binary for the CUDA", "torch=="),
@@ -309,6 +309,11 @@ def test_another_kernel_than_the_one_asked_for_fails(attention: Any) -> None:
     results = list(attention.check(name, attention.BACKENDS[name][0], "flash_attention"))
     assert [result.status for result in results] == ["fail", "fail"]
     assert "asked for flash_attention" in results[0].detail
+
+
+def test_flash_attention_3_is_known_by_the_name_of_its_operator(attention: Any) -> None:
+    names = ["flash_attn_3::fwd", "flash_attn_3::bwd", "aten::_flash_attention_forward", "aten::mm"]
+    assert attention.attention_kernels(names) == ["_flash_attention_forward", "flash_attn_3::fwd"]
 
 
 @pytest.mark.parametrize(

@@ -5,6 +5,7 @@ All start from the same weights and adapter, see the same rows in the same order
 """
 
 # isort: skip_file
+import contextlib
 import importlib.util
 import time
 from dataclasses import replace
@@ -21,7 +22,8 @@ WHAT = {
     "vanilla": "transformers.Trainer + PEFT as documented: padded rows, default attention and optimizer",
     "hf-tuned": "the same, tuned: fused AdamW; on a GPU Liger's kernels, and rows end to end if flash-attn is there; "
     "on a CPU rows end to end (DataCollatorWithFlattening) and huge pages",
-    "unsloth-notebook": "Unsloth as its examples use it: SFTTrainer, its own batching and recomputation",
+    "unsloth-notebook": "Unsloth as its examples use it: SFTTrainer, its own batching and recomputation; xformers or "
+    "flash-attn where installed, as it usually is",
 }
 PLAIN = ("vanilla", "hf-tuned")
 ADAPTER = "adapter.pt"
@@ -107,8 +109,9 @@ def _fasttune(config: Config, shared: Path, scratch: Path) -> Repeat:
 
 
 def _notebook(config: Config, steps: int, shared: Path, scratch: Path) -> Repeat:
+    with contextlib.suppress(Exception):  # missing or broken: without it, as Unsloth does
+        import xformers  # noqa: F401  fasttune.model hides it from Unsloth unless it is there already
     from fasttune import model as models
-    import torch
     import trl
     from datasets import Dataset
 
@@ -145,7 +148,7 @@ def _notebook(config: Config, steps: int, shared: Path, scratch: Path) -> Repeat
     trainer.add_callback(clock)
     trainer.train()
     backend = Backend(
-        library="unsloth + trl" if torch.cuda.is_available() else "unsloth (CPU backend) + trl",
+        library=_unsloth_library(models.attention_packages()),
         attention=trainer.attention_seen or "not seen",
         packing=counter.layout,
         patched_layers=models.patched_layers(model),
@@ -153,6 +156,15 @@ def _notebook(config: Config, steps: int, shared: Path, scratch: Path) -> Repeat
         dtype=live.dtypes(model, trainer.args.bf16),
     )
     return repeat(clock, counter, model, config.train.batch_rows, backend)
+
+
+def _unsloth_library(attention_packages: list[str] | None) -> str:
+    """What the notebook arm runs on, and what it lacks of a usual install."""
+    if attention_packages is None:
+        return "unsloth (CPU backend) + trl"
+    if not attention_packages:
+        return "unsloth + trl, without xformers or flash-attn, which a usual Unsloth install has"
+    return " + ".join(["unsloth", "trl", *attention_packages])
 
 
 def _hugging_face(config: Config, steps: int, shared: Path, scratch: Path, tuned: bool) -> Repeat:

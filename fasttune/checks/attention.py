@@ -1,7 +1,7 @@
 """Every attention backend that is present, run forward and backward against plain float64 attention.
 
 Two inputs: causal grouped-query (8 query heads on 2 key/value heads), and the same packed: several sequences in one
-row that must not see each other. All tensors here are (B, T, H, D), the layout of flash-attn, xformers and varlen;
+row that must not see each other. All tensors here are (B, T, H, D), the layout of flash-attn and varlen;
 PyTorch's SDPA wants (B, H, T, D). The kernel that ran is read from torch.profiler, and a wrong one is a failure.
 """
 
@@ -90,6 +90,7 @@ def attention_kernels(names: list[str]) -> list[str]:
     found = []
     for name in names:
         short = re.split(r"[<(]", name.removeprefix("void "))[0].split("::")[-1]
+        short = name if name.startswith("flash_attn_3::") else short  # its operators are called fwd and bwd
         is_attention = re.search(r"attention_|fmha|flash_fwd|flash_attn|varlen|cudnn.*sdpa", name)
         if is_attention and not re.search(r"backward|bwd", name):
             found.append(short)
@@ -161,20 +162,6 @@ def torch_varlen(
     return out.view(q.shape), "" if lengths is None else "cumulative lengths"
 
 
-def xformers(q: torch.Tensor, k: torch.Tensor, v: torch.Tensor, lengths: list[int] | None) -> tuple[torch.Tensor, str]:
-    """xformers' memory_efficient_attention; heads repeated, as Unsloth does where gradients are needed."""
-    _needs("xformers")
-    from xformers.ops import fmha, memory_efficient_attention
-
-    bias = (
-        fmha.attn_bias.BlockDiagonalCausalMask.from_seqlens(lengths)
-        if lengths
-        else fmha.attn_bias.LowerTriangularMask()
-    )
-    out = memory_efficient_attention(q, repeated(k, 2), repeated(v, 2), attn_bias=bias)
-    return out, "key/value heads repeated"
-
-
 def flash_attn(
     module: str, q: torch.Tensor, k: torch.Tensor, v: torch.Tensor, lengths: list[int] | None
 ) -> tuple[torch.Tensor, str]:
@@ -226,7 +213,7 @@ def remedy(name: str) -> str:
         return rules.FLASH_ATTN_ANEW
     if name == "attention:flash-attn-3":
         return f"{rules.PIP} uninstall -y flash-attn-3"
-    return install_command("xformers" if name == "attention:xformers" else "torch")
+    return install_command("torch")
 
 
 BACKENDS: dict[str, tuple[Attention, str]] = {
@@ -235,7 +222,6 @@ BACKENDS: dict[str, tuple[Attention, str]] = {
     "attention:sdpa-efficient": (partial(sdpa, SDPBackend.EFFICIENT_ATTENTION), "efficient_attention"),
     "attention:sdpa-cudnn": (partial(sdpa, SDPBackend.CUDNN_ATTENTION), "cudnn_attention"),
     "attention:torch-varlen": (torch_varlen, "flash|cudnn"),
-    "attention:xformers": (xformers, "flash|efficient|cutlass|fmha"),
     "attention:flash-attn": (partial(flash_attn, "flash_attn"), "flash"),
     "attention:flash-attn-3": (partial(flash_attn, "flash_attn_interface"), "flash"),
 }

@@ -2,13 +2,14 @@
 
 import os
 import sys
-from collections.abc import Iterator
+from collections.abc import Iterator, Mapping
+from importlib.util import find_spec
 from pathlib import Path
 
 from fasttune import gpus, hardware as machines, stack
 from fasttune.checks import Result, Status
 from fasttune.hardware import Hardware
-from fasttune.rules import RULES
+from fasttune.rules import PIP, RULES
 
 # SmolLM2-135M in float32 peaks at 2.9 to 3.4 GiB, 1.8 with recomputation (benchmarks/results/smollm2-135m-gsm8k.jsonl,
 # forecast-error.jsonl); the system needs some, too.
@@ -24,9 +25,11 @@ def check(hardware: Hardware, stack_name: str) -> Iterator[Result]:
     yield python()
     yield operating_system(hardware)
     yield from gpu(hardware)
+    yield compiler(hardware)
+    installed = stack.installed()
+    yield flash_attention_3(hardware, installed)
     yield memory(hardware)
     yield disk(hardware)
-    installed = stack.installed()
     yield site_packages(stack_name)
     yield pins(stack_name, installed)
     yield from rules(stack_name, installed, hardware)
@@ -77,6 +80,30 @@ def gpu(hardware: Hardware) -> Iterator[Result]:
         )
     else:
         yield Result("gpu", "pass", "; ".join([names, *filter(None, map(gpus.capped, hardware.gpus))]))
+
+
+def compiler(hardware: Hardware) -> Result:
+    if not hardware.gpus:
+        return Result("compiler", "skip", "no GPU to compile kernels for")
+    if lacks := machines.triton_lacks():
+        return Result("compiler", "fail", f"Triton compiles at the first step of a run and needs {lacks[0]}", lacks[1])
+    return Result("compiler", "pass", "a C compiler and Python's headers are there, for Triton")
+
+
+def flash_attention_3(hardware: Hardware, installed: Mapping[str, str]) -> Result:
+    """Whether Unsloth will take it (unsloth/utils/flash_impl.py); that it is right, attention:flash-attn-3 shows."""
+    name = "flash-attention-3"
+    if find_spec("flash_attn_interface") is None:
+        if find_spec("flash_attn_3") is None:
+            return Result(name, "skip", "not installed: packs run the Flash Attention 2 inside PyTorch")
+        said = "flash_attn_3 is there, but not flash_attn_interface, by which Unsloth finds it"
+        return Result(name, "warn", said, "install it anew, as docs/compatibility.md says")
+    if not any(gpu.compute_capability[0] == 9 for gpu in hardware.gpus):
+        return Result(name, "skip", "installed, and used on an H100 or H200 only")
+    if "flash-attn" in installed:
+        said = f"installed, but Unsloth takes flash-attn {installed['flash-attn']} first"
+        return Result(name, "warn", said, f"{PIP} uninstall -y flash-attn")
+    return Result(name, "pass", "Unsloth takes it for packs, in models of hidden size 2,048 and more")
 
 
 def silent_driver(hardware: Hardware) -> Result:

@@ -23,7 +23,6 @@ MODULES = {
     "numpy": "linalg",
     "tokenizers": "Tokenizer",
     "torchvision": "ops",
-    "xformers": "ops.memory_efficient_attention",
     "bitsandbytes": "functional",
     "flash_attn": "flash_attn_func",
 }

@@ -1,6 +1,6 @@
 """Turn what a broken installation prints into what it means and the command that mends it.
 
-The texts are those that PyTorch, NumPy, glibc's loader, transformers and xformers really print.
+The texts are those that PyTorch, NumPy, glibc's loader and transformers really print.
 """
 
 import re
@@ -33,16 +33,15 @@ DRIVER = "install NVIDIA driver 580 or newer (or start the container with --gpus
 # The first match wins: special cases stand before the general ones.
 SYMPTOMS = (
     Symptom(
-        r"xFormers can't load C\+\+/CUDA extensions",
-        "xformers' own kernels were built for another torch and are off; what reaches PyTorch's kernels still works",
-        fix="nothing, if attention:xformers passes; for its own kernels: torch 2.10.0+cu128 beside xformers 0.0.35",
-        printed="warn",
-    ),
-    Symptom(
         r"flash_attn\S*: undefined symbol|flash_attn.*undefined symbol",
         "flash-attn was compiled for another torch (its C++ ABI changes with every torch release)",
         fix=f"{sys.executable} -m pip uninstall -y flash-attn",
         printed="fail",
+    ),
+    Symptom(
+        r"flash attention build does not support backward",
+        "this build of FlashAttention has no backward, so it cannot train",
+        fix=f"{sys.executable} -m pip uninstall -y flash-attn-3",
     ),
     Symptom(
         r"operator torchvision::nms does not exist",

@@ -12,7 +12,7 @@ from fasttune import gpus, hardware, plan, pretrained
 from fasttune.config import Config, looks_like_hub
 from fasttune.data import chat, load, sources
 from fasttune.data.batches import Batches, Encoded
-from fasttune.errors import ConfigError, DataError
+from fasttune.errors import ConfigError, DataError, FasttuneError
 from fasttune.forecasts import forecast, shape
 from fasttune.hardware import Hardware
 from fasttune.metrics import Forecast, Setting
@@ -65,6 +65,9 @@ def check(config: Config) -> None:
 
 def prepare(config: Config, folder: Path, reporter: Reporter) -> Job:
     """Plan, model and data, ready to train. Writes nothing."""
+    machine = hardware.detect(folder)
+    if machine.gpus and (lacks := hardware.triton_lacks()):
+        raise FasttuneError(f"Triton compiles kernels for the GPU at the first step and needs {lacks[0]} ({lacks[1]})")
     reporter.note("importing unsloth and torch …")
     from fasttune import model as models, packed as packing
     from fasttune.cpu import fused_lora
@@ -72,7 +75,7 @@ def prepare(config: Config, folder: Path, reporter: Reporter) -> Job:
 
     take_over_loggers()
     warnings: list[str] = []
-    machine = hardware.as_torch_sees(hardware.detect(folder))
+    machine = hardware.as_torch_sees(machine)
     warnings += filter(None, map(gpus.capped, machine.gpus))
     config, architecture = fitted(config, warnings.append)
     chosen = plan.resolve(config, machine, shape.Shape.of(architecture))

@@ -3,6 +3,7 @@
 `test_environments.py` builds and runs every case; `fault_table.py` makes the table of docs/compatibility.md of them.
 """
 
+import sys
 from collections.abc import Mapping
 from dataclasses import dataclass, field
 from typing import Any
@@ -39,6 +40,7 @@ class Case:
     environ: Mapping[str, str] = field(default_factory=dict)
     gpus: tuple[str, ...] = ()  # what nvidia-smi answers: name, compute capability, MiB, driver
     nvidia_smi: str = ""  # what a failing nvidia-smi says
+    compiler: bool = True  # gcc on PATH
     only_python: str = ""  # the one Python on PATH
     real: bool = False  # the tests' own packages behind the stubs
     applied: bool = True  # False: another case applies the same fix
@@ -99,6 +101,11 @@ def full(path):
     return os.statvfs_result((*seen[:3], seen.f_bfree // 10**6, seen.f_bavail // 10**6, *seen[5:]))
 os.statvfs = full
 """)
+NO_HEADERS = """
+import sysconfig
+real = sysconfig.get_paths
+sysconfig.get_paths = lambda *scheme: real(*scheme) | {"include": "/nowhere"}
+"""
 COLAB = {  # a part of what such an image brings
     "numpy": "2.0.2", "pandas": "2.2.2", "pillow": "11.3.0", "protobuf": "5.29.5", "transformers": "4.57.1",
     "tokenizers": "0.22.1", "huggingface-hub": "0.36.0", "datasets": "4.0.0", "torchao": "0.10.0", "peft": "0.17.1",
@@ -108,6 +115,7 @@ OLD_LIST = {
     "transformers": "4.43.3", "tokenizers": "0.19.1", "trl": "0.8.6", "peft": "0.11.1", "accelerate": "0.30.1",
     "numpy": "1.26.4", "unsloth": "2024.7", "unsloth-zoo": None, "datasets": "2.20.0", "huggingface-hub": "0.23.5",
 }  # fmt: skip
+PYTHON_DEV = "python{}.{}-dev".format(*sys.version_info)
 SITE = "/env/lib/python3.11/site-packages"
 ON_GPU: dict[str, Any] = {"stack": "cu130", "gpus": (H200,), "requires": {"torch": ("triton==3.6.0",)}}
 
@@ -135,6 +143,14 @@ MACHINE = (
     Case("no-such-gpu", "CUDA_VISIBLE_DEVICES of another machine", "all runs on the CPU", "stderr",
          "CUDA_VISIBLE_DEVICES=4: names no GPU of this machine", remedy="unset CUDA_VISIBLE_DEVICES", gpus=(H200, H200),
          environ={"CUDA_VISIBLE_DEVICES": "4"}, mended={"environ": {"CUDA_VISIBLE_DEVICES": "1"}}, after="gpu"),
+    Case("no-compiler-setup", "a GPU machine without gcc", "Triton fails at the first step", "setup",
+         "needs a C compiler", remedy="apt-get install -y gcc", compiler=False, gpus=(H200,),
+         mended={"compiler": True}),
+    Case("no-compiler", "the same, set up elsewhere", "the same", "compiler", "needs a C compiler",
+         remedy="apt-get install -y gcc", compiler=False, mended={"compiler": True}, **ON_GPU),
+    Case("no-headers", "a Python without its headers", "Triton's compiler: \"Python.h: No such file\"", "compiler",
+         "Python's headers (/nowhere/Python.h)", remedy=f"apt-get install -y {PYTHON_DEV}", mended={"files": {}},
+         **ON_GPU | {"files": at_start(NO_HEADERS)}),
     Case("driver-upgraded", "a driver upgraded under the running kernel", "no GPU until the next boot", "driver",
          "Driver/library version mismatch", "warn", remedy="reboot",
          nvidia_smi="Failed to initialize NVML: Driver/library version mismatch", mended={"gpus": (H200,)}),
@@ -231,16 +247,13 @@ BINARIES = (
          "rule:flash-attn-torch", "built for torch 2.8, torch 2.11.0+cu130", remedy="-m pip uninstall -y flash-attn &&"
          " bash scripts/setup_h100.sh --flash-attn auto", mended={"versions": {}},
          **ON_GPU | {"versions": {"flash-attn": "2.8.3+cu12torch2.8cxx11abitrue"}}),
-    Case("xformers-other-torch", "xformers built for another torch", "its own kernels do not load, PyTorch's are used",
-         "rule:xformers-torch", "built for torch 2.10.0+cu128", "warn", remedy="none needed",
-         mended={"files": {"xformers/cpp_lib.json": '{"version": {"torch": "2.11.0+cu130"}}'}},
-         **ON_GPU | {"files": {"xformers/cpp_lib.json": '{"version": {"torch": "2.10.0+cu128"}}'}}),
-    Case("xformers-says-so", "the same, imported", "\"xFormers can't load C++/CUDA extensions\"", "import:xformers",
-         "own kernels were built for another torch", "warn", remedy="nothing, if attention:xformers passes; for its own"
-         " kernels: torch 2.10.0+cu128 beside xformers 0.0.35",
-         mended={"files": {}}, **ON_GPU | {"files": {"xformers/ops.py": "memory_efficient_attention = 0\n",
-         "xformers/__init__.py": "import sys\nprint(\"WARNING[XFORMERS]: xFormers can't load C++/CUDA extensions.\","
-         " file=sys.stderr)\n"}}),
+    Case("flash-attn-3-behind-2", "FlashAttention 3 beside flash-attn 2", "Unsloth takes flash-attn 2",
+         "flash-attention-3", "takes flash-attn 2.8.3 first", "warn", uninstalled=("flash-attn",),
+         **ON_GPU | {"versions": {"flash-attn": "2.8.3"}, "files": {"flash_attn_interface.py": ""}}),
+    Case("flash-attn-3-half", "FlashAttention 3 without its interface", "Unsloth does not find it", "flash-attention-3",
+         "not flash_attn_interface", "warn", remedy="install it anew, as docs/compatibility.md says",
+         mended={"files": {"flash_attn_3/__init__.py": "", "flash_attn_interface.py": ""}},
+         **ON_GPU | {"files": {"flash_attn_3/__init__.py": ""}}),
     Case("bitsandbytes-no-binary", "bitsandbytes without a binary for this CUDA", "it says so and goes on, 4-bit"
          " fails later", "import:bitsandbytes", "no binary for the CUDA version", pinned=("bitsandbytes",),
          applied=False, **ON_GPU | {"versions": {"bitsandbytes": "0.45.5"}, "files": {

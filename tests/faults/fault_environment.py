@@ -128,10 +128,12 @@ class Environment:
             (place / path).write_text(text)
 
     def fake_tools(self) -> None:
-        """PATH holds nothing but what is here: bash and dirname for the set-up, nvidia-smi and Pythons of the case."""
+        """PATH holds nothing but what is here: bash, dirname, gcc for the set-up, nvidia-smi, Pythons of the case."""
         self.tools.mkdir()
         for name in ("bash", "dirname"):
             (self.tools / name).symlink_to(shutil.which(name) or f"/bin/{name}")
+        if self.case.compiler:  # no real one: it is only looked for
+            self.script("gcc", "#!/bin/sh\n")
         if self.case.gpus:
             more = ", Disabled, 700.00, 700.00, 700.00"  # what is asked beyond the four: id, MIG, power limits
             lines = [f"echo '{gpu}, GPU-{number}{more}'" for number, gpu in enumerate(self.case.gpus)]
@@ -149,7 +151,7 @@ class Environment:
     # -- what is run in it
 
     def run(self, command: list[str], **more: str) -> subprocess.CompletedProcess[str]:
-        unwanted = ("PYTHON", "PIP_", "LD_", "VIRTUAL_ENV", "FASTTUNE_VENV", "CUDA_VISIBLE_DEVICES")
+        unwanted = ("PYTHON", "PIP_", "LD_", "VIRTUAL_ENV", "FASTTUNE_VENV", "CUDA_VISIBLE_DEVICES", "CC")
         environment = {name: value for name, value in os.environ.items() if not name.startswith(unwanted)}
         environment |= {name: value.format(site=self.site) for name, value in self.case.environ.items()}
         # one place for all bytecode, so that pip is compiled once and not for every case

@@ -8,7 +8,7 @@ PAGE = Path(__file__).resolve().parents[2] / "docs/compatibility.md"
 START, END = "<!-- cases: made by tests/faults/fault_table.py -->", "<!-- /cases -->"
 sys.path[:0] = [str(PAGE.parents[1]), str(Path(__file__).parent)]
 
-from fault_cases import CASES, Case  # noqa: E402
+from fault_cases import CASES, PYTHON_DEV, Case  # noqa: E402
 
 
 def remedy(case: Case) -> str:
@@ -19,7 +19,7 @@ def remedy(case: Case) -> str:
         parts.append(f"the pinned {', '.join(case.pinned)}{build}")
     if case.uninstalled:
         parts.append(f"uninstall {', '.join(case.uninstalled)}")
-    text = case.remedy.removeprefix("-m ")
+    text = case.remedy.removeprefix("-m ").replace(PYTHON_DEV, "python3.12-dev")
     command = re.match(r"(bash|pip|apt-get|export|unset) ", text)
     return " and ".join(parts) or (f"`{text}`" if command else text) or "nothing to do"
 

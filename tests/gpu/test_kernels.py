@@ -12,7 +12,7 @@ pytestmark = [
     pytest.mark.skipif(not torch.cuda.is_available(), reason="needs an NVIDIA GPU that torch can use"),
 ]
 ALWAYS = ["attention:sdpa-math", "attention:sdpa-flash", "attention:sdpa-efficient"]
-WHERE_PRESENT = ["sdpa-cudnn", "torch-varlen", "xformers", "flash-attn", "flash-attn-3"]
+WHERE_PRESENT = ["sdpa-cudnn", "torch-varlen", "flash-attn", "flash-attn-3"]
 
 
 def results_of(module: str, *names: str) -> list[Result]:
