@@ -260,7 +260,7 @@ def test_every_measuring_stage_is_a_job_that_bench_takes(
     for name in ("full-4096", "full-1024", "gsm8k", "alpaca"):
         (tmp_path / f"{name}.jsonl").write_text(json.dumps({"question": "1+1?", "answer": "2"}) + "\n")
     places = {"python": "python", "out": "out", "rows": tmp_path, "model": "builtin:tiny"}
-    stages = [stage for stage in STAGES if " bench " in stage.command]
+    stages = [stage for stage in STAGES if " bench " in stage.command and not (dry_run and "skip: " in stage.small)]
     assert len(stages) >= 10
     for stage in stages:
         text = stage.command.format(**places, stage=stage.name) + (f" {stage.small}" if dry_run else "")
