@@ -18,8 +18,9 @@ SMALL = "model.max_length=64 train.batch_rows=2 train.micro_batch_rows=1 --repea
 ONE_ARM = f"{SMALL} --arms fasttune"
 ANSWERS_FIT = "model.max_length=512"  # a row without its answer teaches nothing and is refused
 
-# Rows at once are what the plain arms have room for on an H100, the same for all: tests/rehearsal/test_battery_memory.py
-# refuses more. A pack of ours takes rows up to rows at once × max_length, which is why that is longer than full rows.
+# Rows at once are what the plain arms have room for on an H100, the same for all; more of them is refused by
+# tests/rehearsal/test_battery_memory.py. A pack of ours holds rows at once × max_length tokens, which is why that is
+# longer than full rows.
 # Rows of full length, so that a token's cost is that of the length; answers only where lengths are those of real rows.
 FULL_4096 = "data.train={rows}/full-4096.jsonl model.max_length=8192 train.micro_batch_rows=1"
 FULL_1024 = "data.train={rows}/full-1024.jsonl model.max_length=2048 train.batch_rows=16 train.micro_batch_rows="
@@ -39,10 +40,10 @@ def bench(settings: str, arms: str = "fasttune,vanilla,hf-tuned,unsloth-notebook
 
 
 # Unsloth's own switches, each against the stage of the same job without it; what ran is in the result.
-# Packs as one SDPA call a segment, not by the variable-length kernel (unsloth/utils/attention_dispatch.py, fasttune.model).
+# Packs as one SDPA call a segment, not by the variable-length kernel (unsloth/utils/attention_dispatch.py).
 PER_SEGMENT = "env UNSLOTH_TORCH_VARLEN=0 "
-# Torch's own Flash Attention 2 where `auto` takes FA3, which it does on a Hopper by itself (unsloth/utils/flash_impl.py);
-# without FA3 there is no difference, and the packages of FA4 have no backward.
+# Torch's own Flash Attention 2 where `auto` takes FA3, as it does by itself on a Hopper that has it
+# (unsloth/utils/flash_impl.py). `fa3` is what `auto` is there, and the packages of FA4 have no backward.
 BUNDLED = "env UNSLOTH_FLASH_ATTENTION_IMPL=off "
 # Unsloth's batching padded, in compiled blocks: never measured on a Hopper, so `auto` never takes it there
 # (unsloth/utils/padding_choice.py). It reads it for its own collator only: our arm pads by train.packing=false.

@@ -137,7 +137,7 @@ def linear_loss(hidden: torch.Tensor, head: torch.Tensor) -> torch.Tensor:
 
 @contextlib.contextmanager
 def fake_model(sizes: dict[str, Any], config: Config, tuned: bool) -> Iterator[Any]:
-    """A model in bf16 with the job's adapter (none of full fine-tuning), and `tuned` Liger's kernels, inside the mode."""
+    """A model in bf16 inside of the mode, with the job's adapter if it has one; `tuned`: and with Liger's kernels."""
     AttentionInterface.register(FUSED, attention)
     AttentionMaskInterface.register(FUSED, fake_mask)
     before = torch.get_default_dtype()

@@ -1,7 +1,7 @@
 """Every arm of every benchmark stage of the battery fits into the memory of an H100, at the real size of its model.
 
-Plain arms: the real code on fake tensors (fake_memory.py). Arms of Unsloth: fasttune's own forecast. Shapes are those of
-the stage's own rows, encoded and laid out as its command would; nothing of a stage is written here a second time.
+Plain arms: the real code on fake tensors (fake_memory.py). Arms of Unsloth: fasttune's own forecast. Shapes are those
+of the stage's own rows, encoded and laid out as its command would; nothing of a stage is written here a second time.
 """
 
 import json
@@ -36,6 +36,8 @@ Case = tuple[str, str]  # of fake_memory.py: a config, and what is computed at o
 LIMITS_GIB = {"h100-80": 74.0, "h200-141": 131.0}
 BENCHES = [stage for stage in STAGES if " bench " in stage.command]
 MEASURED_WITHIN = 0.06
+FULL_ROWS = 8192  # tokens at once of our arm where rows are full
+pytestmark = pytest.mark.slow
 
 
 class Job:
@@ -141,14 +143,19 @@ def test_every_arm_fits(name: str, jobs: dict[str, Job], plain_gib: dict[Case, f
         for arm in job.arms:
             plain = arm in arms.PLAIN
             peak = plain_gib[job.plain(arm, job.at_once)] if plain else job.unsloth_gib(arm, gpu)
-            print(f"{name} {arm} {gpu} {peak:.1f}")
             assert peak < limit, f"{name}: {arm} takes {peak:.1f} GiB of {gpu}, more than {limit:.0f}"
+
+
+def test_full_rows_fill_a_pack_to_the_last_token(jobs: dict[str, Job]) -> None:
+    """A row one token longer, and every other pack would be half empty."""
+    for name in ("lora-r16-4096", "lora-r16-1024"):
+        sizes = {each.tokens for each in forecast.lay_out(jobs[name].data, jobs[name].steps).micro_batches}
+        assert sizes == {FULL_ROWS}
 
 
 def test_peaks_are_those_that_were_measured(measured: list[Any], plain_gib: dict[Case, float]) -> None:
     for arm, job, row in measured:
         plain = arm in arms.PLAIN
         peak = plain_gib[job.plain(arm, ran_at_once(job, row))] if plain else job.unsloth_gib(arm, "h100-80")
-        print(arm, peak, row["peak_memory_gib"])
         for gib in row["peak_memory_gib"]:
             assert peak == pytest.approx(gib, rel=MEASURED_WITHIN), f"{arm}: {row['backend']['packing']}"
