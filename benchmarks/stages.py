@@ -23,7 +23,7 @@ ANSWERS_FIT = "model.max_length=512"  # a row without its answer teaches nothing
 # longer than full rows.
 # Rows of full length, so that a token's cost is that of the length; answers only where lengths are those of real rows.
 FULL_4096 = "data.train={rows}/full-4096.jsonl model.max_length=8192 train.micro_batch_rows=1"
-FULL_1024 = "data.train={rows}/full-1024.jsonl model.max_length=2048 train.batch_rows=16 train.micro_batch_rows="
+FULL_1024 = "data.train={rows}/full-1024.jsonl model.max_length=2048 train.batch_rows=16 train.micro_batch_rows=4"
 GSM8K, ALPACA = (
     f"data.train={{rows}}/{name}.jsonl data.train_on=assistant model.max_length=2048 "
     "train.batch_rows=64 train.micro_batch_rows=8"
@@ -64,7 +64,7 @@ STAGES = [
     Stage("ceilings", 2, "{python} benchmarks/ceilings.py", "--tiny"),
     Stage("gpu-tests", 8, "{python} -m pytest -q -p no:cacheprovider -W default -m gpu tests/gpu", needs="pytest"),
     Stage("verify", 8, "{python} -m fasttune.verify --json", "--quick"),
-    Stage("lora-r16-1024", 9, bench(f"{R16} {FULL_1024}4"), ONE_ARM),
+    Stage("lora-r16-1024", 9, bench(f"{R16} {FULL_1024}"), ONE_ARM),
     Stage("attention-per-segment", 8, PER_SEGMENT + bench(f"{R64} {GSM8K}", "fasttune"), f"{SMALL} {ANSWERS_FIT}"),
     Stage("attention-bundled", 8, BUNDLED + bench(f"{R64} {GSM8K}", "fasttune"), SAME_COMMAND, "flash_attn_interface"),
     Stage("blocks-uncompiled", 8, UNCOMPILED + bench(f"{R16} {FULL_4096}", "fasttune"), SAME_COMMAND),
@@ -83,9 +83,9 @@ STAGES = [
         )
         for policy in ("none", "full", "unsloth")
     ),
-    Stage("full-1024", 9, bench(f"train.method=full {FULL_1024}1", "fasttune,vanilla"), SMALL),
+    Stage("full-1024", 9, bench(f"train.method=full {FULL_1024} train.micro_batch_rows=1", "fasttune,vanilla"), SMALL),
     Stage("lora-r16-2048-alpaca", 9, bench(f"{R16} {ALPACA}"), f"{ONE_ARM} {ANSWERS_FIT}"),
-    Stage("nf4-1024", 8, bench(f"{R16} {FULL_1024}4 model.quantization=nf4", "fasttune"), SMALL, needs="bitsandbytes"),
+    Stage("nf4-1024", 8, bench(f"{R16} {FULL_1024} model.quantization=nf4", "fasttune"), SMALL, needs="bitsandbytes"),
     Stage("fp8-1024", 0, "skip: Unsloth has FP8 base weights (load_in_fp8), but fasttune has no setting for them yet"),
 ]
 # Made before the first stage that reads {model} or {rows}, where they are not there yet.
