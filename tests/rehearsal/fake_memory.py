@@ -4,7 +4,7 @@ FakeTensorMode runs the very code of transformers, PEFT and autograd on tensors 
 values, and `Live` adds up the bytes that live at any moment. Kernels that need a GPU stand in as `Kernel`: what they
 keep for backward, and what they make.
 
-    python fake_memory.py < cases.json      # [[config as YAML, {rows, length, masked, tuned}], …] → [GiB, …]
+    python fake_memory.py < cases.json      # [[config as YAML, arguments of peak_gib and _peak_gib], …] → [GiB, …]
 
 A process of its own: the plain arms never import unsloth, which would patch transformers here.
 """
@@ -167,20 +167,20 @@ def real(tensor: torch.Tensor) -> torch.Tensor:
     return torch.empty(tensor.shape, dtype=tensor.dtype)
 
 
-def peak_gib(sizes: dict[str, Any], config: Config, rows: int, length: int, masked: bool, tuned: bool) -> float:
-    """Of all layers, from two small numbers of them: each adds as much as the one before."""
-    few, more = (_peak_gib(sizes | {"num_hidden_layers": n}, config, rows, length, masked, tuned) for n in FEW_LAYERS)
+def peak_gib(sizes: dict[str, Any], config: Config, optimizer_gib: float, **case: Any) -> float:
+    """Of all layers, from two small numbers of them: each adds as much as the one before. With the optimizer's own."""
+    few, more = (_peak_gib(sizes | {"num_hidden_layers": number}, config, **case) for number in FEW_LAYERS)
     a_layer = (more - few) / (FEW_LAYERS[1] - FEW_LAYERS[0])
-    return few + (sizes["num_hidden_layers"] - FEW_LAYERS[0]) * a_layer
+    return few + (sizes["num_hidden_layers"] - FEW_LAYERS[0]) * a_layer + optimizer_gib
 
 
 def _peak_gib(sizes: dict[str, Any], config: Config, rows: int, length: int, masked: bool, tuned: bool) -> float:
-    """GiB of a step whose micro-batches are (rows, length), after a first step: weights, gradients that are added up,
-    two moments of every trained parameter in its own dtype, and whatever forward and backward hold at once."""
+    """GiB of a micro-batch (rows, length) that is not a step's first: weights, gradients that are added up, and what
+    forward and backward hold at once."""
     with fake_model(sizes, config, tuned) as model:
         model.train()
         there = [*model.parameters(), *model.buffers()]
-        held = sum(tensor.nbytes * (3 if tensor.requires_grad else 1) for tensor in there)
+        held = sum(tensor.nbytes for tensor in there)
         given = {"input_ids": torch.zeros(rows, length, dtype=torch.long), "use_cache": False}
         given |= {"attention_mask": torch.ones(rows, length, dtype=torch.long)} if masked else {}
         # As accelerate wraps a model for bf16: logits leave it as fp32.

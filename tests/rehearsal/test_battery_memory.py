@@ -35,7 +35,7 @@ Case = tuple[str, str]  # of fake_memory.py: a config, and what is computed at o
 # Of a card's memory; the rest is for the CUDA context, workspaces of cuBLAS, and fragments.
 LIMITS_GIB = {"h100-80": 74.0, "h200-141": 131.0}
 BENCHES = [stage for stage in STAGES if " bench " in stage.command]
-MEASURED_WITHIN = 0.06
+MEASURED_ON, MEASURED_WITHIN = "h100-80", 0.06
 FULL_ROWS = 8192  # tokens at once of our arm where rows are full
 pytestmark = pytest.mark.slow
 
@@ -59,16 +59,22 @@ class Job:
                 found.add((len(group), max(group), min(group) != max(group)))
         return found
 
-    def plain(self, arm: str, at_once: int) -> Case:
-        """What fake_memory.py takes: the largest micro-batch of a plain arm."""
+    def plan(self, gpu: str) -> plan.Plan:
+        here = hardware.Hardware("linux", "x86_64", "2.39", "3.12.3", "a CPU", 16, 128, 100)
+        return plan.resolve(self.config, hardware.with_gpu(here, gpu), self.shape)
+
+    def plain(self, arm: str, at_once: int, gpu: str) -> Case:
+        """What fake_memory.py takes: the largest micro-batch of a plain arm, which has bf16 weights, and the optimizer
+        that is planned, as every arm has it."""
         rows, length, masked = max(self.rectangles(at_once), key=lambda each: each[0] * each[1])
-        shape = {"rows": rows, "length": length, "masked": masked, "tuned": arm == "hf-tuned"}
-        return configuration.dump(self.config), json.dumps(shape)
+        memory = memory_forecast.forecast(self.config, self.shape, self.plan(gpu), MicroBatch(1, 1, 0, 0))
+        assert memory.weights * 2**30 == pytest.approx(2 * self.shape.parameters), "fake_memory.py has bf16 weights"
+        case = {"rows": rows, "length": length, "masked": masked, "tuned": arm == "hf-tuned"}
+        return configuration.dump(self.config), json.dumps(case | {"optimizer_gib": round(memory.optimizer, 3)})
 
     def unsloth_gib(self, arm: str, gpu: str) -> float:
         """fasttune's forecast; Unsloth as in its examples pads at worst, and recomputes."""
-        here = hardware.Hardware("linux", "x86_64", "2.39", "3.12.3", "a CPU", 16, 128, 100)
-        chosen = plan.resolve(self.config, hardware.with_gpu(here, gpu), self.shape)
+        chosen = self.plan(gpu)
         batches = forecast.lay_out(self.data, self.steps).micro_batches
         if arm == "unsloth-notebook":
             chosen = replace(chosen, gradient_checkpointing="unsloth", packed=False)
@@ -119,8 +125,9 @@ def measured(places: dict[str, str]) -> list[tuple[str, Job, dict[str, Any]]]:
 @pytest.fixture(scope="module")
 def plain_gib(jobs: dict[str, Job], measured: list[Any]) -> dict[Case, float]:
     """The peak of every plain arm: some stages share one."""
-    cases = {job.plain(arm, job.at_once) for job in jobs.values() for arm in job.arms if arm in arms.PLAIN}
-    cases |= {job.plain(arm, ran_at_once(job, row)) for arm, job, row in measured if arm in arms.PLAIN}
+    named = [(job, arm) for job in jobs.values() for arm in job.arms if arm in arms.PLAIN]
+    cases = {job.plain(arm, job.at_once, gpu) for job, arm in named for gpu in LIMITS_GIB}
+    cases |= {job.plain(arm, ran_at_once(job, row), MEASURED_ON) for arm, job, row in measured if arm in arms.PLAIN}
     ordered = sorted(cases)
     given = json.dumps([(text, json.loads(shape)) for text, shape in ordered])
     command = [sys.executable, str(Path(__file__).parent / "fake_memory.py")]
@@ -142,7 +149,7 @@ def test_every_arm_fits(name: str, jobs: dict[str, Job], plain_gib: dict[Case, f
     for gpu, limit in LIMITS_GIB.items():
         for arm in job.arms:
             plain = arm in arms.PLAIN
-            peak = plain_gib[job.plain(arm, job.at_once)] if plain else job.unsloth_gib(arm, gpu)
+            peak = plain_gib[job.plain(arm, job.at_once, gpu)] if plain else job.unsloth_gib(arm, gpu)
             assert peak < limit, f"{name}: {arm} takes {peak:.1f} GiB of {gpu}, more than {limit:.0f}"
 
 
@@ -156,6 +163,10 @@ def test_full_rows_fill_a_pack_to_the_last_token(jobs: dict[str, Job]) -> None:
 def test_peaks_are_those_that_were_measured(measured: list[Any], plain_gib: dict[Case, float]) -> None:
     for arm, job, row in measured:
         plain = arm in arms.PLAIN
-        peak = plain_gib[job.plain(arm, ran_at_once(job, row))] if plain else job.unsloth_gib(arm, "h100-80")
+        peak = (
+            plain_gib[job.plain(arm, ran_at_once(job, row), MEASURED_ON)]
+            if plain
+            else job.unsloth_gib(arm, MEASURED_ON)
+        )
         for gib in row["peak_memory_gib"]:
             assert peak == pytest.approx(gib, rel=MEASURED_WITHIN), f"{arm}: {row['backend']['packing']}"
