@@ -170,7 +170,9 @@ class Battery:
         if self.stop.is_set():
             return
         started = datetime.now(UTC).isoformat(timespec="seconds")
-        command = f"{stage.command} {stage.small}" if self.options.dry_run else stage.command
+        command = stage.command
+        if self.options.dry_run:
+            command = stage.small if stage.small.startswith("skip: ") else f"{command} {stage.small}"
         begun = time.monotonic()
         row = self.outcome(stage, command)
         row = {"stage": stage.name, "started": started, "seconds": round(time.monotonic() - begun, 1)} | row

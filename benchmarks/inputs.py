@@ -59,7 +59,7 @@ LENGTHS = {
     "gsm8k": {"question": (56, 0.35), "answer": (112, 0.42)},
     "alpaca": {"question": (58, 0.30), "answer": (35, 1.05)},
 }
-FULL = {"full-4096": (4096, 160), "full-1024": (1024, 400)}  # tokens of a row, rows
+FULL = {"full-4096": (4096, 160), "full-1024": (1024, 400)}  # tokens of a row, the one that ends it included; rows
 ROWS = 2000
 LONGEST = 1500  # tokens of a question or an answer
 SEED = 0
@@ -104,7 +104,7 @@ def write_rows(folder: Path) -> None:
     """One JSONL file a kind of row, the same on every machine."""
     for name, (tokens, count) in FULL.items():
         rng = random.Random(f"{SEED} {name}")
-        _write(folder / f"{name}.jsonl", ({"text": text(rng, tokens)} for _ in range(count)))
+        _write(folder / f"{name}.jsonl", ({"text": text(rng, tokens - 1)} for _ in range(count)))
     for name in LENGTHS:
         _write(folder / f"{name}.jsonl", pairs(name, ROWS))
 

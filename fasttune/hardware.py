@@ -200,6 +200,14 @@ _PEAK_BF16_TFLOPS: tuple[tuple[str, float, str], ...] = (
     ),
 )
 
+# Memory bandwidth, TB/s, of the datasheets above.
+_MEMORY_TB_PER_S: tuple[tuple[str, float], ...] = (
+    (r"\bG?H200\b", 4.8),
+    (r"\bH100 PCIe", 2.0),
+    (r"\bH100 NVL", 3.9),
+    (r"\bH100\b", 3.35),
+)
+
 # An example of an on-demand price in US dollars a GPU-hour: the low end among specialised providers on that date.
 # Prices move and differ 2.5-fold between providers, so a config can override this.
 USD_PER_HOUR_DATE = "2026-05"
@@ -236,6 +244,11 @@ def _by_name(gpu_name: str, table: Sequence[tuple[Any, ...]]) -> float | None:
 def peak_bf16_tflops(gpu_name: str) -> float | None:
     """Dense bf16 peak of the datasheet in TFLOP/s (989 for H100/H200 SXM), or None for a chip not in the table."""
     return _by_name(gpu_name, _PEAK_BF16_TFLOPS)
+
+
+def memory_tb_per_s(gpu_name: str) -> float | None:
+    """Bandwidth of the datasheet, or None for a chip not in the table."""
+    return _by_name(gpu_name, _MEMORY_TB_PER_S)
 
 
 def usd_per_hour(gpu_name: str) -> float | None:

@@ -134,6 +134,28 @@ class Memory:
 
 
 @dataclass(frozen=True)
+class KernelGroup:
+    """Kernels of a step that do one thing. bound: matmul, attention or memory; launches where no kernel runs."""
+
+    name: str
+    flops: float
+    bytes: float
+    ms: float
+    bound: str
+
+
+@dataclass(frozen=True)
+class Roofline:
+    """Where the time of a mean step should go on a GPU. assumed: how much of its peaks, and where that was seen."""
+
+    groups: list[KernelGroup]
+    tokens: float
+    ms: float
+    tokens_per_s: float
+    assumed: str
+
+
+@dataclass(frozen=True)
 class Forecast:
     """What a run is expected to need; None where nothing honest can be said."""
 
@@ -147,6 +169,7 @@ class Forecast:
     usd: Range | None
     rate: str  # where the speed comes from, or why there is none
     without_evaluation: bool = False  # the run evaluates, and hours and usd leave that out
+    roofline: Roofline | None = None
 
 
 Status = Literal["running", "completed", "interrupted", "failed"]

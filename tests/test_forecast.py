@@ -142,7 +142,8 @@ def test_on_a_gpu_small_work_is_bound_by_launches() -> None:
     small = replace(LLAMA_8B, hidden=512, mlp=1024, query_width=512, key_width=512)
     expected = forecast.of_run(asked, plan.resolve(asked, h200, small), data, h200, 3.5)
     assert (expected.steps, expected.tokens, expected.largest_micro_batch_tokens) == (30, 12000, 400)
-    assert expected.tokens_per_s is not None and expected.tokens_per_s.expected == pytest.approx(400 / (32 * 0.001))
+    assert expected.tokens_per_s is not None
+    assert expected.tokens_per_s.expected == pytest.approx(400 / (32 * 0.001))  # kernels run meanwhile
     assert expected.tokens_per_s.low < expected.tokens_per_s.expected < expected.tokens_per_s.high
     assert expected.usd is not None and expected.hours is not None
     assert expected.usd.expected == pytest.approx(3.5 * expected.hours.expected)

@@ -11,7 +11,6 @@ import json
 import math
 import statistics
 from collections.abc import Callable
-from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
@@ -19,7 +18,9 @@ from fasttune import hardware
 from fasttune.config import Config
 from fasttune.data.batches import Batches
 from fasttune.data.tokens import IGNORE
+from fasttune.forecasts import roofline
 from fasttune.forecasts.memory_forecast import MicroBatch, forecast
+from fasttune.forecasts.roofline import SMALLEST, Sample
 from fasttune.hardware import Hardware
 from fasttune.metrics import Forecast, Memory, Range
 from fasttune.plan import Plan
@@ -32,24 +33,11 @@ OTHER_JOB_ERROR = 1.5  # where that rate is of another method or layout
 MFU = (0.20, 0.60)  # of a GPU without a rate on file: published single-GPU fine-tuning lies between (docs/measuring.md)
 CPU_SHARE = (0.35, 0.9)  # of the matmul rate, on a CPU without one
 CPU_FIXED_TOKENS = 75  # of a micro-batch on a CPU: their time is spent however few tokens it has (docs/LOG.md)
-LAUNCH_S_A_LAYER = Range(0.003, 0.001, 0.0003)  # of a micro-batch on a GPU, forward and backward: a guess; slow first
-SMALLEST = 20e6  # parameters: below, Python and launches take the time, not arithmetic
+LAUNCH_S_A_LAYER = Range(0.003, 0.001, 0.0003)  # of a micro-batch on a GPU, while kernels run: a guess; slow first
 UNFUSED_LORA = 1.4  # times as long: PEFT's own layers on a CPU, which dropout needs, instead of fused_lora's
 START_S, CPU_START_S = Range(10.0, 20.0, 60.0), Range(8.0, 14.0, 30.0)  # imports and preparation; the first a guess
 LOAD_S_A_GIB = Range(0.3, 1.0, 3.0)  # of weights, on a GPU: a guess
 TOUCH_S_A_GIB = Range(0.5, 1.0, 4.0)  # of peak memory, on a CPU: its first step has the pages given (docs/LOG.md)
-
-
-@dataclass(frozen=True)
-class Sample:
-    """The first steps of a run as they are laid out. cells: positions that are computed."""
-
-    steps: int
-    rows: int
-    tokens: int
-    labels: int
-    cells: int
-    micro_batches: list[MicroBatch]
 
 
 def of_run(
@@ -67,20 +55,24 @@ def of_run(
     largest = max(memories, key=lambda each: memories[each].total)
     memory, tokens = memories[largest], round(sample.tokens / sample.steps * steps)
     rate, source = rate_tflops(config, chosen, machine)
-    speed = hours = cost = None
+    name, speed = machine_name(machine), None
+    hours = cost = None
+    groups = roofline.of_step(config, chosen, sample, memory, name)
     if rate is not None:
         flops = step_flops(config, chosen, sample)
-        tokens_a_step = sample.tokens / sample.steps
+        kernels_s = [flops / (tera * 1e12) for tera in vars(rate).values()]
+        if groups is not None and not _measured(chosen, name):
+            kernels_s[1], source = groups.ms / 1e3, f"{source}; expected by groups of kernels"
         layers = 0 if chosen.gpu_gib is None else chosen.shape.layers * len(sample.micro_batches) / sample.steps
-        paired = zip(vars(rate).values(), vars(LAUNCH_S_A_LAYER).values(), strict=True)
-        # The CPU launches while the GPU computes: whichever takes longer.
-        speed = Range(*(tokens_a_step / max(flops / (tera * 1e12), layers * launch_s) for tera, launch_s in paired))
+        launched_s = [layers * launch_s for launch_s in vars(LAUNCH_S_A_LAYER).values()]
+        tokens_a_step = sample.tokens / sample.steps
+        speed = Range(*(tokens_a_step / max(pair) for pair in zip(kernels_s, launched_s, strict=True)))
         hours = _hours(tokens, speed, _start_s(chosen, memory))
         cost = None if usd_per_hour is None else Range(*(usd_per_hour * each for each in vars(hours).values()))
     low, high = MEMORY_ERROR["cpu" if chosen.gpu_gib is None else "gpu"]
     peak = Range(low * memory.total, memory.total, high * memory.total)
     left_out = hours is not None and _evaluates(config)
-    return Forecast(memory, peak, largest.tokens, steps, tokens, speed, hours, cost, source, left_out)
+    return Forecast(memory, peak, largest.tokens, steps, tokens, speed, hours, cost, source, left_out, groups)
 
 
 def in_words(expected: Forecast) -> str:
@@ -103,14 +95,17 @@ def lay_out(data: Batches, steps: int) -> Sample:
     """The first steps, as the trainer gets them."""
     found: list[MicroBatch] = []
     done = rows = tokens = 0
+    one_length = True
     while done < min(steps, SAMPLED_STEPS) and tokens < SAMPLED_TOKENS:
         of_step = data.rows_of(done)
         rows += len(of_step)
         tokens += sum(len(data.parts[part].row(row)[0]) for part, row in of_step)
-        found += [MicroBatch.of(batch, IGNORE) for batch in data.micro_batches(done)]
+        for batch in data.micro_batches(done):
+            found.append(MicroBatch.of(batch, IGNORE))
+            one_length = one_length and "packed_seq_lengths" not in batch
         done += 1
     labels, cells = sum(each.labels for each in found), sum(each.tokens for each in found)
-    return Sample(done, rows, tokens, labels, cells, found)
+    return Sample(done, rows, tokens, labels, cells, found, one_length)
 
 
 def rate_tflops(config: Config, chosen: Plan, machine: Hardware) -> tuple[Range | None, str]:
@@ -118,7 +113,7 @@ def rate_tflops(config: Config, chosen: Plan, machine: Hardware) -> tuple[Range 
     if chosen.shape.parameters < SMALLEST:
         return None, "a model this small is bound by overhead, which is not forecast"
     name = machine_name(machine)
-    here = [row for row in on_file() if (row["machine"], row["dtype"]) == (name, chosen.dtype)]
+    here = _measured(chosen, name)
     if not machine.gpus:
         return _of_cpu(chosen, name, here)
     if here:
@@ -152,6 +147,10 @@ def _of_cpu(chosen: Plan, name: str, here: list[dict[str, Any]]) -> tuple[Range,
     source = f"{middle:.0%} of the {matmul:.2g} TFLOP/s that matmuls do now, as in {len(shares)} runs on {name}"
     source += f", {here[0]['date']} ({here[0]['source']})"
     return Range(min(shares) / RATE_ERROR * matmul, middle * matmul, max(shares) * RATE_ERROR * matmul), source
+
+
+def _measured(chosen: Plan, name: str) -> list[dict[str, Any]]:
+    return [row for row in on_file() if (row["machine"], row["dtype"]) == (name, chosen.dtype)]
 
 
 def on_file() -> list[dict[str, Any]]:

@@ -6,6 +6,7 @@
 Of the model only config.json and the tokenizer are read, of the data the first rows.
 """
 
+from collections.abc import Iterator
 from dataclasses import dataclass
 from typing import Any
 
@@ -23,7 +24,7 @@ from fasttune.forecasts import forecast
 from fasttune.forecasts.forecast import span
 from fasttune.forecasts.shape import Shape
 from fasttune.hardware import Hardware
-from fasttune.metrics import Forecast, Setting
+from fasttune.metrics import Forecast, Roofline, Setting
 from fasttune.quiet import library_log
 from fasttune.report import duration, rate, steps_text, usd
 from fasttune.training import prepare
@@ -150,7 +151,7 @@ def show(figures: Figures, console: Console = terminal.console) -> None:
     """Print the page: settings with their reasons, memory by part, tokens, time and dollars."""
     console.print(Rule(Text.assemble(("plan ", "bold"), figures.name, (" on ", "dim"), figures.machine), align="left"))
     settings = terminal.grid((each.name, each.value, each.reason) for each in figures.settings)
-    for table in (settings, _memory(figures), _bill(figures)):
+    for table in (settings, _memory(figures), _bill(figures), *_groups(figures.forecast.roofline)):
         console.print(Padding(table, (1, 2, 0, 2), expand=False))
     if figures.fits:
         return
@@ -169,6 +170,21 @@ def _memory(figures: Figures) -> Table:
     note += "" if expected.memory_gib.process else f"; {NEVER_ON_A_GPU}"  # Python counts on a CPU only
     parts = [(part, f"{gib:8.2f} GiB", "") for part, gib in vars(expected.memory_gib).items() if gib >= 0.005]
     return terminal.grid([*parts, ("peak memory", Text(f"{peak.expected:8.2f} GiB", style="bold"), note)])
+
+
+def _groups(roofline: Roofline | None) -> Iterator[Table]:
+    """A line for each group of kernels of a step, the longest first; none where that cannot be said."""
+    if roofline is None:
+        return
+    table = Table(box=None, padding=(0, 2, 0, 0), header_style="dim", pad_edge=False)
+    for name in ("kernels of a step", "TFLOP", "GB", "ms", "bound by"):
+        table.add_column(name, justify="right" if name in ("TFLOP", "GB", "ms") else "left")
+    for each in sorted(roofline.groups, key=lambda each: -each.ms):
+        figures = (each.flops / 1e12, each.bytes / 1e9, each.ms)
+        table.add_row(each.name, *(f"{figure:,.1f}" if figure else "" for figure in figures), each.bound)
+    speed = f"{rate(roofline.tokens_per_s)} tokens/s; {roofline.assumed}"
+    table.add_row("together", "", "", Text(f"{roofline.ms:,.1f}", style="bold"), Text(speed, style="dim"))
+    yield table
 
 
 def _bill(figures: Figures) -> Table:
