@@ -161,12 +161,16 @@ class TrainConfig(Section):
     )
     epochs: float = Field(1.0, gt=0, le=1000, description="how often all rows are seen")
     max_steps: int | None = Field(None, ge=1, le=10**7, description="optimizer steps; overrides epochs")
-    learning_rate: float = Field(2e-4, ge=1e-12, le=1, description="at its highest, after the warm-up")
+    learning_rate: float | None = Field(
+        None, ge=1e-12, le=1, description="at its highest, after the warm-up; null: 2e-4 for LoRA, 2e-5 for full"
+    )
     scheduler: Literal["linear", "cosine", "constant"] = Field("linear", description="how the learning rate falls")
     warmup_ratio: float = Field(0.05, ge=0, lt=1, description="share of the steps in which the learning rate rises")
     weight_decay: float = Field(0.0, ge=0, le=100, description="of AdamW")
     max_grad_norm: float = Field(1.0, gt=0, description="longer gradients are shortened to it")
-    optimizer: Literal["auto", "adamw_torch_fused", "adamw_8bit"] = Field("auto", description="8 bit: of its moments")
+    optimizer: Literal["auto", "adamw_torch_fused", "adamw_8bit"] = Field(
+        "auto", description="8 bit: of its moments; full fine-tuning in bf16 then holds no fp32 weights either"
+    )
     gradient_checkpointing: Literal["auto", "none", "full", "unsloth"] = Field(
         "auto", description="recompute activations to save memory: costs speed"
     )

@@ -5,6 +5,7 @@ them at import. So this is the one file that imports it, and everything that tra
 """
 
 # isort: skip_file
+import json
 import logging
 import os
 import tempfile
@@ -38,10 +39,16 @@ transformers.utils.chat_template_utils._compile_jinja_template = sandbox.Bounded
 tokenizer_utils.fix_chat_template = lambda tokenizer: tokenizer.chat_template
 
 
-def load(config: ModelConfig, dtype: str, gradient_checkpointing: str, full: bool, seed: int) -> tuple[Any, Any]:
-    """Weights and tokenizer through Unsloth, in `dtype` (bfloat16 | float32); nothing swapped or quantized unasked."""
+def load(
+    config: ModelConfig, dtype: str, gradient_checkpointing: str, full: bool, seed: int, masters: bool = False
+) -> tuple[Any, Any]:
+    """Weights and tokenizer through Unsloth, in `dtype` (bfloat16 | float32); nothing swapped or quantized unasked.
+
+    masters: the weights of a model that computes in `dtype` are held in fp32.
+    """
     source = pretrained.locate(config)
-    if not torch.cuda.is_available():
+    on_gpu = torch.cuda.is_available()
+    if not on_gpu:
         memory.keep_freed()
     with pretrained.explained(config.name):
         model, tokenizer = hub.patiently(
@@ -51,6 +58,7 @@ def load(config: ModelConfig, dtype: str, gradient_checkpointing: str, full: boo
                 dtype=getattr(torch, dtype),
                 load_in_4bit=config.quantization == "nf4",
                 full_finetuning=full,
+                **({"float32_mixed_precision": True} if masters and on_gpu else {}),
                 revision=config.revision,
                 trust_remote_code=config.trust_remote_code,
                 use_gradient_checkpointing=_unsloth_checkpointing(gradient_checkpointing),
@@ -66,6 +74,9 @@ def load(config: ModelConfig, dtype: str, gradient_checkpointing: str, full: boo
             f"model.quantization: asked for {config.quantization}, but the loaded weights are "
             f"{'4-bit' if quantized else 'not quantized'} on this machine; set it to {'nf4' if quantized else 'none'}"
         )
+    if masters and not on_gpu:  # as Unsloth does on a GPU
+        model = model.float()
+        model._unsloth_original_dtype = getattr(torch, dtype)
     tokenizer.padding_side = "right"
     return model, tokenizer
 
@@ -88,8 +99,12 @@ def add_lora(model: Any, config: LoraConfig, gradient_checkpointing: str, seed: 
     )
 
 
-def save(model: Any, tokenizer: Any, folder: Path, initial_adapter: Path | None = None) -> None:
+def save(
+    model: Any, tokenizer: Any, folder: Path, initial_adapter: Path | None = None, dtype: str | None = None
+) -> None:
     """Adapter (PEFT format) or full weights as safetensors with the tokenizer; the folder appears only when complete.
+
+    dtype: that of full weights, which training may have held in fp32.
 
     `initial_adapter` is what `save_initial` returned: with it a PiSSA adapter, which only fits the residual weights it
     was split from, is written as an ordinary LoRA adapter of twice the rank that fits the original model.
@@ -100,7 +115,10 @@ def save(model: Any, tokenizer: Any, folder: Path, initial_adapter: Path | None 
         extra = {"path_initial_model_for_weight_conversion": str(initial_adapter)} if initial_adapter else {}
         with warnings.catch_warnings():
             warnings.filterwarnings("ignore", "PiSSA changes the base weights")  # the conversion undoes just that
-            model.save_pretrained(made, **extra)
+            model.save_pretrained(made, **extra, **({"state_dict": _weights_in(model, dtype)} if dtype else {}))
+        if dtype:
+            settings = json.loads((made / "config.json").read_text(encoding="utf-8")) | {"dtype": dtype}
+            (made / "config.json").write_text(json.dumps(settings, indent=2) + "\n", encoding="utf-8")
         (made / "README.md").unlink(missing_ok=True)  # PEFT's empty model card
         tokenizer.save_pretrained(made)
         paths.readable(made)
@@ -109,12 +127,26 @@ def save(model: Any, tokenizer: Any, folder: Path, initial_adapter: Path | None 
         made.rename(folder)
 
 
+def _weights_in(model: Any, dtype: str) -> dict[str, torch.Tensor]:
+    """The weights on the host, in `dtype`. What is tied stays one tensor, which is saved once."""
+    made: dict[int, torch.Tensor] = {}
+    for tensor in (tensors := model.state_dict()).values():
+        if tensor.is_floating_point():
+            made.setdefault(tensor.data_ptr(), tensor.to("cpu", getattr(torch, dtype)))
+    return {name: made.get(tensor.data_ptr(), tensor) for name, tensor in tensors.items()}
+
+
 def save_initial(model: Any, config: LoraConfig, folder: Path) -> Path | None:
     """Keep a PiSSA adapter's start for `save`; None for an ordinary adapter, which needs none."""
     if config.init != "pissa":
         return None
     model.save_pretrained(folder)
     return folder
+
+
+def computes_in(model: Any) -> torch.dtype:
+    """The dtype that the packs of a model are proved in: of its weights, or what Unsloth holds in fp32 for training."""
+    return getattr(model, "_unsloth_original_dtype", None) or next(model.parameters()).dtype
 
 
 def for_inference(model: Any) -> None:

@@ -143,9 +143,10 @@ def save(job: Job, outcome: Outcome, initial_adapter: Path | None) -> None:
 
     if outcome.saved_step is None:
         return
-    kind = "model" if job.config.train.method == "full" else "adapter"
+    full = job.config.train.method == "full"
+    kind, dtype = ("model", job.plan.dtype) if full else ("adapter", None)
     try:
-        models.save(job.model, job.tokenizer, job.folder / kind, initial_adapter)
+        models.save(job.model, job.tokenizer, job.folder / kind, initial_adapter, dtype)
         for name in output.EVAL_FILES:  # scores of the weights that were there before
             (job.folder / name).unlink(missing_ok=True)
     except (OSError, SafetensorError) as error:

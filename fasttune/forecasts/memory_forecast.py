@@ -11,6 +11,7 @@ from collections.abc import Mapping
 from dataclasses import dataclass
 from typing import Any
 
+from fasttune import precision
 from fasttune.config import Config
 from fasttune.forecasts.shape import Shape
 from fasttune.metrics import Memory
@@ -75,10 +76,13 @@ class MicroBatch:
 
 def forecast(config: Config, shape: Shape, choices: Choices, largest: MicroBatch) -> Memory:
     """GiB by part at the peak of a run whose largest micro-batch is `largest`."""
-    full, value_bytes = config.train.method == "full", BYTES[choices.dtype]
+    full, masters = config.train.method == "full", _masters(config, choices)
+    value_bytes = 4 if masters else BYTES[choices.dtype]
     weight_bytes = NF4_BYTES if config.model.quantization == "nf4" else value_bytes
     embeddings = shape.vocab * shape.hidden * (1 if shape.tied else 2)  # never quantized
     weights = (shape.parameters - embeddings) * weight_bytes + embeddings * value_bytes
+    # autocast keeps what it has made bf16 of: every matrix, for backward
+    weights += 2 * (shape.linear_weights + shape.vocab * shape.hidden) if masters else 0
     adapter = 0 if full else shape.adapter_weights(config.lora.rank, config.lora.targets)
     trained_bytes = value_bytes if full else 4  # an adapter is trained in fp32
     trained = shape.parameters if full else adapter
@@ -103,12 +107,16 @@ def forecast(config: Config, shape: Shape, choices: Choices, largest: MicroBatch
     )
 
 
+def _masters(config: Config, choices: Choices) -> bool:
+    return precision.masters(config.train.method, choices.dtype, choices.optimizer)
+
+
 def _activations(config: Config, shape: Shape, choices: Choices, micro: MicroBatch) -> float:
     """Bytes kept for backward: of every layer, or of one and the input of each where the rest is computed again."""
     layer = _layer_bytes(config, shape, choices, micro)
     if choices.gradient_checkpointing == "none":
         return shape.layers * layer
-    inputs = shape.hidden * micro.tokens * BYTES[choices.dtype]
+    inputs = shape.hidden * micro.tokens * (4 if _masters(config, choices) else BYTES[choices.dtype])
     kept_inputs = 2 if choices.gradient_checkpointing == "unsloth" else shape.layers  # "unsloth" moves them to the host
     return layer + kept_inputs * inputs
 
@@ -121,6 +129,7 @@ def _layer_bytes(config: Config, shape: Shape, choices: Choices, micro: MicroBat
     dropped = sum(known) if not full and config.lora.dropout else 0
     if choices.gpu_gib is not None:
         values += 2 * shape.mlp  # gate and up; Unsloth's MLP computes their product again
+        values += 2 * shape.hidden if _masters(config, choices) else 0  # fp32 weights add fp32: the norms' inputs
         return micro.tokens * (values * value_bytes + dropped)  # a mask of a byte each
     values += 4 * shape.mlp  # gate, its silu, up, the product
     if full:

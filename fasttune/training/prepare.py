@@ -8,7 +8,7 @@ from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
 
-from fasttune import hardware, plan, pretrained
+from fasttune import hardware, plan, precision, pretrained
 from fasttune.config import Config, looks_like_hub
 from fasttune.data import chat, load, sources
 from fasttune.data.batches import Batches, Encoded
@@ -82,7 +82,8 @@ def prepare(config: Config, folder: Path, reporter: Reporter) -> Job:
         warnings.append(f"{plan.EXPERTS_UNCHECKED}: it may not fit even where it is said to")
     reporter.note(f"loading {config.model.name} …")
     policy, full = chosen.gradient_checkpointing, config.train.method == "full"
-    model, tokenizer = models.load(config.model, chosen.dtype, policy, full, config.seed)
+    held = precision.masters(config.train.method, chosen.dtype, chosen.optimizer)
+    model, tokenizer = models.load(config.model, chosen.dtype, policy, full, config.seed, held)
     model = model if full else models.add_lora(model, config.lora, policy, config.seed)
     settings = list(chosen.settings)
     if not full and not machine.gpus and (fused := fused_lora.enable(model)):

@@ -18,10 +18,20 @@ import transformers
 import trl
 from datasets import Dataset
 
+from fasttune import precision
 from fasttune.cpu import fused_lora
 from fasttune.data.batches import ON_HOST, Batches
 from fasttune.metrics import Backend, StepMetrics
-from fasttune.training.live import Watched, count_tokens, dtypes, peak_memory_gib, rows_of, synchronize
+from fasttune.training.live import (
+    Watched,
+    count_tokens,
+    dtypes,
+    optimizer,
+    peak_memory_gib,
+    round_by_chance,
+    rows_of,
+    synchronize,
+)
 from fasttune.training.prepare import Job
 from fasttune.training.validation import Validator
 
@@ -232,6 +242,8 @@ def build(job: Job, scratch: Path, done: int = 0) -> MeasuredTrainer:
     )
     trainer.remove_callback(transformers.PrinterCallback)
     trainer.accelerator.device_placement = False  # a step's tokens are counted before they are moved (_prepare_inputs)
+    if precision.by_chance(train.method, plan.dtype, plan.optimizer):
+        round_by_chance(trainer)
     if job.data.packed:
         fasttune_model.scope_packed_kernels(job.model, trainer)
     return trainer
@@ -247,6 +259,7 @@ def backend(trainer: MeasuredTrainer) -> Backend:
         patched_layers=fasttune_model.patched_layers(model),
         gradient_checkpointing=trainer.recomputation_seen or "not seen",
         dtype=dtypes(model, trainer.args.bf16),
+        optimizer=optimizer(trainer.optimizer),
     )
 
 
