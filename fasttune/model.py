@@ -18,7 +18,7 @@ from fasttune import cache, hub, paths, pretrained
 from fasttune.config import LoraConfig, ModelConfig
 from fasttune.cpu import memory
 from fasttune.data import sandbox
-from fasttune.errors import ModelError
+from fasttune.errors import ModelError, first_line
 
 # Before the import: no usage statistics, no telemetry, no unsloth_compiled_cache/ in the current folder.
 os.environ["UNSLOTH_DISABLE_STATISTICS"] = "1"
@@ -81,22 +81,52 @@ def load(
     return model, tokenizer
 
 
-def add_lora(model: Any, config: LoraConfig, gradient_checkpointing: str, seed: int) -> Any:
-    """A PEFT model with one trainable adapter. Raises ModelError if a target names no layer of this model."""
+def add_lora(model: Any, config: LoraConfig, gradient_checkpointing: str, seed: int, start: Path | None = None) -> Any:
+    """A PEFT model with one trainable adapter. Raises ModelError if a target names no layer of this model.
+
+    start: the adapter that PiSSA split the base weights by; computed anew, it would differ from machine to machine.
+    """
     layers = {name.rsplit(".", 1)[-1] for name, module in model.named_modules() if isinstance(module, torch.nn.Linear)}
     if missing := [target for target in config.targets if target not in layers]:
         raise ModelError(f"lora.targets: this model has no {', '.join(missing)}; it has {', '.join(sorted(layers))}")
-    return FastLanguageModel.get_peft_model(
+    again = config.init == "pissa" and start is not None
+    model = FastLanguageModel.get_peft_model(
         model,
         r=config.rank,
         lora_alpha=config.alpha,
         lora_dropout=config.dropout,
         target_modules=config.targets,
         use_rslora=config.rslora,
-        init_lora_weights=True if config.init == "default" else config.init,
+        init_lora_weights=True if config.init == "default" or again else config.init,
         use_gradient_checkpointing=_unsloth_checkpointing(gradient_checkpointing),
         random_state=seed,
     )
+    if again and start is not None:
+        _split_again(model, start)
+    return model
+
+
+@torch.no_grad()
+def _split_again(model: Any, start: Path) -> None:
+    """What PiSSA leaves of the base weights, W - B·A, by an adapter that was saved; in fp32, as Unsloth computes it."""
+    from peft.utils import set_peft_model_state_dict
+    from safetensors import SafetensorError
+    from safetensors.torch import load_file
+
+    try:
+        if start.is_symlink() or not start.is_file():
+            raise ValueError("it is no file")
+        left_out = set_peft_model_state_dict(model, load_file(start))
+        if left_out.unexpected_keys:
+            raise ValueError(f"{left_out.unexpected_keys[0]} is of another model")
+    except (OSError, ValueError, RuntimeError, SafetensorError) as error:
+        raise ModelError(f"--resume: {start} does not hold ({first_line(error)[:100]}); begin anew") from error
+    model.peft_config["default"].init_lora_weights = "pissa"
+    for layer in model.modules():
+        if "default" in getattr(layer, "lora_A", {}):
+            weight, b, a = layer.get_base_layer().weight, layer.lora_B["default"].weight, layer.lora_A["default"].weight
+            residual = weight.float().clone().addmm_(b, a, alpha=-layer.scaling["default"])
+            weight.data = residual.to(weight.dtype)
 
 
 def save(
@@ -119,7 +149,11 @@ def save(
         if dtype:
             settings = json.loads((made / "config.json").read_text(encoding="utf-8")) | {"dtype": dtype}
             (made / "config.json").write_text(json.dumps(settings, indent=2) + "\n", encoding="utf-8")
-        (made / "README.md").unlink(missing_ok=True)  # PEFT's empty model card
+        for name in (
+            "README.md",
+            "unsloth_lora_init.json",
+        ):  # PEFT's empty model card; Unsloth's mark of a PiSSA adapter
+            (made / name).unlink(missing_ok=True)
         tokenizer.save_pretrained(made)
         paths.readable(made)
         if folder.exists():  # of the same run, before it was resumed

@@ -46,7 +46,8 @@ def run(config: Config, reporter: Reporter, resume: Path | None = None) -> RunRe
         if there:
             held.enter_context(output.hold(folder))  # before anything in it is looked at
             output.refuse_completed(folder)
-        job = prepare(config, folder, reporter)
+        start = folder / checkpoint.FOLDER / checkpoint.START
+        job = prepare(config, folder, reporter, start if there and start.exists() else None)
         from fasttune import model as models  # torch is loaded
         from fasttune.training import resume as resuming, samples, state, trainer as trainers
 
@@ -58,6 +59,8 @@ def run(config: Config, reporter: Reporter, resume: Path | None = None) -> RunRe
         if not there:
             job.folder, lock = output.create(config, folder)
             held.enter_context(lock)
+            if initial:
+                output.keep_start(job.folder, initial)
         journal.begin(job, log, resumed=there)
         steps = journal.read_metrics(folder, found.state["step"], job.warnings.append) if found else []
         outcome = Outcome(warnings=list(job.warnings))
@@ -182,6 +185,7 @@ def write_down(job: Job, outcome: Outcome, recorder: Any, before: list[str], sta
         last = job.folder / checkpoint.FOLDER / f"step-{job.total_steps}"
         checkpoint.remove(last)
         with suppress(OSError):  # others are in it
+            (last.parent / checkpoint.START).unlink(missing_ok=True)
             last.parent.rmdir()
     return result
 

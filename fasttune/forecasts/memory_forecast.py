@@ -88,7 +88,8 @@ def forecast(config: Config, shape: Shape, choices: Choices, largest: MicroBatch
     trained = shape.parameters if full else adapter
     moment_bytes = 2 if choices.optimizer == "adamw_8bit" else 2 * trained_bytes
     activations = _activations(config, shape.computed, choices, largest)
-    held = weights + adapter * 4 + trained * (trained_bytes + moment_bytes) + activations
+    pissa = 2 if config.lora.init == "pissa" else 1  # what it began with is loaded again to save it
+    held = weights + adapter * 4 * pissa + trained * (trained_bytes + moment_bytes) + activations
     logits = _logits(shape, choices, largest, full, held)
     moments = trained * moment_bytes
     slack, process = GPU_SLACK * (activations + logits), 0.0
@@ -98,7 +99,7 @@ def forecast(config: Config, shape: Shape, choices: Choices, largest: MicroBatch
     return Memory(
         process=process,
         weights=weights / GIB,
-        adapter=adapter * 4 / GIB,
+        adapter=adapter * 4 * pissa / GIB,
         gradients=trained * trained_bytes / GIB,
         optimizer=moments / GIB,
         activations=activations / GIB,

@@ -5,6 +5,8 @@ Shapes: B rows of a micro-batch, T tokens of the longest row (or of the whole pa
 """
 
 import hashlib
+import zlib
+from collections.abc import Iterable
 from pathlib import Path
 from typing import Any
 
@@ -18,6 +20,7 @@ from fasttune.metrics import Flops
 from fasttune.precision import BY_CHANCE
 from fasttune.quiet import native_stderr_closed
 
+PROBED = 256  # values of every parameter that tell whether the base model is the same
 MOMENTS = {"exp_avg", "exp_avg_sq", "state1", "state2"}  # of torch's and torchao's AdamW, and of bitsandbytes'
 ATTENTION_OPERATORS = (
     "scaled_dot_product",
@@ -170,6 +173,15 @@ def round_by_chance(trainer: Any) -> None:
     trainer.args.optim, trainer.args.optim_args = OptimizerNames(BY_CHANCE), "bf16_stochastic_round=True"
     if not torch.cuda.is_available():
         torch.compiler.set_stance("force_eager")  # torchao compiles its step, for which a CPU may have no compiler
+
+
+def probe(parameters: Iterable[torch.Tensor], most: int | None = None) -> str:
+    """A checksum of the bits of (the first `most` values of) every parameter."""
+    check = 0
+    for parameter in parameters:
+        values = parameter.detach().flatten()[:most].cpu().contiguous()
+        check = zlib.crc32(values.view(torch.uint8).numpy().tobytes(), check)
+    return f"{check:08x}"
 
 
 def weights_digest(model: Any) -> str:

@@ -31,6 +31,7 @@ class Job:
     machine: Hardware
     plan: Plan
     model: Any
+    base_probe: str  # of the weights before an adapter came
     tokenizer: Any
     data: Batches
     held_out: list[Encoded]
@@ -63,12 +64,12 @@ def check(config: Config) -> None:
     pretrained.check(config.model.name)
 
 
-def prepare(config: Config, folder: Path, reporter: Reporter) -> Job:
-    """Plan, model and data, ready to train. Writes nothing."""
+def prepare(config: Config, folder: Path, reporter: Reporter, start: Path | None = None) -> Job:
+    """Plan, model and data, ready to train. Writes nothing. `start`: what a PiSSA run that is resumed began with."""
     reporter.note("importing unsloth and torch …")
     from fasttune import model as models, packed as packing
     from fasttune.cpu import fused_lora
-    from fasttune.training import samples
+    from fasttune.training import live, samples
 
     take_over_loggers()
     warnings: list[str] = []
@@ -84,7 +85,8 @@ def prepare(config: Config, folder: Path, reporter: Reporter) -> Job:
     policy, full = chosen.gradient_checkpointing, config.train.method == "full"
     held = precision.masters(config.train.method, chosen.dtype, chosen.optimizer)
     model, tokenizer = models.load(config.model, chosen.dtype, policy, full, config.seed, held)
-    model = model if full else models.add_lora(model, config.lora, policy, config.seed)
+    base_probe = live.probe(model.parameters(), live.PROBED)
+    model = model if full else models.add_lora(model, config.lora, policy, config.seed, start)
     settings = list(chosen.settings)
     if not full and not machine.gpus and (fused := fused_lora.enable(model)):
         settings.append(Setting("LoRA", f"fused in {fused} layers", "no GPU for Unsloth's own fused kernels"))
@@ -115,6 +117,7 @@ def prepare(config: Config, folder: Path, reporter: Reporter) -> Job:
         machine=machine,
         plan=chosen,
         model=model,
+        base_probe=base_probe,
         tokenizer=tokenizer,
         data=data,
         held_out=held_out,

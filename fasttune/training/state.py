@@ -4,7 +4,6 @@ Weights that are trained, optimizer, scheduler and every random state. The posit
 """
 
 import random
-import zlib
 from dataclasses import dataclass, field
 from typing import Any
 
@@ -16,6 +15,7 @@ import torch
 
 from fasttune.checkpoint import Checkpoint, Tensors
 from fasttune.metrics import Evaluation
+from fasttune.training import live
 from fasttune.training.live import MOMENTS
 from fasttune.training.prepare import Job
 
@@ -34,7 +34,6 @@ FREE = {
 }
 SECTIONS = ("seed", "model", "lora", "train")
 WHOLE = "steps of the whole run"
-PROBED = 256  # values of every parameter that tell whether the base model is the same
 
 
 @dataclass
@@ -206,21 +205,15 @@ def identity(job: Job) -> dict[str, str]:
     found["data.eval_share"] = str(job.config.data.eval_share)
     for number, (rows, weight) in enumerate(zip(job.data.parts, job.data.weights, strict=True), 1):
         found[f"rows of data set {number}"] = f"{len(rows)} rows × {weight:g} ({rows.checksum})"
-    found["weights of the base model"] = _probe(job.model)
+    found["weights of the base model"] = job.base_probe
+    if job.config.lora.init == "pissa":  # not the residual weights: their last bits differ by machine
+        found["start of the adapter"] = live.probe(trained(job.model).values())
     return found
 
 
 def differences(then: dict[str, str], now: dict[str, str]) -> list[str]:
     """Sentences, one for each thing that is not what it was."""
     return [f"{key} was {then.get(key)}, is {now.get(key)}" for key in {**then, **now} if then.get(key) != now.get(key)]
-
-
-def _probe(model: Any) -> str:
-    check = 0
-    for parameter in model.parameters():
-        values = parameter.detach().flatten()[:PROBED].cpu().contiguous()
-        check = zlib.crc32(values.view(torch.uint8).numpy().tobytes(), check)
-    return f"{check:08x}"
 
 
 def _random_values() -> dict[str, Any]:
