@@ -11,16 +11,17 @@ from fasttune import precision
 
 pytestmark = pytest.mark.usefixtures("unsloth")
 
-SMALL = {"method": "full", "learning_rate": 1e-4, "scheduler": "constant", "warmup_ratio": 0.0, "max_steps": 12}
+SMALL = {"method": "full", "scheduler": "constant", "warmup_ratio": 0.0, "max_steps": 24, "learning_rate": 2e-5}
 KINDS = {"fp32 weights": {}, "rounded by chance": {"optimizer": "adamw_8bit"}}
 
 
 def fall(folder: Path, dtype: str = "bfloat16", **train: Any) -> tuple[float, Any]:
-    """How far the loss fell at a small learning rate, and what ran."""
+    """How far the loss fell at the usual learning rate, the mean over all steps, and what ran."""
     changes = {"model": {"dtype": dtype}, "data": {"max_rows": 8}, "checkpoint": {"every": "never"}}
     result = run(folder, changes | {"train": SMALL | train})
     assert result.status == "completed", result.error
-    return losses(folder)[0] - losses(folder)[-1], result
+    first, *later = losses(folder)
+    return first - sum(later) / max(len(later), 1), result
 
 
 @pytest.fixture(scope="module")
@@ -70,4 +71,4 @@ def test_a_saved_model_has_no_tied_weight_twice(tmp_path: Path) -> None:
 def test_plain_bf16_would_not(tmp_path: Path, exact: float, native_bf16: None, monkeypatch: pytest.MonkeyPatch) -> None:
     """The comparison above can fail."""
     monkeypatch.setattr(precision, "masters", lambda *job: False)
-    assert fall(tmp_path / "run")[0] < 0.9 * exact
+    assert fall(tmp_path / "run")[0] < 0.6 * exact

@@ -151,7 +151,7 @@ def needed_gib(config: Config, trained_gib: float) -> float:
     never = config.checkpoint.every == "never"
     kept = 3 if never else 3 * (config.checkpoint.keep + 1)  # a signal writes one even then
     kept += 3 if config.eval.keep_best or (config.eval.every_steps and not never) else 0
-    return trained_gib * ((2 if config.lora.init == "pissa" else 1) + kept)
+    return trained_gib * ((3 if config.lora.init == "pissa" else 1) + kept)  # its start, and twice the rank
 
 
 def _when(config: Config) -> str:
