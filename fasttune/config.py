@@ -73,7 +73,10 @@ class ModelConfig(Section):
     name: PathText = Field(description="hub id, local folder, builtin:smollm2-135m or builtin:tiny")
     revision: str | None = Field(None, description="branch, tag or commit of a hub model")
     max_length: int = Field(2048, ge=8, le=2**24, description="tokens of a row, at most")
-    dtype: Literal["auto", "bfloat16", "float32"] = Field("auto", description="of the weights and of the arithmetic")
+    dtype: Literal["auto", "bfloat16", "float32"] = Field(
+        "auto",
+        description="of the weights and of the arithmetic; weights that are trained in full: fp32 where they fit",
+    )
     quantization: Literal["none", "nf4"] = Field("none", description="of the base weights, under an adapter")
     trust_remote_code: bool = Field(
         False, description="runs code that comes with the model, if you read it; only on the command line"

@@ -149,10 +149,7 @@ def save(
         if dtype:
             settings = json.loads((made / "config.json").read_text(encoding="utf-8")) | {"dtype": dtype}
             (made / "config.json").write_text(json.dumps(settings, indent=2) + "\n", encoding="utf-8")
-        for name in (
-            "README.md",
-            "unsloth_lora_init.json",
-        ):  # PEFT's empty model card; Unsloth's mark of a PiSSA adapter
+        for name in ("README.md", "unsloth_lora_init.json"):  # PEFT's empty card; Unsloth's mark, wrong once converted
             (made / name).unlink(missing_ok=True)
         tokenizer.save_pretrained(made)
         paths.readable(made)
