@@ -2,6 +2,7 @@
 
 RUN/checkpoints/step-N/   weights, optimizer, random .safetensors · state.json
                           manifest.json: size and SHA-256 of each of them, written last
+RUN/checkpoints/pissa.safetensors   the adapter that a PiSSA run began with
 """
 
 import hashlib
@@ -23,6 +24,7 @@ from fasttune import paths
 FOLDER = "checkpoints"
 MANIFEST = "manifest.json"
 STATE = "state.json"
+START = "pissa.safetensors"
 
 Tensors = dict[str, Any]  # name → torch.Tensor
 
@@ -65,6 +67,17 @@ def save(run: Path, step: int, tensors: dict[str, Tensors], state: dict[str, Any
         shutil.rmtree(made, ignore_errors=True)
         raise
     return final
+
+
+def keep_start(run: Path, adapter: Path) -> None:
+    """Beside the checkpoints, what the base weights of a PiSSA run were split by. Raises OSError."""
+    root = run / FOLDER
+    if root.is_symlink():
+        raise OSError(f"{root} is a link, and nothing is written through one")
+    root.mkdir(parents=True, exist_ok=True)
+    made = root / f".step-{START}"  # swept away as what is left of a checkpoint
+    shutil.copyfile(adapter, made)
+    made.rename(root / START)
 
 
 def steps(run: Path) -> list[tuple[int, Path]]:
@@ -128,7 +141,7 @@ def remove(path: Path) -> None:
 def sweep(run: Path) -> None:
     """Remove what a process that was killed while saving has left. Only under the run's lock."""
     for path in (run / FOLDER).glob(".step-*"):
-        shutil.rmtree(path, ignore_errors=True)
+        shutil.rmtree(path, ignore_errors=True) if path.is_dir() else path.unlink()
 
 
 def read(path: Path) -> Checkpoint:

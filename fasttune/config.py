@@ -73,7 +73,10 @@ class ModelConfig(Section):
     name: PathText = Field(description="hub id, local folder, builtin:smollm2-135m or builtin:tiny")
     revision: str | None = Field(None, description="branch, tag or commit of a hub model")
     max_length: int = Field(2048, ge=8, le=2**24, description="tokens of a row, at most")
-    dtype: Literal["auto", "bfloat16", "float32"] = Field("auto", description="of the weights and of the arithmetic")
+    dtype: Literal["auto", "bfloat16", "float32"] = Field(
+        "auto",
+        description="of the weights and of the arithmetic; weights that are trained in full: fp32 where they fit",
+    )
     quantization: Literal["none", "nf4"] = Field("none", description="of the base weights, under an adapter")
     trust_remote_code: bool = Field(
         False, description="runs code that comes with the model, if you read it; only on the command line"
@@ -161,12 +164,16 @@ class TrainConfig(Section):
     )
     epochs: float = Field(1.0, gt=0, le=1000, description="how often all rows are seen")
     max_steps: int | None = Field(None, ge=1, le=10**7, description="optimizer steps; overrides epochs")
-    learning_rate: float = Field(2e-4, ge=1e-12, le=1, description="at its highest, after the warm-up")
+    learning_rate: float | None = Field(
+        None, ge=1e-12, le=1, description="at its highest, after the warm-up; null: 2e-4 for LoRA, 2e-5 for full"
+    )
     scheduler: Literal["linear", "cosine", "constant"] = Field("linear", description="how the learning rate falls")
     warmup_ratio: float = Field(0.05, ge=0, lt=1, description="share of the steps in which the learning rate rises")
     weight_decay: float = Field(0.0, ge=0, le=100, description="of AdamW")
     max_grad_norm: float = Field(1.0, gt=0, description="longer gradients are shortened to it")
-    optimizer: Literal["auto", "adamw_torch_fused", "adamw_8bit"] = Field("auto", description="8 bit: of its moments")
+    optimizer: Literal["auto", "adamw_torch_fused", "adamw_8bit"] = Field(
+        "auto", description="8 bit: of its moments; full fine-tuning in bf16 then holds no fp32 weights either"
+    )
     gradient_checkpointing: Literal["auto", "none", "full", "unsloth"] = Field(
         "auto", description="recompute activations to save memory: costs speed"
     )

@@ -104,6 +104,7 @@ class Backend:
     patched_layers: int
     gradient_checkpointing: str
     dtype: str
+    optimizer: str = "not seen"
 
 
 @dataclass(frozen=True)

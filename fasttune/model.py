@@ -5,6 +5,7 @@ them at import. So this is the one file that imports it, and everything that tra
 """
 
 # isort: skip_file
+import json
 import logging
 import os
 import sys
@@ -18,7 +19,7 @@ from fasttune import cache, hub, paths, pretrained
 from fasttune.config import LoraConfig, ModelConfig
 from fasttune.cpu import memory
 from fasttune.data import sandbox
-from fasttune.errors import ModelError
+from fasttune.errors import ModelError, first_line
 
 # Before the import: no usage statistics, no telemetry, no unsloth_compiled_cache/ in the current folder.
 os.environ["UNSLOTH_DISABLE_STATISTICS"] = "1"
@@ -41,10 +42,16 @@ transformers.utils.chat_template_utils._compile_jinja_template = sandbox.Bounded
 tokenizer_utils.fix_chat_template = lambda tokenizer: tokenizer.chat_template
 
 
-def load(config: ModelConfig, dtype: str, gradient_checkpointing: str, full: bool, seed: int) -> tuple[Any, Any]:
-    """Weights and tokenizer through Unsloth, in `dtype` (bfloat16 | float32); nothing swapped or quantized unasked."""
+def load(
+    config: ModelConfig, dtype: str, gradient_checkpointing: str, full: bool, seed: int, masters: bool = False
+) -> tuple[Any, Any]:
+    """Weights and tokenizer through Unsloth, in `dtype` (bfloat16 | float32); nothing swapped or quantized unasked.
+
+    masters: the weights of a model that computes in `dtype` are held in fp32.
+    """
     source = pretrained.locate(config)
-    if not torch.cuda.is_available():
+    on_gpu = torch.cuda.is_available()
+    if not on_gpu:
         memory.keep_freed()
     with pretrained.explained(config.name):
         model, tokenizer = hub.patiently(
@@ -54,6 +61,7 @@ def load(config: ModelConfig, dtype: str, gradient_checkpointing: str, full: boo
                 dtype=getattr(torch, dtype),
                 load_in_4bit=config.quantization == "nf4",
                 full_finetuning=full,
+                **({"float32_mixed_precision": True} if masters and on_gpu else {}),
                 revision=config.revision,
                 trust_remote_code=config.trust_remote_code,
                 use_gradient_checkpointing=_unsloth_checkpointing(gradient_checkpointing),
@@ -69,30 +77,67 @@ def load(config: ModelConfig, dtype: str, gradient_checkpointing: str, full: boo
             f"model.quantization: asked for {config.quantization}, but the loaded weights are "
             f"{'4-bit' if quantized else 'not quantized'} on this machine; set it to {'nf4' if quantized else 'none'}"
         )
+    if masters and not on_gpu:  # as Unsloth does on a GPU
+        model = model.float()
+        model._unsloth_original_dtype = getattr(torch, dtype)
     tokenizer.padding_side = "right"
     return model, tokenizer
 
 
-def add_lora(model: Any, config: LoraConfig, gradient_checkpointing: str, seed: int) -> Any:
-    """A PEFT model with one trainable adapter. Raises ModelError if a target names no layer of this model."""
+def add_lora(model: Any, config: LoraConfig, gradient_checkpointing: str, seed: int, start: Path | None = None) -> Any:
+    """A PEFT model with one trainable adapter. Raises ModelError if a target names no layer of this model.
+
+    start: the adapter that PiSSA split the base weights by; computed anew, it would differ from machine to machine.
+    """
     layers = {name.rsplit(".", 1)[-1] for name, module in model.named_modules() if isinstance(module, torch.nn.Linear)}
     if missing := [target for target in config.targets if target not in layers]:
         raise ModelError(f"lora.targets: this model has no {', '.join(missing)}; it has {', '.join(sorted(layers))}")
-    return FastLanguageModel.get_peft_model(
+    again = config.init == "pissa" and start is not None
+    model = FastLanguageModel.get_peft_model(
         model,
         r=config.rank,
         lora_alpha=config.alpha,
         lora_dropout=config.dropout,
         target_modules=config.targets,
         use_rslora=config.rslora,
-        init_lora_weights=True if config.init == "default" else config.init,
+        init_lora_weights=True if config.init == "default" or again else config.init,
         use_gradient_checkpointing=_unsloth_checkpointing(gradient_checkpointing),
         random_state=seed,
     )
+    if again and start is not None:
+        _split_again(model, start)
+    return model
 
 
-def save(model: Any, tokenizer: Any, folder: Path, initial_adapter: Path | None = None) -> None:
+@torch.no_grad()
+def _split_again(model: Any, start: Path) -> None:
+    """What PiSSA leaves of the base weights, W - B·A, by an adapter that was saved; in fp32, as Unsloth computes it."""
+    from peft.utils import set_peft_model_state_dict
+    from safetensors import SafetensorError
+    from safetensors.torch import load_file
+
+    try:
+        if start.is_symlink() or not start.is_file():
+            raise ValueError("it is no file")
+        left_out = set_peft_model_state_dict(model, load_file(start))
+        if left_out.unexpected_keys:
+            raise ValueError(f"{left_out.unexpected_keys[0]} is of another model")
+    except (OSError, ValueError, RuntimeError, SafetensorError) as error:
+        raise ModelError(f"--resume: {start} does not hold ({first_line(error)[:100]}); begin anew") from error
+    model.peft_config["default"].init_lora_weights = "pissa"
+    for layer in model.modules():
+        if "default" in getattr(layer, "lora_A", {}):
+            weight, b, a = layer.get_base_layer().weight, layer.lora_B["default"].weight, layer.lora_A["default"].weight
+            residual = weight.float().clone().addmm_(b, a, alpha=-layer.scaling["default"])
+            weight.data = residual.to(weight.dtype)
+
+
+def save(
+    model: Any, tokenizer: Any, folder: Path, initial_adapter: Path | None = None, dtype: str | None = None
+) -> None:
     """Adapter (PEFT format) or full weights as safetensors with the tokenizer; the folder appears only when complete.
+
+    dtype: that of full weights, which training may have held in fp32.
 
     `initial_adapter` is what `save_initial` returned: with it a PiSSA adapter, which only fits the residual weights it
     was split from, is written as an ordinary LoRA adapter of twice the rank that fits the original model.
@@ -103,13 +148,26 @@ def save(model: Any, tokenizer: Any, folder: Path, initial_adapter: Path | None 
         extra = {"path_initial_model_for_weight_conversion": str(initial_adapter)} if initial_adapter else {}
         with warnings.catch_warnings():
             warnings.filterwarnings("ignore", "PiSSA changes the base weights")  # the conversion undoes just that
-            model.save_pretrained(made, **extra)
-        (made / "README.md").unlink(missing_ok=True)  # PEFT's empty model card
+            model.save_pretrained(made, **extra, **({"state_dict": _weights_in(model, dtype)} if dtype else {}))
+        if dtype:
+            settings = json.loads((made / "config.json").read_text(encoding="utf-8")) | {"dtype": dtype}
+            (made / "config.json").write_text(json.dumps(settings, indent=2) + "\n", encoding="utf-8")
+        for name in ("README.md", "unsloth_lora_init.json"):  # PEFT's empty card; Unsloth's mark, wrong once converted
+            (made / name).unlink(missing_ok=True)
         tokenizer.save_pretrained(made)
         paths.readable(made)
         if folder.exists():  # of the same run, before it was resumed
             folder.rename(Path(temp) / "old")
         made.rename(folder)
+
+
+def _weights_in(model: Any, dtype: str) -> dict[str, torch.Tensor]:
+    """The weights on the host, in `dtype`. What is tied stays one tensor, which is saved once."""
+    made: dict[int, torch.Tensor] = {}
+    for tensor in (tensors := model.state_dict()).values():
+        if tensor.is_floating_point():
+            made.setdefault(tensor.data_ptr(), tensor.to("cpu", getattr(torch, dtype)))
+    return {name: made.get(tensor.data_ptr(), tensor) for name, tensor in tensors.items()}
 
 
 def save_initial(model: Any, config: LoraConfig, folder: Path) -> Path | None:
@@ -118,6 +176,11 @@ def save_initial(model: Any, config: LoraConfig, folder: Path) -> Path | None:
         return None
     model.save_pretrained(folder)
     return folder
+
+
+def computes_in(model: Any) -> torch.dtype:
+    """The dtype that the packs of a model are proved in: of its weights, or what Unsloth holds in fp32 for training."""
+    return getattr(model, "_unsloth_original_dtype", None) or next(model.parameters()).dtype
 
 
 def for_inference(model: Any) -> None:

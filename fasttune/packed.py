@@ -43,6 +43,7 @@ def rows_attention(
     """
     if packed_seq_lengths is None:
         return sdpa_attention_forward(module, query, key, value, attention_mask, scaling=scaling, **kwargs)
+    query, key = query.to(value.dtype), key.to(value.dtype)  # under autocast the rope has made them fp32
     scale = query.shape[-1] ** -0.5 if scaling is None else scaling
     prefix = 0 if shared_prefix is None else int(shared_prefix)
     return RowsAttention.apply(query, key, value, scale, packed_seq_lengths.tolist(), prefix), None
@@ -101,7 +102,7 @@ def inexact(model: Any) -> str | None:
     try:
         alone = [_logits(model, {"input_ids": ids[None]})[0] for ids, _ in rows]
         rounding = max(map(_difference, _logits(model, _rectangle(rows)), alone))
-        tolerance = max(ROUNDINGS * rounding, LEAST_TOLERANCE.get(next(model.parameters()).dtype, 5e-2))
+        tolerance = max(ROUNDINGS * rounding, LEAST_TOLERANCE.get(models.computes_in(model), 5e-2))
         for pack in packs:
             prefix = int(pack.get("shared_prefix", 0))
             *_, first, second, third = _segments(pack)
@@ -190,7 +191,7 @@ def _tensors(model: Any, batch: MicroBatch) -> dict[str, torch.Tensor]:
 
 def _autocast(model: Any) -> Any:
     """As the trainer runs a bf16 model."""
-    enabled = next(model.parameters()).dtype == torch.bfloat16
+    enabled = models.computes_in(model) == torch.bfloat16
     return torch.autocast(model.device.type, torch.bfloat16, enabled=enabled)
 
 

@@ -7,7 +7,7 @@ import math
 from collections.abc import Iterator
 from dataclasses import dataclass, replace
 
-from fasttune import hardware as machines
+from fasttune import hardware as machines, precision
 from fasttune.config import Config
 from fasttune.forecasts.memory_forecast import Choices, MicroBatch, forecast
 from fasttune.forecasts.shape import Shape
@@ -16,6 +16,10 @@ from fasttune.metrics import Memory, Setting
 
 USABLE_MEMORY = 0.8  # the rest: fragmentation, CUDA context, what the forecast does not know
 CPU_MICRO_BATCH_TOKENS = 2048
+LEARNING_RATES = {
+    "lora": (2e-4, "what LoRA is usually trained with: https://arxiv.org/abs/2305.14314, table 9"),
+    "full": (2e-5, "what all weights are usually trained with: https://arxiv.org/abs/2307.09288, section 3.1"),
+}
 EXPERTS_UNCHECKED = "a mixture of experts: counted from its config.json, a forecast of one has never been checked"
 
 
@@ -28,6 +32,7 @@ class Plan(Choices):
 
     shape: Shape
     micro_batch_rows: int
+    learning_rate: float
     fits: bool
     settings: list[Setting]
 
@@ -37,6 +42,7 @@ class Plan(Choices):
             "micro_batch_rows": self.micro_batch_rows,
             "gradient_checkpointing": self.gradient_checkpointing,
             "optimizer": self.optimizer,
+            "learning_rate": self.learning_rate,
             "packing": self.packed,
         }
         return config.model_copy(
@@ -64,6 +70,9 @@ def resolve(config: Config, hardware: Hardware, shape: Shape) -> Plan:
     micro, micro_reason = _micro_batch(config, shape, chosen, usable_gib)
     train, lora = config.train, config.lora
     fastest = one_row[candidates[0]]
+    usual_rate, rate_reason = LEARNING_RATES[train.method]
+    rate = usual_rate if train.learning_rate is None else train.learning_rate
+    exact = min(gib for choices, gib in one_row.items() if choices.optimizer == candidates[0].optimizer)
     settings = [
         Setting("model", f"{config.model.name}, {shape.parameters / 1e6:,.0f} M parameters"),
         *_experts(shape),
@@ -73,16 +82,14 @@ def resolve(config: Config, hardware: Hardware, shape: Shape) -> Plan:
         Setting("max length", f"{config.model.max_length:,} tokens"),
         _batch(config, micro, micro_reason),
         Setting("checkpointing", chosen.gradient_checkpointing, _recompute_reason(config, chosen, fastest, usable_gib)),
-        Setting(
-            "optimizer",
-            f"{chosen.optimizer}, lr {train.learning_rate:g}, {train.scheduler}",
-            _optimizer_reason(config, chosen, fastest, usable_gib),
-        ),
+        Setting("optimizer", chosen.optimizer, _optimizer_reason(config, chosen, exact, usable_gib)),
+        *_held_weights(config, chosen),
+        Setting("learning rate", f"{rate:g}, {train.scheduler}", rate_reason if train.learning_rate is None else None),
     ]
     if train.method == "lora" and lora.dropout:
         settings.append(Setting("lora dropout", f"{lora.dropout:g}"))
     fits = full_memory(config, shape, chosen, micro).total <= usable_gib
-    return Plan(**vars(chosen), shape=shape, micro_batch_rows=micro, fits=fits, settings=settings)
+    return Plan(**vars(chosen), shape=shape, micro_batch_rows=micro, learning_rate=rate, fits=fits, settings=settings)
 
 
 def full_memory(config: Config, shape: Shape, choices: Choices, rows: int) -> Memory:
@@ -133,7 +140,7 @@ def _candidates(config: Config, base: Choices) -> Iterator[Choices]:
     optimizers, policies = [asked.optimizer], [asked.gradient_checkpointing]
     if asked.optimizer == "auto":
         optimizers = ["adamw_torch_fused"]
-        optimizers += ["adamw_8bit"] if gpu and asked.method == "full" else []
+        optimizers += ["adamw_8bit"] if asked.method == "full" and (gpu or base.dtype == "bfloat16") else []
     if asked.gradient_checkpointing == "auto":
         policies = ["none", "unsloth" if gpu else "full"]
     for optimizer in optimizers:
@@ -204,9 +211,20 @@ def _recompute_reason(config: Config, chosen: Choices, fastest_gib: float, usabl
     return f"{needs}: recomputing would cost speed" if chosen.gradient_checkpointing == "none" else needs
 
 
-def _optimizer_reason(config: Config, chosen: Choices, fastest_gib: float, usable_gib: float) -> str | None:
+def _optimizer_reason(config: Config, chosen: Choices, exact_gib: float, usable_gib: float) -> str | None:
     if config.train.optimizer != "auto":
         return None
     if chosen.optimizer == "adamw_8bit":
-        return f"exact moments need about {fastest_gib:.0f} GiB with all else, {usable_gib:.0f} GiB can be used"
+        weights = "fp32 weights and moments" if chosen.dtype == "bfloat16" else "exact moments"
+        return f"{weights} need about {exact_gib:.0f} GiB with all else, {usable_gib:.0f} GiB can be used"
     return "one kernel for all parameters"
+
+
+def _held_weights(config: Config, chosen: Choices) -> list[Setting]:
+    job = (config.train.method, chosen.dtype, chosen.optimizer)
+    if precision.masters(*job):
+        return [Setting("trained weights", "fp32, computed with in bf16", "bf16 weights round small updates away")]
+    if precision.by_chance(*job):
+        why = "rounded to the nearest, small updates would be lost"
+        return [Setting("trained weights", "bf16, their updates rounded up or down by chance", why)]
+    return []

@@ -46,7 +46,8 @@ def run(config: Config, reporter: Reporter, resume: Path | None = None) -> RunRe
         if there:
             held.enter_context(output.hold(folder))  # before anything in it is looked at
             output.refuse_completed(folder)
-        job = prepare(config, folder, reporter)
+        start = folder / checkpoint.FOLDER / checkpoint.START
+        job = prepare(config, folder, reporter, start if there and start.exists() else None)
         from fasttune import model as models  # torch is loaded
         from fasttune.training import resume as resuming, samples, state, trainer as trainers
 
@@ -58,6 +59,8 @@ def run(config: Config, reporter: Reporter, resume: Path | None = None) -> RunRe
         if not there:
             job.folder, lock = output.create(config, folder)
             held.enter_context(lock)
+            if initial:
+                output.keep_start(job.folder, initial)
         journal.begin(job, log, resumed=there)
         steps = journal.read_metrics(folder, found.state["step"], job.warnings.append) if found else []
         outcome = Outcome(warnings=list(job.warnings))
@@ -143,9 +146,10 @@ def save(job: Job, outcome: Outcome, initial_adapter: Path | None) -> None:
 
     if outcome.saved_step is None:
         return
-    kind = "model" if job.config.train.method == "full" else "adapter"
+    full = job.config.train.method == "full"
+    kind, dtype = ("model", job.plan.dtype) if full else ("adapter", None)
     try:
-        models.save(job.model, job.tokenizer, job.folder / kind, initial_adapter)
+        models.save(job.model, job.tokenizer, job.folder / kind, initial_adapter, dtype)
         for name in output.EVAL_FILES:  # scores of the weights that were there before
             (job.folder / name).unlink(missing_ok=True)
     except (OSError, SafetensorError) as error:
@@ -181,6 +185,7 @@ def write_down(job: Job, outcome: Outcome, recorder: Any, before: list[str], sta
         last = job.folder / checkpoint.FOLDER / f"step-{job.total_steps}"
         checkpoint.remove(last)
         with suppress(OSError):  # others are in it
+            (last.parent / checkpoint.START).unlink(missing_ok=True)
             last.parent.rmdir()
     return result
 

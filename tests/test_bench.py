@@ -165,6 +165,29 @@ def test_the_notebook_arm_has_what_a_usual_install_has(tmp_path: Path, monkeypat
     assert "without xformers or flash-attn" in arms._unsloth_library([])
 
 
+@pytest.mark.parametrize(
+    ("optimizer", "trained", "ran"),
+    [
+        ("adamw_torch_fused", "float32 trained", "torch AdamW, moments float32"),
+        ("adamw_8bit", "bfloat16 trained", "torchao AdamW8bit, moments 8 bit/bfloat16, bf16 rounded by chance"),
+    ],
+)
+def test_full_fine_tuning_in_bf16_is_the_same_mathematics_in_every_arm(
+    unsloth: None, tmp_path: Path, optimizer: str, trained: str, ran: str
+) -> None:
+    from fasttune.bench import arms
+
+    train = TREE["train"] | {"max_steps": STEPS, "method": "full", "optimizer": optimizer, "learning_rate": 1e-3}
+    settings = config.parse(TREE | {"model": TREE["model"] | {"dtype": "bfloat16"}, "train": train})
+    arms.share(settings, tmp_path, tmp_path)
+    settings = config.load(tmp_path / "config.yaml")
+    found = [arms.run(arm, settings, STEPS, tmp_path, tmp_path) for arm in ("fasttune", "vanilla", "unsloth-notebook")]
+    for each in found:
+        assert each.backend.optimizer == ran and each.backend.dtype.startswith(trained)
+        told = result.compare(Arm("a", "", [each]), Arm("b", "", [found[0]]), result.LOSS_TOLERANCE["bfloat16"])
+        assert told.invalid is None
+
+
 def test_an_arm_of_other_weights_is_invalid(vanilla: Repeat, shared: Path, tmp_path: Path) -> None:
     """By so little that no loss tells."""
     import safetensors.torch

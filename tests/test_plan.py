@@ -13,6 +13,7 @@ from fasttune.hardware import Gpu, Hardware
 LLAMA_8B = Shape(
     layers=32, hidden=4096, mlp=14336, heads=32, query_width=4096, key_width=1024, vocab=128256, tied=False
 )
+FULL = {"method": "full"}
 CPU = Hardware("linux", "x86_64", "2.36", "3.11.7", "cpu", cores=2, memory_gib=24, disk_free_gib=100)
 
 
@@ -38,9 +39,31 @@ def test_recomputation_only_when_memory_asks_for_it() -> None:
     assert h200.micro_batch_rows > small.micro_batch_rows == 1
 
 
-def test_full_fine_tuning_takes_8_bit_states_when_fp32_ones_do_not_fit() -> None:
-    assert plan.resolve(settings(method="full"), gpu("NVIDIA H200", 139), LLAMA_8B).optimizer == "adamw_torch_fused"
-    assert plan.resolve(settings(method="full"), gpu("NVIDIA H100", 60), LLAMA_8B).optimizer == "adamw_8bit"
+def test_full_fine_tuning_holds_fp32_weights_where_they_fit_and_else_rounds_by_chance() -> None:
+    """Never plain bf16. Llama-3.1-8B: 16 bytes a weight are 120 GiB, and autocast's copies."""
+    small = replace(LLAMA_8B, layers=8)
+    for shape, memory_gib, optimizer, told in [
+        (small, 80, "adamw_torch_fused", "fp32, computed with in bf16"),
+        (LLAMA_8B, 80, "adamw_8bit", "bf16, their updates rounded up or down by chance"),
+        (LLAMA_8B, 139, "adamw_8bit", "bf16, their updates rounded up or down by chance"),
+    ]:
+        chosen = plan.resolve(settings(method="full"), gpu("a GPU", memory_gib), shape)
+        named = {setting.name: setting for setting in chosen.settings}
+        assert (chosen.optimizer, named["trained weights"].value, chosen.fits) == (optimizer, told, True)
+        assert named["trained weights"].reason and named["optimizer"].reason
+    assert "fp32 weights and moments need about 1" in (named["optimizer"].reason or "")
+    assert "trained weights" not in {each.name for each in plan.resolve(settings(method="full"), CPU, small).settings}
+    asked = config.parse({"model": {"name": "a/b", "dtype": "bfloat16"}, "data": {"train": "a/c"}, "train": FULL})
+    assert plan.resolve(asked, replace(CPU, memory_gib=80), LLAMA_8B).optimizer == "adamw_8bit"
+
+
+def test_the_learning_rate_is_that_of_the_method() -> None:
+    for train, rate, told in [({}, 2e-4, True), (FULL, 2e-5, True), (FULL | {"learning_rate": 1e-4}, 1e-4, False)]:
+        asked = settings(**train)
+        chosen = plan.resolve(asked, CPU, LLAMA_8B)
+        assert chosen.apply(asked).train.learning_rate == rate
+        named = {setting.name: setting for setting in chosen.settings}["learning rate"]
+        assert named.value.startswith(f"{rate:g}") and ("https://arxiv.org" in (named.reason or "")) is told
 
 
 def test_the_micro_batch_divides_the_batch() -> None:

@@ -19,17 +19,23 @@ import pytest
 from tiny_run import STEPS, break_off_after, learned, losses, run, settings
 
 from fasttune import checkpoint
-from fasttune.errors import OutputError
+from fasttune.errors import ModelError, OutputError
 from fasttune.training import output
 
 pytestmark = pytest.mark.usefixtures("unsloth")
 
+BF16 = {"dtype": "bfloat16"}
 KINDS: dict[str, dict[str, Any]] = {
     "lora": {},
     "padded, two at once": {"train": {"packing": False, "micro_batch_rows": 2}},
     "dropout": {"lora": {"dropout": 0.1}},
     "pissa": {"lora": {"init": "pissa"}},
     "full": {"train": {"method": "full", "learning_rate": 1e-3}},
+    "full, fp32 weights": {"model": BF16, "train": {"method": "full", "learning_rate": 1e-3}},
+    "full, rounded by chance": {
+        "model": BF16,
+        "train": {"method": "full", "learning_rate": 1e-3, "optimizer": "adamw_8bit"},
+    },
     "weighted data sets": {"data": {"train": {"builtin:arithmetic": 0.7}}},
 }
 
@@ -51,6 +57,41 @@ def test_a_resumed_run_ends_bit_identical(tmp_path: Path, kind: str) -> None:
     assert losses(folder) == losses(tmp_path / "whole")
     assert learned(folder) == learned(tmp_path / "whole") and learned(folder)
     assert [step for step, _ in checkpoint.steps(folder)] == [6, 4]
+
+
+def test_a_pissa_run_goes_on_where_the_svd_comes_out_otherwise(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """As on another card or by another driver: what it began with is kept, and splits the base weights again."""
+    import torch
+
+    run(tmp_path / "whole", KINDS["pissa"])
+    run(tmp_path / "run", KINDS["pissa"], after=break_off_after(3))
+    assert (tmp_path / "run" / "checkpoints" / checkpoint.START).is_file()
+    svd = torch.linalg.svd
+
+    def otherwise(*arguments: Any, **keywords: Any) -> Any:
+        u, s, v = svd(*arguments, **keywords)
+        return -u, s * (1 + 1e-6), -v
+
+    monkeypatch.setattr(torch.linalg, "svd", otherwise)
+    assert run(tmp_path / "run", KINDS["pissa"], resume=True).resumed_from_step == 2
+    assert learned(tmp_path / "run") == learned(tmp_path / "whole") and learned(tmp_path / "run")
+    assert not (tmp_path / "run" / "checkpoints" / checkpoint.START).exists()
+
+
+def test_without_its_start_or_with_another_a_pissa_run_is_refused(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    import safetensors.torch
+
+    run(tmp_path / "run", KINDS["pissa"], after=break_off_after(3))
+    start = tmp_path / "run" / "checkpoints" / checkpoint.START
+    tensors = safetensors.torch.load_file(start)
+    safetensors.torch.save_file({name: tensor * (1 + 1e-6) for name, tensor in tensors.items()}, start)
+    with pytest.raises(OutputError, match="start of the adapter was [0-9a-f]{8}, is"):
+        run(tmp_path / "run", KINDS["pissa"], resume=True)
+    start.write_bytes(b"torn")
+    with pytest.raises(ModelError, match=r"pissa\.safetensors does not hold"):
+        run(tmp_path / "run", KINDS["pissa"], resume=True)
 
 
 def test_without_the_random_states_dropout_would_differ(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:

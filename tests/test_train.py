@@ -204,6 +204,32 @@ def test_golden_losses(tmp_path: Path) -> None:
     assert seen[-1] < 0.95 * seen[0]
 
 
+def test_unsloths_mark_of_a_pissa_adapter_is_not_left_behind(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """On a GPU Unsloth writes it beside whatever is saved; beside an adapter that was converted it is wrong."""
+    import importlib.util
+
+    import unsloth
+
+    from fasttune import model
+
+    spec = importlib.util.spec_from_file_location("init", Path(unsloth.__file__).parent / "models" / "lora_init.py")
+    assert spec is not None and spec.loader is not None
+    lora_init = importlib.util.module_from_spec(spec)
+    spec.loader.exec_module(lora_init)
+    plain = model.add_lora
+
+    def marked(*arguments: Any, **keywords: Any) -> Any:
+        made = plain(*arguments, **keywords)
+        made._unsloth_fast_pissa = {"default"}
+        lora_init.record_fast_pissa(made)
+        return made
+
+    monkeypatch.setattr(model, "add_lora", marked)
+    train(tmp_path / "run", lora={"init": "pissa"})
+    assert (tmp_path / "run" / "adapter" / "adapter_model.safetensors").is_file()
+    assert not list(tmp_path.rglob(lora_init.SIDECAR))
+
+
 def test_how_a_batch_is_split_does_not_change_the_step(tmp_path: Path) -> None:
     """8 × 1, 4 × 2 and 1 × 8: the loss is normalised over all trained tokens of the optimizer step."""
     seen = []

@@ -3,9 +3,11 @@
 import json
 import os
 import signal
+from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
+import numpy as np
 import pytest
 from tiny_run import STEPS, break_off_after, learned, losses, run, settings
 
@@ -13,6 +15,12 @@ from fasttune import checkpoint, config
 from fasttune.errors import ConfigError
 
 pytestmark = pytest.mark.usefixtures("unsloth")
+
+
+@dataclass
+class Output:
+    logits: Any
+
 
 HELD_OUT = {"data": {"eval": "builtin:arithmetic"}, "eval": {"every": "2 steps", "rows": 10}}
 
@@ -168,3 +176,38 @@ def test_no_number_is_never_the_best_and_a_best_checkpoint_that_does_not_hold_is
 def test_settings_that_cannot_be(changes: dict[str, Any], told: str) -> None:
     with pytest.raises(ConfigError, match=told):
         settings(Path("unused"), changes)
+
+
+def test_logits_are_there_once(monkeypatch: pytest.MonkeyPatch) -> None:
+    """On a GPU a forward gives those of every token: no copy of all the learned ones is made of them."""
+    import torch
+    from torch.utils._python_dispatch import TorchDispatchMode
+
+    from fasttune.data.batches import flat
+    from fasttune.training import validation
+
+    tokens, vocab, made = 600, 50, []
+
+    class Made(TorchDispatchMode):
+        """The most rows of logits that one operation brings into being."""
+
+        def __torch_dispatch__(self, function: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
+            result = function(*args, **(kwargs or {}))
+            before = {arg.untyped_storage().data_ptr() for arg in args if torch.is_tensor(arg)}
+            if torch.is_tensor(result) and result.shape[-1:] == (vocab,):
+                made.append(0 if result.untyped_storage().data_ptr() in before else result.numel() // vocab)
+            return result
+
+    logits = torch.randn(1, tokens, vocab)
+    model = type("Model", (), {"device": torch.device("cpu"), "__call__": lambda *_, **__: Output(logits)})
+    validator = validation.Validator.__new__(validation.Validator)
+    validator.model, validator.autocast = model(), False
+    batch = flat([(np.arange(tokens) % vocab, np.arange(tokens) > 9)])
+    monkeypatch.setattr(torch.cuda, "is_available", lambda: True)
+    with Made():
+        loss, right, count = validator._sums(batch)
+    labels = torch.arange(10, tokens) % vocab
+    expected = logits[0, 9:-1]
+    assert count == tokens - 10 and right == int((expected.argmax(-1) == labels).sum())
+    assert loss == pytest.approx(float(torch.nn.functional.cross_entropy(expected, labels, reduction="sum")), rel=1e-5)
+    assert 0 < max(made) <= validation.AT_ONCE

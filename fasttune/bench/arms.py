@@ -12,7 +12,7 @@ from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
-from fasttune import config as configuration
+from fasttune import config as configuration, precision
 from fasttune.bench.result import Repeat
 from fasttune.config import Config
 
@@ -120,7 +120,10 @@ def _notebook(config: Config, steps: int, shared: Path, scratch: Path) -> Repeat
     from fasttune.metrics import Backend
 
     full = config.train.method == "full"
-    model, tokenizer = models.load(config.model, config.model.dtype, "unsloth", full, config.seed)
+    job = (config.train.method, config.model.dtype, config.train.optimizer)
+    model, tokenizer = models.load(
+        config.model, config.model.dtype, "unsloth", full, config.seed, precision.masters(*job)
+    )
     if not full:
         model = models.add_lora(model, config.lora, "unsloth", config.seed)
         _same_start(model, shared)
@@ -146,6 +149,8 @@ def _notebook(config: Config, steps: int, shared: Path, scratch: Path) -> Repeat
     clock, counter = Clock(PROCESS_STARTED), Counter(trainer.data_collator, accumulation)
     trainer.data_collator = counter
     trainer.add_callback(clock)
+    if precision.by_chance(*job):
+        live.round_by_chance(trainer)
     trainer.train()
     backend = Backend(
         library=_unsloth_library(models.attention_packages()),
@@ -154,6 +159,7 @@ def _notebook(config: Config, steps: int, shared: Path, scratch: Path) -> Repeat
         patched_layers=models.patched_layers(model),
         gradient_checkpointing=trainer.recomputation_seen or "not seen",
         dtype=live.dtypes(model, trainer.args.bf16),
+        optimizer=live.optimizer(trainer.optimizer),
     )
     return repeat(clock, counter, model, config.train.batch_rows, backend)
 
@@ -198,6 +204,9 @@ def _hugging_face(config: Config, steps: int, shared: Path, scratch: Path, tuned
         **same,
         **({"attn_implementation": "flash_attention_2"} if flash else {}),
     )
+    job = (config.train.method, config.model.dtype, config.train.optimizer)
+    if precision.masters(*job):
+        model = model.float()  # from what `fasttune` holds in fp32, too; the arithmetic is autocast's
     if config.train.method == "lora":
         model = _plain_lora(model, config)
         _same_start(model, shared)
@@ -220,6 +229,8 @@ def _hugging_face(config: Config, steps: int, shared: Path, scratch: Path, tuned
         model=model, args=arguments, train_dataset=_rows(shared), data_collator=counter, callbacks=[clock]
     )
     trainer.remove_callback(transformers.PrinterCallback)
+    if precision.by_chance(*job):
+        live.round_by_chance(trainer)
     trainer.train()
     backend = Backend(
         library="transformers" + (" + peft" if config.train.method == "lora" else "") + (" + liger" if liger else ""),
@@ -228,6 +239,7 @@ def _hugging_face(config: Config, steps: int, shared: Path, scratch: Path, tuned
         patched_layers=0,
         gradient_checkpointing=trainer.recomputation_seen or "not seen",
         dtype=live.dtypes(model, trainer.args.bf16),
+        optimizer=live.optimizer(trainer.optimizer),
     )
     return repeat(clock, counter, model, config.train.batch_rows, backend)
 

@@ -77,7 +77,7 @@ def _ran(bench: Bench) -> list[RenderableType]:
         if arm.repeats:
             ran = arm.repeats[-1].backend
             parts = [ran.library, f"attention {ran.attention}", ran.packing, f"{ran.patched_layers} layers patched"]
-            parts += [f"checkpointing {ran.gradient_checkpointing}", ran.dtype]
+            parts += [f"checkpointing {ran.gradient_checkpointing}", ran.dtype, ran.optimizer]
             lines.append((arm.name, " · ".join(parts), ""))
     return [Text("what ran", style="bold underline"), terminal.grid(lines)] if lines else []
 

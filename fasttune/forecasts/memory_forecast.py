@@ -11,6 +11,7 @@ from collections.abc import Mapping
 from dataclasses import dataclass
 from typing import Any
 
+from fasttune import precision
 from fasttune.config import Config
 from fasttune.forecasts.shape import Shape
 from fasttune.metrics import Memory
@@ -75,16 +76,20 @@ class MicroBatch:
 
 def forecast(config: Config, shape: Shape, choices: Choices, largest: MicroBatch) -> Memory:
     """GiB by part at the peak of a run whose largest micro-batch is `largest`."""
-    full, value_bytes = config.train.method == "full", BYTES[choices.dtype]
+    full, masters = config.train.method == "full", _masters(config, choices)
+    value_bytes = 4 if masters else BYTES[choices.dtype]
     weight_bytes = NF4_BYTES if config.model.quantization == "nf4" else value_bytes
     embeddings = shape.vocab * shape.hidden * (1 if shape.tied else 2)  # never quantized
     weights = (shape.parameters - embeddings) * weight_bytes + embeddings * value_bytes
+    # autocast keeps what it has made bf16 of: every matrix, for backward
+    weights += 2 * (shape.linear_weights + shape.vocab * shape.hidden) if masters else 0
     adapter = 0 if full else shape.adapter_weights(config.lora.rank, config.lora.targets)
     trained_bytes = value_bytes if full else 4  # an adapter is trained in fp32
     trained = shape.parameters if full else adapter
     moment_bytes = 2 if choices.optimizer == "adamw_8bit" else 2 * trained_bytes
     activations = _activations(config, shape.computed, choices, largest)
-    held = weights + adapter * 4 + trained * (trained_bytes + moment_bytes) + activations
+    pissa = 2 if config.lora.init == "pissa" else 1  # what it began with is loaded again to save it
+    held = weights + adapter * 4 * pissa + trained * (trained_bytes + moment_bytes) + activations
     logits = _logits(shape, choices, largest, full, held)
     moments = trained * moment_bytes
     slack, process = GPU_SLACK * (activations + logits), 0.0
@@ -94,7 +99,7 @@ def forecast(config: Config, shape: Shape, choices: Choices, largest: MicroBatch
     return Memory(
         process=process,
         weights=weights / GIB,
-        adapter=adapter * 4 / GIB,
+        adapter=adapter * 4 * pissa / GIB,
         gradients=trained * trained_bytes / GIB,
         optimizer=moments / GIB,
         activations=activations / GIB,
@@ -103,12 +108,16 @@ def forecast(config: Config, shape: Shape, choices: Choices, largest: MicroBatch
     )
 
 
+def _masters(config: Config, choices: Choices) -> bool:
+    return precision.masters(config.train.method, choices.dtype, choices.optimizer)
+
+
 def _activations(config: Config, shape: Shape, choices: Choices, micro: MicroBatch) -> float:
     """Bytes kept for backward: of every layer, or of one and the input of each where the rest is computed again."""
     layer = _layer_bytes(config, shape, choices, micro)
     if choices.gradient_checkpointing == "none":
         return shape.layers * layer
-    inputs = shape.hidden * micro.tokens * BYTES[choices.dtype]
+    inputs = shape.hidden * micro.tokens * (4 if _masters(config, choices) else BYTES[choices.dtype])
     kept_inputs = 2 if choices.gradient_checkpointing == "unsloth" else shape.layers  # "unsloth" moves them to the host
     return layer + kept_inputs * inputs
 
@@ -121,6 +130,7 @@ def _layer_bytes(config: Config, shape: Shape, choices: Choices, micro: MicroBat
     dropped = sum(known) if not full and config.lora.dropout else 0
     if choices.gpu_gib is not None:
         values += 2 * shape.mlp  # gate and up; Unsloth's MLP computes their product again
+        values += 2 * shape.hidden if _masters(config, choices) else 0  # fp32 weights add fp32: the norms' inputs
         return micro.tokens * (values * value_bytes + dropped)  # a mask of a byte each
     values += 4 * shape.mlp  # gate, its silu, up, the product
     if full:

@@ -5,6 +5,8 @@ Shapes: B rows of a micro-batch, T tokens of the longest row (or of the whole pa
 """
 
 import hashlib
+import zlib
+from collections.abc import Iterable
 from pathlib import Path
 from typing import Any
 
@@ -15,8 +17,11 @@ from fasttune import metrics
 from fasttune.data.tokens import IGNORE
 from fasttune.forecasts.shape import Shape
 from fasttune.metrics import Flops
+from fasttune.precision import BY_CHANCE
 from fasttune.quiet import native_stderr_closed
 
+PROBED = 256  # values of every parameter that tell whether the base model is the same
+MOMENTS = {"exp_avg", "exp_avg_sq", "state1", "state2"}  # of torch's and torchao's AdamW, and of bitsandbytes'
 ATTENTION_OPERATORS = (
     "scaled_dot_product",
     "flash_attention",
@@ -154,6 +159,38 @@ def dtypes(model: Any, autocast: bool) -> str:
     trained = {parameter.dtype for parameter in model.parameters() if parameter.requires_grad}
     found = [f"{_names(trained)} trained"] + ([f"{_names(weights)} frozen"] if weights else [])
     return ", ".join([*found, "bf16 autocast" if autocast else "no autocast"])
+
+
+def optimizer(live: Any) -> str:
+    """What updates the weights and in what its moments are, e.g. "torch AdamW, moments float32"."""
+    live = getattr(live, "optimizer", live)  # accelerate wraps it
+    if live is None:
+        return "not seen"
+    values = [value for entries in live.state.values() for name, value in entries.items() if name in MOMENTS]
+    moments = {"8 bit" if hasattr(value, "__tensor_flatten__") else _names({value.dtype}) for value in values}
+    text = f"{type(live).__module__.partition('.')[0]} {type(live).__name__}, moments {'/'.join(sorted(moments))}"
+    return text + (", bf16 rounded by chance" if getattr(live, "bf16_stochastic_round", False) else "")
+
+
+def round_by_chance(trainer: Any) -> None:
+    """Let a Hugging Face trainer update bf16 weights by torchao's AdamW with 8-bit moments and stochastic rounding.
+
+    Told so only now: on a CPU Unsloth takes any "8bit" of a config for bitsandbytes' and puts another in its place.
+    """
+    from transformers.training_args import OptimizerNames
+
+    trainer.args.optim, trainer.args.optim_args = OptimizerNames(BY_CHANCE), "bf16_stochastic_round=True"
+    if not torch.cuda.is_available():
+        torch.compiler.set_stance("force_eager")  # torchao compiles its step, for which a CPU may have no compiler
+
+
+def probe(parameters: Iterable[torch.Tensor], most: int | None = None) -> str:
+    """A checksum of the bits of (the first `most` values of) every parameter."""
+    check = 0
+    for parameter in parameters:
+        values = parameter.detach().flatten()[:most].cpu().contiguous()
+        check = zlib.crc32(values.view(torch.uint8).numpy().tobytes(), check)
+    return f"{check:08x}"
 
 
 def weights_digest(model: Any) -> str:

@@ -152,6 +152,17 @@ def _remove_old(folder: Path) -> None:
         shutil.rmtree(path) if path.is_dir() and not path.is_symlink() else path.unlink(missing_ok=True)
     for _, path in checkpoint.steps(folder):
         checkpoint.remove(path)
+    (folder / checkpoint.FOLDER / checkpoint.START).unlink(missing_ok=True)
+
+
+def keep_start(folder: Path, adapter: Path) -> None:
+    """As checkpoint.keep_start. Raises OutputError."""
+    try:
+        checkpoint.keep_start(folder, adapter / "adapter_model.safetensors")
+    except OSError as error:
+        raise OutputError(
+            f"output_dir: {folder / checkpoint.FOLDER} cannot be written ({error.strerror or error}); free some space"
+        ) from error
 
 
 def sweep(folder: Path) -> None:

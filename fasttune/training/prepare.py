@@ -8,7 +8,7 @@ from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
 
-from fasttune import gpus, hardware, plan, pretrained
+from fasttune import gpus, hardware, plan, precision, pretrained
 from fasttune.config import Config, looks_like_hub
 from fasttune.data import chat, load, sources
 from fasttune.data.batches import Batches, Encoded
@@ -31,6 +31,7 @@ class Job:
     machine: Hardware
     plan: Plan
     model: Any
+    base_probe: str  # of the weights before an adapter came
     tokenizer: Any
     data: Batches
     held_out: list[Encoded]
@@ -63,15 +64,15 @@ def check(config: Config) -> None:
     pretrained.check(config.model.name)
 
 
-def prepare(config: Config, folder: Path, reporter: Reporter) -> Job:
-    """Plan, model and data, ready to train. Writes nothing."""
+def prepare(config: Config, folder: Path, reporter: Reporter, start: Path | None = None) -> Job:
+    """Plan, model and data, ready to train. Writes nothing. `start`: what a PiSSA run that is resumed began with."""
     machine = hardware.detect(folder)
     if machine.gpus and (lacks := hardware.triton_lacks()):
         raise FasttuneError(f"Triton compiles kernels for the GPU at the first step and needs {lacks[0]} ({lacks[1]})")
     reporter.note("importing unsloth and torch …")
     from fasttune import model as models, packed as packing
     from fasttune.cpu import fused_lora
-    from fasttune.training import samples
+    from fasttune.training import live, samples
 
     take_over_loggers()
     warnings: list[str] = []
@@ -86,8 +87,10 @@ def prepare(config: Config, folder: Path, reporter: Reporter) -> Job:
         warnings.append(f"{plan.EXPERTS_UNCHECKED}: it may not fit even where it is said to")
     reporter.note(f"loading {config.model.name} …")
     policy, full = chosen.gradient_checkpointing, config.train.method == "full"
-    model, tokenizer = models.load(config.model, chosen.dtype, policy, full, config.seed)
-    model = model if full else models.add_lora(model, config.lora, policy, config.seed)
+    held = precision.masters(config.train.method, chosen.dtype, chosen.optimizer)
+    model, tokenizer = models.load(config.model, chosen.dtype, policy, full, config.seed, held)
+    base_probe = live.probe(model.parameters(), live.PROBED)
+    model = model if full else models.add_lora(model, config.lora, policy, config.seed, start)
     settings = list(chosen.settings)
     if not full and not machine.gpus and (fused := fused_lora.enable(model)):
         settings.append(Setting("LoRA", f"fused in {fused} layers", "no GPU for Unsloth's own fused kernels"))
@@ -118,6 +121,7 @@ def prepare(config: Config, folder: Path, reporter: Reporter) -> Job:
         machine=machine,
         plan=chosen,
         model=model,
+        base_probe=base_probe,
         tokenizer=tokenizer,
         data=data,
         held_out=held_out,
@@ -151,7 +155,7 @@ def needed_gib(config: Config, trained_gib: float) -> float:
     never = config.checkpoint.every == "never"
     kept = 3 if never else 3 * (config.checkpoint.keep + 1)  # a signal writes one even then
     kept += 3 if config.eval.keep_best or (config.eval.every_steps and not never) else 0
-    return trained_gib * ((2 if config.lora.init == "pissa" else 1) + kept)
+    return trained_gib * ((3 if config.lora.init == "pissa" else 1) + kept)  # its start, and twice the rank
 
 
 def _when(config: Config) -> str:

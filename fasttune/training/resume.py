@@ -61,7 +61,7 @@ class Resumed(transformers.TrainerCallback):
     def _restored(self, restore: Callable[[], None]) -> None:
         try:
             restore()
-        except (KeyError, ValueError, TypeError, IndexError, AttributeError, RuntimeError) as error:
+        except (KeyError, ValueError, TypeError, IndexError, AttributeError, RuntimeError, AssertionError) as error:
             raise RunFailed(
                 f"{self.checkpoint.path} cannot be gone on from ({kind_and_line(error)}); "
                 "remove it, and go on from the one before it with --resume"

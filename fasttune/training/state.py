@@ -4,7 +4,6 @@ Weights that are trained, optimizer, scheduler and every random state. The posit
 """
 
 import random
-import zlib
 from dataclasses import dataclass, field
 from typing import Any
 
@@ -16,6 +15,8 @@ import torch
 
 from fasttune.checkpoint import Checkpoint, Tensors
 from fasttune.metrics import Evaluation
+from fasttune.training import live
+from fasttune.training.live import MOMENTS
 from fasttune.training.prepare import Job
 
 # What may differ between a checkpoint and the run that goes on from it: how a step is computed, not what it learns.
@@ -32,9 +33,7 @@ FREE = {
     "train.report_to",
 }
 SECTIONS = ("seed", "model", "lora", "train")
-MOMENTS = {"exp_avg", "exp_avg_sq", "state1", "state2"}  # of torch's AdamW, and of bitsandbytes'
 WHOLE = "steps of the whole run"
-PROBED = 256  # values of every parameter that tell whether the base model is the same
 
 
 @dataclass
@@ -74,19 +73,43 @@ def collect(trainer: Any) -> tuple[dict[str, Tensors], dict[str, Any]]:
             (tensors["optimizer"] if torch.is_tensor(value) else plain)[f"{index}.{name}"] = value
     state = {
         "step": trainer.state.global_step,
-        "optimizer": {"groups": optimizer["param_groups"], "plain": plain},
-        "scheduler": trainer.lr_scheduler.state_dict(),
+        "optimizer": {"groups": _numbers(optimizer["param_groups"]), "plain": plain},
+        "scheduler": _numbers(trainer.lr_scheduler.state_dict()),
         "random": _random_values(),
     }
     return tensors, state
 
 
 def _flat(entries: dict[str, Any]) -> dict[str, Any]:
-    """bitsandbytes' 8-bit optimizers keep a dict in the state of a parameter, and load it as well without."""
+    """bitsandbytes' 8-bit optimizers keep a dict in the state of a parameter, and load it as well without; torchao's
+    moments are made of several tensors.
+    """
     found: dict[str, Any] = {}
     for name, value in entries.items():
-        found |= value if isinstance(value, dict) else {name: value}
+        if hasattr(value, "__tensor_flatten__"):
+            found |= {f"{name}:{part}": getattr(value, part) for part in value.__tensor_flatten__()[0]}
+        else:
+            found |= value if isinstance(value, dict) else {name: value}
     return found
+
+
+def _made_of_parts(entries: dict[str, Any], parameter: torch.Tensor) -> dict[str, Any]:
+    """What `_flat` has taken apart."""
+    for name in {key.partition(":")[0] for key in entries if ":" in key}:
+        from torchao.optim.subclass_8bit import OptimState8bit
+
+        parts = {part: entries.pop(f"{name}:{part}").to(parameter.device) for part in OptimState8bit.tensor_attrs}
+        entries[name] = OptimState8bit(**parts, signed=name == "exp_avg", dtype=parameter.dtype)
+    return entries
+
+
+def _numbers(value: Any) -> Any:
+    """torchao keeps a learning rate as a tensor, which JSON cannot."""
+    if isinstance(value, dict):
+        return {name: _numbers(each) for name, each in value.items()}
+    if isinstance(value, (list, tuple)):
+        return [_numbers(each) for each in value]
+    return value.item() if torch.is_tensor(value) else value
 
 
 def misfit(checkpoint: Checkpoint, model: Any, identity: dict[str, str] | None = None) -> str | None:
@@ -129,18 +152,23 @@ def restore_weights(model: Any, checkpoint: Checkpoint) -> None:
 
 def restore_optimizer(trainer: Any, checkpoint: Checkpoint) -> None:
     """Optimizer and scheduler as they were. The checkpoint gives the moments away, as it does the weights."""
-    saved = checkpoint.state["optimizer"]
+    saved, scheduler = checkpoint.state["optimizer"], checkpoint.state["scheduler"]
     entries: dict[int, dict[str, Any]] = {}
     for name, value in [*checkpoint.tensors.pop("optimizer").items(), *saved["plain"].items()]:
         index, _, key = name.partition(".")
         entries.setdefault(int(index), {})[key] = value
     parameters = [parameter for group in trainer.optimizer.param_groups for parameter in group["params"]]
     for index, values in entries.items():
+        values = _made_of_parts(values, parameters[index])
         for key in MOMENTS & set(values):
             if values[key].shape != parameters[index].shape:
                 raise ValueError(f"{index}.{key} has another shape than its parameter")
+    if torch.is_tensor(trainer.optimizer.param_groups[0]["lr"]):
+        for group in saved["groups"]:
+            group |= {key: torch.tensor(group[key]) for key in ("lr", "initial_lr")}
+        scheduler |= {key: [torch.tensor(rate) for rate in scheduler[key]] for key in ("base_lrs", "_last_lr")}
     trainer.optimizer.load_state_dict({"state": entries, "param_groups": saved["groups"]})
-    trainer.lr_scheduler.load_state_dict(checkpoint.state["scheduler"])
+    trainer.lr_scheduler.load_state_dict(scheduler)
 
 
 def restore_random(checkpoint: Checkpoint) -> None:
@@ -177,21 +205,15 @@ def identity(job: Job) -> dict[str, str]:
     found["data.eval_share"] = str(job.config.data.eval_share)
     for number, (rows, weight) in enumerate(zip(job.data.parts, job.data.weights, strict=True), 1):
         found[f"rows of data set {number}"] = f"{len(rows)} rows × {weight:g} ({rows.checksum})"
-    found["weights of the base model"] = _probe(job.model)
+    found["weights of the base model"] = job.base_probe
+    if job.config.lora.init == "pissa":  # not the residual weights: their last bits differ by machine
+        found["start of the adapter"] = live.probe(trained(job.model).values())
     return found
 
 
 def differences(then: dict[str, str], now: dict[str, str]) -> list[str]:
     """Sentences, one for each thing that is not what it was."""
     return [f"{key} was {then.get(key)}, is {now.get(key)}" for key in {**then, **now} if then.get(key) != now.get(key)]
-
-
-def _probe(model: Any) -> str:
-    check = 0
-    for parameter in model.parameters():
-        values = parameter.detach().flatten()[:PROBED].cpu().contiguous()
-        check = zlib.crc32(values.view(torch.uint8).numpy().tobytes(), check)
-    return f"{check:08x}"
 
 
 def _random_values() -> dict[str, Any]:

@@ -7,7 +7,7 @@ from dataclasses import asdict, dataclass, field
 from pathlib import Path
 from typing import Any
 
-from fasttune import hardware, metrics, stack
+from fasttune import hardware, metrics, precision, stack
 from fasttune.checkpoint import Checkpoint
 from fasttune.config import TRUST
 from fasttune.metrics import RunResult, Status, StepMetrics
@@ -51,7 +51,8 @@ def broken_promises(job: Job, trainer: Any, ran: metrics.Backend) -> list[str]:
     """What was asked for and is not what runs: a setting is never ignored in silence."""
     found = []
     optimizer = getattr(trainer.args.optim, "value", trainer.args.optim)
-    if optimizer != job.plan.optimizer:
+    by_chance = precision.by_chance(job.config.train.method, job.plan.dtype, job.plan.optimizer)
+    if optimizer != (precision.BY_CHANCE if by_chance else job.plan.optimizer):
         found.append(f"train.optimizer={job.plan.optimizer} was replaced: {optimizer} runs on this machine")
     if ran.gradient_checkpointing != job.plan.gradient_checkpointing:
         asked = job.plan.gradient_checkpointing

@@ -18,11 +18,12 @@ import transformers
 import trl
 from datasets import Dataset
 
+from fasttune import precision
 from fasttune.cpu import fused_lora
 from fasttune.data.batches import ON_HOST, Batches
 from fasttune.metrics import Backend, StepMetrics
 from fasttune.training import live
-from fasttune.training.live import Watched, count_tokens, dtypes, rows_of, synchronize
+from fasttune.training.live import Watched, count_tokens, dtypes, optimizer, round_by_chance, rows_of, synchronize
 from fasttune.training.prepare import Job
 from fasttune.training.validation import Validator
 
@@ -243,6 +244,8 @@ def build(job: Job, scratch: Path, done: int = 0) -> MeasuredTrainer:
     )
     trainer.remove_callback(transformers.PrinterCallback)
     trainer.accelerator.device_placement = False  # a step's tokens are counted before they are moved (_prepare_inputs)
+    if precision.by_chance(train.method, plan.dtype, plan.optimizer):
+        round_by_chance(trainer)
     if job.data.packed:
         fasttune_model.scope_packed_kernels(job.model, trainer)
     return trainer
@@ -258,6 +261,7 @@ def backend(trainer: MeasuredTrainer) -> Backend:
         patched_layers=fasttune_model.patched_layers(model),
         gradient_checkpointing=trainer.recomputation_seen or "not seen",
         dtype=dtypes(model, trainer.args.bf16),
+        optimizer=optimizer(trainer.optimizer),
     )
 
 

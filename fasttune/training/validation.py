@@ -101,11 +101,12 @@ class Validator:
         on_gpu = torch.cuda.is_available()  # Unsloth's forward takes no positions there: all T logits
         with torch.autocast(self.model.device.type, torch.bfloat16, enabled=self.autocast):
             kept = {} if on_gpu else {"logits_to_keep": positions}
-            logits = self.model(**given, **kept, use_cache=False).logits[0]
-        logits = logits[positions] if on_gpu else logits  # (N, V)
+            logits = self.model(**given, **kept, use_cache=False).logits[0]  # (T, V), or (N, V)
+        places = positions if on_gpu else torch.arange(len(positions))
         loss = right = 0.0
-        for guess, label in zip(logits.split(AT_ONCE), labels[positions].split(AT_ONCE), strict=True):
-            loss += float(torch.nn.functional.cross_entropy(guess.float(), label, reduction="sum"))
+        for at, label in zip(places.split(AT_ONCE), labels[positions].split(AT_ONCE), strict=True):
+            guess = logits[at].float()  # never all of them: they would be there twice
+            loss += float(torch.nn.functional.cross_entropy(guess, label, reduction="sum"))
             right += float((guess.argmax(-1) == label).sum())
         return loss, right, len(positions)
 

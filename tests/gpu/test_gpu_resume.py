@@ -48,13 +48,17 @@ def losses(folder: Path) -> list[float]:
     return [json.loads(line)["loss"] for line in (folder / "metrics.jsonl").read_text().splitlines()]
 
 
-@pytest.mark.parametrize("optimizer", ["adamw_torch_fused", "adamw_8bit"])
-def test_a_resumed_run_is_close(tmp_path: Path, optimizer: str) -> None:
-    if optimizer == "adamw_8bit":
+@pytest.mark.parametrize(
+    ("method", "optimizer"),
+    [("lora", "adamw_torch_fused"), ("lora", "adamw_8bit"), ("full", "adamw_torch_fused"), ("full", "adamw_8bit")],
+)
+def test_a_resumed_run_is_close(tmp_path: Path, method: str, optimizer: str) -> None:
+    if (method, optimizer) == ("lora", "adamw_8bit"):
         pytest.importorskip("bitsandbytes")
-    run(tmp_path / "whole", optimizer=optimizer)
-    run(tmp_path / "run", break_off_after=5, optimizer=optimizer)
-    result = run(tmp_path / "run", resume=True, optimizer=optimizer)
+    job = {"method": method, "optimizer": optimizer, "learning_rate": 1e-2 if method == "lora" else 1e-3}
+    run(tmp_path / "whole", **job)
+    run(tmp_path / "run", break_off_after=5, **job)
+    result = run(tmp_path / "run", resume=True, **job)
     assert (result.status, result.resumed_from_step) == ("completed", 4)
     assert losses(tmp_path / "run") == pytest.approx(losses(tmp_path / "whole"), rel=LOSS_RELATIVE)
 

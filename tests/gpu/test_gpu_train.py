@@ -40,11 +40,20 @@ def test_lora_in_bf16_with_every_layer_patched(tmp_path: Path, policy: str) -> N
     assert json.loads((tmp_path / "run" / "run.json").read_text())["status"] == "completed"
 
 
-def test_full_fine_tuning_in_bf16(tmp_path: Path) -> None:
+@pytest.mark.parametrize(
+    ("optimizer", "dtype", "ran"),
+    [
+        ("adamw_torch_fused", "float32 trained, bf16 autocast", "torch AdamW, moments float32"),
+        ("adamw_8bit", "bfloat16/float32 trained, bf16 autocast", "torchao AdamW8bit"),  # Unsloth holds norms in fp32
+    ],
+)
+def test_full_fine_tuning_in_bf16(tmp_path: Path, optimizer: str, dtype: str, ran: str) -> None:
     from fasttune import config, train
 
     tree = {key: value for key, value in TREE.items() if key != "lora"}
-    tree |= {"output_dir": str(tmp_path / "run"), "train": TREE["train"] | {"method": "full", "learning_rate": 1e-3}}
+    full = {"method": "full", "learning_rate": 1e-3, "optimizer": optimizer}
+    tree |= {"output_dir": str(tmp_path / "run"), "train": TREE["train"] | full}
     result = train.run(config.parse(tree), Silent())
     assert result.status == "completed" and result.last_loss < result.first_loss
+    assert result.backend.dtype == dtype and result.backend.optimizer.startswith(ran)
     assert (tmp_path / "run" / "model" / "model.safetensors").is_file()
