@@ -148,7 +148,7 @@ def _notebook(config: Config, steps: int, shared: Path, scratch: Path) -> Repeat
         library="unsloth + trl" if torch.cuda.is_available() else "unsloth (CPU backend) + trl",
         attention=trainer.attention_seen or "not seen",
         packing=counter.layout,
-        patched_layers=models.patched_layers(model),
+        **models.patched_layers(model),
         gradient_checkpointing=trainer.recomputation_seen or "not seen",
         dtype=live.dtypes(model, trainer.args.bf16),
     )
