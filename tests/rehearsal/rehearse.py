@@ -40,7 +40,10 @@ class Watch(cuda_on_cpu.Card):
         self.names |= {id(tensor): name for batch in batches for name, tensor in batch.items()}
 
     def __torch_function__(self, function: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
-        if getattr(function, "__name__", "") in ("to", "cuda") and id(args[0]) in self.names:
+        moves = getattr(function, "__name__", "") in ("to", "cuda") and "dtype" not in (
+            kwargs or {}
+        )  # those are Unsloth's
+        if moves and id(args[0]) in self.names:
             self.events.append(f"moved {self.names[id(args[0])]}")
         return super().__torch_function__(function, types, args, kwargs)
 
@@ -124,7 +127,6 @@ def look_at(model: Any, seen: dict[str, list[Any]]) -> None:
             inside.pop().__exit__()
             tokens = arguments[0].shape[:2].numel()
             seen["kept"].append({"tokens": tokens, "bytes": sum(size for size, _ in kept.values())})
-            print(sorted((size / 4 / tokens, tuple(t.shape), str(t.dtype)) for size, t in kept.values()))
 
     layer.register_forward_pre_hook(enter)
     layer.register_forward_hook(leave)

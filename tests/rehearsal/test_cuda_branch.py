@@ -25,6 +25,7 @@ VARIANTS: dict[str, dict[str, Any]] = {
     "pissa": {"lora": {"init": "pissa"}},
     "full": {"lora": None, "train": {"method": "full"}},  # last: Unsloth keeps that in the environment
 }
+ADAPTERS = ["lora", "dropout", "pissa"]
 NIGHTLY: dict[str, dict[str, Any]] = {"rslora": {"lora": {"rslora": True}, "train": {"max_steps": 2}}, "fp32": {}}
 
 
@@ -100,7 +101,12 @@ def ordinary(inputs: tuple[Path, Path], folder: Path, changes: dict[str, Any]) -
 def test_it_teaches_what_an_ordinary_run_does(
     seen: dict[str, Any], inputs: tuple[Path, Path], tmp_path: Path, variant: str
 ) -> None:
-    compare(seen[variant], *ordinary(inputs, tmp_path / "run", VARIANTS[variant]))
+    """To the bit when it was written, but for the second step's loss (9e-8 off).
+
+    Only Unsloth's PiSSA for CUDA, a randomised decomposition, makes other matrices: the loss is the same, the gradient
+    was 2.4e-4 off.
+    """
+    compare(seen[variant], *ordinary(inputs, tmp_path / "run", VARIANTS[variant]), 1e-3 if variant == "pissa" else 1e-6)
 
 
 @pytest.mark.nightly
@@ -108,14 +114,13 @@ def test_it_teaches_what_an_ordinary_run_does(
 def test_so_do_the_variants(
     seen_at_night: dict[str, Any], inputs: tuple[Path, Path], tmp_path: Path, variant: str
 ) -> None:
-    compare(seen_at_night[variant], *ordinary(inputs, tmp_path / "run", NIGHTLY[variant]))
+    compare(seen_at_night[variant], *ordinary(inputs, tmp_path / "run", NIGHTLY[variant]), 1e-6)
 
 
-def compare(run: dict[str, Any], losses: list[float], norms: list[float]) -> None:
-    print(run["loss"], losses, run["grad_norm"], norms)
+def compare(run: dict[str, Any], losses: list[float], norms: list[float], norm_tolerance: float) -> None:
     assert run["status"] == "completed", run["error"]
     assert run["loss"] == pytest.approx(losses, rel=1e-6)
-    assert run["grad_norm"] == pytest.approx(norms, rel=1e-5)
+    assert run["grad_norm"] == pytest.approx(norms, rel=norm_tolerance)
 
 
 def test_dropout_has_a_gradient_of_its_own(seen: dict[str, Any]) -> None:
@@ -137,37 +142,42 @@ ALONE, PACK, RECTANGLE = (
 )
 
 
-@pytest.mark.parametrize("variant", VARIANTS)
+@pytest.mark.parametrize("variant", ADAPTERS)
 def test_what_reaches_attention(seen: dict[str, Any], variant: str) -> None:
     """Lengths of unequal rows only, whose positions begin anew; never a mask; never a row of logits."""
     run, steps = seen[variant], VARIANTS[variant].get("train", {}).get("max_steps", 1)
-    assert len(run["attention"]) == 3 * steps
-    for found in run["attention"]:
-        assert found in (ALONE, PACK, RECTANGLE)
-    assert all(run["attention"].count(form) == steps for form in (ALONE, PACK, RECTANGLE))
-    positions = [*range(14), *range(10)]
-    assert run["positions"] == [positions if found == PACK else None for found in run["attention"]]
-    assert sorted(run["hidden"]) == sorted(3 * steps * [0]) or sorted(map(tuple, run["hidden"])) == sorted(
-        [(1, 18, 64), (1, 24, 64), (2, 11, 64)] * steps
-    )
-    assert run["logits"] == []
-    assert run["backend"]["attention"] == "aten::_scaled_dot_product_flash_attention_for_cpu"
+    assert run["attention"] == [ALONE, PACK, RECTANGLE] * steps
+    assert run["positions"] == [None, [*range(14), *range(10)], None] * steps
+    assert run["hidden"] == [[1, 18, 64], [1, 24, 64], [2, 11, 64]] * steps and run["logits"] == []
+
+
+def test_full_fine_tuning_runs_no_whole_logits_either(seen: dict[str, Any]) -> None:
+    """Unsloth compiles transformers' own model for it, whose attention does not go through that dispatch."""
+    assert seen["full"]["attention"] == [] and seen["full"]["logits"] == []
 
 
 @pytest.mark.parametrize("variant", VARIANTS)
+def test_the_attention_of_a_whole_step_is_said(seen: dict[str, Any], variant: str) -> None:
+    backend = seen[variant]["backend"]
+    assert backend["attention"] == "aten::_scaled_dot_product_flash_attention_for_cpu"
+    assert backend["packing"] == "packed: 5 rows in 3 micro-batches (last step)"
+
+
+@pytest.mark.parametrize("variant", ADAPTERS)
 def test_a_step_is_counted_before_it_is_moved_and_row_lengths_stay(seen: dict[str, Any], variant: str) -> None:
+    """Up to the attention of the pack, which is the second micro-batch."""
     events = seen[variant]["events"]
-    before = events[: events.index("used")]
-    assert [event for event in before if not event.startswith("moved")] == ["made", "counted"]
-    moved = before[before.index("counted") + 1 :]
-    assert set(moved) >= {"moved input_ids", "moved labels"} and "moved packed_seq_lengths" not in events
-    assert not any(event.startswith("moved") for event in before[: before.index("counted")])
+    counted, used = events.index("counted"), [at for at, event in enumerate(events) if event == "used"]
+    assert set(events[:counted]) == {"made"}
+    assert {"moved input_ids", "moved labels"} <= set(events[counted : used[0]])
+    assert {"moved input_ids", "moved labels", "moved position_ids"} <= set(events[used[0] : used[1]])
+    assert "moved packed_seq_lengths" not in events[: used[1]]
 
 
 def test_what_is_patched_is_said_apart(seen: dict[str, Any]) -> None:
     names = ("patched_layers", "patched_mlps", "fused_lora_layers")
     counts = {variant: tuple(run["backend"][name] for name in names) for variant, run in seen.items()}
-    assert counts == {"lora": (1, 1, 1), "dropout": (1, 1, 1), "pissa": (1, 1, 1), "full": (1, 0, 0)}
+    assert counts == dict.fromkeys(ADAPTERS, (1, 1, 1)) | {"full": (1, 1, 0)}
     assert not any("Unsloth runs" in warning for run in seen.values() for warning in run["warnings"])
 
 
@@ -186,23 +196,29 @@ def test_an_fp32_base_is_not_fused_and_the_run_says_so(seen_at_night: dict[str, 
     assert not any("no GPU" in setting for setting in run["settings"])
 
 
-@pytest.mark.parametrize("variant", VARIANTS)
+@pytest.mark.parametrize("variant", ADAPTERS)
 def test_memory_is_what_the_forecast_counts(
     seen: dict[str, Any], inputs: tuple[Path, Path], tmp_path: Path, variant: str
 ) -> None:
-    """Bytes that the layer keeps of the pack, whose rows are unequal, for backward."""
+    """Bytes that the layer keeps for backward: 710 values a token, of which norms and attention have 6 of their own.
+
+    Not of full fine-tuning, whose MLP keeps less once it is compiled. Without a variable-length kernel the attention of
+    a pack is put together from that of its rows, so that its output is there twice.
+    """
     from transformers import AutoConfig
 
     from fasttune.forecasts.memory_forecast import GIB, Choices, MicroBatch, forecast
     from fasttune.forecasts.shape import Shape
 
-    (kept, *_) = [found for found in seen[variant]["kept"] if found["tokens"] == 24]
     shape = Shape.of(AutoConfig.from_pretrained(inputs[0]))
     choices = Choices(80.0, "float32", "none", "adamw_torch_fused", packed=True)
-    counted = forecast(
-        config.parse(tree(inputs, tmp_path, VARIANTS[variant])), shape, choices, MicroBatch(24, 22, 0, 0)
-    )
-    assert kept["bytes"] == pytest.approx(counted.activations * GIB, rel=0.03)
+    settings = config.parse(tree(inputs, tmp_path, VARIANTS[variant]))
+    kept = {found["tokens"]: found["bytes"] for found in seen[variant]["kept"]}
+    kept[24] -= 24 * shape.query_width * 4
+    for tokens, seen_bytes in kept.items():
+        counted = forecast(settings, shape, choices, MicroBatch(tokens, tokens, 0, 0)).activations * GIB
+        assert seen_bytes == pytest.approx(counted, rel=0.015)
+    assert kept.keys() == {18, 24, 22}
 
 
 def test_nothing_of_pissa_is_left_behind(seen: dict[str, Any], tmp_path_factory: pytest.TempPathFactory) -> None:
