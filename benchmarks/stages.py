@@ -40,10 +40,10 @@ def bench(settings: str, arms: str = "fasttune,vanilla,hf-tuned,unsloth-notebook
 # Against the fasttune arm of lora-r64-2048-gsm8k, which takes the variable-length kernel (fasttune.model). Unsloth
 # reads it (unsloth/utils/attention_dispatch.py) and by us; what ran is in the result.
 PER_SEGMENT = "env UNSLOTH_TORCH_VARLEN=0 "
-# What no rehearsal on a CPU reaches (docs/measuring.md): bf16 under autocast, offloaded checkpointing, and, since half
-# of the rows are longer than 156 tokens, rectangles of two equal rows as well as packs of unequal ones.
+# What no rehearsal on a CPU reaches (docs/measuring.md): bf16 under autocast, offloaded checkpointing, and, at
+# 160 tokens, in every step rectangles of two equal rows as well as packs of unequal ones.
 CANARY = (
-    "{python} -m fasttune.cli train benchmarks/battery.yaml name={stage} model.name=builtin:tiny model.max_length=156 "
+    "{python} -m fasttune.cli train benchmarks/battery.yaml name={stage} model.name=builtin:tiny model.max_length=160 "
     "data.train=builtin:arithmetic train.batch_rows=8 train.max_steps=3 train.gradient_checkpointing=unsloth "
     "output_dir={out}/{stage} overwrite=true --debug"
 )
