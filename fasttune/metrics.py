@@ -101,10 +101,12 @@ class Backend:
     library: str
     attention: str
     packing: str
-    patched_layers: int
+    patched_layers: int  # whose attention is Unsloth's
     gradient_checkpointing: str
     dtype: str
     optimizer: str = "not seen"
+    patched_mlps: int = 0  # layers whose MLP is Unsloth's
+    fused_lora_layers: int = 0  # layers whose attention has its fused LoRA functions
 
 
 @dataclass(frozen=True)

@@ -40,6 +40,7 @@ transformers.utils.logging.disable_progress_bar()
 # A chat template is a stranger's program: bounded wherever it runs, and as `fasttune data` shows it, never repaired.
 transformers.utils.chat_template_utils._compile_jinja_template = sandbox.Bounded
 tokenizer_utils.fix_chat_template = lambda tokenizer: tokenizer.chat_template
+UNSLOTH = ("unsloth.", "unsloth_compiled_module")  # modules that its code is in
 
 
 def load(
@@ -241,9 +242,19 @@ def scope_packed_kernels(model: Any, trainer: Any) -> None:
         enable_sample_packing(model, trainer)
 
 
-def patched_layers(model: Any) -> int:
-    """How many decoder layers run Unsloth's code: its attention forward or its fused LoRA projections (live model)."""
-    return sum(_is_patched(layer) for layer in decoder_layers(model))
+def patched_layers(model: Any) -> dict[str, int]:
+    """How many decoder layers run Unsloth's attention, its MLP, and its fused LoRA around attention (live model).
+
+    Apart, since each can be missing alone: with an fp32 base attention is Unsloth's, and LoRA is PEFT's.
+    """
+    seen = {"patched_layers": 0, "patched_mlps": 0, "fused_lora_layers": 0}
+    for layer in decoder_layers(model):
+        attention, mlp = getattr(layer, "self_attn", None), getattr(layer, "mlp", None)
+        projections = [_module(attention, name) for name in ("apply_qkv", "apply_o")]
+        seen["patched_layers"] += _module(attention, "forward").startswith(UNSLOTH)
+        seen["patched_mlps"] += _module(mlp, "forward").startswith(UNSLOTH)
+        seen["fused_lora_layers"] += all(name == "unsloth.kernels.fast_lora" for name in projections)
+    return seen
 
 
 def decoder_layers(model: Any) -> list[Any]:
@@ -252,12 +263,10 @@ def decoder_layers(model: Any) -> list[Any]:
     return list(found[0]) if found else []
 
 
-def _is_patched(layer: Any) -> bool:
-    attention, mlp = getattr(layer, "self_attn", None), getattr(layer, "mlp", None)
-    functions = [getattr(attention, name, None) for name in ("forward", "apply_qkv", "apply_o")]
-    functions.append(getattr(mlp, "forward", None))
-    modules = [getattr(getattr(function, "__func__", function), "__module__", None) or "" for function in functions]
-    return any(name.startswith(("unsloth.", "unsloth_compiled_module")) for name in modules)
+def _module(owner: Any, function: str) -> str:
+    """Where a function or method of `owner` was written."""
+    found = getattr(owner, function, None)
+    return getattr(getattr(found, "__func__", found), "__module__", None) or ""
 
 
 def _unsloth_checkpointing(policy: str) -> bool | str:

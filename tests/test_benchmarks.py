@@ -280,3 +280,23 @@ def test_every_measuring_stage_is_a_job_that_bench_takes(
         assert run.check(settings, options.arms, options.repeats, options.steps), stage.name
         fits = 512 if "train_on=assistant" in text else 64  # an answer that is cut off teaches nothing
         assert not dry_run or settings.model.max_length == fits, stage.name
+
+
+def test_the_canary_has_packs_and_rectangles_in_every_step(
+    tiny_tokenizer: Any, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """As a GPU gets them: its two kinds of attention kernels."""
+    from fasttune import config
+    from fasttune.data import load
+
+    monkeypatch.syspath_prepend(str(FOLDER))
+    import stages
+
+    given = [word for word in stages.CANARY.format(python="", stage="canary", out=tmp_path).split() if "=" in word]
+    settings = load.with_format(config.load(FOLDER / "battery.yaml", given))
+    assert settings.train.gradient_checkpointing == "unsloth" and settings.model.dtype == "auto"
+    batches = load.encode(settings, tiny_tokenizer, True, lambda *_: None)
+    for step in range(settings.train.max_steps or 0):
+        made = batches.micro_batches(step)
+        assert {"packed_seq_lengths" in batch for batch in made} == {True, False}
+        assert any(len(batch["input_ids"]) == 2 for batch in made)

@@ -15,7 +15,7 @@ LAYERS = [
     {"errors"},
     {"gpus", "paths"},
     {"cache", "checkpoint", "hardware", "hub", "memory", "merge_check", "metrics", "publish", "quiet"},
-    {"config", "plots", "shape", "stack"},
+    {"config", "plots", "precision", "shape", "stack"},
     {"builtin", "data", "memory_forecast", "output", "report", "rules"},
     {"decoding", "live", "plan", "pretrained", "rows_attention", "terminal"},
     {"adapter", "model", "roofline"},

@@ -156,7 +156,7 @@ def _notebook(config: Config, steps: int, shared: Path, scratch: Path) -> Repeat
         library=_unsloth_library(models.attention_packages()),
         attention=trainer.attention_seen or "not seen",
         packing=counter.layout,
-        patched_layers=models.patched_layers(model),
+        **models.patched_layers(model),
         gradient_checkpointing=trainer.recomputation_seen or "not seen",
         dtype=live.dtypes(model, trainer.args.bf16),
         optimizer=live.optimizer(trainer.optimizer),

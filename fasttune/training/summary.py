@@ -10,6 +10,7 @@ from typing import Any
 from fasttune import hardware, metrics, precision, stack
 from fasttune.checkpoint import Checkpoint
 from fasttune.config import TRUST
+from fasttune.forecasts import shape
 from fasttune.metrics import RunResult, Status, StepMetrics
 from fasttune.training.prepare import Job
 
@@ -59,10 +60,15 @@ def broken_promises(job: Job, trainer: Any, ran: metrics.Backend) -> list[str]:
         found.append(f"train.gradient_checkpointing={asked} was replaced: {ran.gradient_checkpointing} runs")
     if job.plan.dtype == "bfloat16" and not trainer.args.bf16 and not job.machine.gpus:
         found.append("model.dtype=bfloat16: this CPU has no native bf16, so it is emulated and slow; set float32")
-    if job.machine.gpus and ran.patched_layers < job.plan.shape.layers:
-        found.append(
-            f"Unsloth patched {ran.patched_layers} of {job.plan.shape.layers} layers: the rest runs plain transformers"
-        )
+    if job.machine.gpus:
+        lora = job.config.train.method == "lora"
+        projections = [target for target in job.config.lora.targets if lora and target not in shape.MLP]
+        counts = {"attention": ran.patched_layers}
+        counts |= {"MLP": ran.patched_mlps} if lora and set(shape.MLP) & set(job.config.lora.targets) else {}
+        counts |= {"LoRA of attention": ran.fused_lora_layers} if projections else {}
+        layers = job.plan.shape.layers
+        if slow := [f"{name} of {count}" for name, count in counts.items() if count < layers]:
+            found.append(f"Unsloth runs {', '.join(slow)} of {layers} layers: the rest is plain transformers and PEFT")
     return found
 
 

@@ -258,7 +258,7 @@ def backend(trainer: MeasuredTrainer) -> Backend:
         library=_library(model),
         attention=trainer.attention_seen or "not seen",
         packing=_packing(trainer),
-        patched_layers=fasttune_model.patched_layers(model),
+        **fasttune_model.patched_layers(model),
         gradient_checkpointing=trainer.recomputation_seen or "not seen",
         dtype=dtypes(model, trainer.args.bf16),
         optimizer=optimizer(trainer.optimizer),
