@@ -32,7 +32,7 @@ OVERRIDES = ["certifi>=2026.1"]
 NOT_USED = ["llm", "llama-cpp-python"]
 # lm-eval asks for these; only some of its own tasks need one of them, and say so. sqlitedict unpickles what it reads.
 NOT_USED += "evaluate more-itertools pytablewriter rouge-score scikit-learn sqlitedict word2number".split()
-# unsloth asks for it and prefers it to faster kernels of PyTorch, so fasttune/model.py hides it.
+# unsloth asks for it and prefers it to faster kernels of PyTorch, so fasttune/core/model.py hides it.
 NOT_USED += ["xformers"]
 # unsloth asks for these, and imports and trains without them on a CPU. There is no CPU build of torchvision on PyPI.
 NOT_ON_CPU = ["torchvision", "bitsandbytes", "diffusers"]

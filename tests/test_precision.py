@@ -7,7 +7,7 @@ from typing import Any
 import pytest
 from tiny_run import losses, run
 
-from fasttune import precision
+from fasttune.core import precision
 
 pytestmark = pytest.mark.usefixtures("unsloth")
 
@@ -61,7 +61,7 @@ def test_the_loss_falls_as_it_does_in_fp32(tmp_path: Path, exact: float, native_
 def test_a_saved_model_has_no_tied_weight_twice(tmp_path: Path) -> None:
     from safetensors.torch import load_file
 
-    from fasttune import builtin
+    from fasttune.core import builtin
 
     fall(tmp_path / "run", max_steps=1)
     before = load_file(builtin.path("builtin:tiny") / "model.safetensors")

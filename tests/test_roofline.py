@@ -7,11 +7,12 @@ from typing import Any
 
 import pytest
 
-from fasttune import builtin, cli, config, hardware, plan
-from fasttune.forecasts import forecast, memory_forecast, roofline
-from fasttune.forecasts.memory_forecast import MicroBatch
-from fasttune.forecasts.shape import Shape
+from fasttune import cli, config, hardware
+from fasttune.core import autoconfig, builtin, memory as memory_forecast
+from fasttune.core.memory import MicroBatch
+from fasttune.core.shape import Shape
 from fasttune.metrics import Roofline
+from fasttune.tools import estimate, roofline
 
 ROOT = Path(__file__).resolve().parent.parent
 LLAMA_8B = Shape(
@@ -24,7 +25,7 @@ H100 = hardware.with_gpu(hardware.detect(), "h100-80")
 def table(train: dict[str, Any], gpu: hardware.Hardware = H100, sample: roofline.Sample = STEP) -> Roofline | None:
     tree: dict[str, Any] = {"model": {"name": "a/b", "max_length": 4096}, "data": {"train": "a/c"}, "train": train}
     asked = config.parse(tree)
-    chosen = plan.resolve(asked, gpu, LLAMA_8B)
+    chosen = autoconfig.resolve(asked, gpu, LLAMA_8B)
     memory = memory_forecast.forecast(asked, LLAMA_8B, chosen, sample.micro_batches[0])
     return roofline.of_step(asked, chosen, sample, memory, gpu.gpus[0].name)
 
@@ -68,7 +69,7 @@ def test_plan_shows_it_and_counts_on_it(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
 ) -> None:
     monkeypatch.syspath_prepend(str(ROOT / "benchmarks"))
-    monkeypatch.setattr(forecast, "on_file", list)
+    monkeypatch.setattr(estimate, "on_file", list)
     import inputs
 
     model = tmp_path / "llama"

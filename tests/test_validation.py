@@ -11,7 +11,8 @@ import numpy as np
 import pytest
 from tiny_run import STEPS, break_off_after, learned, losses, run, settings
 
-from fasttune import checkpoint, config
+from fasttune import config
+from fasttune.core import checkpoint
 from fasttune.errors import ConfigError
 
 pytestmark = pytest.mark.usefixtures("unsloth")
@@ -35,15 +36,15 @@ def reference(folder: Path) -> tuple[float, float, int]:
     import peft
     import torch
 
-    from fasttune import builtin, model
-    from fasttune.data import load, sources, tokens
+    from fasttune.core import builtin, model
+    from fasttune.data import load, sources, tokenize
 
     base = model.transformers.AutoModelForCausalLM.from_pretrained(builtin.path("builtin:tiny"))
     tuned = peft.PeftModel.from_pretrained(base, folder / "adapter").eval()
     tokenizer = model.transformers.AutoTokenizer.from_pretrained(folder / "adapter")
     settings = config.load(folder / "config.yaml")
     form, _ = load.form_of(settings, "builtin:arithmetic")
-    encoder = tokens.Encoder(tokens.recipe_of(tokenizer, form, {}, "assistant", 256, "truncate"))
+    encoder = tokenize.Encoder(tokenize.recipe_of(tokenizer, form, {}, "assistant", 256, "truncate"))
     (chunk,) = sources.read("builtin:arithmetic", "test", max_rows=10)
     block = encoder.encode(chunk)
     loss, right, count, at = 0.0, 0, 0, 0
@@ -84,7 +85,7 @@ def test_loss_and_accuracy_are_those_of_plain_transformers(
 
 def test_training_does_not_notice(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     """Not even with dropout, which draws random numbers."""
-    from fasttune.training import samples
+    from fasttune.core import samples
 
     monkeypatch.setattr(samples, "MOST_NEW_TOKENS", 8)
     dropout = {"lora": {"dropout": 0.1}, "samples": 1}
@@ -109,15 +110,15 @@ def test_held_out_share_is_looked_at_and_start_and_end_is_the_default(tmp_path: 
 
 def losses_are(monkeypatch: pytest.MonkeyPatch, curve: dict[int, float]) -> None:
     """Step → held-out loss."""
-    from fasttune.training import validation
+    from fasttune.core import evaluation
 
-    measure = validation.Validator.measure
+    measure = evaluation.Validator.measure
 
     def scripted(self: Any, step: int) -> Any:
         self._sums = lambda batch: (curve[step], 1.0, 1)
         return measure(self, step)
 
-    monkeypatch.setattr(validation.Validator, "measure", scripted)
+    monkeypatch.setattr(evaluation.Validator, "measure", scripted)
 
 
 def test_the_best_checkpoint_is_kept_and_its_weights_saved(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
@@ -183,8 +184,8 @@ def test_logits_are_there_once(monkeypatch: pytest.MonkeyPatch) -> None:
     import torch
     from torch.utils._python_dispatch import TorchDispatchMode
 
-    from fasttune.data.batches import flat
-    from fasttune.training import validation
+    from fasttune.core import evaluation
+    from fasttune.data.batching import flat
 
     tokens, vocab, made = 600, 50, []
 
@@ -200,7 +201,7 @@ def test_logits_are_there_once(monkeypatch: pytest.MonkeyPatch) -> None:
 
     logits = torch.randn(1, tokens, vocab)
     model = type("Model", (), {"device": torch.device("cpu"), "__call__": lambda *_, **__: Output(logits)})
-    validator = validation.Validator.__new__(validation.Validator)
+    validator = evaluation.Validator.__new__(evaluation.Validator)
     validator.model, validator.autocast = model(), False
     batch = flat([(np.arange(tokens) % vocab, np.arange(tokens) > 9)])
     monkeypatch.setattr(torch.cuda, "is_available", lambda: True)
@@ -210,4 +211,4 @@ def test_logits_are_there_once(monkeypatch: pytest.MonkeyPatch) -> None:
     expected = logits[0, 9:-1]
     assert count == tokens - 10 and right == int((expected.argmax(-1) == labels).sum())
     assert loss == pytest.approx(float(torch.nn.functional.cross_entropy(expected, labels, reduction="sum")), rel=1e-5)
-    assert 0 < max(made) <= validation.AT_ONCE
+    assert 0 < max(made) <= evaluation.AT_ONCE

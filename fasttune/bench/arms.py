@@ -12,7 +12,8 @@ from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
-from fasttune import config as configuration, precision
+from fasttune import config as configuration
+from fasttune.core import precision
 from fasttune.bench.result import Repeat
 from fasttune.config import Config
 
@@ -86,7 +87,7 @@ def share(config: Config, shared: Path, scratch: Path) -> dict[str, Any]:
 
 def _prepare(config: Config, scratch: Path) -> Any:
     from fasttune import terminal
-    from fasttune.training import prepare
+    from fasttune.core import prepare
     from fasttune.quiet import library_log
 
     with library_log():
@@ -95,7 +96,7 @@ def _prepare(config: Config, scratch: Path) -> Any:
 
 def _fasttune(config: Config, shared: Path, scratch: Path) -> Repeat:
     job = _prepare(config, scratch)
-    from fasttune.training import trainer as trainers
+    from fasttune.core import trainer as trainers
     from fasttune.bench.clock import Clock, Counter, repeat
 
     if config.train.method == "lora":
@@ -110,12 +111,12 @@ def _fasttune(config: Config, shared: Path, scratch: Path) -> Repeat:
 
 def _notebook(config: Config, steps: int, shared: Path, scratch: Path) -> Repeat:
     with contextlib.suppress(Exception):  # missing or broken: without it, as Unsloth does
-        import xformers  # noqa: F401  fasttune.model hides it from Unsloth unless it is there already
-    from fasttune import model as models
+        import xformers  # noqa: F401  fasttune.core.model hides it from Unsloth unless it is there already
+    from fasttune.core import model as models
     import trl
     from datasets import Dataset
 
-    from fasttune.training import live
+    from fasttune.core import what_ran
     from fasttune.bench.clock import Clock, Counter, repeat
     from fasttune.metrics import Backend
 
@@ -143,14 +144,14 @@ def _notebook(config: Config, steps: int, shared: Path, scratch: Path) -> Repeat
     data = Dataset.from_dict({key: [row[key] for row in rows] for key in ("input_ids", "labels")})
     data._unsloth_truncated_to = config.model.max_length  # else Unsloth turns padding-free batching off on a GPU
 
-    class Trainer(live.Watched, trl.SFTTrainer): ...
+    class Trainer(what_ran.Watched, trl.SFTTrainer): ...
 
     trainer = Trainer(model=model, args=arguments, train_dataset=data, processing_class=tokenizer)
     clock, counter = Clock(PROCESS_STARTED), Counter(trainer.data_collator, accumulation)
     trainer.data_collator = counter
     trainer.add_callback(clock)
     if precision.by_chance(*job):
-        live.round_by_chance(trainer)
+        what_ran.round_by_chance(trainer)
     trainer.train()
     backend = Backend(
         library=_unsloth_library(models.attention_packages()),
@@ -158,8 +159,8 @@ def _notebook(config: Config, steps: int, shared: Path, scratch: Path) -> Repeat
         packing=counter.layout,
         **models.patched_layers(model),
         gradient_checkpointing=trainer.recomputation_seen or "not seen",
-        dtype=live.dtypes(model, trainer.args.bf16),
-        optimizer=live.optimizer(trainer.optimizer),
+        dtype=what_ran.dtypes(model, trainer.args.bf16),
+        optimizer=what_ran.optimizer(trainer.optimizer),
     )
     return repeat(clock, counter, model, config.train.batch_rows, backend)
 
@@ -184,8 +185,8 @@ def _hugging_face(config: Config, steps: int, shared: Path, scratch: Path, tuned
     if tuned and not torch.cuda.is_available():
         memory.keep_freed()
 
-    from fasttune import pretrained
-    from fasttune.training import live
+    from fasttune.core import pretrained
+    from fasttune.core import what_ran
     from fasttune.bench.clock import Clock, Counter, repeat
     from fasttune.metrics import Backend
 
@@ -223,14 +224,14 @@ def _hugging_face(config: Config, steps: int, shared: Path, scratch: Path, tuned
     collator = transformers.DataCollatorWithFlattening() if tuned and (flash or not on_gpu) else padded
     counter, clock = Counter(collator, accumulation), Clock(PROCESS_STARTED)
 
-    class Trainer(live.Watched, transformers.Trainer): ...
+    class Trainer(what_ran.Watched, transformers.Trainer): ...
 
     trainer = Trainer(
         model=model, args=arguments, train_dataset=_rows(shared), data_collator=counter, callbacks=[clock]
     )
     trainer.remove_callback(transformers.PrinterCallback)
     if precision.by_chance(*job):
-        live.round_by_chance(trainer)
+        what_ran.round_by_chance(trainer)
     trainer.train()
     backend = Backend(
         library="transformers" + (" + peft" if config.train.method == "lora" else "") + (" + liger" if liger else ""),
@@ -238,8 +239,8 @@ def _hugging_face(config: Config, steps: int, shared: Path, scratch: Path, tuned
         packing=counter.layout,
         patched_layers=0,
         gradient_checkpointing=trainer.recomputation_seen or "not seen",
-        dtype=live.dtypes(model, trainer.args.bf16),
-        optimizer=live.optimizer(trainer.optimizer),
+        dtype=what_ran.dtypes(model, trainer.args.bf16),
+        optimizer=what_ran.optimizer(trainer.optimizer),
     )
     return repeat(clock, counter, model, config.train.batch_rows, backend)
 
@@ -297,7 +298,7 @@ def _rows(shared: Path) -> list[dict[str, list[int]]]:
 
     import numpy as np
 
-    from fasttune.data.tokens import labels
+    from fasttune.data.tokenize import labels
 
     return [
         {"input_ids": ids, "labels": labels(np.array(ids), np.array(learned)).tolist()}

@@ -19,8 +19,8 @@ from typing import Any
 
 from fault_cases import REQUIRES, Case
 
-from fasttune import stack, verify
-from fasttune.checks import imports
+from fasttune import stack
+from fasttune.verify import imports, main
 
 ROOT = Path(__file__).resolve().parents[2]
 PYTHON = f"python{sys.version_info[0]}.{sys.version_info[1]}"
@@ -29,7 +29,7 @@ STUB = "import sys\n__version__ = {version!r}\ndef __getattr__(name):\n    retur
 # `python -m fasttune.verify --json`, the executed checks cut down to one job
 ONE_JOB = """
 import sys
-from fasttune import verify
+from fasttune.verify import main as verify
 verify.JOBS = tuple(job for job in verify.JOBS if sys.argv[1] in job.names)
 sys.exit(verify.main(["--json"]))
 """
@@ -160,7 +160,7 @@ class Environment:
 
     def verify(self) -> tuple[int, dict[str, dict[str, Any]]]:
         """Exit code and results by name of the real command; with an executed check, of its job only."""
-        jobs = [job for job in verify.JOBS if self.case.check in job.names]
+        jobs = [job for job in main.JOBS if self.case.check in job.names]
         command = [str(self.python)]
         command += ["-c", ONE_JOB, self.case.check] if jobs else ["-m", "fasttune.verify", "--quick", "--json"]
         compiled = {"PYTHONPYCACHEPREFIX": "", "PYTHONDONTWRITEBYTECODE": "1"}  # the real packages have theirs

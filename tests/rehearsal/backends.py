@@ -23,7 +23,7 @@ torch.cuda.current_device = lambda: 0
 torch.cuda.get_device_capability = lambda *_: (9, 0)
 torch.backends.cuda.is_flash_attention_available = lambda: True
 
-from fasttune import model as models
+from fasttune.core import model as models
 
 from unsloth.models import _utils
 from unsloth.utils import attention_dispatch as dispatch, flash_impl, packing

@@ -53,7 +53,7 @@ def spies(watch: Watch) -> Iterator[dict[str, list[Any]]]:
     """What reaches Unsloth's attention, its rope and its loss while a model is in training mode."""
     import unsloth.models.llama as llama
 
-    from fasttune.training import trainer as trainers
+    from fasttune.core import trainer as trainers
 
     seen: dict[str, list[Any]] = {"attention": [], "positions": [], "hidden": []}
     real = {name: getattr(llama, name) for name in ("run_attention", "fast_rope_embedding", "unsloth_fused_ce_loss")}
@@ -103,7 +103,7 @@ def spies(watch: Watch) -> Iterator[dict[str, list[Any]]]:
 
 def look_at(model: Any, seen: dict[str, list[Any]]) -> None:
     """Bytes that the decoder's one layer keeps for backward, by micro-batch, and every whole row of logits."""
-    from fasttune import model as models
+    from fasttune.core import model as models
 
     (layer,) = models.decoder_layers(model)
     known = {tensor.untyped_storage()._cdata for tensor in [*model.parameters(), *model.buffers()]}
@@ -138,7 +138,8 @@ def look_at(model: Any, seen: dict[str, list[Any]]) -> None:
 
 def rehearse(settings: dict[str, Any], fused: bool) -> dict[str, Any]:
     """Train once, by what `fasttune train` runs."""
-    from fasttune import config, train
+    from fasttune import config
+    from fasttune.core import train
     from fasttune.cpu import fused_lora
 
     cuda_on_cpu.fuse_lora = fused
@@ -176,10 +177,9 @@ def rehearse(settings: dict[str, Any], fused: bool) -> dict[str, Any]:
 
 def main(runs: dict[str, dict[str, Any]]) -> dict[str, Any]:
     cuda_on_cpu.start()
-    from fasttune import packed
-    from fasttune.training import summary
+    from fasttune.core import packing, summary
 
-    packed.PROBE_PREFIX, packed.PROBE_LENGTHS = 1, [4, 5, 3]  # a token takes the interpreter a tenth of a second
+    packing.PROBE_PREFIX, packing.PROBE_LENGTHS = 1, [4, 5, 3]  # a token takes the interpreter a tenth of a second
     summary.MATMUL_SECONDS = 0.01
     return {name: rehearse(run["config"], run["fused"]) for name, run in runs.items()}
 

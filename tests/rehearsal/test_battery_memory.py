@@ -22,13 +22,14 @@ sys.path.insert(0, str(ROOT / "benchmarks"))
 import inputs  # noqa: E402
 from stages import STAGES  # noqa: E402
 
-from fasttune import builtin, cli, config as configuration, hardware, plan, pretrained  # noqa: E402
+from fasttune import cli, config as configuration, hardware  # noqa: E402
 from fasttune.bench import arms, run  # noqa: E402
 from fasttune.config import Config  # noqa: E402
+from fasttune.core import autoconfig, builtin, memory as memory_forecast, pretrained  # noqa: E402
+from fasttune.core.memory import MicroBatch  # noqa: E402
+from fasttune.core.shape import Shape  # noqa: E402
 from fasttune.data import load  # noqa: E402
-from fasttune.forecasts import forecast, memory_forecast  # noqa: E402
-from fasttune.forecasts.memory_forecast import MicroBatch  # noqa: E402
-from fasttune.forecasts.shape import Shape  # noqa: E402
+from fasttune.tools import estimate  # noqa: E402
 
 Case = tuple[str, str]  # of fake_memory.py: a config, and what is computed at once
 
@@ -59,9 +60,9 @@ class Job:
                 found.add((len(group), max(group), min(group) != max(group)))
         return found
 
-    def plan(self, gpu: str) -> plan.Plan:
+    def plan(self, gpu: str) -> autoconfig.Plan:
         here = hardware.Hardware("linux", "x86_64", "2.39", "3.12.3", "a CPU", 16, 128, 100)
-        return plan.resolve(self.config, hardware.with_gpu(here, gpu), self.shape)
+        return autoconfig.resolve(self.config, hardware.with_gpu(here, gpu), self.shape)
 
     def plain(self, arm: str, at_once: int, gpu: str) -> Case:
         """What fake_memory.py takes: the largest micro-batch of a plain arm, which has bf16 weights, and the optimizer
@@ -75,11 +76,11 @@ class Job:
     def unsloth_gib(self, arm: str, gpu: str) -> float:
         """fasttune's forecast; Unsloth as in its examples pads at worst, and recomputes."""
         chosen = self.plan(gpu)
-        batches = forecast.lay_out(self.data, self.steps).micro_batches
+        batches = estimate.lay_out(self.data, self.steps).micro_batches
         if arm == "unsloth-notebook":
             chosen = replace(chosen, gradient_checkpointing="unsloth", packed=False)
             batches = [MicroBatch(rows * n, rows * n, 0, 0) for rows, n, _ in self.rectangles(self.at_once)]
-        return max(memory_forecast.forecast(self.config, self.shape, chosen, each).total for each in set(batches))
+        return max(memory.forecast(self.config, self.shape, chosen, each).total for each in set(batches))
 
 
 @pytest.fixture(scope="module")
@@ -156,7 +157,7 @@ def test_every_arm_fits(name: str, jobs: dict[str, Job], plain_gib: dict[Case, f
 def test_full_rows_fill_a_pack_to_the_last_token(jobs: dict[str, Job]) -> None:
     """A row one token longer, and every other pack would be half empty."""
     for name in ("lora-r16-4096", "lora-r16-1024"):
-        sizes = {each.tokens for each in forecast.lay_out(jobs[name].data, jobs[name].steps).micro_batches}
+        sizes = {each.tokens for each in estimate.lay_out(jobs[name].data, jobs[name].steps).micro_batches}
         assert sizes == {FULL_ROWS}
 
 

@@ -35,7 +35,7 @@ def inputs(tmp_path_factory: pytest.TempPathFactory) -> tuple[Path, Path]:
     import torch
     from transformers import AutoTokenizer, LlamaConfig, LlamaForCausalLM
 
-    from fasttune import builtin
+    from fasttune.core import builtin
 
     folder, tiny = tmp_path_factory.mktemp("inputs"), builtin.path("builtin:tiny")
     with torch.random.fork_rng(devices=[]):
@@ -88,7 +88,7 @@ def seen_at_night(inputs: tuple[Path, Path], tmp_path_factory: pytest.TempPathFa
 
 def ordinary(inputs: tuple[Path, Path], folder: Path, changes: dict[str, Any]) -> tuple[list[float], list[float]]:
     """(losses, gradient norms) of the same rows in an ordinary run on the CPU."""
-    from fasttune import train
+    from fasttune.core import train
     from fasttune.terminal import Reporter
 
     result = train.run(config.parse(tree(inputs, folder, changes)), Reporter(quiet=True))
@@ -207,8 +207,8 @@ def test_memory_is_what_the_forecast_counts(
     """
     from transformers import AutoConfig
 
-    from fasttune.forecasts.memory_forecast import GIB, Choices, MicroBatch, forecast
-    from fasttune.forecasts.shape import Shape
+    from fasttune.core.memory import GIB, Choices, MicroBatch, forecast
+    from fasttune.core.shape import Shape
 
     shape = Shape.of(AutoConfig.from_pretrained(inputs[0]))
     choices = Choices(80.0, "float32", "none", "adamw_torch_fused", packed=True)
