@@ -17,10 +17,11 @@ from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
-from fasttune import builtin, config as configuration, hardware, plan, pretrained
+from fasttune import config as configuration, hardware
+from fasttune.core import autoconfig, builtin, pretrained
+from fasttune.core.shape import Shape
 from fasttune.data import load
-from fasttune.forecasts import forecast
-from fasttune.forecasts.shape import Shape
+from fasttune.tools import estimate
 
 ROOT = Path(__file__).resolve().parent.parent
 RESULTS = ROOT / "benchmarks" / "results" / "forecast-error.jsonl"
@@ -103,7 +104,7 @@ def main(argv: list[str] | None = None) -> int:
         "benchmark": "forecast_error",
         "date": datetime.date.today().isoformat(),
         "git": revision(),
-        "hardware": f"{forecast.machine_name(machine)}, {machine.memory_gib:.0f} GiB, no GPU",
+        "hardware": f"{estimate.machine_name(machine)}, {machine.memory_gib:.0f} GiB, no GPU",
         "runs": found,
     }
     with options.results.open("a", encoding="utf-8") as file:
@@ -133,18 +134,18 @@ def compared(name: str, folder: Path) -> dict[str, Any]:
     config = configuration.load(folder / "config.yaml")
     measured = json.loads((folder / "run.json").read_text(encoding="utf-8"))
     machine = replace(hardware.detect(), gpus=())
-    chosen = plan.resolve(config, machine, Shape.of(pretrained.read_architecture(config.model)))
+    chosen = autoconfig.resolve(config, machine, Shape.of(pretrained.read_architecture(config.model)))
     data = load.encode(config, pretrained.read_tokenizer(config.model), chosen.packed, lambda what, share: None)
     data.share_prefix = chosen.packed
-    expected = forecast.of_run(config, chosen, data, machine, None)
+    expected = estimate.of_run(config, chosen, data, machine, None)
     fitted, settings = CONFIGURATIONS[name]
     speed, share, before = measured["tokens_per_s"], None, measured["forecast"]
     timed = before["hours"] is not None and any(
-        row["machine"] == forecast.machine_name(machine) for row in forecast.on_file()
+        row["machine"] == estimate.machine_name(machine) for row in estimate.on_file()
     )
     if expected.tokens_per_s is not None:
-        sample = forecast.lay_out(data, measured["steps"])
-        tflops = forecast.step_flops(config, chosen, sample) * speed * sample.steps / sample.tokens / 1e12
+        sample = estimate.lay_out(data, measured["steps"])
+        tflops = estimate.step_flops(config, chosen, sample) * speed * sample.steps / sample.tokens / 1e12
         share = round(tflops / measured["measured_matmul_tflops"], 3)
     return {
         "what": f"{MODELS[name[0]]}: {settings}",
@@ -159,7 +160,7 @@ def compared(name: str, folder: Path) -> dict[str, Any]:
         "forecast_tokens_per_s": round(before["tokens_per_s"]["expected"], 1) if timed else None,
         "measured_tokens_per_s": round(speed, 1),
         "share": share,
-        "machine": forecast.machine_name(machine),
+        "machine": estimate.machine_name(machine),
         "dtype": chosen.dtype,
     }
 

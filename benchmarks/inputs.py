@@ -87,7 +87,7 @@ def write_model(folder: Path, sizes: dict[str, Any]) -> None:
     import torch
     import transformers
 
-    from fasttune import builtin
+    from fasttune.core import builtin
 
     tokenizer = transformers.AutoTokenizer.from_pretrained(builtin.path("builtin:tiny"))
     ids = {key: getattr(tokenizer, key) for key in ("bos_token_id", "eos_token_id", "pad_token_id")}

@@ -84,7 +84,7 @@ def scale(options: argparse.Namespace, scratch: Path) -> dict[str, Any]:
 
 def fresh(what: str, path: Path, scratch: Path, keep: bool = False) -> dict[str, Any]:
     """One measurement in a fresh process; its cache of rows is emptied first, unless `keep`."""
-    from fasttune import builtin
+    from fasttune.core import builtin
 
     builtin.path(MODEL)
     cache = scratch / "cache"
@@ -102,8 +102,8 @@ def fresh(what: str, path: Path, scratch: Path, keep: bool = False) -> dict[str,
 
 def raw(file: str) -> dict[str, Any]:
     """encode_batch alone, on the same texts, in batches of BATCH; the texts lie in memory."""
-    from fasttune import pretrained
     from fasttune.config import ModelConfig
+    from fasttune.core import pretrained
     from fasttune.data import chat, files, formats
 
     tokenizer = pretrained.read_tokenizer(ModelConfig(name=MODEL))
@@ -122,7 +122,8 @@ def raw(file: str) -> dict[str, Any]:
 
 def prepare(file: str) -> dict[str, Any]:
     """The whole way, as `fasttune train` and `fasttune data` go it."""
-    from fasttune import config, pretrained
+    from fasttune import config
+    from fasttune.core import pretrained
     from fasttune.data import load
 
     settings = config.parse({"model": {"name": MODEL, "max_length": 2048}, "data": {"train": file}})

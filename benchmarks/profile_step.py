@@ -13,7 +13,7 @@ from pathlib import Path
 from typing import Any
 
 from fasttune import config as configuration, terminal
-from fasttune.training import prepare
+from fasttune.core import prepare
 
 GROUPS = {  # the first name that a kernel's own holds
     "attention": ("flash", "fmha", "attention"),
@@ -36,7 +36,7 @@ def main() -> int:
         import torch
         import transformers
 
-        from fasttune.training import trainer as trainers
+        from fasttune.core import trainer as trainers
 
         trainer = trainers.build(job, Path(scratch))
         steps: list[dict[str, Any]] = []

@@ -1,5 +1,5 @@
 #!/usr/bin/env python3
-"""results/*.jsonl → the tables in benchmarks/README.md, the measured sentences in README.md and forecasts/rates.json:
+"""results/*.jsonl → the tables in benchmarks/README.md, the measured sentences in README.md and tools/rates.json:
 
     python benchmarks/render.py [--check]
 

@@ -37,7 +37,7 @@ def bench(settings: str, arms: str = "fasttune,vanilla,hf-tuned,unsloth-notebook
     )
 
 
-# Against the fasttune arm of lora-r64-2048-gsm8k, which takes the variable-length kernel (fasttune.model). Unsloth
+# Against the fasttune arm of lora-r64-2048-gsm8k, which takes the variable-length kernel (fasttune.core.model). Unsloth
 # reads it (unsloth/utils/attention_dispatch.py) and by us; what ran is in the result.
 PER_SEGMENT = "env UNSLOTH_TORCH_VARLEN=0 "
 CANARY = (

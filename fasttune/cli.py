@@ -51,7 +51,7 @@ def main(argv: list[str] | None = None) -> int:
         children.leave_current_folder()
     arguments = sys.argv[1:] if argv is None else argv
     if arguments[:1] == ["verify"]:  # verify has a parser of its own: it is also `python -m fasttune.verify`
-        from fasttune import verify
+        from fasttune.verify import main as verify
 
         return verify.main(arguments[1:])
     options, rest = parser().parse_known_args(arguments)
@@ -206,22 +206,22 @@ def train(options: argparse.Namespace) -> Done:
     """`fasttune train`: 0 completed, 1 failed, 130 / 143 interrupted by SIGINT / SIGTERM (143 by max_hours too)."""
     from pathlib import Path
 
-    from fasttune import config, terminal, train as training
+    from fasttune import config, terminal
+    from fasttune.core import run_folder, train as training
     from fasttune.errors import OutputError
-    from fasttune.training import output
 
     if options.resume and "=" in options.resume:  # argparse takes the setting behind a bare --resume for its value
         options.overrides, options.resume = [*options.overrides, options.resume], ""
     if options.resume and (options.config is None or "=" in options.config):  # RUN alone: it knows its config
         options.overrides = [*filter(None, [options.config]), *options.overrides]
         path = Path(options.resume, "config.yaml").expanduser()
-        if path.exists() and not output.is_run(path.parent):  # a pipe, for one, would be waited for
+        if path.exists() and not run_folder.is_run(path.parent):  # a pipe, for one, would be waited for
             raise OutputError(f"--resume {options.resume}: fasttune did not write its config.yaml; name a run's folder")
         options.config = str(path)
     if options.config is None:
         raise ConfigError(["train: name a config, e.g. configs/quickstart.yaml, or --resume RUN"])
     settings = config.load(options.config, options.overrides)
-    resume = None if options.resume is None else output.to_resume(settings, options.resume)
+    resume = None if options.resume is None else run_folder.to_resume(settings, options.resume)
     reporter = terminal.Reporter()
     result = training.run(settings, reporter, resume)
     reporter.finish(result)
@@ -258,7 +258,8 @@ def bench(options: argparse.Namespace) -> Done:
 
 def evaluate(options: argparse.Namespace) -> Done:
     """`fasttune eval`: 0, with the scores on stderr."""
-    from fasttune import evaluate as evaluation, terminal
+    from fasttune import terminal
+    from fasttune.tools import evaluate as evaluation
 
     result = evaluation.run(
         options.model,
@@ -278,16 +279,16 @@ def evaluate(options: argparse.Namespace) -> Done:
 def data(options: argparse.Namespace) -> Done:
     """`fasttune data`: 0, with the page on stderr."""
     from fasttune import config, terminal
-    from fasttune.previews import view, view_page
+    from fasttune.tools import inspect_data, inspect_page
 
-    figures = view.look(config.load(options.config, options.overrides), options.rows, terminal.Reporter())
-    view_page.show(figures)
+    figures = inspect_data.look(config.load(options.config, options.overrides), options.rows, terminal.Reporter())
+    inspect_page.show(figures)
     return 0, figures
 
 
 def generate(options: argparse.Namespace) -> Done:
     """`fasttune generate`: 0, with the answers on stdout or in a file; 141 when stdout is closed, as by `| head`."""
-    from fasttune.after import generate_command
+    from fasttune.tools import generate_command
 
     try:
         return 0, generate_command.run(options)
@@ -297,7 +298,7 @@ def generate(options: argparse.Namespace) -> Done:
 
 def merge(options: argparse.Namespace) -> Done:
     """`fasttune merge`: 0, or 1 when the written model does not answer as base + adapter does."""
-    from fasttune.after import merge_command
+    from fasttune.tools import merge_command
 
     done = merge_command.run(options)
     return 0 if done["verified"] else 1, done
@@ -306,12 +307,12 @@ def merge(options: argparse.Namespace) -> Done:
 def plan(options: argparse.Namespace) -> Done:
     """`fasttune plan`: 0, or 1 when it does not fit; the page goes to stderr."""
     from fasttune import config, terminal
-    from fasttune.previews import preview
+    from fasttune.tools import plan
 
     price = [] if options.usd_per_hour is None else [f"usd_per_hour={options.usd_per_hour}"]
     settings = config.load(options.config, [*options.overrides, *price])
-    figures = preview.look(settings, options.gpu, terminal.Reporter())
-    preview.show(figures)
+    figures = plan.look(settings, options.gpu, terminal.Reporter())
+    plan.show(figures)
     return 0 if figures.fits else 1, figures
 
 

@@ -1,6 +1,6 @@
 """Which versions belong together: the pinned stacks, the choice between them, and what is installed here.
 
-The rules for people who come with another stack are data in `RULES` (fasttune/rules.py).
+The rules for people who come with another stack are data in `RULES` (fasttune/verify/version_rules.py).
 Importing this needs the standard library only: the set-up uses it before anything is installed.
 """
 

@@ -37,7 +37,7 @@ def pytest_unconfigure() -> None:
 def matmuls_measured_once() -> Iterator[None]:
     """A run measures this machine's matmuls for a second before and after: no test looks at the rate of a real one."""
     from fasttune import hardware
-    from fasttune.training import summary
+    from fasttune.core import summary
 
     with pytest.MonkeyPatch.context() as patch:
         patch.setattr(hardware, "cpu_matmul_tflops", functools.cache(hardware.cpu_matmul_tflops))
@@ -50,13 +50,13 @@ def unsloth() -> None:
     """Unsloth and all below it are imported, once, and what they warn of while they are is theirs."""
     with warnings.catch_warnings():
         warnings.simplefilter("ignore")
-        import fasttune.training.trainer  # noqa: F401
+        import fasttune.core.trainer  # noqa: F401
 
 
 @pytest.fixture
 def tiny_tokenizer(unsloth: None) -> Iterator[Any]:
     """A fresh tokenizer of builtin:tiny."""
-    from fasttune import builtin, model
+    from fasttune.core import builtin, model
 
     yield model.transformers.AutoTokenizer.from_pretrained(builtin.path("builtin:tiny"))
 
@@ -64,11 +64,11 @@ def tiny_tokenizer(unsloth: None) -> Iterator[Any]:
 @pytest.fixture(scope="session")
 def tiny_recipe(unsloth: None) -> Any:
     """What encodes `messages` for builtin:tiny; tests change a field with dataclasses.replace."""
-    from fasttune import builtin, model
-    from fasttune.data import tokens
+    from fasttune.core import builtin, model
+    from fasttune.data import tokenize
 
     tokenizer = model.transformers.AutoTokenizer.from_pretrained(builtin.path("builtin:tiny"))
-    return tokens.recipe_of(tokenizer, "messages", {}, "assistant", 512, "truncate")
+    return tokenize.recipe_of(tokenizer, "messages", {}, "assistant", 512, "truncate")
 
 
 @pytest.fixture(scope="session")
@@ -80,7 +80,8 @@ def finished_run(unsloth: None, tmp_path_factory: pytest.TempPathFactory) -> Any
     import safetensors.torch
     import torch
 
-    from fasttune import config, terminal, train
+    from fasttune import config, terminal
+    from fasttune.core import train
 
     tree = {
         "name": "tiny",

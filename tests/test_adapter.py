@@ -10,9 +10,11 @@ from typing import Any
 
 import pytest
 
-from fasttune import adapter as adapters, cli, pretrained
+from fasttune import cli
 from fasttune.config import ModelConfig
+from fasttune.core import pretrained
 from fasttune.errors import ModelError
+from fasttune.tools import adapter as adapters
 
 pytestmark = pytest.mark.usefixtures("unsloth")
 
@@ -83,18 +85,18 @@ def test_an_adapter_that_does_not_fit_is_no_answer_of_the_base(
 def test_settings_of_others_are_bounded(
     finished_run: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, settings: dict[str, Any], told: str
 ) -> None:
-    from fasttune import merge, model
-    from fasttune.after import finished
+    from fasttune.core import model
+    from fasttune.tools import merge, trained_model
 
     monkeypatch.setattr(adapters, "MATCHING_CPU_S", 0.2)
     folder = changed(finished_run, tmp_path / "adapter", **settings)
 
     def used() -> None:
-        opened = finished.open_run(str(folder))
+        opened = trained_model.open_run(str(folder))
         adapters.put_on(model.load(opened.base, "float32", "none", False, 0)[0], folder)
 
     def merged() -> None:
-        merge.plan(finished.open_run(str(folder)).base, folder)
+        merge.plan(trained_model.open_run(str(folder)).base, folder)
 
     for use in (used, merged):
         with pytest.raises(ModelError, match=told) as caught:
@@ -121,7 +123,7 @@ def test_weights_that_are_a_pickle_a_pipe_or_nothing(finished_run: Path, tmp_pat
 def test_an_adapter_is_no_model_to_train(
     finished_run: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: Any, kind: str
 ) -> None:
-    from fasttune import builtin
+    from fasttune.core import builtin
 
     name, told = str(finished_run / "adapter"), "fasttune merge"
     if kind == "with a config":
@@ -143,7 +145,7 @@ def test_an_adapter_is_no_model_to_train(
 
 
 def test_patterns_of_ordinary_adapters_are_as_peft_takes_them(finished_run: Path, tmp_path: Path) -> None:
-    from fasttune import merge
+    from fasttune.tools import merge
 
     pattern = r".*\.(q|k|v|o|gate|up|down)_proj"
     folder = changed(finished_run, tmp_path / "adapter", target_modules=pattern)

@@ -139,8 +139,8 @@ def test_an_arm_of_other_weights_is_invalid(vanilla: Repeat, shared: Path, tmp_p
     """By so little that no loss tells."""
     import safetensors.torch
 
-    from fasttune import builtin
     from fasttune.bench import arms
+    from fasttune.core import builtin
 
     other = Path(shutil.copytree(builtin.path("builtin:tiny"), tmp_path / "other"))
     weights = safetensors.torch.load_file(other / "model.safetensors")
@@ -154,14 +154,14 @@ def test_an_arm_of_other_weights_is_invalid(vanilla: Repeat, shared: Path, tmp_p
 def test_weights_are_the_same_in_another_dtype_and_not_as_bytes(unsloth: None) -> None:
     import torch
 
-    from fasttune.training import live
+    from fasttune.core import what_ran
 
     layer = torch.nn.Linear(64, 64).bfloat16()
-    before = live.weights_digest(layer)
-    assert live.weights_digest(layer.float()) == before
+    before = what_ran.weights_digest(layer)
+    assert what_ran.weights_digest(layer.float()) == before
     packed = torch.nn.Module()
     packed.weight = torch.nn.Parameter(torch.zeros(2048, 1, dtype=torch.uint8), requires_grad=False)
-    assert live.weights_digest(packed) != before
+    assert what_ran.weights_digest(packed) != before
 
 
 def test_plain_arms_load_the_revision_and_the_code_of_the_config(
@@ -207,15 +207,15 @@ def test_labels_shifted_by_one_are_invalid(
 def test_an_arm_that_counts_padding_is_invalid(
     vanilla: Repeat, shared: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    from fasttune.training import live
+    from fasttune.core import what_ran
 
-    honest = live.count_tokens
+    honest = what_ran.count_tokens
 
     def padded(batches: list[dict[str, Any]]) -> dict[str, int]:
         counts = honest(batches)
         return counts | {"tokens": counts["tokens"] + counts["padding_tokens"]}
 
-    monkeypatch.setattr(live, "count_tokens", padded)
+    monkeypatch.setattr(what_ran, "count_tokens", padded)
     assert "count tokens differently" in (compared(measure("vanilla", shared, tmp_path), vanilla) or "")
 
 

@@ -13,7 +13,7 @@ import numpy as np
 import pytest
 
 from fasttune.config import LOSSES
-from fasttune.data import chat, formats, sandbox, tokens
+from fasttune.data import chat, formats, sandbox, tokenize
 from fasttune.data.chat import Template
 from fasttune.data.files import Chunk
 from fasttune.data.formats import Conversation, Unusable
@@ -156,12 +156,13 @@ def test_labels_are_those_made_by_hand(
 ) -> None:
     family, tokenizer = BY_HAND[name], as_family(name)
     chat.complete(tokenizer)
-    recipe = tokens.recipe_of(tokenizer, "messages", {}, train_on, 2048, "truncate")
-    block = tokens.Encoder(recipe).encode(Chunk("rows", 1, 1.0, rows=[{"messages": MESSAGES}, {"messages": MESSAGES}]))
+    recipe = tokenize.recipe_of(tokenizer, "messages", {}, train_on, 2048, "truncate")
+    twice = [{"messages": MESSAGES}, {"messages": MESSAGES}]
+    block = tokenize.Encoder(recipe).encode(Chunk("rows", 1, 1.0, rows=twice))
     assert len(block.lengths) == 2
     for ids, learned in zip(np.split(block.ids, 2), np.split(block.learned, 2), strict=True):
-        labels = tokens.labels(ids, learned)
-        assert tokenizer.decode(labels[labels != tokens.IGNORE]) == "".join(getattr(family, part) for part in answers)
+        labels = tokenize.labels(ids, learned)
+        assert tokenizer.decode(labels[labels != tokenize.IGNORE]) == "".join(getattr(family, part) for part in answers)
         assert tokenizer.decode(ids) == family.text[: family.text.rindex(family.last) + len(family.last)]
         closer = tokenizer.convert_tokens_to_ids(family.last.removeprefix("See you.").partition("\n")[0])
         assert closer is not None

@@ -10,8 +10,8 @@ from pathlib import Path
 import pytest
 
 from fasttune import cli, config
+from fasttune.core import prepare
 from fasttune.errors import DataError
-from fasttune.training import prepare
 
 TINY = "model: {name: builtin:tiny}\ndata: {train: builtin:arithmetic}\n"
 

@@ -11,10 +11,10 @@ from typing import Any
 
 import pytest
 
-from fasttune import evaluate, tasks
-from fasttune.after.finished import open_run
 from fasttune.data import answers
 from fasttune.errors import DataError, FasttuneError
+from fasttune.tools import evaluate, tasks
+from fasttune.tools.trained_model import open_run
 
 PAIRS = [  # (what the data set says, what a model wrote)
     ("2 + 2 = 4\n#### 4", "It is 4.\n#### 4"),
@@ -49,7 +49,7 @@ def harness(unsloth: None) -> Any:
     """The harness, imported once; what it warns of while it is, is its own."""
     with warnings.catch_warnings():
         warnings.simplefilter("ignore")
-        from fasttune.after import harness
+        from fasttune.tools import harness
     return harness
 
 
@@ -152,13 +152,13 @@ def test_a_run_that_held_out_its_own_rows_is_told_what_to_give(finished_run: Pat
 
 def test_the_harness_generates_what_the_model_generates(tmp_path: Path, harness: Any, tiny_tokenizer: Any) -> None:
     """Prompts are those of training, and batched answers of different lengths are the model's own greedy ones."""
-    from fasttune import model as models
-    from fasttune.after import finished
+    from fasttune.core import model as models
     from fasttune.data import arithmetic, chat
+    from fasttune.tools import trained_model
 
     result, lines = score(tmp_path, tasks="builtin:arithmetic", limit=3, batch_rows=2, keep_answers=False)
     rows = arithmetic.generate("test", rows=3)
-    model, tokenizer = finished.load(open_run("builtin:tiny"), "float32")
+    model, tokenizer = trained_model.load(open_run("builtin:tiny"), "float32")
     template = chat.template_of(tiny_tokenizer)
     for row, line in zip(rows, lines, strict=True):
         asked = template.render([{"role": "user", "content": row["question"]}], ask=True)
@@ -174,7 +174,7 @@ def test_the_harness_generates_what_the_model_generates(tmp_path: Path, harness:
 def test_answers_are_kept_for_these_weights_only(tmp_path: Path, harness: Any) -> None:
     import safetensors.torch
 
-    from fasttune import builtin
+    from fasttune.core import builtin
 
     rows = write(tmp_path / "choices.jsonl", CHOICES)
     copy, changed = tmp_path / "copy", tmp_path / "changed"
@@ -199,7 +199,7 @@ def test_answers_are_kept_for_these_weights_only(tmp_path: Path, harness: Any) -
 def test_an_adapter_of_another_scale_is_another_model(harness: Any, tiny_tokenizer: Any) -> None:
     import peft
 
-    from fasttune import builtin, model as models
+    from fasttune.core import builtin, model as models
 
     model = models.transformers.AutoModelForCausalLM.from_pretrained(builtin.path("builtin:tiny"))
     model = peft.get_peft_model(model, peft.LoraConfig(r=4, target_modules=["q_proj"]))
@@ -212,7 +212,7 @@ def test_an_adapter_of_another_scale_is_another_model(harness: Any, tiny_tokeniz
 def test_the_command_scores_multiple_choice_without_a_network(tmp_path: Path, harness: Any) -> None:
     rows = write(tmp_path / "choices.jsonl", CHOICES)
     guarded = (
-        "import sys; from fasttune.checks import guard; attempts = []; guard.block_network(attempts)\n"
+        "import sys; from fasttune.verify import guard; attempts = []; guard.block_network(attempts)\n"
         "from fasttune import cli; code = cli.main(sys.argv[1:]); print(attempts, file=sys.stderr); sys.exit(code)"
     )
     command = [sys.executable, "-c", guarded, "eval", "builtin:tiny", "--data", rows, "--out", "scores", "--json"]

@@ -12,9 +12,8 @@ from typing import Any
 import pytest
 from tiny_run import STEPS, break_off_after, learned, losses, run
 
-from fasttune import checkpoint
+from fasttune.core import checkpoint, run_folder
 from fasttune.errors import OutputError
-from fasttune.training import output
 
 pytestmark = pytest.mark.usefixtures("unsloth")
 
@@ -102,15 +101,15 @@ def test_a_report_that_cannot_be_written_is_a_failed_run_that_can_be_finished(
 
 
 def test_two_runs_cannot_share_a_folder(tmp_path: Path) -> None:
-    with output.hold(tmp_path / "run"), pytest.raises(OutputError, match=f"in use by process {os.getpid()}"):
-        output.hold(tmp_path / "run")
-    output.hold(tmp_path / "run").close()  # free again
+    with run_folder.hold(tmp_path / "run"), pytest.raises(OutputError, match=f"in use by process {os.getpid()}"):
+        run_folder.hold(tmp_path / "run")
+    run_folder.hold(tmp_path / "run").close()  # free again
 
 
 def test_a_step_that_is_not_finite_changes_nothing(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     import torch
 
-    from fasttune.training import state, trainer as trainers
+    from fasttune.core import state, trainer as trainers
 
     weights: dict[int, dict[str, Any]] = {}
     step_of = trainers.MeasuredTrainer.training_step
@@ -154,7 +153,7 @@ def test_a_diverged_run_is_failed_and_saves_nothing(tmp_path: Path, steps: int) 
 def test_a_diverged_run_names_the_last_good_checkpoint(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     import torch
 
-    from fasttune.training import state, trainer as trainers
+    from fasttune.core import state, trainer as trainers
 
     step_of = trainers.MeasuredTrainer.training_step
 
@@ -176,14 +175,14 @@ def little_memory(monkeypatch: pytest.MonkeyPatch) -> Callable[[int], None]:
     """A machine on which a micro-batch of more than so many rows does not fit."""
     import torch
 
-    from fasttune.training import live, trainer as trainers
+    from fasttune.core import trainer as trainers, what_ran
 
     micro_step = trainers.MeasuredTrainer._micro_step
 
     def fits(rows: int) -> None:
         def limited(self: Any, model: Any, batch: Any, learned: Any) -> Any:
             loss = micro_step(self, model, batch, learned)  # half of the gradients are there when memory runs out
-            if live.rows_of(batch) > rows:
+            if what_ran.rows_of(batch) > rows:
                 raise torch.OutOfMemoryError("CUDA out of memory")
             return loss
 
@@ -215,7 +214,7 @@ def test_what_cannot_be_halved_names_the_settings_in_order(tmp_path: Path, littl
 
 
 def test_what_fails_after_training_costs_a_warning(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    from fasttune.training import samples
+    from fasttune.core import samples
 
     answer, file = samples.answer, tmp_path / "run" / "run.json"
     written: list[float] = []
@@ -252,7 +251,7 @@ def test_the_state_of_8_bit_optimizers_is_kept_flat() -> None:
     """bitsandbytes 0.50.2 nests it: https://github.com/bitsandbytes-foundation/bitsandbytes, optim/optimizer.py"""
     import torch
 
-    from fasttune.training import state
+    from fasttune.core import state
 
     nested = {"step": 3, "__bnb_optimizer_quant_state__": {"state1": torch.ones(2), "qmap1": torch.zeros(2)}}
     flat = state._flat(nested)

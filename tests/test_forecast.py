@@ -12,15 +12,15 @@ from typing import Any
 import numpy as np
 import pytest
 
-from fasttune import cli, config, hardware, metrics, plan, report, terminal
-from fasttune.data.batches import Batches, flat, padded
+from fasttune import cli, config, hardware, metrics, report, terminal
+from fasttune.core import autoconfig, memory as memory_forecast
+from fasttune.core.memory import Choices, MicroBatch
+from fasttune.core.shape import Shape
+from fasttune.data.batching import Batches, flat, padded
 from fasttune.data.store import Rows
-from fasttune.forecasts import forecast, memory_forecast
-from fasttune.forecasts.memory_forecast import Choices, MicroBatch
-from fasttune.forecasts.shape import Shape
 from fasttune.hardware import Hardware
 from fasttune.metrics import Memory, Range
-from fasttune.previews import preview
+from fasttune.tools import estimate, plan
 
 ROOT = Path(__file__).resolve().parent.parent
 LLAMA_8B = Shape(
@@ -52,7 +52,7 @@ def test_activations_are_the_tensors_that_are_saved(unsloth: None, method: str, 
     """Every byte that autograd keeps of the tiny model's forward, against the count. Embeddings and head are small."""
     import torch
 
-    from fasttune import model as models, packed as packing
+    from fasttune.core import model as models, packing
     from fasttune.cpu import fused_lora
 
     tree: dict[str, Any] = {"model": {"name": "builtin:tiny", "max_length": 256}, "data": {"train": "a/b"}}
@@ -81,7 +81,7 @@ def test_activations_are_the_tensors_that_are_saved(unsloth: None, method: str, 
     with torch.autograd.graph.saved_tensors_hooks(remember, lambda tensor: tensor):
         hidden = base(**given, use_cache=False).last_hidden_state
     shape = Shape.of(model.config)
-    chosen = plan.resolve(asked, CPU, shape)
+    chosen = autoconfig.resolve(asked, CPU, shape)
     counted = memory_forecast.forecast(asked, shape, chosen, MicroBatch.of(arrays, -100)).activations * 2**30
     assert sum(kept.values()) == pytest.approx(counted, rel=0.08)
     del hidden
@@ -110,9 +110,9 @@ def test_parts_of_llama_8b_on_an_80_gb_card() -> None:
 
 def test_speed_is_a_rate_on_file_or_a_wide_range(monkeypatch: pytest.MonkeyPatch) -> None:
     h100 = hardware.with_gpu(CPU, "h100-80")
-    chosen = plan.resolve(settings(train={"batch_rows": 64}), h100, LLAMA_8B)
-    monkeypatch.setattr(forecast, "on_file", list)
-    wide, source = forecast.rate_tflops(settings(), chosen, h100)
+    chosen = autoconfig.resolve(settings(train={"batch_rows": 64}), h100, LLAMA_8B)
+    monkeypatch.setattr(estimate, "on_file", list)
+    wide, source = estimate.rate_tflops(settings(), chosen, h100)
     assert wide is not None and wide.high / wide.low == pytest.approx(3) and "nothing measured" in source
     measured = {
         "machine": "NVIDIA H100 80GB HBM3",
@@ -123,13 +123,13 @@ def test_speed_is_a_rate_on_file_or_a_wide_range(monkeypatch: pytest.MonkeyPatch
         "date": "2026-11-21",
         "source": "benchmarks/results/x.jsonl",
     }
-    monkeypatch.setattr(forecast, "on_file", lambda: [measured | {"method": "full", "tflops": [1.0]}, measured])
-    narrow, source = forecast.rate_tflops(settings(), chosen, h100)
+    monkeypatch.setattr(estimate, "on_file", lambda: [measured | {"method": "full", "tflops": [1.0]}, measured])
+    narrow, source = estimate.rate_tflops(settings(), chosen, h100)
     assert narrow == Range(400 / 1.2, 410, pytest.approx(420 * 1.2)) and "measured on NVIDIA H100" in source
-    other, source = forecast.rate_tflops(settings(train={"method": "full"}), chosen, h100)
+    other, source = estimate.rate_tflops(settings(train={"method": "full"}), chosen, h100)
     assert other is not None and other.expected == 1.0 and "another job" not in source
     old = hardware.replace(h100, gpus=(hardware.Gpu("Tesla T4", (7, 5), 15),))
-    assert forecast.rate_tflops(settings(), chosen, old)[0] is None
+    assert estimate.rate_tflops(settings(), chosen, old)[0] is None
 
 
 def test_on_a_gpu_small_work_is_bound_by_launches() -> None:
@@ -140,13 +140,13 @@ def test_on_a_gpu_small_work_is_bound_by_launches() -> None:
     asked = settings(train={"batch_rows": 4, "epochs": 3})
     h200 = hardware.with_gpu(CPU, "h200-141")
     small = replace(LLAMA_8B, hidden=512, mlp=1024, query_width=512, key_width=512)
-    expected = forecast.of_run(asked, plan.resolve(asked, h200, small), data, h200, 3.5)
+    expected = estimate.of_run(asked, autoconfig.resolve(asked, h200, small), data, h200, 3.5)
     assert (expected.steps, expected.tokens, expected.largest_micro_batch_tokens) == (30, 12000, 400)
     assert expected.tokens_per_s is not None and expected.tokens_per_s.expected < 400 / (32 * 0.001)
     assert expected.tokens_per_s.low < expected.tokens_per_s.expected < expected.tokens_per_s.high
     assert expected.usd is not None and expected.hours is not None
     assert expected.usd.expected == pytest.approx(3.5 * expected.hours.expected)
-    twice = forecast.of_run(asked, plan.resolve(asked, h200, small), data, h200, None, scale=2.0)
+    twice = estimate.of_run(asked, autoconfig.resolve(asked, h200, small), data, h200, None, scale=2.0)
     assert (twice.steps, twice.tokens, twice.usd) == (60, 24000, None)
 
 
@@ -155,8 +155,8 @@ def run_of(asked: config.Config, policy: str, machine: Hardware = CPU) -> metric
     ids = np.arange(4000, dtype=np.int32) % 200
     rows = Rows("x", ids, np.ones(4000, bool), np.arange(0, 4001, 100), np.arange(40), Counter())
     data = Batches([rows], [1.0], 0, 0.0, 4, 4, 512, True, 0)
-    chosen = replace(plan.resolve(asked, machine, LLAMA_8B), gradient_checkpointing=policy)
-    return forecast.of_run(asked, chosen, data, machine, None)
+    chosen = replace(autoconfig.resolve(asked, machine, LLAMA_8B), gradient_checkpointing=policy)
+    return estimate.of_run(asked, chosen, data, machine, None)
 
 
 @pytest.fixture
@@ -177,38 +177,38 @@ def test_a_cpu_is_as_fast_as_its_matmuls_just_now(monkeypatch: pytest.MonkeyPatc
     on_file = {"machine": "Some CPU, 2 cores", "dtype": "float32", "shares": [0.5, 0.6, 0.7]}
     on_file |= {"date": "2026-11-21", "source": "x"}
     asked = settings(train={"batch_rows": 4})
-    chosen = plan.resolve(asked, CPU, LLAMA_8B)
-    monkeypatch.setattr(forecast, "on_file", lambda: [on_file])
-    rate, source = forecast.rate_tflops(asked, chosen, CPU)
+    chosen = autoconfig.resolve(asked, CPU, LLAMA_8B)
+    monkeypatch.setattr(estimate, "on_file", lambda: [on_file])
+    rate, source = estimate.rate_tflops(asked, chosen, CPU)
     assert rate is not None and (rate.low, rate.expected) == (pytest.approx(0.05 / 1.2), pytest.approx(0.06))
     assert "60% of the 0.1 TFLOP/s that matmuls do now, as in 3 runs on Some CPU" in source
-    monkeypatch.setattr(forecast, "on_file", list)
-    wide, source = forecast.rate_tflops(asked, chosen, CPU)
+    monkeypatch.setattr(estimate, "on_file", list)
+    wide, source = estimate.rate_tflops(asked, chosen, CPU)
     assert wide is not None and wide.high / wide.low > 2.5 and "no run measured on such a CPU" in source
 
 
 def test_a_small_micro_batch_on_a_cpu_takes_longer_than_its_arithmetic() -> None:
     """As quickstart.yaml's 250 tokens at once did, against 850 of GSM8K (docs/LOG.md)."""
     asked = settings(train={"batch_rows": 4})
-    chosen = replace(plan.resolve(asked, CPU, LLAMA_8B), gradient_checkpointing="none")
-    sizes = [forecast.Sample(1, 4, 4 * n, 4 * n, 4 * n, [MicroBatch(4 * n, 4 * n, 0, 0)]) for n in (50, 500)]
-    small, large = (forecast.step_flops(asked, chosen, sample) / sample.cells for sample in sizes)
+    chosen = replace(autoconfig.resolve(asked, CPU, LLAMA_8B), gradient_checkpointing="none")
+    sizes = [estimate.Sample(1, 4, 4 * n, 4 * n, 4 * n, [MicroBatch(4 * n, 4 * n, 0, 0)]) for n in (50, 500)]
+    small, large = (estimate.step_flops(asked, chosen, sample) / sample.cells for sample in sizes)
     assert 1.2 < small / large < 1.4
 
 
 @pytest.mark.usefixtures("slow_matmuls")
 def test_time_says_that_evaluation_is_left_out() -> None:
     plain = settings(train={"batch_rows": 4})
-    assert "evaluation" not in forecast.in_words(run_of(plain, "none"))
+    assert "evaluation" not in estimate.in_words(run_of(plain, "none"))
     held_out = {"data": {"train": "a/c", "eval_share": 0.1}}
     for changes, left_out in (({}, True), ({"every": "never"}, False), ({"every": "never", "problems": 5}, True)):
         expected = run_of(settings(**held_out, eval=changes), "none")
         assert expected.without_evaluation == left_out
-        assert ("without evaluation" in forecast.in_words(expected)) == left_out
+        assert ("without evaluation" in estimate.in_words(expected)) == left_out
 
 
 def test_rates_on_file_can_be_read() -> None:
-    for found in forecast.on_file():
+    for found in estimate.on_file():
         assert all(0 < each < 2000 for each in found.get("tflops") or found["shares"])
         assert ("shares" in found) == found["machine"].endswith(" cores") and (ROOT / found["source"]).exists()
 
@@ -256,7 +256,7 @@ def test_what_does_not_fit_exits_1_and_names_the_way_out(tmp_path: Path, capsys:
 
 def make_model(folder: Path, architecture: dict[str, Any]) -> None:
     """config.json and the tiny model's tokenizer, no weights."""
-    from fasttune import builtin
+    from fasttune.core import builtin
 
     folder.mkdir()
     for name in ("tokenizer.json", "tokenizer_config.json", "chat_template.jinja"):
@@ -273,10 +273,10 @@ def test_rows_are_sampled_and_tokens_scaled(tmp_path: Path, monkeypatch: pytest.
     path.write_text("".join(json.dumps(row) + "\n" for row in rows))
     asked = config.parse({"model": {"name": "builtin:tiny"}, "data": {"train": str(path)}})
     reporter = terminal.Reporter(quiet=True)
-    whole = preview.look(asked, None, reporter)
-    monkeypatch.setattr(preview, "SAMPLED_ROWS", 500)
+    whole = plan.look(asked, None, reporter)
+    monkeypatch.setattr(plan, "SAMPLED_ROWS", 500)
     started = time.perf_counter()
-    sampled = preview.look(asked, None, reporter)
+    sampled = plan.look(asked, None, reporter)
     assert time.perf_counter() - started < 10
     assert sampled.sampled and whole.sampled and whole.forecast.steps == pytest.approx(750, rel=0.02)
     assert sampled.forecast.tokens == pytest.approx(whole.forecast.tokens, rel=0.05)
@@ -293,7 +293,7 @@ def test_a_price_is_checked_like_the_config(tmp_path: Path, capsys: pytest.Captu
 def test_a_user_error_names_what_is_known() -> None:
     asked = config.parse({"model": {"name": "builtin:tiny"}, "data": {"train": "builtin:arithmetic"}})
     with pytest.raises(config.ConfigError, match="h100-80"):
-        preview.look(asked, "h100", terminal.Reporter(quiet=True))
+        plan.look(asked, "h100", terminal.Reporter(quiet=True))
 
 
 def test_forecast_against_what_a_run_measures(tmp_path: Path) -> None:
@@ -329,16 +329,16 @@ def test_errors_on_file_are_within_what_is_promised() -> None:
     lines = (ROOT / "benchmarks" / "results" / "forecast-error.jsonl").read_text().splitlines()
     runs = json.loads(lines[-1])["runs"]
     errors = [abs(run["forecast_gib"] / run["measured_gib"] - 1) for run in runs]
-    assert sum(not run["fitted"] for run in runs) >= 5 and max(errors) <= forecast.MEMORY_ERROR["cpu"][1] - 1
+    assert sum(not run["fitted"] for run in runs) >= 5 and max(errors) <= estimate.MEMORY_ERROR["cpu"][1] - 1
     assert max(abs(run["forecast_s"] / run["measured_s"] - 1) for run in runs if run["forecast_s"]) <= 0.2
 
 
 def test_the_profile_of_the_first_step_is_not_kept(unsloth: None) -> None:
     import torch
 
-    from fasttune.training import live
+    from fasttune.core import what_ran
 
-    with live.AttentionSeen() as seen:
+    with what_ran.AttentionSeen() as seen:
         torch.nn.functional.scaled_dot_product_attention(*torch.ones(3, 1, 1, 4, 4))
     assert seen.operators and "attention" in seen.operators
     assert set(vars(seen)) == {"names"}

@@ -11,9 +11,9 @@ from typing import Any
 import pytest
 
 from fasttune import cli
-from fasttune.after import questions
 from fasttune.data import formats
 from fasttune.errors import DataError, ModelError, OutputError
+from fasttune.tools import questions
 
 pytestmark = pytest.mark.usefixtures("unsloth")
 
@@ -22,10 +22,9 @@ PROMPTS = ["2 + 3?", "How many apples are left when Ana eats 4 of 9?", "x", "Nam
 
 @pytest.fixture(scope="module")
 def speaker(finished_run: Path) -> Any:
-    from fasttune import generate
-    from fasttune.after import finished
+    from fasttune.tools import generate, trained_model
 
-    opened = finished.open_run(str(finished_run))
+    opened = trained_model.open_run(str(finished_run))
     return generate.loaded(opened, "float32", generate.Sampling(max_new_tokens=12), print)
 
 
@@ -62,7 +61,7 @@ def test_a_turn_ends_where_the_template_ends_it(tiny_tokenizer: Any) -> None:
     """ChatML on a base model whose EOS is another token: it would never stop."""
     from types import SimpleNamespace
 
-    from fasttune import decoding
+    from fasttune.core import decoding
 
     tiny_tokenizer.eos_token = "<|endoftext|>"
     model = SimpleNamespace(generation_config=SimpleNamespace(eos_token_id=None))
@@ -75,7 +74,7 @@ def test_a_turn_ends_where_the_template_ends_it(tiny_tokenizer: Any) -> None:
 
 
 def test_a_generation_config_of_others_is_no_traceback(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
-    from fasttune import builtin
+    from fasttune.core import builtin
 
     folder = shutil.copytree(builtin.path("builtin:tiny"), tmp_path / "tiny")
     for changes in ({"eos_token_id": "x"}, {"bad_words_ids": 5}):
@@ -97,10 +96,10 @@ def test_an_answer_ends_at_the_first_stop_token(speaker: Any, monkeypatch: pytes
 
 
 def test_a_file_is_gone_on_with(speaker: Any, finished_run: Path, tmp_path: Path, monkeypatch: Any) -> None:
-    from fasttune import generate, terminal
-    from fasttune.after import finished
+    from fasttune import terminal
+    from fasttune.tools import generate, trained_model
 
-    opened, source, out = finished.open_run(str(finished_run)), rows(tmp_path), tmp_path / "out.jsonl"
+    opened, source, out = trained_model.open_run(str(finished_run)), rows(tmp_path), tmp_path / "out.jsonl"
     reporter = terminal.Reporter(quiet=True)
 
     def answer(**settings: Any) -> dict[str, Any]:
@@ -143,13 +142,13 @@ def test_a_file_is_gone_on_with(speaker: Any, finished_run: Path, tmp_path: Path
 
 
 def test_other_weights_are_told(finished_run: Path, tmp_path: Path) -> None:
-    from fasttune.after import finished
+    from fasttune.tools import trained_model
 
     source = str(rows(tmp_path))
-    opened = finished.open_run(str(finished_run))
+    opened = trained_model.open_run(str(finished_run))
     of_run = questions.identity(opened, source, {})
-    assert of_run == questions.identity(finished.open_run(str(finished_run / "adapter")), source, {})
-    base = questions.identity(finished.open_run("builtin:tiny"), source, {})
+    assert of_run == questions.identity(trained_model.open_run(str(finished_run / "adapter")), source, {})
+    base = questions.identity(trained_model.open_run("builtin:tiny"), source, {})
     assert (base["base"], base["adapter"]) == ("builtin:tiny", None) and base["rows"] == of_run["rows"]
     weights = tmp_path / "adapter_model.safetensors"
     weights.write_bytes((finished_run / "adapter" / weights.name).read_bytes())
@@ -211,10 +210,10 @@ def test_half_a_character_is_told(
     speaker: Any, finished_run: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: Any
 ) -> None:
     """A row with one is left out and counted; what was typed with one is refused."""
-    from fasttune import generate, terminal
-    from fasttune.after import finished
+    from fasttune import terminal
+    from fasttune.tools import generate, trained_model
 
-    source, opened = tmp_path / "rows.jsonl", finished.open_run(str(finished_run))
+    source, opened = tmp_path / "rows.jsonl", trained_model.open_run(str(finished_run))
     source.write_text('{"prompt": "Hi"}\n{"prompt": "a \\ud83d b"}\n')
     done = generate.answer_file(
         speaker, opened, str(source), tmp_path / "out", 2, None, {}, terminal.Reporter(quiet=True)
@@ -232,14 +231,14 @@ def test_half_a_character_is_told(
 
 
 def test_a_prompt_too_long_for_the_model_is_told(speaker: Any) -> None:
-    from fasttune import generate
+    from fasttune.tools import generate
 
     with pytest.raises(DataError, match="2,048 positions"):
         generate.one(speaker, "word " * 600, None, print)
 
 
 def test_a_conversation_remembers_and_forgets(speaker: Any) -> None:
-    from fasttune import generate
+    from fasttune.tools import generate
 
     told: list[str] = []
     said = iter(["2 + 3?", "", "Why?", "/new", "x", "/exit", "never asked"])
@@ -255,7 +254,7 @@ def test_a_conversation_remembers_and_forgets(speaker: Any) -> None:
 
 
 def test_a_temperature_is_sampled_by_its_seed(speaker: Any, monkeypatch: pytest.MonkeyPatch) -> None:
-    from fasttune import generate
+    from fasttune.tools import generate
 
     def answer(seed: int) -> str:
         monkeypatch.setattr(speaker, "sampling", generate.Sampling(12, temperature=1.5, seed=seed))
@@ -265,7 +264,7 @@ def test_a_temperature_is_sampled_by_its_seed(speaker: Any, monkeypatch: pytest.
 
 
 def test_plain_text_runs_continue_plain_text(speaker: Any, tiny_tokenizer: Any) -> None:
-    from fasttune import generate
+    from fasttune.tools import generate
 
     tiny_tokenizer.chat_template = None
     raw = generate.Speaker(speaker.model, tiny_tokenizer, True, speaker.sampling)
@@ -275,8 +274,9 @@ def test_plain_text_runs_continue_plain_text(speaker: Any, tiny_tokenizer: Any) 
 def test_turns_without_a_template_are_refused(
     speaker: Any, finished_run: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: Any
 ) -> None:
-    from fasttune import builtin, generate, terminal
-    from fasttune.after import finished
+    from fasttune import terminal
+    from fasttune.core import builtin
+    from fasttune.tools import generate, trained_model
 
     shutil.copytree(builtin.path("builtin:tiny"), tmp_path / "bare")
     for path in (tmp_path / "bare").iterdir():
@@ -290,7 +290,7 @@ def test_turns_without_a_template_are_refused(
         said = capsys.readouterr().err.splitlines()
         assert f"{option[-2] if len(option) > 1 else option[0]} would be ignored: the model has no chat" in said[-1]
     monkeypatch.setattr(speaker, "raw", True)
-    path, opened = tmp_path / "rows.jsonl", finished.open_run(str(finished_run))
+    path, opened = tmp_path / "rows.jsonl", trained_model.open_run(str(finished_run))
     path.write_text('{"prompt": "Hi"}\n' + json.dumps({"messages": [*SYSTEM, *USER]}) + "\n")
     with pytest.raises(DataError, match="row 2 has several turns"):
         generate.answer_file(speaker, opened, str(path), tmp_path / "out", 2, None, {}, terminal.Reporter(quiet=True))
@@ -316,7 +316,7 @@ def test_a_full_disk_leaves_whole_answers(tmp_path: Path, monkeypatch: pytest.Mo
 
 
 def test_a_closed_pipe_ends_quietly(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
-    from fasttune.after import generate_command
+    from fasttune.tools import generate_command
 
     def closed(options: Any) -> dict[str, Any]:
         raise BrokenPipeError
@@ -328,7 +328,7 @@ def test_a_closed_pipe_ends_quietly(monkeypatch: pytest.MonkeyPatch, tmp_path: P
 
 
 def test_a_mistyped_run_is_no_hub_id(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    from fasttune.after import finished
+    from fasttune.tools import trained_model
 
     monkeypatch.chdir(tmp_path)
     for name in ("old-1", "new-2"):
@@ -336,16 +336,16 @@ def test_a_mistyped_run_is_no_hub_id(tmp_path: Path, monkeypatch: pytest.MonkeyP
         (tmp_path / "runs" / name / "config.yaml").touch()
     os.utime("runs/old-1/config.yaml", (1, 1))
     with pytest.raises(ModelError, match=r"no such run in runs/; the newest there: runs/new-2, runs/old-1"):
-        finished.open_run("runs/nww-2")
-    assert finished.open_run("owner/name").base.name == "owner/name"
+        trained_model.open_run("runs/nww-2")
+    assert trained_model.open_run("owner/name").base.name == "owner/name"
 
 
 def test_rows_of_the_run_are_read_as_it_read_them(finished_run: Path) -> None:
     from dataclasses import replace
 
-    from fasttune.after import finished
+    from fasttune.tools import trained_model
 
-    opened = finished.open_run(str(finished_run))
+    opened = trained_model.open_run(str(finished_run))
     assert opened.config
     data = opened.config.data.model_copy(update={"eval": "o/set", "split": "test", "columns": {"question": "q"}})
     opened = replace(opened, config=opened.config.model_copy(update={"data": data}))
@@ -394,14 +394,14 @@ def test_a_user_error_is_one_line(arguments: list[str], told: str, capsys: pytes
 
 
 def test_what_is_no_run_is_refused(finished_run: Path, tmp_path: Path) -> None:
-    from fasttune.after import finished
+    from fasttune.tools import trained_model
 
     with pytest.raises(ModelError, match="holds no run"):
-        finished.open_run(str(tmp_path))
+        trained_model.open_run(str(tmp_path))
     (tmp_path / "config.yaml").write_text((finished_run / "config.yaml").read_text())
     with pytest.raises(ModelError, match=r"not finished and has no adapter/; go on with it: fasttune train .*--resume"):
-        finished.open_run(str(tmp_path))
+        trained_model.open_run(str(tmp_path))
     os.symlink(finished_run / "adapter", tmp_path / "adapter")
     (tmp_path / "run.json").write_text('{"status": "interrupted"}')
-    assert "is interrupted" in finished.open_run(str(tmp_path)).warnings[0]
-    assert finished.open_run(str(finished_run)).warnings == []
+    assert "is interrupted" in trained_model.open_run(str(tmp_path)).warnings[0]
+    assert trained_model.open_run(str(finished_run)).warnings == []

@@ -1,47 +1,42 @@
-"""The house rules of imports: downwards only, one door to unsloth, nothing heavy where answers must be quick."""
+"""The house: three layers, one door to unsloth, nothing heavy where answers must be quick."""
 
 import ast
 import subprocess
 import sys
+from graphlib import TopologicalSorter
 from pathlib import Path
 
 import pytest
 
 PACKAGE = Path("fasttune")
-# Lowest first. A module imports only from rows above its own.
-LAYERS = [
-    {"text"},
-    {"children", "hints", "strict_yaml"},
-    {"errors"},
-    {"paths"},
-    {"cache", "checkpoint", "hardware", "hub", "memory", "merge_check", "metrics", "publish", "quiet"},
-    {"config", "plots", "shape", "stack"},
-    {"builtin", "data", "memory_forecast", "output", "report", "rules"},
-    {"decoding", "live", "plan", "pretrained", "rows_attention", "terminal"},
-    {"adapter", "forecast", "model"},
-    {"finished", "fused_lora", "merge_check", "packed", "samples", "tasks"},
-    {"card", "harness", "merge", "prepare", "questions"},
-    {"generate", "merge_command", "preview", "state", "tracking", "validation", "view"},
-    {"generate_command", "trainer", "view_page"},
-    {"summary"},
-    {"resume"},
-    {"journal"},
-    {"bench", "evaluate", "train"},
-    {"checks"},
-    {"verify"},
-    {"cli"},
-]
-GROUPS = {"after", "cpu", "forecasts", "previews", "training"}  # their files have layers of their own
-LEVEL = {name: level for level, names in enumerate(LAYERS) for name in names}
-LIGHT = "errors config stack cli evaluate hardware terminal verify train training.prepare previews.view_page".split()
-LIGHT += ["after.generate_command", "after.merge_command"]
+BASE = 0  # the modules beside cli.py
+LEVEL = {"data": 1, "cpu": 1, "core": 2, "bench": 3, "tools": 3, "verify": 3, "cli": 4}
+EXCEPTIONS = {
+    ("cpu.fused_lora", "core.memory"),
+    ("cpu.fused_lora", "core.model"),
+    ("cpu.rows_attention", "core.memory"),
+    ("core.prepare", "tools.estimate"),
+    ("core.train", "tools.card"),
+    ("bench.run", "tools.estimate"),
+    ("verify.probe", "cli"),  # a program of its own: it watches the real command from inside
+}
+LIGHT = "errors config stack cli tools.evaluate hardware terminal verify.main core.train core.prepare".split()
+LIGHT += ["tools.inspect_page", "tools.generate_command", "tools.merge_command"]
 HEAVY = {"torch", "transformers", "unsloth", "trl", "peft", "datasets", "matplotlib", "jinja2", "lm_eval"}
 
 
-def imports(path: Path) -> set[str]:
-    """Dotted names a file imports anywhere, `from a import b` as a.b."""
+def name_of(path: Path) -> str:
+    return ".".join(path.relative_to(PACKAGE).with_suffix("").parts).removesuffix(".__init__")
+
+
+FILES = {name_of(path): path for path in sorted(PACKAGE.rglob("*.py")) if path != PACKAGE / "__init__.py"}
+
+
+def imports(path: Path, everywhere: bool = True) -> set[str]:
+    """Dotted names a file imports, `from a import b` as a.b; `everywhere`: inside of functions too."""
     found = set()
-    for node in ast.walk(ast.parse(path.read_text())):
+    tree = ast.parse(path.read_text())
+    for node in ast.walk(tree) if everywhere else tree.body:
         if isinstance(node, ast.Import):
             found |= {alias.name for alias in node.names}
         elif isinstance(node, ast.ImportFrom) and node.module:
@@ -49,38 +44,42 @@ def imports(path: Path) -> set[str]:
     return found
 
 
-def module_of(path: Path) -> str:
-    """The name in LAYERS: of a file in a group its own, in another package that of the package."""
-    first, *rest = path.relative_to(PACKAGE).parts
-    return (rest[0] if first in GROUPS else first).removesuffix(".py")
+def ours(path: Path, everywhere: bool = True) -> set[str]:
+    """The modules of ours that a file imports, without `fasttune.`."""
+    names = {name.removeprefix("fasttune.") for name in imports(path, everywhere) if name.startswith("fasttune.")}
+    return {name if name in FILES else name.rpartition(".")[0] for name in names} & set(FILES)
 
 
-FILES = [path for path in sorted(PACKAGE.rglob("*.py")) if module_of(path) != "__init__"]
+def level(name: str) -> int:
+    return LEVEL.get(name.split(".")[0], BASE)
 
 
-@pytest.mark.parametrize("path", FILES, ids=str)
-def test_imports_point_downwards(path: Path) -> None:
-    own = module_of(path)
-    for name in imports(path):
-        parts = [part for part in name.split(".") if part not in GROUPS]
-        if path.name == "probe.py" and name == "fasttune.cli":
-            continue  # a program of its own: it watches the real command from inside
-        if parts[0] == "fasttune" and len(parts) > 1 and parts[1] in LEVEL and parts[1] != own:
-            assert LEVEL[parts[1]] < LEVEL[own], f"{own} imports {name}"
+@pytest.mark.parametrize("name", FILES)
+def test_imports_point_downwards(name: str) -> None:
+    """cli → bench, tools, verify, none of which imports another → core → data, cpu → base."""
+    own = name.split(".")[0]
+    for other in ours(FILES[name]):
+        upwards = level(other) >= level(name) and level(name) != BASE and other.split(".")[0] != own
+        upwards |= level(name) == BASE and level(other) > BASE
+        assert not upwards or (name, other) in EXCEPTIONS, f"{name} imports {other}"
 
 
-def test_every_module_has_its_layer() -> None:
-    assert {module_of(path) for path in FILES} == set(LEVEL)
+def test_every_exception_is_needed() -> None:
+    assert {(name, other) for name, other in EXCEPTIONS if other in ours(FILES[name])} == EXCEPTIONS
+
+
+def test_no_import_goes_in_a_circle() -> None:
+    TopologicalSorter({name: ours(path, everywhere=False) - {name} for name, path in FILES.items()}).prepare()
 
 
 def test_model_is_the_only_door_to_unsloth() -> None:
-    for path in FILES:
-        if module_of(path) != "model":
-            assert not any(name.split(".")[0] == "unsloth" for name in imports(path)), path
+    for name, path in FILES.items():
+        if name != "core.model":
+            assert not any(imported.split(".")[0] == "unsloth" for imported in imports(path)), path
 
 
 def test_unsloth_comes_before_what_it_patches() -> None:
-    lines = (PACKAGE / "model.py").read_text().splitlines()
+    lines = (PACKAGE / "core/model.py").read_text().splitlines()
     first = next(number for number, line in enumerate(lines) if line.startswith("from unsloth import"))
     for name in ("torch", "transformers", "trl", "peft"):
         assert not any(line.startswith((f"import {name}", f"from {name}")) for line in lines[:first])
@@ -95,5 +94,5 @@ def test_nothing_heavy_is_imported(module: str) -> None:
 
 def test_huge_pages_are_asked_for_before_torch_allocates() -> None:
     """torch reads the switch once: it must stand in the environment before anything imports torch."""
-    text = (PACKAGE / "model.py").read_text()
+    text = (PACKAGE / "core/model.py").read_text()
     assert 0 < text.index("memory.ask_for_huge_pages()") < text.index("from unsloth import")

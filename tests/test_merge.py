@@ -33,7 +33,7 @@ def base_model(folder: Path, **changes: Any) -> Path:
     import torch
     from transformers import AutoConfig, AutoModelForCausalLM, AutoTokenizer
 
-    from fasttune import builtin
+    from fasttune.core import builtin
 
     tiny = builtin.path("builtin:tiny")
     architecture = AutoConfig.from_pretrained(tiny, **changes)
@@ -49,8 +49,8 @@ def adapter(base: Path, folder: Path, grow: int = 0, **settings: Any) -> Path:
     import torch
     from transformers import AutoModelForCausalLM, AutoTokenizer
 
-    from fasttune import model as models
     from fasttune.config import LoraConfig
+    from fasttune.core import model as models
 
     model, tokenizer = AutoModelForCausalLM.from_pretrained(base), AutoTokenizer.from_pretrained(base)
     if grow:
@@ -72,7 +72,7 @@ def adapter(base: Path, folder: Path, grow: int = 0, **settings: Any) -> Path:
 
 
 def merged(base: Path, adapter: Path, out: Path, dtype: str | None = None) -> Path:
-    from fasttune import merge
+    from fasttune.tools import merge
 
     out.mkdir()
     merge.write(merge.plan(ModelConfig(name=str(base)), adapter), out, dtype, lambda share: None)
@@ -113,7 +113,7 @@ def test_layers_that_keep_their_weight_as_in_out(tmp_path: Path) -> None:
     from peft import PeftModel
     from transformers import AutoModelForCausalLM, AutoTokenizer, GPT2Config
 
-    from fasttune import builtin
+    from fasttune.core import builtin
 
     base = tmp_path / "base"
     AutoModelForCausalLM.from_config(GPT2Config(vocab_size=259, n_embd=16, n_layer=1, n_head=2)).save_pretrained(base)
@@ -157,7 +157,7 @@ def test_added_tokens_and_their_embeddings_are_kept(tmp_path: Path, tie: bool, s
     import torch
     from transformers import AutoModelForCausalLM
 
-    from fasttune.after import finished, merge_check
+    from fasttune.tools import merge_check, trained_model
 
     base = base_model(tmp_path / "base", tie_word_embeddings=tie)
     learned = adapter(base, tmp_path / "adapter", grow=3, target_modules=ALL, **settings)
@@ -168,7 +168,7 @@ def test_added_tokens_and_their_embeddings_are_kept(tmp_path: Path, tie: bool, s
     compared = merge_check.compare(str(out), str(base), None, str(learned), False)
     assert compared.verified and compared.seen
     assert ("lm_head.weight" in tensors(out)) is not tie
-    used, _ = finished.load(finished.open_run(str(learned)), "float32")
+    used, _ = trained_model.load(trained_model.open_run(str(learned)), "float32")
     ids = torch.tensor([[5, 259, 261]])
     torch.testing.assert_close(used(ids).logits, AutoModelForCausalLM.from_pretrained(out)(ids).logits)
 
@@ -186,7 +186,7 @@ def test_added_tokens_and_their_embeddings_are_kept(tmp_path: Path, tie: bool, s
 def test_what_cannot_be_merged_exactly_is_named(
     tmp_path: Path, changes: dict[str, Any], settings: dict[str, Any], told: str
 ) -> None:
-    from fasttune import merge
+    from fasttune.tools import merge
 
     base = base_model(tmp_path / "base", **changes)
     learned = adapter(base, tmp_path / "adapter", **settings)
@@ -196,7 +196,7 @@ def test_what_cannot_be_merged_exactly_is_named(
 
 
 def test_other_bases_are_refused(tmp_path: Path, finished_run: Path) -> None:
-    from fasttune import merge
+    from fasttune.tools import merge
 
     base = base_model(tmp_path / "base")
     learned = adapter(base, tmp_path / "adapter", target_modules=["q_proj"])
@@ -228,7 +228,7 @@ def test_other_bases_are_refused(tmp_path: Path, finished_run: Path) -> None:
 @pytest.mark.parametrize("trusted", [True, False])
 def test_the_code_of_a_base_goes_along_only_where_it_is_trusted(tmp_path: Path, trusted: bool) -> None:
     """A converter to GGUF may run what it finds."""
-    from fasttune import merge
+    from fasttune.tools import merge
 
     base = base_model(tmp_path / "base")
     said = json.loads((base / "config.json").read_text()) | {"auto_map": {"AutoConfig": "own.Own"}}

@@ -32,12 +32,11 @@ def out(finished_run: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
 
 
 def test_a_merged_model_says_the_same_as_base_and_adapter(out: Path, finished_run: Path) -> None:
-    from fasttune import generate
-    from fasttune.after import finished
+    from fasttune.tools import generate, trained_model
 
     found = []
     for name in (str(finished_run), str(out), "builtin:tiny"):
-        speaker = generate.loaded(finished.open_run(name), "float32", generate.Sampling(max_new_tokens=16), print)
+        speaker = generate.loaded(trained_model.open_run(name), "float32", generate.Sampling(max_new_tokens=16), print)
         prompts = [speaker.prompt([{"role": "user", "content": text}]) for text in PROMPTS]
         found.append([answer.text for answer in speaker.batch(prompts)])
     assert found[0] == found[1]
@@ -66,7 +65,7 @@ def test_the_card_says_what_was_measured(out: Path, finished_run: Path) -> None:
 
 
 def test_scores_and_hub_ids_are_on_the_card_and_paths_are_not(finished_run: Path, tmp_path: Path) -> None:
-    from fasttune.after import card, finished
+    from fasttune.tools import card, trained_model
 
     shutil.copytree(finished_run, tmp_path / "run")
     config = yaml.safe_load((tmp_path / "run" / "config.yaml").read_text())
@@ -83,14 +82,14 @@ def test_scores_and_hub_ids_are_on_the_card_and_paths_are_not(finished_run: Path
     (tmp_path / "run" / "run.json").write_text(json.dumps(result))
     score = {"task": "gsm|8k", "metric": "exact", "value": 0.25, "stderr": None, "problems": 4}
     (tmp_path / "run" / "eval.json").write_text(json.dumps({"scores": [score]}))
-    text = card.text(finished.open_run(str(tmp_path / "run")), None)
+    text = card.text(trained_model.open_run(str(tmp_path / "run")), None)
     metadata = yaml.safe_load(text.split("---\n")[1])
     assert (metadata["base_model"], metadata["datasets"]) == ("owner/name", ["some/set"])
     assert "| gsm\\|8k | exact | 0.2500 | – | 4 |" in text
     assert "- rows.jsonl: 32 rows" in text and "Warning: held_out.jsonl: 3 rows cut" in text
     config["model"]["name"] = local
     (tmp_path / "run" / "config.yaml").write_text(yaml.safe_dump(config))
-    text = card.text(finished.open_run(str(tmp_path / "run")), None)
+    text = card.text(trained_model.open_run(str(tmp_path / "run")), None)
     assert "| model | the-model | weights of the-model |" in text and "(data=x.jsonl)" in text
     assert "secret" not in text and str(tmp_path) not in text
 
@@ -99,7 +98,7 @@ HOSTILE = "<img src=x>![](http://x/y.png) | [a](javascript:b) `c`\n# *d*"
 
 
 def test_what_names_warnings_and_scores_say_is_text_on_a_card(finished_run: Path, tmp_path: Path) -> None:
-    from fasttune.after import card, finished
+    from fasttune.tools import card, trained_model
 
     run = Path(shutil.copytree(finished_run, tmp_path / "run"))
     config = yaml.safe_load((run / "config.yaml").read_text())
@@ -112,7 +111,7 @@ def test_what_names_warnings_and_scores_say_is_text_on_a_card(finished_run: Path
     (run / "run.json").write_text(json.dumps(result))
     score = {"task": HOSTILE, "metric": HOSTILE, "value": None, "stderr": 0.5, "problems": 4}
     (run / "eval.json").write_text(json.dumps({"scores": [score]}))
-    text = card.text(finished.open_run(str(run)), None)
+    text = card.text(trained_model.open_run(str(run)), None)
     recipe = text.split("````yaml\n")[1].split("````")[0]
     assert yaml.safe_load(recipe)["model"]["name"] == config["model"]["name"]
     rest = text.replace(recipe, "")
@@ -124,32 +123,32 @@ def test_what_names_warnings_and_scores_say_is_text_on_a_card(finished_run: Path
 def test_a_damaged_eval_json_is_said_on_the_card_and_breaks_no_merge(
     finished_run: Path, tmp_path: Path, here: None
 ) -> None:
-    from fasttune.after import card, finished
+    from fasttune.tools import card, trained_model
 
     run = Path(shutil.copytree(finished_run, tmp_path / "run"))
     for text in ("[]", "{", '{"scores": 7}', '{"scores": [{"task": "x"}]}', "[" * 99999):
         (run / "eval.json").write_text(text)
-        assert "Not known: eval.json cannot be read." in card.text(finished.open_run(str(run)), None)
+        assert "Not known: eval.json cannot be read." in card.text(trained_model.open_run(str(run)), None)
     assert cli.main(["merge", str(run), "--out", str(tmp_path / "m")]) == 0
 
 
 def test_figures_that_cannot_be_shown_are_left_out(finished_run: Path, tmp_path: Path) -> None:
-    from fasttune.after import card, finished
+    from fasttune.tools import card, trained_model
 
     run = Path(shutil.copytree(finished_run, tmp_path / "run"))
     result = json.loads((run / "run.json").read_text())
     for wrong in ({"wall_s": float("inf")}, {"backend": 7}):
         (run / "run.json").write_text(json.dumps(result | wrong))
-        assert "Nothing was measured." in card.text(finished.open_run(str(run)), None)
+        assert "Nothing was measured." in card.text(trained_model.open_run(str(run)), None)
 
 
 @pytest.fixture
 def here(monkeypatch: pytest.MonkeyPatch) -> None:
     """The check in this process: a new one takes seconds to import torch."""
-    from fasttune.after import merge_check, merge_command
+    from fasttune.tools import merge_check, merge_command
 
     def compare(made: Path, finished: Any) -> merge_check.Comparison:
-        from fasttune import builtin
+        from fasttune.core import builtin
 
         return merge_check.compare(
             str(made), str(builtin.path("builtin:tiny")), None, str(finished.adapter), trust_remote_code=False
@@ -162,7 +161,7 @@ def here(monkeypatch: pytest.MonkeyPatch) -> None:
 def test_a_wrong_merge_is_found(
     finished_run: Path, tmp_path: Path, here: None, dtype: str, monkeypatch: pytest.MonkeyPatch, capsys: Any
 ) -> None:
-    from fasttune import merge
+    from fasttune.tools import merge
 
     real = merge._of_adapter
     doubled = "base_model.model.model.layers.1.mlp.down_proj.lora_B.weight"
@@ -182,7 +181,7 @@ def test_what_cannot_be_compared_or_written(
 ) -> None:
     import safetensors.torch
 
-    from fasttune.after import merge_command
+    from fasttune.tools import merge_command
 
     def killed(*_: Any) -> None:
         raise RunFailed("could not be compared")
@@ -207,7 +206,7 @@ def test_what_cannot_be_compared_or_written(
 def test_a_model_larger_than_the_gpu_is_compared_on_the_cpu(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     import torch
 
-    from fasttune.after import merge_check
+    from fasttune.tools import merge_check
 
     (tmp_path / "model.safetensors").write_bytes(bytes(1000))
     monkeypatch.setattr(torch.cuda, "is_available", lambda: True)
@@ -219,7 +218,7 @@ def test_a_model_larger_than_the_gpu_is_compared_on_the_cpu(tmp_path: Path, monk
 def test_an_interrupted_merge_leaves_nothing(
     finished_run: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: Any
 ) -> None:
-    from fasttune.after import merge_command
+    from fasttune.tools import merge_command
 
     def interrupted(*_: Any) -> None:
         raise KeyboardInterrupt
@@ -248,7 +247,7 @@ def test_a_folder_is_replaced_only_when_asked_and_only_a_model(
 
 
 def test_no_room_on_the_disk_is_told_first(finished_run: Path, tmp_path: Path, monkeypatch: Any, capsys: Any) -> None:
-    from fasttune.after import merge_command
+    from fasttune.tools import merge_command
 
     monkeypatch.setattr(merge_command.shutil, "disk_usage", lambda path: shutil._ntuple_diskusage(9, 9, 1 << 20))
     assert cli.main(["merge", str(finished_run), "--out", str(tmp_path / "m")]) == 2
@@ -268,7 +267,7 @@ CONVERTER = """#!/bin/sh
 def test_gguf_through_the_installed_converter(
     finished_run: Path, tmp_path: Path, here: None, monkeypatch: Any, capsys: Any
 ) -> None:
-    from fasttune.after import merge_command
+    from fasttune.tools import merge_command
 
     monkeypatch.setenv("PATH", str(tmp_path / "bin"))
     monkeypatch.setattr(merge_command.sys, "executable", str(tmp_path / "bin" / "python"))
@@ -285,7 +284,7 @@ def test_gguf_through_the_installed_converter(
 
 def test_the_hub_is_asked_without_torch() -> None:
     """As the command does it: nothing has imported huggingface_hub's parts before."""
-    code = "from fasttune.after import publish\ntry: publish.check('name')\nexcept Exception as error: print(error)"
+    code = "from fasttune.tools import export\ntry: export.check('name')\nexcept Exception as error: print(error)"
     done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=True)
     assert done.stdout == "--push-to-hub name: write owner/name\n"
 
@@ -296,10 +295,10 @@ def test_the_hub_is_asked_before_the_work_and_only_when_asked_for(
     import httpx
     import huggingface_hub
 
-    from fasttune.after import publish
+    from fasttune.tools import export
 
     with pytest.raises(FasttuneError, match="owner/name"):
-        publish.check("name")
+        export.check("name")
     arguments = ["merge", str(finished_run), "--out", str(tmp_path / "m"), "--push-to-hub", "owner/name"]
     monkeypatch.setenv("HF_TOKEN", "hf_canary")
     assert cli.main(arguments) == 2  # tests are offline

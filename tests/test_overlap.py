@@ -6,7 +6,7 @@ import numpy as np
 import pytest
 
 from fasttune.data import overlap
-from fasttune.data.batches import Batches, Encoded
+from fasttune.data.batching import Batches, Encoded
 from fasttune.data.store import Rows
 
 

@@ -9,9 +9,9 @@ import numpy as np
 import pytest
 from hypothesis import given, strategies as st
 
-from fasttune.data.batches import Batches, best_fit, common_prefix, epoch_order, flat, padded
+from fasttune.data.batching import Batches, best_fit, common_prefix, epoch_order, flat, padded
 from fasttune.data.store import Rows
-from fasttune.data.tokens import IGNORE
+from fasttune.data.tokenize import IGNORE
 
 LENGTHS = st.lists(st.integers(1, 300), min_size=1, max_size=120)
 SIZES_AND_WEIGHTS = st.lists(st.tuples(st.integers(0, 40), st.sampled_from([0.1, 0.5, 1.0, 1.7, 2.0])), min_size=1)
@@ -235,16 +235,16 @@ def test_a_shared_beginning_changes_no_row(unsloth: None, shapes: list[tuple[int
     import torch
 
     from fasttune.bench.clock import rows_in
-    from fasttune.training import live
+    from fasttune.core import what_ran
 
     beginnings = [[*range(common), *range(500 + 50 * i, 500 + 50 * i + own)] for i, (own, _) in enumerate(shapes)]
     made = [row([*ids, *range(learned)], len(ids)) for ids, (_, learned) in zip(beginnings, shapes, strict=True)]
     plain, shared = ({name: torch.from_numpy(array) for name, array in flat(made, on).items()} for on in (False, True))
     assert rows_in(shared) == rows_in(plain)
-    counts, expected = live.count_tokens([shared]), live.count_tokens([plain])
+    counts, expected = what_ran.count_tokens([shared]), what_ran.count_tokens([plain])
     assert counts | {"shared_tokens": 0} == expected
     assert counts["shared_tokens"] == plain["input_ids"].numel() - shared["input_ids"].numel()
-    assert live.rows_of(shared) == live.rows_of(plain) == len(made)
+    assert what_ran.rows_of(shared) == what_ran.rows_of(plain) == len(made)
 
 
 @pytest.mark.parametrize("packed", [True, False])
@@ -257,7 +257,7 @@ def test_unsloth_is_given_a_varlen_kernel_unless_it_is_told_not_to(
     unsloth: None, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     """That Unsloth's switches are set, and set back. Its module needs a GPU to be imported, the kernel to run."""
-    from fasttune import model as models
+    from fasttune.core import model as models
 
     dispatch, package = types.ModuleType("unsloth.utils.attention_dispatch"), types.ModuleType("unsloth.utils")
     before = {"HAS_FLASH_ATTENTION": False, "_TORCH_VARLEN_ATTN": None, "_LEAN_VARLEN": False}
@@ -277,15 +277,16 @@ def test_unsloth_is_given_a_varlen_kernel_unless_it_is_told_not_to(
 
 def test_a_varlen_kernel_that_is_not_exact_is_given_back(unsloth: None, monkeypatch: pytest.MonkeyPatch) -> None:
     """Then Unsloth's own way is tried, and only if that is not exact either, rows are padded."""
-    from fasttune import config, model as models, packed
+    from fasttune import config
+    from fasttune.core import model as models, packing
 
     asked = config.parse({"model": {"name": "builtin:tiny", "max_length": 256}, "data": {"train": "a/b"}})
     model, _ = models.load(asked.model, "float32", "none", False, 0)
     undone: list[bool] = []
     reasons = iter(["inexact", None, "inexact", "its rows see each other"])
-    monkeypatch.setattr(packed, "shares_prefix", lambda: False)
+    monkeypatch.setattr(packing, "shares_prefix", lambda: False)
     monkeypatch.setattr(models, "take_varlen_kernel", lambda: lambda: undone.append(True))
     monkeypatch.setattr(models, "enable_packed_kernels", lambda model: None)
-    monkeypatch.setattr(packed, "inexact", lambda model: next(reasons))
-    assert packed.enable(model, 256) is None and undone == [True]
-    assert "see each other" in (packed.enable(model, 256) or "") and undone == [True, True]
+    monkeypatch.setattr(packing, "inexact", lambda model: next(reasons))
+    assert packing.enable(model, 256) is None and undone == [True]
+    assert "see each other" in (packing.enable(model, 256) or "") and undone == [True, True]

@@ -10,12 +10,12 @@ from typing import Any
 
 import pytest
 
-from fasttune import builtin, checkpoint, cli, config, paths, report
-from fasttune.after import finished
+from fasttune import cli, config, paths, report
 from fasttune.bench.measurements import Measurements
+from fasttune.core import builtin, checkpoint, journal, run_folder
 from fasttune.data import sources
 from fasttune.errors import ConfigError, DataError, ModelError, OutputError
-from fasttune.training import journal, output
+from fasttune.tools import trained_model
 
 
 @pytest.fixture(params=[0o022, 0o077, 0o002], ids=oct)
@@ -43,7 +43,7 @@ def test_a_checkpoint_is_as_readable_as_the_umask_says(unsloth: None, tmp_path: 
 
 
 def test_the_saved_weights_are_as_readable_as_the_umask_says(unsloth: None, tmp_path: Path) -> None:
-    from fasttune import model
+    from fasttune.core import model
 
     class Saved:
         def save_pretrained(self, folder: Path, **_: Any) -> None:
@@ -88,14 +88,14 @@ def settings(folder: Path) -> config.Config:
     return config.parse({**tree, "output_dir": str(folder)})
 
 
-@pytest.mark.parametrize("name", output.WRITTEN)
+@pytest.mark.parametrize("name", run_folder.WRITTEN)
 def test_a_link_in_the_output_folder_is_refused_before_anything_is_written(tmp_path: Path, name: str) -> None:
     (tmp_path / "others").mkdir()
     (tmp_path / "run").mkdir()
     (tmp_path / "run" / name).symlink_to(tmp_path / "others")
     for resume in (None, tmp_path / "run"):
         with pytest.raises(OutputError, match=f"{name} is a link, and nothing is written through one"):
-            output.choose(settings(tmp_path / "run"), resume)
+            run_folder.choose(settings(tmp_path / "run"), resume)
     assert not any((tmp_path / "others").iterdir())
 
 
@@ -150,7 +150,7 @@ def test_links_inside_a_folder_and_of_the_hubs_cache_are_read(tiny_folder: Path,
 def test_a_linked_adapter_of_a_run_gets_no_card_and_is_not_merged(
     finished_run: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
 ) -> None:
-    from fasttune.after import card
+    from fasttune.tools import card
 
     run, others = Path(shutil.copytree(finished_run, tmp_path / "run")), tmp_path / "others"
     (run / "adapter").rename(others)
@@ -185,13 +185,13 @@ def test_a_pipe_for_an_input_is_refused_and_not_waited_for(
         (run / name).unlink(missing_ok=True)
         os.mkfifo(run / name)
     assert journal.read_metrics(run, 3, print) == []
-    assert finished.open_run(str(run)).result is None
-    from fasttune.after import card
+    assert trained_model.open_run(str(run)).result is None
+    from fasttune.tools import card
 
-    assert "eval.json cannot be read" in card.text(finished.open_run(str(run)), None)
+    assert "eval.json cannot be read" in card.text(trained_model.open_run(str(run)), None)
     for folder in (run / "adapter", Path(shutil.copytree(finished_run / "adapter", tmp_path / "alone"))):
         os.mkfifo(folder / "adapter_model.bin")
         with pytest.raises(ModelError, match="is a pipe or a device"):
-            finished.open_run(str(folder))
+            trained_model.open_run(str(folder))
     assert cli.main(["generate", "builtin:tiny", "--file", str(pipe)]) == 2
     assert "is a pipe or a device" in capsys.readouterr().err

@@ -5,9 +5,10 @@ from types import SimpleNamespace
 
 import pytest
 
-from fasttune import config, hardware, plan
+from fasttune import config, hardware
+from fasttune.core import autoconfig
+from fasttune.core.shape import Shape
 from fasttune.errors import ModelError
-from fasttune.forecasts.shape import Shape
 from fasttune.hardware import Gpu, Hardware
 
 LLAMA_8B = Shape(
@@ -26,32 +27,33 @@ def settings(**train: object) -> config.Config:
 
 
 def test_bf16_only_where_the_chip_has_it() -> None:
-    assert plan.resolve(settings(), CPU, LLAMA_8B).dtype == "float32"
-    assert plan.resolve(settings(), gpu("NVIDIA H100 80GB HBM3", 80), LLAMA_8B).dtype == "bfloat16"
-    assert plan.resolve(settings(), gpu("Tesla T4", 15, (7, 5)), LLAMA_8B).dtype == "float32"
+    assert autoconfig.resolve(settings(), CPU, LLAMA_8B).dtype == "float32"
+    assert autoconfig.resolve(settings(), gpu("NVIDIA H100 80GB HBM3", 80), LLAMA_8B).dtype == "bfloat16"
+    assert autoconfig.resolve(settings(), gpu("Tesla T4", 15, (7, 5)), LLAMA_8B).dtype == "float32"
 
 
 def test_recomputation_only_when_memory_asks_for_it() -> None:
-    h200 = plan.resolve(settings(), gpu("NVIDIA H200", 139), LLAMA_8B)
-    small = plan.resolve(settings(), gpu("an NVIDIA GPU", 21, (8, 9)), LLAMA_8B)
+    h200 = autoconfig.resolve(settings(), gpu("NVIDIA H200", 139), LLAMA_8B)
+    small = autoconfig.resolve(settings(), gpu("an NVIDIA GPU", 21, (8, 9)), LLAMA_8B)
     assert (h200.gradient_checkpointing, small.gradient_checkpointing) == ("none", "unsloth")
     assert h200.micro_batch_rows > small.micro_batch_rows == 1
 
 
 def test_full_fine_tuning_takes_8_bit_states_when_fp32_ones_do_not_fit() -> None:
-    assert plan.resolve(settings(method="full"), gpu("NVIDIA H200", 139), LLAMA_8B).optimizer == "adamw_torch_fused"
-    assert plan.resolve(settings(method="full"), gpu("NVIDIA H100", 60), LLAMA_8B).optimizer == "adamw_8bit"
+    found = autoconfig.resolve(settings(method="full"), gpu("NVIDIA H200", 139), LLAMA_8B)
+    assert found.optimizer == "adamw_torch_fused"
+    assert autoconfig.resolve(settings(method="full"), gpu("NVIDIA H100", 60), LLAMA_8B).optimizer == "adamw_8bit"
 
 
 def test_the_micro_batch_divides_the_batch() -> None:
     for memory_gib in (24, 40, 60, 80, 139):
-        chosen = plan.resolve(settings(batch_rows=48), gpu("NVIDIA H100", memory_gib), LLAMA_8B)
+        chosen = autoconfig.resolve(settings(batch_rows=48), gpu("NVIDIA H100", memory_gib), LLAMA_8B)
         assert 48 % chosen.micro_batch_rows == 0
 
 
 def test_what_the_config_says_stands_and_needs_no_reason() -> None:
     asked = settings(micro_batch_rows=2, gradient_checkpointing="full", optimizer="adamw_8bit")
-    chosen = plan.resolve(asked, gpu("NVIDIA H200", 139), LLAMA_8B)
+    chosen = autoconfig.resolve(asked, gpu("NVIDIA H200", 139), LLAMA_8B)
     assert (chosen.micro_batch_rows, chosen.gradient_checkpointing, chosen.optimizer) == (2, "full", "adamw_8bit")
     reasons = {setting.name: setting.reason for setting in chosen.settings}
     assert reasons["batch"] is reasons["checkpointing"] is reasons["optimizer"] is None
@@ -60,12 +62,12 @@ def test_what_the_config_says_stands_and_needs_no_reason() -> None:
 
 def test_every_automatic_choice_has_a_reason_and_is_written_out() -> None:
     asked = settings()
-    chosen = plan.resolve(asked, CPU, LLAMA_8B)
+    chosen = autoconfig.resolve(asked, CPU, LLAMA_8B)
     reasons = {setting.name: setting.reason for setting in chosen.settings}
     assert all(reasons[name] for name in ("dtype", "batch", "checkpointing", "optimizer"))
     resolved = chosen.apply(asked)
     assert "auto" not in config.dump(resolved).replace("format: auto", "")  # that is chosen anew for each file
-    assert plan.resolve(resolved, CPU, LLAMA_8B).apply(resolved) == resolved
+    assert autoconfig.resolve(resolved, CPU, LLAMA_8B).apply(resolved) == resolved
 
 
 def test_shape_counts_llama_3_1_8b() -> None:
@@ -90,9 +92,10 @@ def test_all_experts_are_kept_and_the_active_ones_computed() -> None:
     mixtral = Shape.of(SimpleNamespace(**kind, num_local_experts=8, num_experts_per_tok=2))
     assert mixtral.parameters == pytest.approx(46.7e9, rel=0.002)
     assert mixtral.computed.parameters == pytest.approx(12.9e9, rel=0.002)
-    named = {setting.name: setting for setting in plan.resolve(settings(), gpu("NVIDIA H200", 139), mixtral).settings}
+    found = autoconfig.resolve(settings(), gpu("NVIDIA H200", 139), mixtral)
+    named = {setting.name: setting for setting in found.settings}
     assert named["experts"].value == "8, 2 of them a token" and "never been checked" in (named["experts"].reason or "")
-    assert not plan.resolve(settings(), gpu("NVIDIA H100", 80), mixtral).fits
+    assert not autoconfig.resolve(settings(), gpu("NVIDIA H100", 80), mixtral).fits
     qwen = Shape.of(SimpleNamespace(**kind, num_experts=60, moe_intermediate_size=1408, n_shared_experts=4))
     assert (qwen.mlp, qwen.experts, qwen.active_experts) == (1408, 64, 64)  # how many are active is not said: all
 
@@ -103,29 +106,29 @@ def test_a_model_of_unknown_sizes_is_a_line() -> None:
 
 
 def test_what_needs_a_gpu_is_not_suggested_on_a_cpu() -> None:
-    assert plan.smaller(settings(), gpu=True)[0] == "train.gradient_checkpointing=unsloth"
-    assert plan.smaller(settings(), gpu=False)[0] == "train.gradient_checkpointing=full"
-    text = " ".join(plan.smaller(settings(method="full"), gpu=False) + plan.smaller(settings(), gpu=False))
+    assert autoconfig.smaller(settings(), gpu=True)[0] == "train.gradient_checkpointing=unsloth"
+    assert autoconfig.smaller(settings(), gpu=False)[0] == "train.gradient_checkpointing=full"
+    text = " ".join(autoconfig.smaller(settings(method="full"), gpu=False) + autoconfig.smaller(settings(), gpu=False))
     assert "unsloth" not in text and "8bit" not in text and "nf4" not in text
-    assert "checkpointing" not in " ".join(plan.smaller(settings(gradient_checkpointing="full"), gpu=False))
+    assert "checkpointing" not in " ".join(autoconfig.smaller(settings(gradient_checkpointing="full"), gpu=False))
 
 
 @pytest.mark.parametrize("gpu", [name for name in hardware.KNOWN_GPUS if name != "h200-141"])
 def test_what_is_chosen_is_the_fastest_that_fits(gpu: str) -> None:
     """More rows at once, or no recomputation, would not fit."""
     asked, machine = settings(batch_rows=32), hardware.with_gpu(CPU, gpu)
-    chosen = plan.resolve(asked, machine, LLAMA_8B)
-    usable_gib = plan.USABLE_MEMORY * plan.memory_gib(machine)
+    chosen = autoconfig.resolve(asked, machine, LLAMA_8B)
+    usable_gib = autoconfig.USABLE_MEMORY * autoconfig.memory_gib(machine)
     if chosen.fits:
-        assert plan.full_memory(asked, LLAMA_8B, chosen, chosen.micro_batch_rows).total <= usable_gib
-    assert plan.full_memory(asked, LLAMA_8B, chosen, 2 * chosen.micro_batch_rows).total > usable_gib
+        assert autoconfig.full_memory(asked, LLAMA_8B, chosen, chosen.micro_batch_rows).total <= usable_gib
+    assert autoconfig.full_memory(asked, LLAMA_8B, chosen, 2 * chosen.micro_batch_rows).total > usable_gib
     if chosen.gradient_checkpointing != "none":
         without = replace(chosen, gradient_checkpointing="none")
-        assert plan.full_memory(asked, LLAMA_8B, without, 1).total > usable_gib
+        assert autoconfig.full_memory(asked, LLAMA_8B, without, 1).total > usable_gib
 
 
 def test_a_plan_that_does_not_fit_says_so() -> None:
-    chosen = plan.resolve(settings(method="full"), gpu("NVIDIA L4", 22, (8, 9)), LLAMA_8B)
+    chosen = autoconfig.resolve(settings(method="full"), gpu("NVIDIA L4", 22, (8, 9)), LLAMA_8B)
     assert not chosen.fits
     batch = next(setting for setting in chosen.settings if setting.name == "batch")
     assert "even one full row needs" in (batch.reason or "")

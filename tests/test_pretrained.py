@@ -8,8 +8,9 @@ from typing import Any
 
 import pytest
 
-from fasttune import builtin, cli, config, pretrained
+from fasttune import cli, config
 from fasttune.config import ModelConfig
+from fasttune.core import builtin, pretrained
 from fasttune.errors import ConfigError, ModelError
 
 pytestmark = pytest.mark.usefixtures("unsloth")
@@ -120,7 +121,7 @@ def test_a_token_that_no_row_has_needs_no_embedding(folder: Path, tiny_tokenizer
 
 
 def test_rows_are_no_longer_than_the_model_has_positions(folder: Path) -> None:
-    from fasttune.training import prepare
+    from fasttune.core import prepare
 
     change(folder / "config.json", max_position_embeddings=64)
     told: list[str] = []

@@ -439,11 +439,11 @@ def test_same_run_same_page(tmp_path):
 
 
 def test_a_card_of_a_name_that_is_no_unicode(tmp_path):
-    from fasttune.after import card, finished
     from fasttune.config import ModelConfig
+    from fasttune.tools import card, trained_model
 
     odd = "caf\udce9"  # a folder's name in another encoding, as Python gives it
-    opened = finished.Finished(f"/old/runs/{odd}", ModelConfig(name="builtin:tiny"), adapter=tmp_path / odd)
+    opened = trained_model.Finished(f"/old/runs/{odd}", ModelConfig(name="builtin:tiny"), adapter=tmp_path / odd)
     card.write(tmp_path, opened)
     assert "# caf\\udce9\n" in (tmp_path / "README.md").read_text(encoding="utf-8")
 

@@ -18,9 +18,8 @@ from typing import Any
 import pytest
 from tiny_run import STEPS, break_off_after, learned, losses, run, settings
 
-from fasttune import checkpoint
+from fasttune.core import checkpoint, run_folder
 from fasttune.errors import OutputError
-from fasttune.training import output
 
 pytestmark = pytest.mark.usefixtures("unsloth")
 
@@ -55,7 +54,7 @@ def test_a_resumed_run_ends_bit_identical(tmp_path: Path, kind: str) -> None:
 
 def test_without_the_random_states_dropout_would_differ(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     """The comparison above can fail."""
-    from fasttune.training import resume
+    from fasttune.core import resume
 
     run(tmp_path / "whole", KINDS["dropout"])
     run(tmp_path / "run", KINDS["dropout"], after=break_off_after(5))
@@ -156,7 +155,7 @@ def test_moments_of_other_shapes_end_the_run_in_one_line(copy: Path) -> None:
     ],
 )
 def test_a_state_with_missing_fields_is_passed_over(copy: Path, change: Any, told: str) -> None:
-    from fasttune.training import state
+    from fasttune.core import state
 
     path = copy / "checkpoints" / "step-4"
     values = json.loads((path / "state.json").read_text())
@@ -192,13 +191,13 @@ def test_steps_whose_lines_are_damaged_are_said(copy: Path, tmp_path: Path) -> N
 
 def test_nothing_is_looked_at_before_the_folder_is_held(copy: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     """Two processes that resume: the second one must not see a state which the first one is about to change."""
-    from fasttune import train
+    from fasttune.core import train
 
     def prepare(*_: Any) -> None:
         raise AssertionError("prepared a run that another process is finishing")
 
     monkeypatch.setattr(train, "prepare", prepare)
-    with output.hold(copy), pytest.raises(OutputError, match="is in use by process"):
+    with run_folder.hold(copy), pytest.raises(OutputError, match="is in use by process"):
         run(copy, resume=True)
     (copy / "run.json").write_text('{"status": "completed"}')
     with pytest.raises(OutputError, match="is completed, nothing is left to do"):
@@ -218,9 +217,9 @@ AT_THE_END: dict[str, Any] = {"train": {"max_steps": 2}, "samples": 1, "data": {
 def test_killed_after_the_last_step_nothing_is_trained_again(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch, moment: str, every: str
 ) -> None:
-    from fasttune import model, report
-    from fasttune.after import card
-    from fasttune.training import samples
+    from fasttune import report
+    from fasttune.core import model, samples
+    from fasttune.tools import card
 
     folder, changes, answer = tmp_path / "run", AT_THE_END | {"checkpoint": {"every": every}}, samples.answer
 
@@ -249,7 +248,8 @@ def test_killed_after_the_last_step_nothing_is_trained_again(
 @pytest.mark.parametrize("signals", [1, 2])
 def test_signals_after_the_last_step(tmp_path: Path, monkeypatch: pytest.MonkeyPatch, signals: int) -> None:
     """The first one leaves the answers out and the run is complete; a second one ends it at once, to be finished."""
-    from fasttune import model, report
+    from fasttune import report
+    from fasttune.core import model
 
     def signalled(call: Any) -> Any:
         def called(*arguments: Any) -> Any:
@@ -306,7 +306,7 @@ def test_another_run_is_refused_by_name(copy: Path, changes: dict[str, Any], tol
 def test_a_base_model_that_changed_is_refused(copy: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     import torch
 
-    from fasttune import model as models
+    from fasttune.core import model as models
 
     load = models.load
 
@@ -327,7 +327,7 @@ def test_how_a_step_is_computed_may_change(copy: Path) -> None:
 
 
 def test_a_resumed_run_keeps_no_second_copy_of_its_weights(copy: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    from fasttune.training import resume
+    from fasttune.core import resume
 
     find, held = resume.find, []
     seen: list[tuple[set[str], int]] = []
@@ -369,23 +369,23 @@ def test_a_completed_run_is_left_as_it_is(copy: Path) -> None:
 def test_the_folder_to_resume(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.chdir(tmp_path)
     named, unnamed = settings(tmp_path / "mine"), settings(tmp_path / "mine").model_copy(update={"output_dir": None})
-    assert output.to_resume(named, "") == tmp_path / "mine"
+    assert run_folder.to_resume(named, "") == tmp_path / "mine"
     with pytest.raises(OutputError, match="no runs/tiny-DATE has a checkpoint"):
-        output.to_resume(unnamed, "")
+        run_folder.to_resume(unnamed, "")
     for name in ("tiny-20260101-000000", "tiny-20260102-000000", "tiny-20260103-000000"):
         (tmp_path / "runs" / name).mkdir(parents=True)
     for name in ("20260101-000000", "20260102-000000", "20260102-000000-2", "b-20270101-000000", "b-9"):
         (tmp_path / "runs" / f"tiny-{name}" / "checkpoints").mkdir(parents=True)
-    assert output.to_resume(unnamed, "") == Path("runs/tiny-20260102-000000-2"), "tiny-b is another name"
-    assert output.to_resume(unnamed, "runs/tiny-20260101-000000") == Path("runs/tiny-20260101-000000")
+    assert run_folder.to_resume(unnamed, "") == Path("runs/tiny-20260102-000000-2"), "tiny-b is another name"
+    assert run_folder.to_resume(unnamed, "runs/tiny-20260101-000000") == Path("runs/tiny-20260101-000000")
     (tmp_path / "runs" / "tiny-21260101-000000" / "checkpoints").mkdir(parents=True)
     with pytest.raises(OutputError, match="tiny-21260101-000000 is dated in the future"):
-        output.to_resume(unnamed, "")
-    assert output.to_resume(unnamed, "runs/tiny-20260101-000000") == Path("runs/tiny-20260101-000000")
+        run_folder.to_resume(unnamed, "")
+    assert run_folder.to_resume(unnamed, "runs/tiny-20260101-000000") == Path("runs/tiny-20260101-000000")
     with pytest.raises(OutputError, match="leave output_dir="):
-        output.to_resume(named, "runs/tiny-20260101-000000")
+        run_folder.to_resume(named, "runs/tiny-20260101-000000")
     with pytest.raises(OutputError, match="no such folder"):
-        output.to_resume(unnamed, "runs/other")
+        run_folder.to_resume(unnamed, "runs/other")
 
 
 def test_max_hours_saves_and_says_how_to_go_on(tmp_path: Path) -> None:
@@ -406,7 +406,7 @@ os.dup2(os.open(os.devnull, os.O_WRONLY), 1)  # unsloth greets
 sys.path.insert(0, sys.argv[2])
 from tiny_run import run, TREE
 from pathlib import Path
-import fasttune.train, fasttune.model, fasttune.training.trainer, fasttune.training.resume
+import fasttune.core.train, fasttune.core.model, fasttune.core.trainer, fasttune.core.resume
 folder = Path(sys.argv[1])
 for line in sys.stdin:
     name, resume = line.split()

@@ -13,8 +13,8 @@ TREE: dict[str, Any] = {"model": {"name": "builtin:tiny", "max_length": 512}, "d
 
 
 def test_all_are_scored_and_few_are_shown(unsloth: None) -> None:
+    from fasttune.core import samples
     from fasttune.metrics import ExactMatch
-    from fasttune.training import samples
 
     problems = [samples.Problem(f"q{n}", f"<q{n}>", f"so\n#### {n}") for n in range(4)]
     before, after = ["1", "#### 1", "#### 3", ""], ["#### 0", "#### 1", "#### 3", "#### 3"]
@@ -30,7 +30,7 @@ def test_all_are_scored_and_few_are_shown(unsloth: None) -> None:
 
 
 def test_a_problem_that_cannot_be_scored_is_refused(tiny_tokenizer: Any, tmp_path: Path) -> None:
-    from fasttune.training import samples
+    from fasttune.core import samples
 
     file = tmp_path / "held_out.jsonl"
     rows = [{"question": "a", "answer": "#### 1"}, {"question": "b", "answer": "two"}]
@@ -57,8 +57,8 @@ TOOLS = (
 
 def test_what_is_asked_is_what_training_has_before_the_answer(tiny_tokenizer: Any, tmp_path: Path) -> None:
     """With its tools, up to the last answer that is learned; a row that the template refuses is left out of both."""
+    from fasttune.core import samples
     from fasttune.data import chat, formats
-    from fasttune.training import samples
 
     def said(role: str, content: str, **more: Any) -> dict[str, Any]:
         return {"role": role, "content": content, **more}
@@ -82,7 +82,7 @@ def test_what_is_asked_is_what_training_has_before_the_answer(tiny_tokenizer: An
 def test_answers_in_parts_are_the_answers_at_once(
     tiny_tokenizer: Any, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    from fasttune.training import prepare, samples
+    from fasttune.core import prepare, samples
 
     tree = TREE | {"eval": {"problems": 5}, "data": {**TREE["data"], "max_rows": 8, "eval": "builtin:arithmetic"}}
     job = prepare.prepare(config.parse(tree), tmp_path / "run", terminal.Reporter(quiet=True))

@@ -13,8 +13,9 @@ from typing import Any
 import pytest
 import yaml
 
-from fasttune import builtin, checkpoint, cli, config, hub, pretrained
+from fasttune import cli, config, hub
 from fasttune.config import ModelConfig
+from fasttune.core import builtin, checkpoint, pretrained
 from fasttune.data import sources
 from fasttune.errors import ConfigError, DataError, ModelError
 
@@ -36,7 +37,7 @@ ENDINGS: dict[str, tuple[list[str], int]] = {
 # Every ending of `fasttune train` in a process of its own, forked from one that has made the imports: they are slow.
 SEVERAL = """
 import json, os, sys
-import fasttune.training.trainer
+import fasttune.core.trainer
 from fasttune import cli, config
 load = config.load
 def diverging(*arguments):
@@ -313,7 +314,7 @@ def test_no_file_switches_code_on_but_the_command_may(tmp_path: Path, capsys: py
 def test_a_run_does_not_switch_on_the_code_that_it_brings(
     tiny_folder: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
 ) -> None:
-    from fasttune.after import finished
+    from fasttune.tools import trained_model
 
     run, ran = tmp_path / "run", tmp_path / "ran"
     run.mkdir()
@@ -332,7 +333,7 @@ def test_a_run_does_not_switch_on_the_code_that_it_brings(
             assert "(eval, generate, merge: --trust-remote-code)" in capsys.readouterr().err.splitlines()[-1]
     assert not ran.exists() and not Path(out).exists()
     assert cli.main(["eval", str(run), "--limit", "1", "--out", out]) == 2 and not ran.exists()
-    pretrained.read_architecture(finished.open_run(str(run), trust_remote_code=True).base)
+    pretrained.read_architecture(trained_model.open_run(str(run), trust_remote_code=True).base)
     assert ran.exists()
 
 
@@ -345,7 +346,7 @@ class Touch:
 
 
 def test_weights_as_a_pickle_are_refused_unread(tiny_folder: Path, tmp_path: Path) -> None:
-    from fasttune import model
+    from fasttune.core import model
 
     (tiny_folder / "model.safetensors").unlink()
     (tiny_folder / "pytorch_model.bin").write_bytes(pickle.dumps({"weight": Touch(tmp_path / "ran")}))

@@ -7,9 +7,10 @@ from pathlib import Path
 
 import pytest
 
-from fasttune import rules, stack
+from fasttune import stack
 from fasttune.errors import FasttuneError
 from fasttune.hardware import Gpu, Hardware
+from fasttune.verify import version_rules
 
 
 def machine(gpu: str | None = None, capability: tuple[int, int] = (9, 0), driver: str | None = None) -> Hardware:
@@ -226,7 +227,7 @@ CASES: list[tuple[str, dict[str, str], Hardware, bool]] = [
 
 @pytest.mark.parametrize(("name", "versions", "hardware", "speaks"), CASES)
 def test_rule(name: str, versions: dict[str, str], hardware: Hardware, speaks: bool) -> None:
-    rule = next(rule for rule in rules.RULES if rule.name == name)
+    rule = next(rule for rule in version_rules.RULES if rule.name == name)
     said = rule.check(versions, hardware)
     assert (said is not None) == speaks
     if said:
@@ -249,8 +250,8 @@ DECLARED = [
 def test_declared_limits_are_read_from_the_installed_metadata(
     name: str, package: str, line: str, other: str, bad: str, good: str, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    monkeypatch.setattr(rules, "requires", lambda asked: [line, 'x ; extra == "y"'] if asked == package else [])
-    rule = next(rule for rule in rules.RULES if rule.name == name)
+    monkeypatch.setattr(version_rules, "requires", lambda asked: [line, 'x ; extra == "y"'] if asked == package else [])
+    rule = next(rule for rule in version_rules.RULES if rule.name == name)
     versions = {package: "3.1.1", other: bad}
     assert f"{package} 3.1.1 needs" in (rule.check(versions, CPU_MACHINE) or "")
     assert rule.check(versions | {other: good}, CPU_MACHINE) is None
@@ -258,8 +259,8 @@ def test_declared_limits_are_read_from_the_installed_metadata(
 
 
 def test_xformers_built_for_another_torch_is_a_warning(monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(rules, "read_dist_file", lambda *_: '{"version": {"torch": "2.10.0+cu128"}}')
-    rule = next(rule for rule in rules.RULES if rule.name == "xformers-torch")
+    monkeypatch.setattr(version_rules, "read_dist_file", lambda *_: '{"version": {"torch": "2.10.0+cu128"}}')
+    rule = next(rule for rule in version_rules.RULES if rule.name == "xformers-torch")
     assert "built for torch 2.10.0+cu128" in (
         rule.check({"xformers": "0.0.35", "torch": "2.11.0+cu130"}, CPU_MACHINE) or ""
     )
@@ -271,22 +272,22 @@ def test_the_fix_of_a_rule_puts_right_what_differs_and_removes_what_the_stack_do
     monkeypatch: pytest.MonkeyPatch,
 ) -> None:
     pins = stack.read_pins("cpu")
-    for module in (rules, stack):
+    for module in (version_rules, stack):
         monkeypatch.setattr(module, "installed", lambda: pins | {"transformers": "4.41.2", "torchvision": "0.25.0"})
-    fixes = {rule.name: rule.fix("cpu") for rule in rules.RULES}
+    fixes = {rule.name: rule.fix("cpu") for rule in version_rules.RULES}
     pip = f"{sys.executable} -m pip"
     assert fixes["llama-3.1-transformers"] == stack.fix_command(["transformers"], "cpu")
     assert fixes["torchvision-torch"] == f"{pip} uninstall -y torchvision"
-    assert fixes["numpy-abi"] == rules.RECREATE  # all of the stack is right: what does not fit is not part of it
+    assert fixes["numpy-abi"] == version_rules.RECREATE  # the stack is right, and this is not of it
 
 
 def test_every_rule_has_a_reason_a_source_and_a_remedy_and_a_test(monkeypatch: pytest.MonkeyPatch) -> None:
-    for module in (rules, stack):
+    for module in (version_rules, stack):
         monkeypatch.setattr(module, "installed", dict)
-    for rule in rules.RULES:
+    for rule in version_rules.RULES:
         assert rule.reason
         assert rule.source.startswith("https://")
         for name in stack.stack_names():
             assert rule.fix(name)
     tested = {case[0] for case in CASES} | {case[0] for case in DECLARED} | {"xformers-torch"}
-    assert tested == {rule.name for rule in rules.RULES}
+    assert tested == {rule.name for rule in version_rules.RULES}

@@ -18,9 +18,9 @@ import pytest
 from fasttune import cache as caches, config, terminal
 from fasttune.data import arithmetic, files, load, sources, store
 from fasttune.data.files import Chunk
-from fasttune.data.tokens import Recipe
+from fasttune.data.tokenize import Recipe
 from fasttune.errors import DataError, FasttuneError
-from fasttune.previews import preview, view
+from fasttune.tools import inspect_data, plan
 
 GOOD = {"question": "q", "answer": "a"}
 EMPTY = {"question": "an empty one", "answer": ""}
@@ -392,7 +392,7 @@ def test_each_source_has_its_own_form_and_columns(tmp_path: Path, cache: Path, t
         assert not copies or warnings[0].startswith(
             f"of {same} held-out rows {same} have a prompt that is trained on, {same}"
         )
-        from fasttune.training import samples
+        from fasttune.core import samples
 
         resolved.samples = 2
         made = load.encode(resolved, tiny_tokenizer, True, lambda what, share: None)
@@ -416,7 +416,7 @@ def test_data_and_plan_refuse_the_held_out_rows_that_train_would(
     held = write(tmp_path / "held.jsonl", [GOOD, {**GOOD, "label": False}])
     asked, quiet = settings("builtin:arithmetic", eval=held), terminal.Reporter(quiet=True)
     with pytest.raises(DataError, match="held.jsonl line 2 is preference data"):
-        preview.look(asked, None, quiet) if command == "plan" else view.look(asked, 0, quiet)
+        plan.look(asked, None, quiet) if command == "plan" else inspect_data.look(asked, 0, quiet)
 
 
 @pytest.fixture
@@ -447,7 +447,7 @@ def test_a_hub_set_is_streamed_where_that_is_asked_for(
     asked = settings("owner/name", streaming=streaming, eval_share=0.5)
     made = encode(tiny_tokenizer, "owner/name", streaming=streaming, eval_share=0.5)
     assert load.with_format(asked).data.format == "question_answer"
-    from fasttune.training import samples
+    from fasttune.core import samples
 
     asked.samples = 2
     assert len(samples.read(asked, tiny_tokenizer, made, print)) == 2
@@ -459,9 +459,9 @@ def test_a_plan_downloads_no_hub_set(
     unsloth: None, cache: Path, hub: Any, rows_said: int, max_rows: int | None
 ) -> None:
     hub.rows_said = rows_said
-    figures = preview.look(settings("owner/name", max_rows=max_rows), "h100-80", terminal.Reporter(quiet=True))
+    figures = plan.look(settings("owner/name", max_rows=max_rows), "h100-80", terminal.Reporter(quiet=True))
     assert hub.streamed and all(hub.streamed)
-    assert figures.sampled == (rows_said > preview.SAMPLED_ROWS and max_rows is None)
+    assert figures.sampled == (rows_said > plan.SAMPLED_ROWS and max_rows is None)
 
 
 @pytest.mark.parametrize("streaming", [True, False])

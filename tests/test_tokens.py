@@ -7,10 +7,10 @@ import numpy as np
 import pytest
 from hypothesis import given, strategies as st
 
-from fasttune.data import tokens
+from fasttune.data import tokenize
 from fasttune.data.chat import Template
 from fasttune.data.files import Chunk
-from fasttune.data.tokens import IGNORE, Block, Encoder, Recipe
+from fasttune.data.tokenize import IGNORE, Block, Encoder, Recipe
 from fasttune.errors import DataError
 
 END = "<|im_end|>"
@@ -30,7 +30,7 @@ def pieces(block: Block) -> list[tuple[np.ndarray, np.ndarray]]:
     """(ids, labels) of each row."""
     ends = np.cumsum(block.lengths)[:-1]
     pairs = zip(np.split(block.ids, ends), np.split(block.learned, ends), strict=True)
-    return [(ids, tokens.labels(ids, learned)) for ids, learned in pairs]
+    return [(ids, tokenize.labels(ids, learned)) for ids, learned in pairs]
 
 
 def learned_text(recipe: Recipe, block: Block) -> list[str]:
@@ -151,7 +151,7 @@ def test_rows_that_teach_nothing_are_counted_and_one_of_each_is_kept_to_show(tin
     }
     assert set(block.examples) == {"no assistant turn", "empty answer", "no learned token"}
     assert "qqq" in block.examples["no assistant turn"]
-    assert max(map(len, block.examples.values())) <= tokens.SHOWN_CHARACTERS + 1
+    assert max(map(len, block.examples.values())) <= tokenize.SHOWN_CHARACTERS + 1
     assert block.numbers.tolist() == [4]
 
 
@@ -207,7 +207,7 @@ def _merges_with_the_prompt(recipe: Recipe) -> bool:
 
 
 def test_labels_are_the_ids_where_learned_but_never_the_first() -> None:
-    found = tokens.labels(np.array([5, 6, 7], np.int32), np.array([True, False, True]))
+    found = tokenize.labels(np.array([5, 6, 7], np.int32), np.array([True, False, True]))
     assert (found.tolist(), found.dtype) == ([IGNORE, IGNORE, 7], np.int64)
 
 
@@ -265,8 +265,8 @@ def test_a_row_longer_than_a_window_is_cut_as_any_other(
     recipe = replace(tiny_recipe, too_long=too_long, max_length=200)
     rows = [chat(("q" * 90, "été " * 300), ("r", "b" * 700)), chat(("q", "a"))]
     at_once = encode(recipe, rows)
-    monkeypatch.setattr(tokens.long_texts, "WINDOW", 400)
-    monkeypatch.setattr(tokens.long_texts, "OVERLAP", 80)
+    monkeypatch.setattr(tokenize.long_texts, "WINDOW", 400)
+    monkeypatch.setattr(tokenize.long_texts, "OVERLAP", 80)
     in_windows = encode(recipe, rows)
     assert (in_windows.ids.tolist(), in_windows.learned.tolist()) == (at_once.ids.tolist(), at_once.learned.tolist())
     assert (in_windows.lengths.tolist(), in_windows.counts) == (at_once.lengths.tolist(), at_once.counts)

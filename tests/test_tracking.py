@@ -9,8 +9,8 @@ from typing import Any
 import pytest
 from tiny_run import STEPS, break_off_after, losses, run
 
+from fasttune.core import trackers
 from fasttune.errors import ConfigError
-from fasttune.training import tracking
 
 pytestmark = pytest.mark.usefixtures("unsloth")
 
@@ -72,7 +72,7 @@ def test_a_tracker_that_fails_is_one_warning(tmp_path: Path, monkeypatch: pytest
 
         return send, lambda: None
 
-    monkeypatch.setattr(tracking, "_tensorboard", failing)
+    monkeypatch.setattr(trackers, "_tensorboard", failing)
     result = run(tmp_path / "run", {"train": {"report_to": "tensorboard", "max_steps": 3}})
     assert (result.status, result.steps) == ("completed", 3)
     assert result.warnings == ["train.report_to: nothing more is reported: ConnectionError: the service is down"]
@@ -83,10 +83,10 @@ def test_a_missing_package_or_key_is_refused_first(tmp_path: Path, monkeypatch: 
     monkeypatch.setenv("HOME", str(tmp_path))
     monkeypatch.delenv("WANDB_API_KEY", raising=False)
     monkeypatch.delenv("WANDB_MODE", raising=False)
-    monkeypatch.setattr(tracking.importlib.util, "find_spec", lambda name: object())
+    monkeypatch.setattr(trackers.importlib.util, "find_spec", lambda name: object())
     with pytest.raises(ConfigError, match="no key; run `wandb login`"):
         run(tmp_path / "run", {"train": {"report_to": "wandb"}})
-    monkeypatch.setattr(tracking.importlib.util, "find_spec", lambda name: None)
+    monkeypatch.setattr(trackers.importlib.util, "find_spec", lambda name: None)
     with pytest.raises(ConfigError, match="report_to=tensorboard: the package is not installed; pip install"):
         run(tmp_path / "run", {"train": {"report_to": "tensorboard"}})
     assert not (tmp_path / "run").exists()

@@ -55,7 +55,7 @@ def tree(**sections: Any) -> dict[str, Any]:
 
 
 def train(folder: Path, **sections: Any) -> Any:
-    from fasttune import train as training
+    from fasttune.core import train as training
 
     return training.run(config.parse(tree(output_dir=str(folder), **sections)), Silent())
 
@@ -134,7 +134,7 @@ def test_the_backend_is_what_ran(run: Path) -> None:
 
 
 def test_its_resolved_config_reproduces_the_run(run: Path, tmp_path: Path) -> None:
-    from fasttune import train as training
+    from fasttune.core import train as training
 
     resolved = config.load(run / "config.yaml", [f"output_dir={tmp_path / 'again'}"])
     assert "auto" not in (run / "config.yaml").read_text()
@@ -160,8 +160,7 @@ def test_plain_peft_loads_the_adapter_to_the_same_logits(tmp_path: Path, init: s
     """In a process without unsloth. PiSSA changes the base while it trains, so it is saved as an ordinary adapter."""
     import torch
 
-    from fasttune import train as training
-    from fasttune.training import prepare
+    from fasttune.core import prepare, train as training
 
     kept: dict[str, Any] = {}
 
@@ -220,7 +219,7 @@ def test_full_fine_tuning_saves_a_model_that_plain_transformers_loads(tmp_path: 
 
     result = train(tmp_path / "run", lora=None, train={"method": "full", "learning_rate": 1e-3})
     assert result.status == "completed" and not (tmp_path / "run" / "adapter").exists()
-    from fasttune import builtin
+    from fasttune.core import builtin
 
     old = AutoModelForCausalLM.from_pretrained(builtin.path("builtin:tiny"))
     new = AutoModelForCausalLM.from_pretrained(tmp_path / "run" / "model")
@@ -228,8 +227,7 @@ def test_full_fine_tuning_saves_a_model_that_plain_transformers_loads(tmp_path: 
 
 
 def test_frozen_weights_stay_and_only_the_adapter_learns(tmp_path: Path) -> None:
-    from fasttune import builtin, train as training
-    from fasttune.training import prepare
+    from fasttune.core import builtin, prepare, train as training
 
     kept: dict[str, Any] = {}
 
@@ -268,21 +266,21 @@ def test_what_is_not_counted_gives_no_share(tmp_path: Path, monkeypatch: pytest.
     from transformers import LlamaConfig, LlamaForCausalLM, MixtralConfig, MixtralForCausalLM
 
     from fasttune import report
-    from fasttune.forecasts.shape import Shape
-    from fasttune.training import live
+    from fasttune.core import what_ran
+    from fasttune.core.shape import Shape
 
     sizes = {"hidden_size": 16, "intermediate_size": 64, "num_hidden_layers": 1, "vocab_size": 32}
     sizes |= {"num_attention_heads": 2, "num_key_value_heads": 1}
     dense, mixture = LlamaForCausalLM(LlamaConfig(**sizes)), MixtralForCausalLM(MixtralConfig(**sizes))
-    assert live.count_flops(dense) == Shape.of(dense.config).flops(full=True, adapter_weights=0)
+    assert what_ran.count_flops(dense) == Shape.of(dense.config).flops(full=True, adapter_weights=0)
     linear = sum(module.weight.numel() for module in mixture.modules() if isinstance(module, torch.nn.Linear))
     assert linear < Shape.of(mixture.config).computed.parameters / 3
-    assert live.count_flops(mixture) is None
+    assert what_ran.count_flops(mixture) is None
     layer = dense.model.layers[0].mlp.down_proj
     layer.weight = torch.nn.Parameter(torch.zeros(8, dtype=torch.uint8), requires_grad=False)
-    assert live.count_flops(dense) is None
+    assert what_ran.count_flops(dense) is None
 
-    monkeypatch.setattr(live, "count_flops", lambda model: None)
+    monkeypatch.setattr(what_ran, "count_flops", lambda model: None)
     result = train(tmp_path / "run")
     assert result.tokens_per_s and (result.mfu, result.fraction_of_measured_matmul) == (None, None)
     notes = {figure.label: figure.note for figure in report.key_figures(result)}
@@ -290,7 +288,7 @@ def test_what_is_not_counted_gives_no_share(tmp_path: Path, monkeypatch: pytest.
 
 
 def test_a_loss_that_is_not_finite_fails_the_run(tmp_path: Path) -> None:
-    from fasttune import train as training
+    from fasttune.core import train as training
 
     changes = {"max_grad_norm": 1e30, "max_bad_steps": 0}
     settings = config.parse(tree(output_dir=str(tmp_path / "run"), train=changes))
@@ -332,7 +330,7 @@ def test_bad_input_of_a_model_leaves_nothing(tmp_path: Path) -> None:
 
 
 def test_a_truncated_base_model_is_named(tmp_path: Path) -> None:
-    from fasttune import builtin
+    from fasttune.core import builtin
 
     shutil.copytree(builtin.path("builtin:tiny"), tmp_path / "model")
     weights = tmp_path / "model" / "model.safetensors"

@@ -37,7 +37,7 @@ def tree(file: Path, **data: Any) -> dict[str, Any]:
 
 
 def train(file: Path, changes: dict[str, Any] | None = None, **data: Any) -> Any:
-    from fasttune import train as training
+    from fasttune.core import train as training
 
     return training.run(config.parse(tree(file, **data) | (changes or {})), terminal.Reporter(quiet=True))
 
@@ -69,7 +69,7 @@ def learned_of(form: str) -> int:
 def test_files_of_every_form_train(tiny_tokenizer: Any, tmp_path: Path) -> None:
     """Each by itself gives the tokens to learn, and one run learns those of all."""
     from fasttune.data import load
-    from fasttune.data.tokens import IGNORE
+    from fasttune.data.tokenize import IGNORE
 
     files = {}
     for number, (form, ending) in enumerate([*((form, "jsonl") for form in ROWS), *NESTED]):
@@ -126,7 +126,7 @@ def test_the_command_says_it_in_one_line_before_anything_is_loaded(tmp_path: Pat
 
 
 def test_several_sets_with_weights_and_a_hold_out(unsloth: None, tmp_path: Path) -> None:
-    from fasttune.training import prepare
+    from fasttune.core import prepare
 
     files = [write(tmp_path / f"{name}.jsonl", [ROWS[name]] * 20) for name in ("messages", "text")]
     settings = config.parse(
@@ -143,7 +143,7 @@ def test_the_quickstart_takes_rows_of_any_form(unsloth: None, tmp_path: Path) ->
     file = write(tmp_path / "mine.jsonl", [ROWS["messages"]] * 4)
     changes = ["model.name=builtin:tiny", f"output_dir={tmp_path}/run", "train.max_steps=1", "eval.problems=2"]
     settings = config.load("configs/quickstart.yaml", [f"data.train={file}", *changes])
-    from fasttune import train as training
+    from fasttune.core import train as training
 
     result = training.run(settings, terminal.Reporter(quiet=True))
     assert (result.status, result.held_out.rows, result.exact_match.problems) == ("completed", 32, 2)

@@ -9,7 +9,8 @@ from typing import Any
 import pytest
 from tiny_run import STEPS, break_off_after, learned, losses, run, settings
 
-from fasttune import checkpoint, config
+from fasttune import config
+from fasttune.core import checkpoint
 from fasttune.errors import ConfigError
 
 pytestmark = pytest.mark.usefixtures("unsloth")
@@ -27,15 +28,15 @@ def reference(folder: Path) -> tuple[float, float, int]:
     import peft
     import torch
 
-    from fasttune import builtin, model
-    from fasttune.data import load, sources, tokens
+    from fasttune.core import builtin, model
+    from fasttune.data import load, sources, tokenize
 
     base = model.transformers.AutoModelForCausalLM.from_pretrained(builtin.path("builtin:tiny"))
     tuned = peft.PeftModel.from_pretrained(base, folder / "adapter").eval()
     tokenizer = model.transformers.AutoTokenizer.from_pretrained(folder / "adapter")
     settings = config.load(folder / "config.yaml")
     form, _ = load.form_of(settings, "builtin:arithmetic")
-    encoder = tokens.Encoder(tokens.recipe_of(tokenizer, form, {}, "assistant", 256, "truncate"))
+    encoder = tokenize.Encoder(tokenize.recipe_of(tokenizer, form, {}, "assistant", 256, "truncate"))
     (chunk,) = sources.read("builtin:arithmetic", "test", max_rows=10)
     block = encoder.encode(chunk)
     loss, right, count, at = 0.0, 0, 0, 0
@@ -76,7 +77,7 @@ def test_loss_and_accuracy_are_those_of_plain_transformers(
 
 def test_training_does_not_notice(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     """Not even with dropout, which draws random numbers."""
-    from fasttune.training import samples
+    from fasttune.core import samples
 
     monkeypatch.setattr(samples, "MOST_NEW_TOKENS", 8)
     dropout = {"lora": {"dropout": 0.1}, "samples": 1}
@@ -101,15 +102,15 @@ def test_held_out_share_is_looked_at_and_start_and_end_is_the_default(tmp_path: 
 
 def losses_are(monkeypatch: pytest.MonkeyPatch, curve: dict[int, float]) -> None:
     """Step → held-out loss."""
-    from fasttune.training import validation
+    from fasttune.core import evaluation
 
-    measure = validation.Validator.measure
+    measure = evaluation.Validator.measure
 
     def scripted(self: Any, step: int) -> Any:
         self._sums = lambda batch: (curve[step], 1.0, 1)
         return measure(self, step)
 
-    monkeypatch.setattr(validation.Validator, "measure", scripted)
+    monkeypatch.setattr(evaluation.Validator, "measure", scripted)
 
 
 def test_the_best_checkpoint_is_kept_and_its_weights_saved(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:

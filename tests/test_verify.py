@@ -15,10 +15,10 @@ from typing import Any
 import pytest
 from rich.console import Console
 
-from fasttune import stack, verify
-from fasttune.checks import Result, facts, parity, runner, symptoms, table
+from fasttune import stack
 from fasttune.hardware import Gpu, Hardware
-from fasttune.rules import RULES
+from fasttune.verify import Result, error_hints, facts, main, parity, runner, table
+from fasttune.verify.version_rules import RULES
 
 ROOT = Path(__file__).resolve().parents[1]
 MACHINE = Hardware("linux", "x86_64", "2.36", "3.12.3", "cpu", 2, 23.5, 70.0)
@@ -95,7 +95,7 @@ def test_interrupted_it_leaves_no_process_and_no_file(tmp_path: Path) -> None:
 
 def test_every_job_names_a_check_that_exists() -> None:
     pytest.importorskip("torch")
-    for job in verify.JOBS + verify.ONLINE:
+    for job in main.JOBS + main.ONLINE:
         module = __import__(job.module, fromlist=["CHECKS"])
         assert set(job.names) <= set(module.CHECKS)
 
@@ -104,7 +104,7 @@ def test_every_job_names_a_check_that_exists() -> None:
 
 BROKEN = """
 import os, signal, sys, time
-from fasttune.checks import Result
+from fasttune.verify import Result
 
 def fine(): yield Result("fine", "pass", "ok")
 def crash():
@@ -177,21 +177,21 @@ def test_a_dead_child_is_a_result_and_the_rest_goes_on(tmp_path: Path, monkeypat
     ],
 )  # fmt: skip
 def test_loader_errors_are_explained(text: str, meaning: str, fix: str) -> None:
-    known = symptoms.explain(text, "")
+    known = error_hints.explain(text, "")
     assert known is not None
     assert meaning in known.meaning
     assert fix in known.fix
 
 
 def test_an_unknown_error_is_shown_as_it_is() -> None:
-    assert symptoms.explain("ValueError: all is well") is None
-    assert symptoms.from_exception("x", ValueError("all\nis well")).detail == "ValueError: all is well"
+    assert error_hints.explain("ValueError: all is well") is None
+    assert error_hints.from_exception("x", ValueError("all\nis well")).detail == "ValueError: all is well"
 
 
 def test_the_cause_of_an_error_is_read_too() -> None:
     error = RuntimeError("Failed to import trl")
     error.__cause__ = ImportError("x.so: undefined symbol: abc")
-    assert "built against another version" in symptoms.from_exception("x", error).detail
+    assert "built against another version" in error_hints.from_exception("x", error).detail
 
 
 # ---- facts
@@ -244,7 +244,7 @@ def test_a_wrong_or_missing_package_fails_with_the_command_that_pins_it(monkeypa
 
 def test_an_unexplained_failure_points_at_the_pins_first() -> None:
     results = [Result("pins", "fail", "", "mend the pins"), Result("x", "fail", ""), Result("y", "fail", "", "own fix")]
-    verify.point_at_pins(results)
+    main.point_at_pins(results)
     assert [result.fix for result in results] == ["mend the pins", "mend the pins", "own fix"]
 
 
@@ -267,7 +267,7 @@ def test_the_table_fits_and_a_fix_is_one_line_after_all_else(width: int) -> None
 @pytest.fixture(scope="module")
 def attention() -> Any:
     pytest.importorskip("torch")
-    from fasttune.checks import attention
+    from fasttune.verify import attention
 
     return attention
 
@@ -328,7 +328,7 @@ def test_a_wrong_flash_attn_is_not_mended_by_the_pins_which_have_none(attention:
 
 def test_matmul_and_rope_can_fail(unsloth: None, monkeypatch: pytest.MonkeyPatch) -> None:
     torch = pytest.importorskip("torch")
-    from fasttune.checks import kernels
+    from fasttune.verify import kernels
 
     assert kernels.relative_error(torch.tensor([1.0, float("nan")]), torch.ones(2)) > 1e9
     assert kernels.relative_error(torch.tensor([1.0, 1.1]), torch.ones(2)) == pytest.approx(0.1)
@@ -380,7 +380,7 @@ names = dict(functools=functools, os=os, psutil=psutil, socket=socket, torch=tor
 exec(compile(tree, sys.argv[1], "exec"), names)
 child = sys.modules["unsloth_zoo.rl_environments"] = types.ModuleType("unsloth_zoo.rl_environments")
 child.execute_with_time_limit = None
-from fasttune.checks import guard, parity
+from fasttune.verify import guard, parity
 guard.block_network(parity.connections)
 parity.imported.append("it is there")
 for allowed in (False, True):

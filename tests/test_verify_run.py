@@ -14,9 +14,8 @@ import numpy
 import pytest
 import safetensors.numpy
 
-from fasttune import verify
-from fasttune.checks import runner, training
 from fasttune.hardware import Gpu, Hardware
+from fasttune.verify import main, runner, smoke_train
 
 ROOT = Path(__file__).resolve().parents[1]
 MACHINE = Hardware("linux", "x86_64", "2.36", "3.12.3", "cpu", 2, 23.5, 70.0)
@@ -45,10 +44,10 @@ def write_probe(root: Path, **changes: Any) -> None:
 
 
 def test_a_good_run_passes(finished: Path) -> None:
-    assert training.judge_training(finished, 0, "").status == "pass"
-    assert training.judge_connections(finished).status == "pass"
-    assert training.judge_token(finished, "hf_secret", "").status == "pass"
-    assert training.judge_current_folder(finished).status == "pass"
+    assert smoke_train.judge_training(finished, 0, "").status == "pass"
+    assert smoke_train.judge_connections(finished).status == "pass"
+    assert smoke_train.judge_token(finished, "hf_secret", "").status == "pass"
+    assert smoke_train.judge_current_folder(finished).status == "pass"
 
 
 @pytest.mark.parametrize(
@@ -61,7 +60,7 @@ def test_a_good_run_passes(finished: Path) -> None:
 )
 def test_wrong_changes_of_weights_fail(finished: Path, changes: dict[str, Any], complaint: str) -> None:
     write_probe(finished, **changes)
-    seen = training.judge_training(finished, 0, "")
+    seen = smoke_train.judge_training(finished, 0, "")
     assert (seen.status, complaint in seen.detail) == ("fail", True)
 
 
@@ -69,7 +68,7 @@ def test_the_probe_sees_which_weights_change(unsloth: None) -> None:
     import torch
     from transformers import trainer
 
-    from fasttune.checks import probe
+    from fasttune.verify import probe
 
     seen: dict[str, Any] = {}
     probe.watch(seen)
@@ -86,36 +85,36 @@ def test_the_probe_sees_which_weights_change(unsloth: None) -> None:
 def test_bad_runs_fail(finished: Path) -> None:
     metrics = finished / "run/metrics.jsonl"
     metrics.write_text('{"loss": 5.5}\n{"loss": NaN}\n')
-    assert "not finite" in training.judge_training(finished, 0, "").detail
+    assert "not finite" in smoke_train.judge_training(finished, 0, "").detail
     metrics.write_text('{"loss": 5.5}\n')
-    assert "after 1 of 2 steps" in training.judge_training(finished, 0, "").detail
+    assert "after 1 of 2 steps" in smoke_train.judge_training(finished, 0, "").detail
     metrics.unlink()
-    assert "incomplete output folder" in training.judge_training(finished, 0, "").detail
-    seen = training.judge_training(finished, 1, "ImportError: x.so: undefined symbol: abc")
+    assert "incomplete output folder" in smoke_train.judge_training(finished, 0, "").detail
+    seen = smoke_train.judge_training(finished, 1, "ImportError: x.so: undefined symbol: abc")
     assert (seen.status, "built against" in seen.detail) == ("fail", True)
 
 
 def test_an_adapter_that_holds_more_or_is_cut_short_fails(finished: Path) -> None:
     adapter = finished / "run/adapter/adapter_model.safetensors"
     safetensors.numpy.save_file({"lora_A": numpy.ones(2), "embed_tokens": numpy.ones(2)}, adapter)
-    assert "does not hold exactly the LoRA weights" in training.judge_training(finished, 0, "").detail
+    assert "does not hold exactly the LoRA weights" in smoke_train.judge_training(finished, 0, "").detail
     adapter.write_bytes(adapter.read_bytes()[:-4])
-    assert "incomplete output folder" in training.judge_training(finished, 0, "").detail
+    assert "incomplete output folder" in smoke_train.judge_training(finished, 0, "").detail
 
 
 def test_leaks_fail(finished: Path) -> None:
-    assert training.judge_token(finished, "hf_secret", "token hf_secret").status == "fail"
+    assert smoke_train.judge_token(finished, "hf_secret", "token hf_secret").status == "fail"
     (finished / "run/config.yaml").write_text("token: hf_secret")
-    assert "run/config.yaml" in training.judge_token(finished, "hf_secret", "").detail
+    assert "run/config.yaml" in smoke_train.judge_token(finished, "hf_secret", "").detail
     (finished / "cwd/unsloth_compiled_cache").mkdir()
-    assert "unsloth_compiled_cache" in training.judge_current_folder(finished).detail
+    assert "unsloth_compiled_cache" in smoke_train.judge_current_folder(finished).detail
     write_probe(finished, connections=["huggingface.co"])
-    assert "huggingface.co" in training.judge_connections(finished).detail
+    assert "huggingface.co" in smoke_train.judge_connections(finished).detail
 
 
 GUARDED = """
 import socket, threading, urllib.request
-from fasttune.checks.guard import block_network
+from fasttune.verify.guard import block_network
 attempts = []
 block_network(attempts)
 server = socket.create_server(("127.0.0.1", 0))
@@ -172,7 +171,7 @@ def test_online_checks_the_token_and_never_prints_it(
     monkeypatch.delenv("HF_HUB_OFFLINE", raising=False)
     monkeypatch.setenv("HF_ENDPOINT", endpoint)
     monkeypatch.setenv("HF_TOKEN", "hf_averysecrettoken")
-    results = runner.run_jobs(verify.ONLINE, lambda text: None)
+    results = runner.run_jobs(main.ONLINE, lambda text: None)
     seen = {result.name: result for result in results}
     assert seen["online:hub"].status == "pass"
     assert seen["online:token"].status == status, seen["online:token"].detail
@@ -183,6 +182,6 @@ def test_online_says_that_the_hub_cannot_be_reached(monkeypatch: pytest.MonkeyPa
     monkeypatch.delenv("HF_HUB_OFFLINE", raising=False)
     monkeypatch.setenv("HF_ENDPOINT", "http://127.0.0.1:9")  # discard: nothing listens
     monkeypatch.delenv("HF_TOKEN", raising=False)
-    seen = {result.name: result for result in runner.run_jobs(verify.ONLINE, lambda text: None)}
+    seen = {result.name: result for result in runner.run_jobs(main.ONLINE, lambda text: None)}
     assert seen["online:hub"].status == "fail"
     assert seen["online:token"].status == "warn"

@@ -16,10 +16,9 @@ from rich.console import Console
 
 from fasttune import cli, config, hardware, terminal
 from fasttune.data import arithmetic
-from fasttune.data.batches import Batches
+from fasttune.data.batching import Batches
 from fasttune.data.store import Rows
-from fasttune.forecasts import forecast
-from fasttune.previews import view, view_page
+from fasttune.tools import estimate, inspect_data, inspect_page
 
 CONFIG = """
 name: looked-at
@@ -41,17 +40,17 @@ def folder(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
     return tmp_path
 
 
-def look(rows: int, *overrides: str) -> view.Figures:
-    return view.look(config.load("c.yaml", list(overrides)), rows, terminal.Reporter(quiet=True))
+def look(rows: int, *overrides: str) -> inspect_data.Figures:
+    return inspect_data.look(config.load("c.yaml", list(overrides)), rows, terminal.Reporter(quiet=True))
 
 
 def write(path: Path, rows: list[dict[str, Any]]) -> None:
     path.write_text("".join(json.dumps(row) + "\n" for row in rows))
 
 
-def page(figures: view.Figures, **options: Any) -> str:
+def page(figures: inspect_data.Figures, **options: Any) -> str:
     console = Console(file=io.StringIO(), width=100, **options)
-    view_page.show(figures, console)
+    inspect_page.show(figures, console)
     return console.file.getvalue()  # type: ignore[attr-defined]
 
 
@@ -77,16 +76,16 @@ class Letters:
         return "".join(chr(ord("a") + i) for i in ids)
 
 
-def measured(batches: Batches, rows: int = 0, **train: Any) -> view.Figures:
+def measured(batches: Batches, rows: int = 0, **train: Any) -> inspect_data.Figures:
     settings = config.parse({"model": {"name": "m"}, "data": {"train": "rows.jsonl"}, "train": train})
-    return view.measure(settings, Letters(), [], batches, rows, [])
+    return inspect_data.measure(settings, Letters(), [], batches, rows, [])
 
 
 def test_the_command_shows_the_mask_of_its_rows(folder: Path) -> None:
     command = [sys.executable, "-X", "importtime", "-m", "fasttune.cli", "data", "c.yaml"]
     options = ["--rows", "6", "model.max_length=512", "--json"]  # as people type it: an option before a key=value
     done = subprocess.run([*command, *options], capture_output=True, text=True, check=True)
-    assert "| unsloth" not in done.stderr and "fasttune.previews.view" in done.stderr  # no model, so no unsloth
+    assert "| unsloth" not in done.stderr and "fasttune.tools.inspect_data" in done.stderr  # no model, so no unsloth
     shown = json.loads(done.stdout)["shown"]
     rows = arithmetic.generate("train", rows=2000)
     assert len({row["number"] for row in shown}) == 6
@@ -142,14 +141,14 @@ def test_no_more_steps_are_laid_out_than_the_run_has() -> None:
     assert measured(encoded([3] * 40)).padding.steps == 10
     assert measured(encoded([3] * 40), max_steps=2).padding.steps == 2
     assert measured(encoded([3] * 40), epochs=2).padding.steps == 20
-    assert measured(encoded([3] * 4000)).padding.steps == forecast.SAMPLED_STEPS
+    assert measured(encoded([3] * 4000)).padding.steps == estimate.SAMPLED_STEPS
 
 
 def test_rows_at_once_are_those_a_run_here_would_take(
     folder: Path, unsloth: None, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    here = view.replace(hardware.detect(), gpus=())
-    monkeypatch.setattr(view.hardware, "detect", lambda: here)
+    here = inspect_data.replace(hardware.detect(), gpus=())
+    monkeypatch.setattr(inspect_data.hardware, "detect", lambda: here)
     changes = ["train.batch_rows=16", "model.max_length=1024", "data.max_rows=32"]
     assert look(0, *changes).padding.rows_at_once == 2  # a CPU gains nothing beyond 2,048 tokens
     assert look(0, *changes, "train.micro_batch_rows=8").padding.rows_at_once == 8
@@ -157,7 +156,7 @@ def test_rows_at_once_are_those_a_run_here_would_take(
 
 @given(strategies.lists(strategies.integers(1, 5000), min_size=1, max_size=300))
 def test_every_length_is_in_one_bin(lengths: list[int]) -> None:
-    found = view._lengths(np.array(lengths))
+    found = inspect_data._lengths(np.array(lengths))
     bins = found.histogram
     assert 1 <= len(bins) <= 10
     for each in bins:
@@ -168,7 +167,7 @@ def test_every_length_is_in_one_bin(lengths: list[int]) -> None:
 
 
 def test_a_few_very_long_rows_do_not_flatten_the_histogram() -> None:
-    bins = view._lengths(np.array([*range(100, 300), 9000])).histogram
+    bins = inspect_data._lengths(np.array([*range(100, 300), 9000])).histogram
     assert bins[-1].to_tokens == 9000 and bins[-1].rows < 10
     assert sum(each.rows > 10 for each in bins) >= 5
 
@@ -186,7 +185,7 @@ def test_pieces_keep_their_blanks() -> None:
         def decode(self, ids: list[int], **_: Any) -> str:
             return "".join(" b"[i % 2] for i in ids).removeprefix(" ")
 
-    assert view._pieces(Trims(), [1, 0, 1, 0, 1], np.array([0, 1, 1, 0, 0], bool)) == [
+    assert inspect_data._pieces(Trims(), [1, 0, 1, 0, 1], np.array([0, 1, 1, 0, 0], bool)) == [
         ("b", False),
         (" b", True),
         (" b", False),
@@ -214,9 +213,9 @@ def test_colour_or_marks_set_apart_what_is_learned() -> None:
 
 def test_a_long_piece_is_shortened_on_the_page_only() -> None:
     figures = measured(encoded([8]), rows=1)
-    row = view.Row("rows.jsonl", 1, 5000, 4999, [("A" * 5000, True)])
-    text = "".join(page(view.replace(figures, shown=[row])).split())
-    assert text.count("A") == view_page.PIECE_CHARACTERS and "[3,800characters]" in text
+    row = inspect_data.Row("rows.jsonl", 1, 5000, 4999, [("A" * 5000, True)])
+    text = "".join(page(inspect_data.replace(figures, shown=[row])).split())
+    assert text.count("A") == inspect_page.PIECE_CHARACTERS and "[3,800characters]" in text
 
 
 def test_what_is_dropped_split_and_held_out_is_told(folder: Path, unsloth: None) -> None:

@@ -50,7 +50,7 @@ def settings(folder: Path, changes: dict[str, Any] | None = None) -> config.Conf
 
 
 def run(folder: Path, changes: dict[str, Any] | None = None, resume: bool = False, **reporter: Any) -> Any:
-    from fasttune import train
+    from fasttune.core import train
 
     told = Reporter(**reporter)
     result = train.run(settings(folder, changes), told, folder if resume else None)

@@ -84,7 +84,7 @@ def share(config: Config, shared: Path, scratch: Path) -> dict[str, Any]:
 
 def _prepare(config: Config, scratch: Path) -> Any:
     from fasttune import terminal
-    from fasttune.training import prepare
+    from fasttune.core import prepare
     from fasttune.quiet import library_log
 
     with library_log():
@@ -93,7 +93,7 @@ def _prepare(config: Config, scratch: Path) -> Any:
 
 def _fasttune(config: Config, shared: Path, scratch: Path) -> Repeat:
     job = _prepare(config, scratch)
-    from fasttune.training import trainer as trainers
+    from fasttune.core import trainer as trainers
     from fasttune.bench.clock import Clock, Counter, repeat
 
     if config.train.method == "lora":
@@ -107,12 +107,12 @@ def _fasttune(config: Config, shared: Path, scratch: Path) -> Repeat:
 
 
 def _notebook(config: Config, steps: int, shared: Path, scratch: Path) -> Repeat:
-    from fasttune import model as models
+    from fasttune.core import model as models
     import torch
     import trl
     from datasets import Dataset
 
-    from fasttune.training import live
+    from fasttune.core import what_ran
     from fasttune.bench.clock import Clock, Counter, repeat
     from fasttune.metrics import Backend
 
@@ -137,7 +137,7 @@ def _notebook(config: Config, steps: int, shared: Path, scratch: Path) -> Repeat
     data = Dataset.from_dict({key: [row[key] for row in rows] for key in ("input_ids", "labels")})
     data._unsloth_truncated_to = config.model.max_length  # else Unsloth turns padding-free batching off on a GPU
 
-    class Trainer(live.Watched, trl.SFTTrainer): ...
+    class Trainer(what_ran.Watched, trl.SFTTrainer): ...
 
     trainer = Trainer(model=model, args=arguments, train_dataset=data, processing_class=tokenizer)
     clock, counter = Clock(PROCESS_STARTED), Counter(trainer.data_collator, accumulation)
@@ -150,7 +150,7 @@ def _notebook(config: Config, steps: int, shared: Path, scratch: Path) -> Repeat
         packing=counter.layout,
         patched_layers=models.patched_layers(model),
         gradient_checkpointing=trainer.recomputation_seen or "not seen",
-        dtype=live.dtypes(model, trainer.args.bf16),
+        dtype=what_ran.dtypes(model, trainer.args.bf16),
     )
     return repeat(clock, counter, model, config.train.batch_rows, backend)
 
@@ -166,8 +166,8 @@ def _hugging_face(config: Config, steps: int, shared: Path, scratch: Path, tuned
     if tuned and not torch.cuda.is_available():
         memory.keep_freed()
 
-    from fasttune import pretrained
-    from fasttune.training import live
+    from fasttune.core import pretrained
+    from fasttune.core import what_ran
     from fasttune.bench.clock import Clock, Counter, repeat
     from fasttune.metrics import Backend
 
@@ -202,7 +202,7 @@ def _hugging_face(config: Config, steps: int, shared: Path, scratch: Path, tuned
     collator = transformers.DataCollatorWithFlattening() if tuned and (flash or not on_gpu) else padded
     counter, clock = Counter(collator, accumulation), Clock(PROCESS_STARTED)
 
-    class Trainer(live.Watched, transformers.Trainer): ...
+    class Trainer(what_ran.Watched, transformers.Trainer): ...
 
     trainer = Trainer(
         model=model, args=arguments, train_dataset=_rows(shared), data_collator=counter, callbacks=[clock]
@@ -215,7 +215,7 @@ def _hugging_face(config: Config, steps: int, shared: Path, scratch: Path, tuned
         packing=counter.layout,
         patched_layers=0,
         gradient_checkpointing=trainer.recomputation_seen or "not seen",
-        dtype=live.dtypes(model, trainer.args.bf16),
+        dtype=what_ran.dtypes(model, trainer.args.bf16),
     )
     return repeat(clock, counter, model, config.train.batch_rows, backend)
 
@@ -273,7 +273,7 @@ def _rows(shared: Path) -> list[dict[str, list[int]]]:
 
     import numpy as np
 
-    from fasttune.data.tokens import labels
+    from fasttune.data.tokenize import labels
 
     return [
         {"input_ids": ids, "labels": labels(np.array(ids), np.array(learned)).tolist()}

@@ -9,8 +9,8 @@ import torch
 import transformers
 
 from fasttune.bench.result import Repeat
+from fasttune.core import what_ran
 from fasttune.metrics import Backend
-from fasttune.training import live
 
 
 class Clock(transformers.TrainerCallback):
@@ -26,13 +26,13 @@ class Clock(transformers.TrainerCallback):
 
     def on_train_begin(self, args: Any, state: Any, control: Any, model: Any = None, **_: Any) -> None:
         began = time.perf_counter()
-        self.weights_digest = live.weights_digest(model)
+        self.weights_digest = what_ran.weights_digest(model)
         self.process_started += time.perf_counter() - began  # not what a person waits for
-        live.synchronize()
+        what_ran.synchronize()
         self._last = time.perf_counter()
 
     def on_step_end(self, args: Any, state: Any, control: Any, **_: Any) -> None:
-        live.synchronize()
+        what_ran.synchronize()
         now = time.perf_counter()
         self.seconds.append(now - self._last)
         self.seconds_to_first_step = self.seconds_to_first_step or now - self.process_started
@@ -58,7 +58,7 @@ class Counter:
         made = self.collate(examples)
         batches = made if isinstance(made, list) else [made]
         self.flat = all("attention_mask" not in batch for batch in batches)
-        self.counts.append(live.count_tokens(batches))
+        self.counts.append(what_ran.count_tokens(batches))
         self.rows.append([row for batch in batches for row in rows_in(batch)])
         return made
 
@@ -107,7 +107,7 @@ def repeat(clock: Clock, counter: Counter, model: Any, rows_per_step: int, backe
     steps = len(clock.seconds)
     tokens, learned = counter.per_steps("tokens", steps), counter.per_steps("loss_tokens", steps)
     computed = sum(tokens) - sum(counter.per_steps("shared_tokens", steps))
-    flops = live.count_flops(model)
+    flops = what_ran.count_flops(model)
     return Repeat(
         tokens=tokens,
         loss_tokens=learned,
@@ -115,7 +115,7 @@ def repeat(clock: Clock, counter: Counter, model: Any, rows_per_step: int, backe
         seconds=clock.seconds,
         losses=clock.losses,
         rows_digest=counter.digest(steps),
-        peak_memory_gib=live.peak_memory_gib(),
+        peak_memory_gib=what_ran.peak_memory_gib(),
         seconds_to_first_step=clock.seconds_to_first_step,
         flops_per_token=flops.of_step(computed, sum(learned), rows_per_step * steps) / sum(tokens) if flops else None,
         backend=backend,

@@ -16,15 +16,15 @@ from datetime import UTC, datetime
 from pathlib import Path
 from typing import Any
 
-from fasttune import children, config as configuration, errors, hardware, plan, stack
+from fasttune import children, config as configuration, errors, hardware, stack
 from fasttune.bench.arms import PLAIN, WHAT
 from fasttune.bench.measurements import Measurements
 from fasttune.bench.result import MIN_REPEATS, WARMUP_STEPS, Bench
 from fasttune.config import Config, EvalConfig
+from fasttune.core import autoconfig, prepare
 from fasttune.errors import DataError, FasttuneError, RunFailed, last_line
-from fasttune.forecasts import forecast
 from fasttune.hardware import Hardware
-from fasttune.training import prepare
+from fasttune.tools import estimate
 
 CPU_STEPS, GPU_STEPS = 6, 20  # of a repeat
 BUSY_LOAD = 0.25  # of the cores: what other programs may use on a CPU before the numbers are doubted
@@ -96,7 +96,7 @@ def run(
         job_tokens=job_tokens(config, facts),
         arms=[measured.arm(name, repeats) for name in arms],
         limit=measured.limit(repeats),
-        usd_per_hour=plan.price_of(config, machine)[0],
+        usd_per_hour=autoconfig.price_of(config, machine)[0],
         hardware=asdict(machine),
         versions=identity["versions"],
         git=identity["git"],
@@ -112,7 +112,7 @@ def identify(config: Config, steps: int, machine: Hardware) -> dict[str, Any]:
         "steps": steps,
         "git": _git(),
         "versions": stack.versions(),
-        "machine": forecast.machine_name(machine),
+        "machine": estimate.machine_name(machine),
     }
 
 

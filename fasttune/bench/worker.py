@@ -14,7 +14,7 @@ from typing import Any
 from fasttune import config as configuration
 from fasttune.bench import arms
 from fasttune.config import Config
-from fasttune.data.batches import best_fit
+from fasttune.data.batching import best_fit
 from fasttune.errors import kind_and_line
 
 LIMIT_SECONDS, LIMIT_STEPS = 4.0, 6  # fewer steps than these, as in a dry run: as much less time
@@ -48,7 +48,8 @@ def limit(config: Config, shared: Path, seconds: float = LIMIT_SECONDS) -> dict[
     import torch
     import transformers
 
-    from fasttune import hardware, pretrained
+    from fasttune import hardware
+    from fasttune.core import pretrained
 
     with torch.device("meta"):
         model = transformers.AutoModelForCausalLM.from_config(

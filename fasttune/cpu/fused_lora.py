@@ -6,14 +6,14 @@ Shapes: T tokens (all leading dimensions flattened), r the adapter's rank. Figur
 from types import MethodType
 from typing import Any
 
-import fasttune.model  # noqa: F401  first: it imports unsloth, and unsloth must come before peft
+import fasttune.core.model  # noqa: F401  first: it imports unsloth, and unsloth must come before peft
 
 import torch
 from peft.tuners.lora.layer import Linear as LoraLinear
 from torch.autograd.function import once_differentiable
 from torch.nn.functional import pad
 
-from fasttune.forecasts.memory_forecast import RANK_MULTIPLE
+from fasttune.core.memory import RANK_MULTIPLE
 
 
 def enable(model: Any) -> int:

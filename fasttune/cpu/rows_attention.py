@@ -10,7 +10,7 @@ from typing import Any
 import torch
 from torch.autograd.function import once_differentiable
 
-from fasttune.forecasts.memory_forecast import BLOCK, KEPT
+from fasttune.core.memory import BLOCK, KEPT
 
 FUTURE = torch.ones(BLOCK, BLOCK, dtype=torch.bool).triu(1)
 

@@ -5,9 +5,9 @@ from pathlib import Path
 from typing import Any
 
 from fasttune.config import Config
-from fasttune.data import beside, formats, overlap, sources, store, tokens
+from fasttune.data import beside, formats, overlap, sources, store, tokenize
 from fasttune.data.arithmetic import Part
-from fasttune.data.batches import Batches, Encoded
+from fasttune.data.batching import Batches, Encoded
 from fasttune.data.files import Chunk
 from fasttune.data.formats import Row
 from fasttune.data.store import Rows
@@ -82,7 +82,7 @@ def _encode_one(
     what = f"reading and tokenising {source}"
     progress(what, 0.0)
     form, columns = form_of(config, source, split)
-    recipe = tokens.recipe_of(
+    recipe = tokenize.recipe_of(
         tokenizer,
         form,
         columns,

@@ -4,7 +4,7 @@ from collections.abc import Iterable, Iterator
 
 import numpy as np
 
-from fasttune.data.batches import Batches, Encoded
+from fasttune.data.batching import Batches, Encoded
 from fasttune.data.store import Rows
 
 ROWS_AT_ONCE = 10_000

@@ -24,7 +24,7 @@ import numpy as np
 
 from fasttune import cache
 from fasttune.data.files import Chunk
-from fasttune.data.tokens import Block, Encoder, Recipe
+from fasttune.data.tokenize import Block, Encoder, Recipe
 from fasttune.errors import DataError
 
 VERSION = 2  # raise it when the same recipe gives other tokens

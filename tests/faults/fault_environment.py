@@ -19,8 +19,8 @@ from typing import Any
 
 from fault_cases import REQUIRES, Case
 
-from fasttune import stack, verify
-from fasttune.checks import imports
+from fasttune import stack
+from fasttune.verify import imports, main
 
 ROOT = Path(__file__).resolve().parents[2]
 PYTHON = f"python{sys.version_info[0]}.{sys.version_info[1]}"
@@ -156,7 +156,7 @@ class Environment:
 
     def verify(self) -> tuple[int, dict[str, dict[str, Any]]]:
         """Exit code and results by name of the real command; with an executed check, of its job only."""
-        jobs = [job for job in verify.JOBS if self.case.check in job.names]
+        jobs = [job for job in main.JOBS if self.case.check in job.names]
         command = [str(self.python)]
         command += ["-c", ONE_JOB, self.case.check] if jobs else ["-m", "fasttune.verify", "--quick", "--json"]
         compiled = {"PYTHONPYCACHEPREFIX": "", "PYTHONDONTWRITEBYTECODE": "1"}  # the real packages have theirs

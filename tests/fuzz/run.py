@@ -36,12 +36,6 @@ def main() -> int:
     import matplotlib.font_manager  # noqa: F401
     import pyarrow.parquet  # noqa: F401
 
-    import fasttune.cli
-    import fasttune.previews.preview
-    import fasttune.previews.view_page
-    import fasttune.train
-    import fasttune.training.trainer  # noqa: F401
-
     warm = cases.Case(["plan", "c.yaml"], {"c.yaml": b"model: {name: builtin:tiny}\ndata: {train: builtin:arithmetic}"})
     faults = {"the cache is filled": found} if (found := run(warm, given.show)) else {}
     for seed in range(given.first, given.first + given.cases):

@@ -25,7 +25,8 @@ class Silent:
 
 @pytest.fixture(scope="module")
 def finished(unsloth: None, tmp_path_factory: pytest.TempPathFactory) -> tuple[Path, Any]:
-    from fasttune import config, train
+    from fasttune import config
+    from fasttune.core import train
 
     folder = tmp_path_factory.mktemp("after") / "run"
     tree = {
@@ -66,19 +67,20 @@ print(total / count)
 def test_held_out_loss_is_that_of_plain_transformers(finished: tuple[Path, Any]) -> None:
     import transformers
 
-    from fasttune import builtin, config
-    from fasttune.data import load, sources, tokens
+    from fasttune import config
+    from fasttune.core import builtin
+    from fasttune.data import load, sources, tokenize
 
     folder, result = finished
     assert result.status == "completed" and result.held_out.after.loss < result.held_out.before.loss
     tokenizer = transformers.AutoTokenizer.from_pretrained(folder / "adapter")
     form, _ = load.form_of(config.load(folder / "config.yaml"), "builtin:arithmetic")
-    encoder = tokens.Encoder(tokens.recipe_of(tokenizer, form, {}, "assistant", 512, "truncate"))
+    encoder = tokenize.Encoder(tokenize.recipe_of(tokenizer, form, {}, "assistant", 512, "truncate"))
     (chunk,) = sources.read("builtin:arithmetic", "test", max_rows=20)
     block, at, rows = encoder.encode(chunk), 0, []
     for length in block.lengths:
         ids, learned = block.ids[at : at + length], block.learned[at : at + length]
-        rows.append((ids.tolist(), tokens.labels(ids, learned).tolist()))
+        rows.append((ids.tolist(), tokenize.labels(ids, learned).tolist()))
         at += length
     base = str(builtin.path("builtin:tiny"))
     plain = [sys.executable, "-c", PLAIN_LOSS, base, str(folder / "adapter"), json.dumps(rows)]

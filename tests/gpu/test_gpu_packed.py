@@ -24,7 +24,7 @@ def small_llama(folder: Path) -> Path:
     """A random two-layer Llama with heads of 64, which every fused kernel takes, and the tiny model's tokenizer."""
     from transformers import AutoTokenizer, LlamaConfig, LlamaForCausalLM
 
-    from fasttune import builtin
+    from fasttune.core import builtin
 
     tokenizer = AutoTokenizer.from_pretrained(builtin.path("builtin:tiny"))
     torch.manual_seed(0)
@@ -38,7 +38,7 @@ def small_llama(folder: Path) -> Path:
 
 def test_packed_and_padded_rows_teach_the_same(tmp_path: Path) -> None:
     from fasttune import terminal
-    from fasttune.training import prepare, trainer as trainers
+    from fasttune.core import prepare, trainer as trainers
 
     tree = {
         "model": {"name": str(small_llama(tmp_path / "model")), "max_length": 256},
@@ -82,7 +82,7 @@ def test_packs_run_one_variable_length_kernel(tmp_path: Path) -> None:
 
     if attention_dispatch.HAS_FLASH_ATTENTION:
         pytest.skip("flash-attn is installed: Unsloth takes it")
-    from fasttune import train
+    from fasttune.core import train
 
     tree = {
         "model": {"name": str(small_llama(tmp_path / "model")), "max_length": 256},

@@ -32,7 +32,7 @@ class Reporter:
 
 
 def run(folder: Path, resume: bool = False, break_off_after: int | None = None, **train: Any) -> Any:
-    from fasttune import train as training
+    from fasttune.core import train as training
 
     tree = {
         "model": {"name": "builtin:tiny", "max_length": 512},
@@ -61,7 +61,7 @@ def test_a_resumed_run_is_close(tmp_path: Path, optimizer: str) -> None:
 
 def test_out_of_memory_for_real(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     """All rows at once ask the card for 32 TiB more, and half of them do not."""
-    from fasttune.training.trainer import MeasuredTrainer
+    from fasttune.core.trainer import MeasuredTrainer
 
     plain, asked = MeasuredTrainer._micro_step, []
 

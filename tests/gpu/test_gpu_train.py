@@ -27,7 +27,8 @@ class Silent:
 
 @pytest.mark.parametrize("policy", ["none", "unsloth"])
 def test_lora_in_bf16_with_every_layer_patched(tmp_path: Path, policy: str) -> None:
-    from fasttune import config, train
+    from fasttune import config
+    from fasttune.core import train
 
     tree = TREE | {"output_dir": str(tmp_path / "run"), "train": TREE["train"] | {"gradient_checkpointing": policy}}
     result = train.run(config.parse(tree), Silent())
@@ -41,7 +42,8 @@ def test_lora_in_bf16_with_every_layer_patched(tmp_path: Path, policy: str) -> N
 
 
 def test_full_fine_tuning_in_bf16(tmp_path: Path) -> None:
-    from fasttune import config, train
+    from fasttune import config
+    from fasttune.core import train
 
     tree = {key: value for key, value in TREE.items() if key != "lora"}
     tree |= {"output_dir": str(tmp_path / "run"), "train": TREE["train"] | {"method": "full", "learning_rate": 1e-3}}

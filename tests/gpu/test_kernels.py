@@ -4,7 +4,7 @@ from collections.abc import Iterator
 
 import pytest
 
-from fasttune.checks import Result, runner
+from fasttune.verify import Result, runner
 
 torch = pytest.importorskip("torch")
 pytestmark = [
@@ -16,13 +16,13 @@ WHERE_PRESENT = ["sdpa-cudnn", "torch-varlen", "xformers", "flash-attn", "flash-
 
 
 def results_of(module: str, *names: str) -> list[Result]:
-    job = runner.Job(f"fasttune.checks.{module}", names, 420, "unset")
+    job = runner.Job(f"fasttune.verify.{module}", names, 420, "unset")
     return runner.run_jobs((job,), lambda text: None)
 
 
 @pytest.fixture(scope="module")
 def attention() -> Iterator[dict[str, Result]]:
-    from fasttune.checks.attention import CHECKS
+    from fasttune.verify.attention import CHECKS
 
     yield {result.name: result for result in results_of("attention", *CHECKS)}
 

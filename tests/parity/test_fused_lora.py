@@ -17,7 +17,8 @@ def model(unsloth: None) -> Any:
 def tiny_lora(dropout: float = 0.0, rank: int = 8) -> Any:
     import torch
 
-    from fasttune import config, model as models
+    from fasttune import config
+    from fasttune.core import model as models
 
     wanted = config.ModelConfig(name="builtin:tiny", max_length=64, dtype="float32")
     base, _ = models.load(wanted, "float32", "none", False, 0)
@@ -108,7 +109,7 @@ def test_only_plain_fp32_layers_are_fused(unsloth: None) -> None:
 
 def test_a_run_says_that_it_was_fused(unsloth: None, tmp_path: Path) -> None:
     from fasttune import config, terminal
-    from fasttune.training import prepare, trainer as trainers
+    from fasttune.core import prepare, trainer as trainers
 
     wanted = config.parse(
         {

@@ -43,7 +43,7 @@ def step(
     import torch
 
     from fasttune import terminal
-    from fasttune.training import prepare, trainer as trainers
+    from fasttune.core import prepare, trainer as trainers
 
     folder = tmp_path_factory.mktemp(request.param)
     job = prepare.prepare(settings(folder, method=request.param), folder / "run", terminal.Reporter(quiet=True))
@@ -88,14 +88,15 @@ def test_every_layout_gives_the_same_step(step: Callable[..., Step], layout: Lay
 
 @pytest.mark.parametrize("dtype", ["float32", "bfloat16", "float16"])
 def test_a_pack_is_proved_and_every_leak_is_found(unsloth: None, monkeypatch: pytest.MonkeyPatch, dtype: str) -> None:
-    from fasttune import config, model as models, packed
+    from fasttune import config
+    from fasttune.core import model as models, packing
 
     wanted = config.ModelConfig(name="builtin:tiny", max_length=64)
     model, _ = models.load(wanted, dtype, "none", False, 0)
-    assert packed.enable(model, 64) is None  # in bf16 rounding alone moves logits by more than a percent
+    assert packing.enable(model, 64) is None  # in bf16 rounding alone moves logits by more than a percent
 
     def forgetful(*args: Any, packed_seq_lengths: Any = None, shared_prefix: Any = None, **kwargs: Any) -> Any:
-        return packed.sdpa_attention_forward(*args, **kwargs)
+        return packing.sdpa_attention_forward(*args, **kwargs)
 
     def unshared(*args: Any, shared_prefix: Any = None, **kwargs: Any) -> Any:
         return rows_attention(*args, **kwargs)
@@ -111,16 +112,16 @@ def test_a_pack_is_proved_and_every_leak_is_found(unsloth: None, monkeypatch: py
         own = rows_attention(*args, packed_seq_lengths=packed_seq_lengths, **kwargs)[0]
         return own if packed_seq_lengths is None else own + 1e-2 * forgetful(*args, **kwargs)[0], None
 
-    rows_attention = packed.rows_attention
+    rows_attention = packing.rows_attention
     for broken in (forgetful, unshared, shifted, faint):
-        monkeypatch.setattr(packed, "rows_attention", broken)
-        assert packed.enable(model, 64), broken
-    monkeypatch.setattr(packed, "rows_attention", rows_attention)
+        monkeypatch.setattr(packing, "rows_attention", broken)
+        assert packing.enable(model, 64), broken
+    monkeypatch.setattr(packing, "rows_attention", rows_attention)
     model.config.attention_dropout = 0.1
-    assert "drops out" in (packed.enable(model, 64) or "")
+    assert "drops out" in (packing.enable(model, 64) or "")
     model.config.attention_dropout = 0.0
     model.config.sliding_window = 16
-    assert "looks back 16 tokens" in (packed.enable(model, 64) or "")
+    assert "looks back 16 tokens" in (packing.enable(model, 64) or "")
 
 
 @pytest.mark.parametrize("dtype", ["float32", "bfloat16", "float16"])
@@ -129,27 +130,28 @@ def test_positions_that_do_not_restart_are_found(unsloth: None, monkeypatch: pyt
     import torch
     from transformers import GPT2Config, GPT2LMHeadModel
 
-    from fasttune import packed
+    from fasttune.core import packing
 
     torch.manual_seed(0)
     sizes = GPT2Config(vocab_size=64, n_positions=128, n_embd=32, n_layer=2, n_head=2, attn_pdrop=0.0)
     model = GPT2LMHeadModel(sizes).to(getattr(torch, dtype))
     with torch.no_grad():
         model.transformer.wpe.weight *= 20
-    assert packed.enable(model, 64) is None
+    assert packing.enable(model, 64) is None
     forward = model.forward
 
     def going_on(position_ids: Any = None, **kwargs: Any) -> Any:
         return forward(**kwargs)
 
     monkeypatch.setattr(model, "forward", going_on)
-    assert "alone" in (packed.enable(model, 64) or "")
+    assert "alone" in (packing.enable(model, 64) or "")
 
 
 def test_an_error_of_the_device_is_not_taken_for_a_leak(unsloth: None, monkeypatch: pytest.MonkeyPatch) -> None:
     import torch
 
-    from fasttune import config, model as models, packed
+    from fasttune import config
+    from fasttune.core import model as models, packing
 
     wanted = config.ModelConfig(name="builtin:tiny", max_length=64, dtype="float32")
     model, _ = models.load(wanted, "float32", "none", False, 0)
@@ -159,15 +161,16 @@ def test_an_error_of_the_device_is_not_taken_for_a_leak(unsloth: None, monkeypat
 
     monkeypatch.setattr(model, "forward", full)
     with pytest.raises(torch.OutOfMemoryError):
-        packed.enable(model, 64)
+        packing.enable(model, 64)
 
 
 def test_such_a_model_trains_padded_with_a_warning(
     unsloth: None, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    from fasttune import packed, terminal, train as training
+    from fasttune import terminal
+    from fasttune.core import packing, train as training
 
-    monkeypatch.setattr(packed, "enable", lambda model, max_length: "it has a memory")
+    monkeypatch.setattr(packing, "enable", lambda model, max_length: "it has a memory")
     result = training.run(settings(tmp_path), terminal.Reporter(quiet=True))
     assert result.status == "completed"
     assert result.backend.packing.startswith("padded")
@@ -179,7 +182,8 @@ def test_generation_with_padded_prompts_is_unchanged(unsloth: None) -> None:
     """The model that was made ready for packs answers a padded batch like a plain one."""
     import torch
 
-    from fasttune import config, model as models, packed
+    from fasttune import config
+    from fasttune.core import model as models, packing
 
     wanted = config.ModelConfig(name="builtin:tiny", max_length=64, dtype="float32")
     model, _ = models.load(wanted, "float32", "none", False, 0)
@@ -187,6 +191,6 @@ def test_generation_with_padded_prompts_is_unchanged(unsloth: None) -> None:
     mask = torch.ones_like(ids)
     mask[0, :5] = 0  # left padding
     plain = model.generate(input_ids=ids, attention_mask=mask, max_new_tokens=8, do_sample=False)
-    assert packed.enable(model, 64) is None
-    assert model.config._attn_implementation == packed.NAME
+    assert packing.enable(model, 64) is None
+    assert model.config._attn_implementation == packing.NAME
     assert torch.equal(model.generate(input_ids=ids, attention_mask=mask, max_new_tokens=8, do_sample=False), plain)

@@ -1,1 +1,0 @@
-"""What is done with a finished run: answers, scores, a merged model, its card."""

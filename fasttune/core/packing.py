@@ -1,0 +1,202 @@
+"""Rows packed into one sequence that never see each other, and the proof of it for any model.
+
+On a GPU Unsloth's own kernels take the row lengths (`packed_seq_lengths`). On the CPU, where Unsloth runs plain
+transformers, `RowsAttention` does; there a beginning that all rows of a pack share is computed once.
+"""
+
+from typing import Any
+
+import numpy as np
+
+from fasttune.core import model as models  # first: it imports unsloth
+
+import torch
+from transformers import AttentionInterface
+from transformers.integrations.sdpa_attention import sdpa_attention_forward
+from transformers.masking_utils import AttentionMaskInterface, sdpa_mask
+
+from fasttune.cpu.rows_attention import RowsAttention
+from fasttune.data.batching import Encoded, MicroBatch, ON_HOST, flat
+from fasttune.errors import first_line
+
+NAME = "fasttune_rows"
+PROBE_PREFIX, PROBE_LENGTHS = 20, [25, 29, 23]  # of three rows that begin alike
+# Relative, of all logits of a row. A layout may add so many times what another one adds by rounding alone, or so much.
+ROUNDINGS = 4
+LEAST_TOLERANCE = {torch.float32: 1e-4, torch.float16: 2e-2, torch.bfloat16: 1e-1}
+
+
+def rows_attention(
+    module: Any,
+    query: torch.Tensor,
+    key: torch.Tensor,
+    value: torch.Tensor,
+    attention_mask: torch.Tensor | None,
+    packed_seq_lengths: torch.Tensor | None = None,
+    shared_prefix: torch.Tensor | None = None,
+    scaling: float | None = None,
+    **kwargs: Any,
+) -> tuple[torch.Tensor, None]:
+    """Causal attention of each row of a pack by itself. query (1, H, T, D); key, value (1, KV, T, D) → (1, T, H, D).
+
+    Without `packed_seq_lengths` (generation, padded rows) it is transformers' own SDPA.
+    """
+    if packed_seq_lengths is None:
+        return sdpa_attention_forward(module, query, key, value, attention_mask, scaling=scaling, **kwargs)
+    scale = query.shape[-1] ** -0.5 if scaling is None else scaling
+    prefix = 0 if shared_prefix is None else int(shared_prefix)
+    return RowsAttention.apply(query, key, value, scale, packed_seq_lengths.tolist(), prefix), None
+
+
+def rows_mask(*args: Any, attention_mask: torch.Tensor | None = None, **kwargs: Any) -> torch.Tensor | None:
+    """No mask where nothing is padded or cached: SDPA's own causal one does. Else what transformers makes for SDPA."""
+    if attention_mask is None and kwargs.get("q_length", -1) == kwargs.get("kv_length", -2):
+        return None
+    return sdpa_mask(*args, attention_mask=attention_mask, **kwargs)
+
+
+def shares_prefix() -> bool:
+    """Whether `enable` makes a model take packs whose rows share a prefix: Unsloth's kernels for a GPU cannot."""
+    return not torch.cuda.is_available()
+
+
+def enable(model: Any, max_length: int) -> str | None:
+    """Make a loaded model take packed rows; None, or the reason why it cannot be packed exactly (then it is unchanged).
+
+    Proved on the live model, with the kernels that will train it. Raises what the device raises, out of memory too.
+    """
+    config = getattr(model.config, "get_text_config", lambda: model.config)()
+    window = getattr(config, "sliding_window", None)
+    windowed = window is not None and getattr(config, "use_sliding_window", True)
+    reach = window if windowed else getattr(config, "attention_chunk_size", None)
+    if reach is not None and reach < max_length:
+        return f"its attention looks back {reach:,} tokens only, less than model.max_length={max_length:,}"
+    if getattr(config, "attention_dropout", 0.0):
+        return f"its attention drops out (attention_dropout={config.attention_dropout:g})"
+    before, undo = config._attn_implementation, None
+    if shares_prefix():
+        AttentionInterface.register(NAME, rows_attention)
+        AttentionMaskInterface.register(NAME, rows_mask)
+        config._attn_implementation = NAME
+    else:
+        models.enable_packed_kernels(model)
+        undo = models.take_varlen_kernel()
+    reason = inexact(model)
+    if reason is not None and undo is not None:
+        undo()
+        reason = inexact(model)
+    if reason is not None:
+        config._attn_implementation = before
+    return reason
+
+
+def inexact(model: Any) -> str | None:
+    """None where packs are exact on the live model, else what is wrong. Every form of a pack is looked at twice:
+
+    no gradient of a row's logits reaches another row's embeddings, in training mode: zero to the bit, in every dtype;
+    a row's logits are those of the row alone, up to a small multiple of what the layout alone changes in this dtype.
+    """
+    rows = _probe_rows(model)
+    packs = [flat(rows)] + ([flat(rows, share_prefix=True)] if shares_prefix() else [])
+    try:
+        alone = [_logits(model, {"input_ids": ids[None]})[0] for ids, _ in rows]
+        rounding = max(map(_difference, _logits(model, _rectangle(rows)), alone))
+        tolerance = max(ROUNDINGS * rounding, LEAST_TOLERANCE.get(next(model.parameters()).dtype, 5e-2))
+        for pack in packs:
+            prefix = int(pack.get("shared_prefix", 0))
+            *_, first, second, third = _segments(pack)
+            own = _logits(model, pack)[0]
+            error = max(
+                _difference(own[segment], logits[prefix:])
+                for segment, logits in zip((first, second, third), alone, strict=True)
+            )
+            if not error <= tolerance:  # NaN too
+                return (
+                    f"its rows differ from what they are alone (logits by {error:.1%}, in rectangles by {rounding:.1%})"
+                )
+            if any(_leaks(model, pack, segment, prefix) for segment in (second, third)):
+                return "its rows see each other in a pack"
+    except (TypeError, ValueError, RuntimeError) as error:
+        if isinstance(error, (torch.OutOfMemoryError, torch.AcceleratorError)) or "allocate memory" in str(error):
+            raise
+        return f"it does not take row lengths ({first_line(error)})"
+    return None
+
+
+def _leaks(model: Any, pack: MicroBatch, segment: slice, prefix: int) -> bool:
+    """Whether the logits of a segment depend on an embedding outside of it and of the prefix."""
+    leaves: list[torch.Tensor] = []
+
+    def leaf(_module: Any, _arguments: Any, output: torch.Tensor) -> torch.Tensor:
+        leaves.append(output.detach().requires_grad_())
+        return leaves[-1].clone()  # Unsloth scales what it gets in place
+
+    hook, was_training = model.get_input_embeddings().register_forward_hook(leaf), model.training
+    model.train()
+    try:
+        with _autocast(model):
+            logits = model(**_tensors(model, pack), use_cache=False).logits[0, segment].float()
+        (logits * torch.linspace(-1, 1, logits.shape[-1], device=logits.device)).sum().backward()
+    finally:
+        hook.remove()
+        model.train(was_training)
+        model.zero_grad(set_to_none=True)
+    (gradient,) = leaves[-1].grad
+    seen = torch.zeros(len(gradient), dtype=torch.bool, device=gradient.device)
+    seen[:prefix] = seen[segment] = True
+    return bool(gradient[~seen].any()) or not bool(gradient[seen].any())
+
+
+def _segments(pack: MicroBatch) -> list[slice]:
+    """Where the rows lie in a pack; a shared prefix comes first."""
+    ends = np.cumsum(pack["packed_seq_lengths"]).tolist()
+    return [slice(start, end) for start, end in zip([0, *ends], ends, strict=False)]
+
+
+def _rectangle(rows: list[Encoded]) -> MicroBatch:
+    """The rows below each other, each filled up behind its end, where causal attention does not look. No mask."""
+    longest = sum(len(ids) for ids, _ in rows)
+    return {"input_ids": np.stack([np.resize(ids, longest) for ids, _ in rows])}
+
+
+def _probe_rows(model: Any) -> list[Encoded]:
+    """(ids, supervised) of random rows that begin alike; their last two tokens are supervised."""
+    vocabulary = model.get_input_embeddings().weight.shape[0]
+    draw = np.random.default_rng(0).integers(vocabulary, size=(len(PROBE_LENGTHS), max(PROBE_LENGTHS)))
+    draw[:, :PROBE_PREFIX] = draw[0, :PROBE_PREFIX]
+    draw[:, PROBE_PREFIX] = range(len(PROBE_LENGTHS))  # and differ after it
+    return [(ids[:length], np.arange(length) >= length - 2) for ids, length in zip(draw, PROBE_LENGTHS, strict=True)]
+
+
+@torch.no_grad()
+def _logits(model: Any, batch: MicroBatch) -> torch.Tensor:
+    """(B, T, V) of a micro-batch without its labels, in evaluation mode."""
+    was_training = model.training
+    model.eval()
+    try:
+        with _autocast(model):
+            return model(**_tensors(model, batch), use_cache=False).logits
+    finally:
+        model.train(was_training)
+
+
+def _tensors(model: Any, batch: MicroBatch) -> dict[str, torch.Tensor]:
+    return {
+        name: torch.from_numpy(array) if name in ON_HOST else torch.from_numpy(array).to(model.device)
+        for name, array in batch.items()
+        if name != "labels"
+    }
+
+
+def _autocast(model: Any) -> Any:
+    """As the trainer runs a bf16 model."""
+    enabled = next(model.parameters()).dtype == torch.bfloat16
+    return torch.autocast(model.device.type, torch.bfloat16, enabled=enabled)
+
+
+def _difference(packed: torch.Tensor, alone: torch.Tensor) -> float:
+    """‖packed − alone‖ / ‖alone‖ of logits (T, V) at the row's tokens. Single logits say less: in bf16 those of SmolLM2
+    move by 15 % of the largest one between two layouts of the same row.
+    """
+    packed, alone = packed[: len(alone)].float(), alone.float()
+    return float(torch.linalg.vector_norm(packed - alone) / torch.linalg.vector_norm(alone))

@@ -1,0 +1,154 @@
+"""Config → a Job: everything that is ready before the first step. Nothing is written here.
+
+Unsloth and torch are imported inside `prepare`: bad input must fail in a second, not in ten.
+"""
+
+from collections.abc import Callable
+from dataclasses import dataclass, replace
+from pathlib import Path
+from typing import Any
+
+from fasttune import hardware
+from fasttune.config import Config, looks_like_hub
+from fasttune.core import autoconfig, pretrained, run_folder, shape
+from fasttune.core.autoconfig import Plan
+from fasttune.data import chat, load, sources
+from fasttune.data.batching import Batches, Encoded
+from fasttune.errors import ConfigError, DataError
+from fasttune.hardware import Hardware
+from fasttune.metrics import Forecast, Setting
+from fasttune.quiet import take_over_loggers
+from fasttune.terminal import Reporter
+from fasttune.tools import estimate
+
+
+@dataclass
+class Job:
+    """Everything that is ready before the first step."""
+
+    config: Config  # every `auto` resolved
+    folder: Path
+    machine: Hardware
+    plan: Plan
+    model: Any
+    tokenizer: Any
+    data: Batches
+    held_out: list[Encoded]
+    problems: list[Any]
+    total_steps: int
+    usd_per_hour: float | None
+    settings: list[Setting]
+    warnings: list[str]
+    forecast: Forecast
+
+
+def preflight(config: Config, resume: Path | None = None) -> Path:
+    """Everything that can be refused without importing torch. Returns the output folder, not yet made."""
+    folder = run_folder.choose(config, resume)
+    check(config)
+    return folder
+
+
+def check(config: Config) -> None:
+    """As `preflight`, of everything but the folder. Raises DataError and ModelError."""
+    splits = dict.fromkeys(config.data.sources, config.data.split)
+    splits |= {config.data.eval: config.data.held_out_split} if config.data.eval else {}
+    columns, unused = config.data.columns, not any(map(looks_like_hub, splits))
+    for source, split in splits.items():
+        sources.check(source, split)
+        if not looks_like_hub(source):
+            unused = not load.form_of(config, source, split)[1] and unused
+    if columns and unused:
+        raise DataError(f"data.columns: no source has {', '.join(columns.values())}: correct the names or remove it")
+    pretrained.check(config.model.name)
+
+
+def prepare(config: Config, folder: Path, reporter: Reporter) -> Job:
+    """Plan, model and data, ready to train. Writes nothing."""
+    reporter.note("importing unsloth and torch …")
+    from fasttune.core import model as models, packing, samples
+    from fasttune.cpu import fused_lora
+
+    take_over_loggers()
+    warnings: list[str] = []
+    machine = hardware.detect(folder)
+    config, architecture = fitted(config, warnings.append)
+    chosen = autoconfig.resolve(config, machine, shape.Shape.of(architecture))
+    config = chosen.apply(config)
+    if not chosen.fits:
+        warnings.append("the forecast does not fit into memory: `fasttune plan` says what to change")
+    if chosen.shape.experts > 1:
+        warnings.append(f"{autoconfig.EXPERTS_UNCHECKED}: it may not fit even where it is said to")
+    reporter.note(f"loading {config.model.name} …")
+    policy, full = chosen.gradient_checkpointing, config.train.method == "full"
+    model, tokenizer = models.load(config.model, chosen.dtype, policy, full, config.seed)
+    model = model if full else models.add_lora(model, config.lora, policy, config.seed)
+    settings = list(chosen.settings)
+    if not full and not machine.gpus and (fused := fused_lora.enable(model)):
+        settings.append(Setting("LoRA", f"fused in {fused} layers", "no GPU for Unsloth's own fused kernels"))
+    packed = config.train.packing is not False
+    if packed and (reason := packing.enable(model, config.model.max_length)):
+        packed = False
+        config = config.model_copy(update={"train": config.train.model_copy(update={"packing": False})})
+        warnings.append(f"rows are padded, not packed: {reason}")
+    settings.append(autoconfig.packing(packed, "proved on this model: rows in a pack do not see each other"))
+    settings += [Setting("chat template", what, why) for what, why in chat.complete(tokenizer)]
+    config = load.with_format(config)
+    data = load.encode(config, tokenizer, packed, reporter.progress)
+    data.share_prefix = packed and packing.shares_prefix()
+    held_out, doubts = load.held_out(config, tokenizer, data, reporter.progress)
+    warnings += doubts
+    pretrained.check_tokens(tokenizer, len(model.get_input_embeddings().weight), load.texts(data, held_out))
+    settings += [Setting("data", line) for line in load.describe(data)]
+    if held_out:
+        settings.append(Setting("held out", f"loss of {len(held_out):,} rows, {_when(config)}"))
+    run_folder.check_space(folder, needed_gib(config, models.trained_gib(model)))
+    usd_per_hour, price = autoconfig.price_of(config, machine)
+    settings += [price] if price else []
+    expected = estimate.of_run(config, replace(chosen, packed=packed), data, machine, usd_per_hour)
+    settings.append(Setting("forecast", estimate.in_words(expected), f"speed: {expected.rate}"))
+    return Job(
+        config=config,
+        folder=folder,
+        machine=machine,
+        plan=chosen,
+        model=model,
+        tokenizer=tokenizer,
+        data=data,
+        held_out=held_out,
+        problems=samples.read(config, tokenizer, data, warnings.append),
+        total_steps=data.total_steps(config.train.epochs, config.train.max_steps),
+        usd_per_hour=usd_per_hour,
+        settings=settings,
+        warnings=warnings,
+        forecast=expected,
+    )
+
+
+def fitted(config: Config, warn: Callable[[str], None]) -> tuple[Config, Any]:
+    """The config, with no longer rows than the model has positions, and the model's architecture.
+
+    Raises ConfigError where more were asked for, ModelError where the architecture cannot be read.
+    """
+    architecture = pretrained.read_architecture(config.model)
+    most, asked = pretrained.positions(architecture), config.model.max_length
+    if not most or asked <= most:
+        return config, architecture
+    said = f"model.max_length={asked:,} is more than the {most:,} positions of {config.model.name[:100]}"
+    if "max_length" in config.model.model_fields_set:
+        raise ConfigError([f"{said}: set it to {most} or less"])
+    warn(f"{said}: {most:,} are used (set model.max_length to choose)")
+    return config.model_copy(update={"model": config.model.model_copy(update={"max_length": most})}), architecture
+
+
+def needed_gib(config: Config, trained_gib: float) -> float:
+    """Disk for what is saved at the end and the checkpoints: weights and two moments each, one while it is written."""
+    never = config.checkpoint.every == "never"
+    kept = 3 if never else 3 * (config.checkpoint.keep + 1)  # a signal writes one even then
+    kept += 3 if config.eval.keep_best or (config.eval.every_steps and not never) else 0
+    return trained_gib * ((2 if config.lora.init == "pissa" else 1) + kept)
+
+
+def _when(config: Config) -> str:
+    on_the_way = config.eval.every_steps is not None
+    return f"at the start, every {config.eval.every} and at the end" if on_the_way else "at the start and at the end"

@@ -1,0 +1,115 @@
+"""The steps of a run in TensorBoard, Weights & Biases or Trackio, only where `train.report_to` asks for one.
+
+TensorBoard writes files into the run's folder and sends nothing. The others send where their own settings say; they get
+the resolved config and the numbers of metrics.jsonl, no code, no console output and no facts of the machine.
+"""
+
+import importlib.util
+import math
+import netrc
+import os
+import warnings
+from collections.abc import Callable
+from urllib.parse import urlsplit
+
+from fasttune.core.prepare import Job
+from fasttune.errors import ConfigError, kind_and_line
+from fasttune.metrics import StepMetrics
+
+SHOWN = ["loss", "learning_rate", "grad_norm", "tokens_per_s", "peak_memory_gib"]
+SHOWN += ["eval_loss", "eval_token_accuracy", "eval_exact_match"]
+OFFLINE = ("offline", "disabled", "dryrun")  # of WANDB_MODE
+
+Send = Callable[[dict[str, float], int], None]  # numbers by name, step
+
+
+def check(report_to: str) -> None:
+    """Fail early, before anything is imported: raises ConfigError where the package or the key is missing."""
+    if report_to != "none" and importlib.util.find_spec(report_to) is None:
+        raise ConfigError(
+            [f"train.report_to={report_to}: the package is not installed; pip install {report_to}, or set it to none"]
+        )
+    if report_to == "wandb" and os.environ.get("WANDB_MODE") not in OFFLINE and not _wandb_key():
+        raise ConfigError(
+            ["train.report_to=wandb: no key; run `wandb login`, set WANDB_API_KEY, or WANDB_MODE=offline to keep it"]
+        )
+
+
+class Tracker:
+    """Where the steps go. What it cannot send is one warning, and the run goes on."""
+
+    def __init__(self, job: Job, resumed_from_step: int | None, warn: Callable[[str], None]):
+        self.warn = warn
+        self._send: Send | None = None
+        self._close: Callable[[], None] = lambda: None
+        make = {"tensorboard": _tensorboard, "wandb": _wandb, "trackio": _trackio}.get(job.config.train.report_to)
+        if make is not None:
+            self._guarded(lambda: self._open(*make(job, resumed_from_step)))
+
+    def step(self, step: StepMetrics) -> None:
+        found = {name: getattr(step, name) for name in SHOWN}
+        numbers = {name: value for name, value in found.items() if value is not None and math.isfinite(value)}
+        if (send := self._send) is not None:
+            self._guarded(lambda: send(numbers, step.step))
+
+    def close(self) -> None:
+        self._guarded(self._close)
+
+    def _open(self, send: Send, close: Callable[[], None]) -> None:
+        self._send, self._close = send, close
+
+    def _guarded(self, action: Callable[[], None]) -> None:
+        try:
+            with warnings.catch_warnings():
+                warnings.simplefilter("ignore")  # theirs
+                action()
+        except Exception as error:  # a service that is down must not cost the run
+            self._send, self._close = None, lambda: None
+            self.warn(f"train.report_to: nothing more is reported: {kind_and_line(error)}")
+
+
+def _tensorboard(job: Job, resumed_from_step: int | None) -> tuple[Send, Callable[[], None]]:
+    from torch.utils.tensorboard import SummaryWriter
+
+    purge = None if resumed_from_step is None else resumed_from_step + 1  # what the lost steps have left
+    writer = SummaryWriter(str(job.folder / "tensorboard"), purge_step=purge)
+
+    def send(numbers: dict[str, float], step: int) -> None:
+        for name, value in numbers.items():
+            writer.add_scalar(name, value, step)
+        writer.flush()
+
+    return send, writer.close
+
+
+def _wandb(job: Job, resumed_from_step: int | None) -> tuple[Send, Callable[[], None]]:
+    import wandb
+
+    run = wandb.init(
+        project="fasttune",
+        name=job.folder.name,
+        dir=str(job.folder),
+        config=job.config.model_dump(mode="json"),
+        settings=wandb.Settings(
+            console="off", silent=True, disable_git=True, disable_code=True, x_disable_stats=True, x_disable_meta=True
+        ),
+    )
+    return lambda numbers, step: run.log(numbers, step=step), run.finish
+
+
+def _trackio(job: Job, resumed_from_step: int | None) -> tuple[Send, Callable[[], None]]:
+    import trackio
+
+    trackio.init(project="fasttune", name=job.folder.name, config=job.config.model_dump(mode="json"))
+    return lambda numbers, step: trackio.log(numbers, step=step), trackio.finish
+
+
+def _wandb_key() -> bool:
+    """Where wandb itself looks: https://docs.wandb.ai/guides/track/environment-variables"""
+    if os.environ.get("WANDB_API_KEY"):
+        return True
+    server = os.environ.get("WANDB_BASE_URL", "https://api.wandb.ai")
+    try:
+        return netrc.netrc().authenticators(urlsplit(server).hostname or "") is not None
+    except (OSError, netrc.NetrcParseError):
+        return False

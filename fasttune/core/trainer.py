@@ -1,0 +1,264 @@
+"""TRL's SFTTrainer (as Unsloth patched it) with a stopwatch and counters: what a step really cost and what really ran.
+
+Shapes: B rows of a micro-batch, T tokens of the longest row (or of the whole packed row).
+"""
+
+import math
+import signal
+import time
+from collections.abc import Callable
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+from fasttune.core import model as fasttune_model  # first: it imports unsloth, which patches transformers and trl
+
+import torch
+import transformers
+import trl
+from datasets import Dataset
+
+from fasttune.cpu import fused_lora
+from fasttune.data.batching import Batches, ON_HOST
+from fasttune.metrics import Backend, StepMetrics
+from fasttune.core.what_ran import Watched, count_tokens, dtypes, peak_memory_gib, rows_of, synchronize
+from fasttune.core.prepare import Job
+from fasttune.core.evaluation import Validator
+
+
+MAX_HOURS = "checkpoint.max_hours"
+
+
+class MeasuredTrainer(Watched, trl.SFTTrainer):
+    """Counts tokens in the very tensors that are trained on, and has less of them at once where memory runs out.
+
+    A batch of its data loader is a whole optimizer step, a list of micro-batches: how many there are depends on how
+    the step's rows fit together.
+    """
+
+    counts: dict[str, int]
+    rows_seen: int = 0  # of the last step, and in how many micro-batches
+    micro_batches_seen: int = 0
+    packed_seen: bool = False
+    started: float = 0.0  # of the present step
+    step_loss: float = 0.0
+    rows_at_once: int | None = None  # fewer than planned, since memory ran out
+    first_step_done: float = 0.0
+
+    def get_batch_samples(self, epoch_iterator: Any, num_batches: int, device: torch.device) -> Any:
+        """The micro-batches of one optimizer step and how many tokens it learns: the loss is their mean over all of it.
+
+        The step's clock starts before they are made.
+        """
+        synchronize()
+        self.started = time.perf_counter()
+        steps = [step for _, step in zip(range(num_batches), epoch_iterator, strict=False)]
+        micro_batches = [batch for step in steps for batch in step]
+        if micro_batches:
+            self.counts = count_tokens(micro_batches)
+            self.packed_seen = all("attention_mask" not in batch for batch in micro_batches)
+            self.micro_batches_seen = len(micro_batches)
+            self.rows_seen = sum(rows_of(batch) for batch in micro_batches)
+            return steps, torch.tensor(self.counts["loss_tokens"], device=device)
+        return steps, None
+
+    def training_step(self, model: Any, inputs: list[dict[str, Any]], num_items_in_batch: Any = None) -> torch.Tensor:
+        """Forward and backward of every micro-batch of a step; returns their summed loss.
+
+        Out of memory, once in a run: the same rows again, fewer at once.
+        """
+        if self.rows_at_once is not None:  # the loader may have made this step before that was known
+            inputs = self._made_again()
+        try:
+            return self._micro_steps(model, inputs, num_items_in_batch)
+        except torch.OutOfMemoryError:
+            if self.rows_at_once is not None or not self._halve():
+                raise
+        model.zero_grad(set_to_none=True)  # outside of `except`, whose traceback holds the activations
+        if torch.cuda.is_available():
+            torch.cuda.empty_cache()
+        return self._micro_steps(model, self._made_again(), num_items_in_batch)
+
+    def _micro_steps(self, model: Any, inputs: list[dict[str, Any]], learned: Any) -> torch.Tensor:
+        total = torch.stack([self._micro_step(model, batch, learned) for batch in inputs]).sum()
+        self.step_loss = float(total)
+        return total
+
+    def _halve(self) -> bool:
+        """Half as many rows at once, and half again until the present step falls into more pieces; False: it cannot."""
+        batches, step = self.data_collator.batches, self.state.global_step
+        before = len(batches.micro_batches(step))
+        while batches.micro_rows > 1 and self.rows_at_once is None:
+            batches.micro_rows //= 2
+            if len(batches.micro_batches(step)) > before:
+                self.rows_at_once = batches.micro_rows
+        return self.rows_at_once is not None
+
+    def _made_again(self) -> list[dict[str, Any]]:
+        micro_batches = self.data_collator([{"step": self.state.global_step}])
+        self.counts, self.micro_batches_seen = count_tokens(micro_batches), len(micro_batches)
+        return micro_batches
+
+    def _prepare_inputs(self, inputs: dict[str, torch.Tensor]) -> dict[str, torch.Tensor]:
+        """To the device without waiting for it. Row lengths stay on the host."""
+        return {
+            name: tensor if name in ON_HOST else tensor.to(self.args.device, non_blocking=True)
+            for name, tensor in inputs.items()
+        }
+
+    def _micro_step(self, model: Any, batch: dict[str, Any], learned: Any) -> torch.Tensor:
+        return super().training_step(model, batch, learned)
+
+
+@dataclass
+class StepCollator:
+    """[{"step": i}] → the micro-batches of step i, as tensors."""
+
+    batches: Batches
+
+    def __call__(self, examples: list[dict[str, int]]) -> list[dict[str, torch.Tensor]]:
+        (example,) = examples
+        made = self.batches.micro_batches(example["step"])
+        return [{name: torch.from_numpy(array) for name, array in batch.items()} for batch in made]
+
+    torch_call = __call__  # Unsloth looks for TRL's name
+
+
+class StepRecorder(transformers.TrainerCallback):
+    """Turns the trainer's events into StepMetrics, leaves bad steps out, and ends in order: signals, max_hours."""
+
+    def __init__(
+        self,
+        trainer: MeasuredTrainer,
+        on_step: Callable[[StepMetrics, int], None],
+        validator: Validator,
+        after_step: Callable[[int, bool], None] = lambda step, stopping: None,
+        ends_at: float = math.inf,
+    ):
+        self.trainer = trainer
+        self.on_step = on_step  # the step, and how many in a row were bad
+        self.validator = validator
+        self.after_step = after_step  # step, whether it is the last before an early end
+        self.ends_at = ends_at  # perf_counter()
+        self.seconds = 0.0
+        self.stopped_by: str | None = None
+        self.bad_in_a_row = 0
+
+    def stop(self, number: int, _frame: Any) -> None:
+        """Signal handler: the first one ends the run after this step, a second one at once."""
+        if self.stopped_by is not None:
+            raise KeyboardInterrupt
+        self.stopped_by = signal.Signals(number).name
+
+    def on_pre_optimizer_step(self, args: Any, state: Any, control: Any, model: Any = None, **kwargs: Any) -> None:
+        """Without gradients the optimizer changes nothing: weights and moments stay as they were."""
+        gradients = [parameter.grad for parameter in model.parameters() if parameter.grad is not None]
+        finite = math.isfinite(self.trainer.step_loss) and bool(torch.nn.utils.get_total_norm(gradients).isfinite())
+        self.bad_in_a_row = 0 if finite else self.bad_in_a_row + 1
+        if not finite:
+            model.zero_grad(set_to_none=True)
+
+    def on_step_end(self, args: Any, state: Any, control: Any, **kwargs: Any) -> None:
+        synchronize()
+        now = time.perf_counter()
+        self.seconds = now - self.trainer.started
+        self.trainer.first_step_done = self.trainer.first_step_done or now
+        if self.stopped_by is None and now >= self.ends_at and state.global_step < state.max_steps:
+            self.stopped_by = MAX_HOURS
+        if self.stopped_by is not None:
+            control.should_training_stop = True
+
+    def on_log(self, args: Any, state: Any, control: Any, logs: dict[str, Any] | None = None, **kwargs: Any) -> None:
+        if not logs or "loss" not in logs:
+            return
+        counts, step = self.trainer.counts, state.global_step
+        stopping = self.stopped_by is not None  # then the time is short
+        seen = self.validator.measure(step) if self.validator.due(step) and not stopping else None
+        self.on_step(
+            StepMetrics(
+                step=step,
+                loss=float(logs["loss"]),
+                learning_rate=float(logs["learning_rate"]),
+                grad_norm=float(logs["grad_norm"]) if logs.get("grad_norm") is not None else None,
+                seconds=self.seconds,
+                tokens_per_s=counts["tokens"] / self.seconds,
+                peak_memory_gib=peak_memory_gib(),
+                eval_loss=seen.loss if seen else None,
+                eval_token_accuracy=seen.token_accuracy if seen else None,
+                eval_exact_match=seen.exact_match if seen else None,
+                **counts,
+            ),
+            self.bad_in_a_row,
+        )
+        self.after_step(step, stopping)
+
+
+def build(job: Job, scratch: Path, done: int = 0) -> MeasuredTrainer:
+    """The trainer of a prepared job whose first `done` steps are behind it. `scratch` is where TRL may write."""
+    config, plan, train = job.config, job.plan, job.config.train
+    arguments = trl.SFTConfig(
+        output_dir=str(scratch),
+        per_device_train_batch_size=1,  # one step: its micro-batches are the collator's
+        gradient_accumulation_steps=1,
+        max_steps=job.total_steps,
+        learning_rate=train.learning_rate,
+        lr_scheduler_type=train.scheduler,
+        warmup_steps=round(train.warmup_ratio * job.total_steps),
+        weight_decay=train.weight_decay,
+        max_grad_norm=train.max_grad_norm,
+        optim=plan.optimizer,
+        bf16=plan.dtype == "bfloat16",
+        gradient_checkpointing=plan.gradient_checkpointing != "none",
+        max_length=config.model.max_length,
+        packing=False,
+        dataset_kwargs={"skip_prepare_dataset": True},
+        remove_unused_columns=False,
+        seed=config.seed,
+        data_seed=config.seed,
+        logging_steps=1,
+        logging_nan_inf_filter=False,
+        disable_tqdm=True,
+        save_strategy="no",
+        report_to="none",
+        use_cpu=not torch.cuda.is_available(),
+    )
+    first = min(done, job.total_steps - 1)  # of a run whose steps are all behind it too: trl looks at an example
+    trainer = MeasuredTrainer(
+        model=job.model,
+        args=arguments,
+        train_dataset=Dataset.from_dict({"step": range(first, job.total_steps)}),
+        data_collator=StepCollator(job.data),
+        processing_class=job.tokenizer,
+    )
+    trainer.remove_callback(transformers.PrinterCallback)
+    trainer.accelerator.device_placement = False  # a step's tokens are counted before they are moved (_prepare_inputs)
+    if job.data.packed:
+        fasttune_model.scope_packed_kernels(job.model, trainer)
+    return trainer
+
+
+def backend(trainer: MeasuredTrainer) -> Backend:
+    """What ran, from the live model and trainer."""
+    model = trainer.model
+    return Backend(
+        library=_library(model),
+        attention=trainer.attention_seen or "not seen",
+        packing=_packing(trainer),
+        patched_layers=fasttune_model.patched_layers(model),
+        gradient_checkpointing=trainer.recomputation_seen or "not seen",
+        dtype=dtypes(model, trainer.args.bf16),
+    )
+
+
+def _library(model: Any) -> str:
+    if torch.cuda.is_available():
+        return "unsloth + trl"
+    fused = fused_lora.live_layers(model)
+    return "unsloth (CPU backend) + trl" + (f", LoRA fused in {fused} layers" if fused else "")
+
+
+def _packing(trainer: MeasuredTrainer) -> str:
+    form = "packed" if trainer.packed_seen else "padded"
+    text = f"{form}: {trainer.rows_seen} rows in {trainer.micro_batches_seen} micro-batches"
+    shared = trainer.counts["shared_tokens"] if trainer.rows_seen else 0
+    return text + (f", {shared} tokens of a shared beginning not computed again" if shared else "") + " (last step)"

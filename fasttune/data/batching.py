@@ -1,0 +1,207 @@
+"""Steps of a run: seeded order → which rows each step learns from → micro-batches as arrays. A step depends on the seed
+and its number alone, so any step can be made at any time, by any process.
+
+A step is always the same rows, packed or padded: packing decides only how they lie in memory.
+"""
+
+import math
+from bisect import bisect_left, insort
+from dataclasses import dataclass
+from functools import cached_property
+from typing import Any
+
+import numpy as np
+
+from fasttune.data.store import Rows
+from fasttune.data.tokenize import IGNORE, labels
+
+MicroBatch = dict[str, Any]  # arrays by the names a transformers model takes them
+Encoded = tuple[np.ndarray, np.ndarray]  # ids and whether each is learned, both (T,)
+ON_HOST = ("packed_seq_lengths", "shared_prefix")  # where Unsloth and RowsAttention read them: not moved to a GPU
+MIN_PREFIX = 8  # tokens; fewer cost more in small matmuls than they save
+HOLD_OUT_STREAM = 1 << 32  # keeps the hold-out draw apart from the epochs' shuffles
+
+
+@dataclass
+class Batches:
+    """All steps of a run. `parts` are the data sets, with `weights` (see epoch_order).
+
+    eval_share: share of each set's rows that is held out and never trained on.
+    batch_rows: rows of a step. micro_rows: full rows (of max_length tokens) that fit at once.
+    share_prefix: a beginning that all rows of a pack have in common lies in it once.
+    """
+
+    parts: list[Rows]
+    weights: list[float]
+    seed: int
+    eval_share: float
+    batch_rows: int
+    micro_rows: int
+    max_length: int
+    packed: bool
+    pad_id: int
+    share_prefix: bool = False
+
+    @cached_property
+    def split(self) -> list[tuple[np.ndarray, np.ndarray]]:
+        """(trained, held-out) row indexes of each part, both in the order of the file.
+
+        The pieces of a split row share its number and stay together.
+        """
+        found = []
+        for part, rows in enumerate(self.parts):
+            numbers = np.unique(rows.numbers)
+            shuffled = np.random.default_rng([self.seed, HOLD_OUT_STREAM, part]).permutation(numbers)
+            held = np.isin(rows.numbers, shuffled[: round(self.eval_share * len(numbers))])
+            found.append((np.flatnonzero(~held), np.flatnonzero(held)))
+        return found
+
+    @cached_property
+    def sizes(self) -> list[int]:
+        return [len(trained) for trained, _ in self.split]
+
+    @property
+    def rows_per_epoch(self) -> int:
+        """How many rows `epoch_order` gives."""
+        sets = zip(self.sizes, self.weights, strict=True)
+        return sum(size * int(weight) + round((weight % 1.0) * size) for size, weight in sets)
+
+    @property
+    def steps_per_epoch(self) -> int:
+        """The last step of an epoch may hold fewer rows."""
+        return math.ceil(self.rows_per_epoch / self.batch_rows)
+
+    def total_steps(self, epochs: float, max_steps: int | None, scale: float = 1.0) -> int:
+        """Steps of a run of `epochs`, or `max_steps`; `scale`: how many times as many rows an epoch really has."""
+        if max_steps is not None:
+            return max_steps
+        # Rounded first: 1.1 * 50 is a little more than 55.
+        per_epoch = math.ceil(round(scale * self.rows_per_epoch / self.batch_rows, 9))
+        return math.ceil(round(epochs * per_epoch, 9))
+
+    def rows_of(self, step: int) -> list[tuple[int, int]]:
+        """(part, row) of every row of a step, from 0."""
+        epoch, within = divmod(step, self.steps_per_epoch)
+        if epoch != getattr(self, "_epoch", None):
+            self._epoch, self._order = epoch, epoch_order(self.sizes, self.weights, self.seed, epoch)
+        chosen = self._order[within * self.batch_rows : (within + 1) * self.batch_rows]
+        ends = np.cumsum(self.sizes)
+        parts = np.searchsorted(ends, chosen, side="right")
+        return [
+            (int(p), int(self.split[p][0][i - (ends[p] - self.sizes[p])])) for p, i in zip(parts, chosen, strict=True)
+        ]
+
+    def describe(self, step: int) -> str:
+        """The rows of a step as a person finds them: rows 12, 40 of rows.jsonl."""
+        found: dict[str, list[int]] = {}
+        for part, row in self.rows_of(step):
+            found.setdefault(self.parts[part].source, []).append(int(self.parts[part].numbers[row]))
+        return "; ".join(f"rows {', '.join(map(str, sorted(rows)))} of {source}" for source, rows in found.items())
+
+    def micro_batches(self, step: int) -> list[MicroBatch]:
+        """A step as micro-batches: packs, or padded rectangles (B, T) of a model that cannot be packed."""
+        rows = [self.parts[part].row(row) for part, row in self.rows_of(step)]
+        if self.packed:
+            groups = best_fit([len(ids) for ids, _ in rows], self.micro_rows * self.max_length)
+            return [pack([rows[i] for i in group], self.share_prefix) for group in groups]
+        return [padded(rows[at : at + self.micro_rows], self.pad_id) for at in range(0, len(rows), self.micro_rows)]
+
+
+def epoch_order(sizes: list[int], weights: list[float], seed: int, epoch: int) -> np.ndarray:
+    """Global row indexes of one epoch, shuffled; rows of data set d have the indexes after those of the sets before it.
+
+    weights: how often a row of each set is seen in an epoch. 2 is twice, 0.5 is every other row (others each epoch).
+    """
+    rng = np.random.default_rng([seed, epoch])
+    chosen, first = [], 0
+    for size, weight in zip(sizes, weights, strict=True):
+        whole, part = divmod(weight, 1.0)
+        rows = np.arange(first, first + size)
+        chosen += [np.tile(rows, int(whole)), rng.permutation(rows)[: round(part * size)]]
+        first += size
+    return rng.permutation(np.concatenate(chosen))
+
+
+def best_fit(lengths: list[int], capacity: int) -> list[list[int]]:
+    """Indexes of `lengths` in packs of at most `capacity` tokens: best-fit decreasing, each row into the fullest pack
+    that takes it. A row longer than that has a pack of its own. Deterministic.
+
+    Source: https://doi.org/10.1137/0203025 (at most 11/9 of the fewest possible packs).
+    """
+    packs: list[list[int]] = []
+    room: list[tuple[int, int]] = []  # (free tokens, pack), sorted
+    for index in sorted(range(len(lengths)), key=lambda i: -lengths[i]):
+        place = bisect_left(room, (lengths[index], -1))
+        if place == len(room):
+            packs.append([index])
+            free, pack = capacity - lengths[index], len(packs) - 1
+        else:
+            free, pack = room.pop(place)
+            packs[pack].append(index)
+            free -= lengths[index]
+        if free > 0:
+            insort(room, (free, pack))
+    return packs
+
+
+def pack(rows: list[Encoded], share_prefix: bool = False) -> MicroBatch:
+    """Rows of one length as a plain rectangle (B, T), which takes no row lengths and no mask; others flat (1, T)."""
+    if len({len(ids) for ids, _ in rows}) == 1 and not (share_prefix and common_prefix(rows)):
+        return {
+            "input_ids": np.stack([ids for ids, _ in rows]).astype(np.int64),
+            "labels": np.stack([labels(*row) for row in rows]),
+        }
+    return flat(rows, share_prefix)
+
+
+def flat(rows: list[Encoded], share_prefix: bool = False) -> MicroBatch:
+    """Rows end to end, nothing padded: input_ids, labels, position_ids (1, T) and packed_seq_lengths (rows,).
+
+    Positions restart with each row, and no row's first token is learned, so that rows never see each other.
+    With a shared prefix of P tokens, they lie first and once, `packed_seq_lengths` is (P, the rest of each row …), the
+    rests' positions go on from P, and `shared_prefix` is P.
+    """
+    prefix = common_prefix(rows) if share_prefix else 0
+    starts = [prefix] * len(rows)
+    if prefix:
+        (ids, learned), starts = rows[0], [0, *starts]
+        rows = [(ids[:prefix], learned[:prefix]), *rows]
+    ends = [len(ids) for ids, _ in rows]
+    batch = {
+        "input_ids": np.concatenate([ids[at:] for at, (ids, _) in zip(starts, rows, strict=True)]).astype(np.int64)[
+            None
+        ],
+        "labels": np.concatenate([labels(*row)[at:] for at, row in zip(starts, rows, strict=True)])[None],
+        "position_ids": np.concatenate([np.arange(at, end) for at, end in zip(starts, ends, strict=True)])[None],
+        "packed_seq_lengths": np.array([end - at for at, end in zip(starts, ends, strict=True)], np.int32),
+    }
+    return batch | ({"shared_prefix": np.array(prefix)} if prefix else {})
+
+
+def common_prefix(rows: list[Encoded]) -> int:
+    """How many tokens all rows begin with, up to the last that predicts no learned one; 0 if it is not worth it."""
+    if len(rows) < 2:
+        return 0
+    shortest = min(len(ids) for ids, _ in rows)
+    ids = np.stack([ids[:shortest] for ids, _ in rows])
+    learned = np.stack([learned[:shortest] for _, learned in rows])
+    differs = (ids != ids[0]).any(0)
+    same = int(differs.argmax()) if differs.any() else shortest
+    before_learned = int(learned[:, 1:].any(0).argmax()) if learned[:, 1:].any() else shortest - 1
+    prefix = min(same, before_learned)
+    return prefix if prefix >= MIN_PREFIX else 0
+
+
+def padded(rows: list[Encoded], pad_id: int) -> MicroBatch:
+    """Rows below each other, as long as the longest: input_ids, labels, attention_mask (B, T)."""
+    shape = (len(rows), max(len(ids) for ids, _ in rows))
+    batch = {
+        "input_ids": np.full(shape, pad_id, np.int64),
+        "labels": np.full(shape, IGNORE, np.int64),
+        "attention_mask": np.zeros(shape, np.int64),
+    }
+    for at, (ids, learned) in enumerate(rows):
+        batch["input_ids"][at, : len(ids)] = ids
+        batch["labels"][at, : len(ids)] = labels(ids, learned)
+        batch["attention_mask"][at, : len(ids)] = 1
+    return batch

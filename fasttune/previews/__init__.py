@@ -1,1 +1,0 @@
-"""The two commands that train nothing: `fasttune data` and `fasttune plan`."""

@@ -1,0 +1,1 @@
+"""What stands beside a training run and uses it: forecasts, views, scores, samples, merges."""

@@ -1,0 +1,201 @@
+"""What a run will need, from its plan and its encoded rows: memory, tokens, hours, dollars, each with a range.
+
+    expected = of_run(config, chosen, data, machine, usd_per_hour)
+
+Speed is model FLOPs of a step over the rate that this kind of machine has shown (rates.json, made from
+benchmarks/results); where it has shown none, a wide range of what such chips do. A CPU's rate is a share of what its
+matmuls do just now, because a rented one is faster or slower with its neighbours: a second goes into measuring that.
+"""
+
+import json
+import math
+import statistics
+from collections.abc import Callable
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+from fasttune import hardware
+from fasttune.config import Config
+from fasttune.core.autoconfig import Plan
+from fasttune.core.memory import MicroBatch, forecast
+from fasttune.data.batching import Batches
+from fasttune.data.tokenize import IGNORE
+from fasttune.hardware import Hardware
+from fasttune.metrics import Forecast, Memory, Range
+from fasttune.report import duration, usd
+
+SAMPLED_STEPS, SAMPLED_TOKENS = 100, 2_000_000  # of a run are laid out, until the first of them is reached
+MEMORY_ERROR = {"cpu": (0.9, 1.1), "gpu": (0.9, 1.2)}  # as measured; two runs of one GPU
+RATE_ERROR = 1.2  # around the repeats of a rate on file
+OTHER_JOB_ERROR = 1.5  # where that rate is of another method or layout
+MFU = (0.20, 0.60)  # of a GPU without a rate on file: published single-GPU fine-tuning lies between (docs/measuring.md)
+CPU_SHARE = (0.35, 0.9)  # of the matmul rate, on a CPU without one
+CPU_FIXED_TOKENS = 75  # of a micro-batch on a CPU: their time is spent however few tokens it has (docs/LOG.md)
+LAUNCH_S_A_LAYER = Range(0.003, 0.001, 0.0003)  # of a micro-batch on a GPU, forward and backward: a guess; slow first
+SMALLEST = 20e6  # parameters: below, Python and launches take the time, not arithmetic
+UNFUSED_LORA = 1.4  # times as long: PEFT's own layers on a CPU, which dropout needs, instead of fused_lora's
+START_S, CPU_START_S = Range(10.0, 20.0, 60.0), Range(8.0, 14.0, 30.0)  # imports and preparation; the first a guess
+LOAD_S_A_GIB = Range(0.3, 1.0, 3.0)  # of weights, on a GPU: a guess
+TOUCH_S_A_GIB = Range(0.5, 1.0, 4.0)  # of peak memory, on a CPU: its first step has the pages given (docs/LOG.md)
+
+
+@dataclass(frozen=True)
+class Sample:
+    """The first steps of a run as they are laid out. cells: positions that are computed."""
+
+    steps: int
+    rows: int
+    tokens: int
+    labels: int
+    cells: int
+    micro_batches: list[MicroBatch]
+
+
+def of_run(
+    config: Config,
+    chosen: Plan,
+    data: Batches,
+    machine: Hardware,
+    usd_per_hour: float | None,
+    scale: float = 1.0,
+) -> Forecast:
+    """The forecast of a run on `data`, the rows it has or a sample of them; `scale`: how many times as many it has."""
+    steps = data.total_steps(config.train.epochs, config.train.max_steps, scale)
+    sample = lay_out(data, min(steps, data.steps_per_epoch))
+    memories = {each: forecast(config, chosen.shape, chosen, each) for each in set(sample.micro_batches)}
+    largest = max(memories, key=lambda each: memories[each].total)
+    memory, tokens = memories[largest], round(sample.tokens / sample.steps * steps)
+    rate, source = rate_tflops(config, chosen, machine)
+    speed = hours = cost = None
+    if rate is not None:
+        flops = step_flops(config, chosen, sample)
+        tokens_a_step = sample.tokens / sample.steps
+        layers = 0 if chosen.gpu_gib is None else chosen.shape.layers * len(sample.micro_batches) / sample.steps
+        paired = zip(vars(rate).values(), vars(LAUNCH_S_A_LAYER).values(), strict=True)
+        speed = Range(*(tokens_a_step / (flops / (tera * 1e12) + layers * launch_s) for tera, launch_s in paired))
+        hours = _hours(tokens, speed, _start_s(chosen, memory))
+        cost = None if usd_per_hour is None else Range(*(usd_per_hour * each for each in vars(hours).values()))
+    low, high = MEMORY_ERROR["cpu" if chosen.gpu_gib is None else "gpu"]
+    peak = Range(low * memory.total, memory.total, high * memory.total)
+    left_out = hours is not None and _evaluates(config)
+    return Forecast(memory, peak, largest.tokens, steps, tokens, speed, hours, cost, source, left_out)
+
+
+def in_words(expected: Forecast) -> str:
+    """One line: memory, tokens, time and dollars with their ranges."""
+    parts = [f"peak {span(expected.peak_memory_gib, '{:,.1f}'.format)} GiB", f"{expected.tokens:,} tokens"]
+    if expected.hours is not None:
+        parts.append(span(expected.hours, lambda hours: duration(3600 * hours)))
+    if expected.usd is not None:
+        parts.append(span(expected.usd, usd))
+    parts += ["time and cost without evaluation"] if expected.without_evaluation else []
+    return " · ".join(parts)
+
+
+def span(values: Range, text: Callable[[float], str]) -> str:
+    """expected (low to high), each as `text` writes it."""
+    return f"{text(values.expected)} ({text(values.low)} to {text(values.high)})"
+
+
+def lay_out(data: Batches, steps: int) -> Sample:
+    """The first steps, as the trainer gets them."""
+    found: list[MicroBatch] = []
+    done = rows = tokens = 0
+    while done < min(steps, SAMPLED_STEPS) and tokens < SAMPLED_TOKENS:
+        of_step = data.rows_of(done)
+        rows += len(of_step)
+        tokens += sum(len(data.parts[part].row(row)[0]) for part, row in of_step)
+        found += [MicroBatch.of(batch, IGNORE) for batch in data.micro_batches(done)]
+        done += 1
+    labels, cells = sum(each.labels for each in found), sum(each.tokens for each in found)
+    return Sample(done, rows, tokens, labels, cells, found)
+
+
+def rate_tflops(config: Config, chosen: Plan, machine: Hardware) -> tuple[Range | None, str]:
+    """(TFLOP/s to count on, where that comes from); the first is None where nothing can be said, and the last why."""
+    if chosen.shape.parameters < SMALLEST:
+        return None, "a model this small is bound by overhead, which is not forecast"
+    name = machine_name(machine)
+    here = [row for row in on_file() if (row["machine"], row["dtype"]) == (name, chosen.dtype)]
+    if not machine.gpus:
+        return _of_cpu(chosen, name, here)
+    if here:
+        job = (config.train.method, chosen.packed)
+        alike = [row for row in here if (row["method"], row["packed"]) == job]
+        row, error = (alike or here)[0], RATE_ERROR if alike else RATE_ERROR * OTHER_JOB_ERROR
+        rates = row["tflops"]
+        middle = statistics.median(rates)
+        source = f"{middle:.3g} TFLOP/s measured on {name}, {row['date']} ({row['source']})"
+        source += "" if alike else "; for another job"
+        return Range(min(rates) / error, middle, max(rates) * error), source
+    peak = hardware.peak_bf16_tflops(name)
+    if peak is None or chosen.dtype != "bfloat16":
+        return None, f"nothing measured on {name} in {chosen.dtype}, and no datasheet peak to go by"
+    low, high = (each * peak for each in MFU)
+    source = f"nothing measured on {name}: {MFU[0]:.0%} to {MFU[1]:.0%} of its {peak:g} TFLOP/s"
+    return Range(low, math.sqrt(low * high), high), source
+
+
+def _of_cpu(chosen: Plan, name: str, here: list[dict[str, Any]]) -> tuple[Range, str]:
+    """A share of the rate that the matmuls of the model's MLP reach now."""
+    matmul = hardware.cpu_matmul_tflops(chosen.dtype, chosen.shape.hidden, chosen.shape.mlp)
+    if not here:
+        low, high = CPU_SHARE
+        source = (
+            f"no run measured on such a CPU: {low:.0%} to {high:.0%} of the {matmul:.2g} TFLOP/s its matmuls do now"
+        )
+        return Range(low * matmul, math.sqrt(low * high) * matmul, high * matmul), source
+    shares = here[0]["shares"]
+    middle = statistics.median(shares)
+    source = f"{middle:.0%} of the {matmul:.2g} TFLOP/s that matmuls do now, as in {len(shares)} runs on {name}"
+    source += f", {here[0]['date']} ({here[0]['source']})"
+    return Range(min(shares) / RATE_ERROR * matmul, middle * matmul, max(shares) * RATE_ERROR * matmul), source
+
+
+def on_file() -> list[dict[str, Any]]:
+    """rates.json: a row for each kind of machine and job measured, the newest first. benchmarks/render.py writes it.
+
+    Of a GPU and a job TFLOP/s, a value for each repeat; of a CPU the share of its matmul rate, a value for each run.
+    """
+    text = (Path(__file__).parent / "rates.json").read_text(encoding="utf-8")
+    found: list[dict[str, Any]] = json.loads(text)
+    return found
+
+
+def machine_name(machine: Hardware) -> str:
+    """The kind of machine, as rates.json calls it."""
+    return machine.gpus[0].name if machine.gpus else f"{machine.cpu_model}, {machine.cores} cores"
+
+
+def step_flops(config: Config, chosen: Plan, sample: Sample) -> float:
+    """FLOPs of a step: the model's, what is recomputed, and on a CPU what takes as long as so many more would."""
+    full, shape = config.train.method == "full", chosen.shape.computed
+    adapter = 0 if full else shape.adapter_weights(config.lora.rank, config.lora.targets)
+    flops = shape.flops(full, adapter).of_step(sample.cells, sample.labels, sample.rows)
+    if chosen.gradient_checkpointing != "none":
+        flops += 2 * (shape.linear_weights + adapter) * sample.cells
+    if chosen.gpu_gib is None:
+        flops *= 1 + CPU_FIXED_TOKENS * len(sample.micro_batches) / sample.cells
+        flops *= 1 if full or not config.lora.dropout else UNFUSED_LORA
+    return flops / sample.steps
+
+
+def _evaluates(config: Config) -> bool:
+    held_out = config.data.eval is not None or config.data.eval_share > 0
+    return held_out and (config.eval.every != "never" or config.eval.problems > 0 or config.samples > 0)
+
+
+def _hours(tokens: int, speed: Range, start_s: Range) -> Range:
+    """Of the whole command: the start, and all steps."""
+    seconds = [tokens / rate for rate in (speed.high, speed.expected, speed.low)]
+    return Range(*((step_s + start) / 3600 for step_s, start in zip(seconds, vars(start_s).values(), strict=True)))
+
+
+def _start_s(chosen: Plan, memory: Memory) -> Range:
+    """Imports, loading, and what a first step takes longer than another."""
+    on_cpu = chosen.gpu_gib is None
+    start, a_gib, gib = (
+        (CPU_START_S, TOUCH_S_A_GIB, memory.total) if on_cpu else (START_S, LOAD_S_A_GIB, memory.weights)
+    )
+    return Range(*(fixed + each * gib for fixed, each in zip(vars(start).values(), vars(a_gib).values(), strict=True)))

@@ -1,0 +1,240 @@
+"""`fasttune data`: the rows of a config as they will be trained, as figures. Loads no weights.
+
+    figures = look(config.load("configs/quickstart.yaml"), rows=3, reporter=terminal.Reporter())
+
+--json prints every field below, by its name; view_page.py has the page.
+
+Tokens count as learned where the loss is taken: never the first token of a row, which nothing predicts.
+"""
+
+import math
+from collections import Counter
+from dataclasses import dataclass, replace
+from itertools import pairwise
+from typing import Any
+
+import numpy as np
+
+from fasttune import hardware, terminal
+from fasttune.config import Config
+from fasttune.core import autoconfig, prepare, pretrained
+from fasttune.core.shape import Shape
+from fasttune.data import chat, load
+from fasttune.data.batching import Batches
+from fasttune.data.store import Rows
+from fasttune.data.tokenize import IGNORE, labels
+from fasttune.quiet import library_log
+from fasttune.tools.estimate import lay_out
+
+BARS = 7  # of the histogram, and one for the longest rows where they are far out
+
+
+@dataclass(frozen=True)
+class DataSet:
+    """What became of one source. Rows are kept as trained: a row that was split counts as its pieces."""
+
+    source: str
+    weight: float  # how often a row is seen in an epoch
+    rows_read: int
+    rows_kept: int
+    rows_held_out: int  # of the kept ones, by data.eval_share
+    rows_truncated: int  # longer than max_length_tokens: its beginning is trained
+    rows_split: int  # longer: trained in pieces
+    rows_too_long: int  # longer: dropped
+    rows_dropped: dict[str, int]  # reason → rows that teach nothing
+    rows_with_unused: dict[str, int]  # what is not used (column id, from of a turn) or is only text (<image>) → rows
+    rows_lost: dict[str, int]  # what the chat template leaves out → rows
+    rows_with_control_tokens: dict[str, int]  # token → rows that have it in what a turn says
+    tokens: int  # of the kept rows
+    learned_tokens: int
+
+
+@dataclass(frozen=True)
+class Bin:
+    """Rows of a length from `from_tokens` to `to_tokens`, both included."""
+
+    from_tokens: int
+    to_tokens: int
+    rows: int
+
+
+@dataclass(frozen=True)
+class Lengths:
+    """Tokens a kept row has, over all data sets."""
+
+    shortest_tokens: int
+    median_tokens: float
+    mean_tokens: float
+    p95_tokens: float
+    longest_tokens: int
+    histogram: list[Bin]
+
+
+@dataclass(frozen=True)
+class Padding:
+    """Share of the computed positions that hold no token, over the first `steps` steps of the run, in either layout."""
+
+    steps: int
+    rows_at_once: int  # of a padded micro-batch; of a pack: how many rows of max_length_tokens fit
+    padded_share: float
+    packed_share: float
+
+
+@dataclass(frozen=True)
+class Row:
+    """One row as it is trained. number: its line of a JSONL file, else its row. pieces: (text, learned), in order."""
+
+    source: str
+    number: int
+    tokens: int
+    learned_tokens: int
+    pieces: list[tuple[str, bool]]
+
+
+@dataclass(frozen=True)
+class Figures:
+    """Everything the page shows. *_share: 0 to 1."""
+
+    name: str
+    model: str
+    max_length_tokens: int
+    train_on: str
+    too_long: str
+    packing: bool | str  # train.packing
+    template_changes: list[tuple[str, str]]  # (what, why)
+    warnings: list[str]
+    data_sets: list[DataSet]
+    rows: int  # kept, over all data sets, like the next two
+    tokens: int
+    learned_tokens: int
+    rows_per_step: int
+    rows_per_epoch: int
+    steps_per_epoch: int
+    lengths: Lengths
+    padding: Padding
+    shown: list[Row]
+
+
+def look(config: Config, rows: int, reporter: terminal.Reporter) -> Figures:
+    """Encode the data of a config (or take it from the cache) and lay it out as a run here would; decode `rows` of it.
+
+    Raises DataError and ModelError.
+    """
+    prepare.check(config)
+    try:
+        with library_log():
+            reporter.note(f"reading the tokenizer of {config.model.name} …")
+            tokenizer = pretrained.read_tokenizer(config.model)
+            changes = chat.complete(tokenizer)
+            config, architecture = prepare.fitted(config, reporter.warn)
+            shape = Shape.of(architecture)
+            chosen = autoconfig.resolve(config, hardware.detect(), shape)  # how many rows at once a run would take here
+            data = load.encode(chosen.apply(config), tokenizer, True, reporter.progress)
+            held_out, warnings = load.held_out(config, tokenizer, data, reporter.progress)
+            pretrained.check_tokens(tokenizer, shape.vocab, load.texts(data, held_out))
+    finally:
+        reporter.stop()
+    return measure(config, tokenizer, changes, data, rows, warnings)
+
+
+def measure(
+    config: Config, tokenizer: Any, changes: list[tuple[str, str]], data: Batches, rows: int, warnings: list[str]
+) -> Figures:
+    """The figures of encoded data."""
+    sets = [
+        _data_set(part, weight, len(held))
+        for part, weight, (_, held) in zip(data.parts, data.weights, data.split, strict=True)
+    ]
+    lengths = np.concatenate([part.lengths for part in data.parts])
+    return Figures(
+        name=config.name,
+        model=config.model.name,
+        max_length_tokens=data.max_length,
+        train_on=config.data.train_on,
+        too_long=config.data.too_long,
+        packing=config.train.packing,
+        template_changes=changes,
+        warnings=warnings,
+        data_sets=sets,
+        rows=len(lengths),
+        tokens=sum(each.tokens for each in sets),
+        learned_tokens=sum(each.learned_tokens for each in sets),
+        rows_per_step=data.batch_rows,
+        rows_per_epoch=data.rows_per_epoch,
+        steps_per_epoch=data.steps_per_epoch,
+        lengths=_lengths(lengths),
+        padding=_padding(data, data.total_steps(config.train.epochs, config.train.max_steps)),
+        shown=_first_rows(data, tokenizer, min(rows, data.rows_per_epoch)),
+    )
+
+
+def _data_set(rows: Rows, weight: float, held_out: int) -> DataSet:
+    counts = rows.counts
+    return DataSet(
+        source=rows.source,
+        weight=weight,
+        rows_read=counts["rows"],
+        rows_kept=len(rows),
+        rows_held_out=held_out,
+        rows_truncated=counts["truncated"],
+        rows_split=counts["split"],
+        rows_too_long=counts["dropped_too_long"],
+        rows_dropped=_named(counts, "dropped: "),
+        rows_lost=_named(counts, "lost: "),
+        rows_with_control_tokens=_named(counts, "control token: "),
+        rows_with_unused={
+            name: n for name, n in sorted(counts.items()) if name.startswith(("not used: ", "only text: "))
+        },
+        tokens=counts["tokens"],
+        learned_tokens=counts["learned"],
+    )
+
+
+def _named(counts: Counter[str], kind: str) -> dict[str, int]:
+    return {name.removeprefix(kind): n for name, n in sorted(counts.items()) if name.startswith(kind)}
+
+
+def _lengths(lengths: np.ndarray) -> Lengths:
+    median, p95, p99 = np.percentile(lengths, [50, 95, 99])
+    low, high, top = int(lengths.min()), int(lengths.max()), int(p99)
+    width = math.ceil((top - low + 1) / BARS)
+    step = max(1, 10 ** (len(str(width)) - 1) // 2)
+    width = math.ceil(width / step) * step
+    edges = np.arange(low // width * width, top + 1 + width, width)
+    if edges[-1] <= high:  # the longest hundredth, however far it reaches
+        edges = np.append(edges, high + 1)
+    counts, _ = np.histogram(lengths, edges)
+    bins = [Bin(int(a), int(b) - 1, int(n)) for (a, b), n in zip(pairwise(edges), counts, strict=True)]
+    return Lengths(low, float(median), float(lengths.mean()), float(p95), high, bins)
+
+
+def _padding(data: Batches, steps: int) -> Padding:
+    """As the steps are laid out to be trained on; a beginning that a pack computes once counts with every row of it."""
+    packed, padded = (lay_out(replace(data, packed=way, share_prefix=False), steps) for way in (True, False))
+    shares = [1 - each.tokens / each.cells for each in (padded, packed)]
+    return Padding(padded.steps, data.micro_rows, *shares)
+
+
+def _first_rows(data: Batches, tokenizer: Any, wanted: int) -> list[Row]:
+    """The first rows of the run, in the order they are trained."""
+    found: list[Row] = []
+    for step in range(math.ceil(wanted / data.batch_rows)):
+        for part, index in data.rows_of(step)[: wanted - len(found)]:
+            rows = data.parts[part]
+            ids, mask = rows.row(index)
+            learned = labels(ids, mask) != IGNORE
+            pieces = _pieces(tokenizer, ids.tolist(), learned)
+            found.append(Row(rows.source, int(rows.numbers[index]), len(ids), int(learned.sum()), pieces))
+    return found
+
+
+def _pieces(tokenizer: Any, ids: list[int], learned: np.ndarray) -> list[tuple[str, bool]]:
+    """Text of each run of equal `learned`. Decoded with all before it: alone, some tokenizers lose its first blank."""
+    edges = [0, *(np.flatnonzero(np.diff(learned)) + 1).tolist(), len(ids)]
+    pieces, before = [], ""
+    for start, end in pairwise(edges):
+        text = tokenizer.decode(ids[:end], skip_special_tokens=False, clean_up_tokenization_spaces=False)
+        alone = None if text.startswith(before) else tokenizer.decode(ids[start:end], skip_special_tokens=False)
+        pieces.append((text[len(before) :] if alone is None else alone, bool(learned[start])))
+        before = text
+    return pieces

@@ -1,1 +1,0 @@
-"""What `fasttune train` is made of; train.py is its straight line."""
