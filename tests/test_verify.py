@@ -40,7 +40,7 @@ def command(*arguments: str, **environment: str) -> subprocess.CompletedProcess[
 
 
 def test_quick_names_facts_pins_and_rules_without_torch() -> None:
-    code = "import sys; from fasttune import verify; verify.main(['--quick', '--json']); print('torch' in sys.modules)"
+    code = "import sys; from fasttune.verify import main as verify; verify.main(['--quick', '--json']); print('torch' in sys.modules)"
     start = time.perf_counter()
     done = subprocess.run([sys.executable, "-c", code], cwd=ROOT, capture_output=True, text=True, check=True)
     assert time.perf_counter() - start < 3
@@ -55,7 +55,7 @@ def test_quick_names_facts_pins_and_rules_without_torch() -> None:
 
 
 def test_without_rich_the_answer_is_still_given() -> None:
-    code = "import sys; sys.modules['rich.console'] = None; from fasttune import verify; verify.main(['--quick'])"
+    code = "import sys; sys.modules['rich.console'] = None; from fasttune.verify import main as verify; verify.main(['--quick'])"
     done = subprocess.run([sys.executable, "-c", code], cwd=ROOT, capture_output=True, text=True, check=True)
     assert "  pins  " in done.stdout
 

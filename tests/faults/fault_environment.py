@@ -29,7 +29,7 @@ STUB = "import sys\n__version__ = {version!r}\ndef __getattr__(name):\n    retur
 # `python -m fasttune.verify --json`, the executed checks cut down to one job
 ONE_JOB = """
 import sys
-from fasttune import verify
+from fasttune.verify import main as verify
 verify.JOBS = tuple(job for job in verify.JOBS if sys.argv[1] in job.names)
 sys.exit(verify.main(["--json"]))
 """
