@@ -80,7 +80,7 @@ class Job:
         if arm == "unsloth-notebook":
             chosen = replace(chosen, gradient_checkpointing="unsloth", packed=False)
             batches = [MicroBatch(rows * n, rows * n, 0, 0) for rows, n, _ in self.rectangles(self.at_once)]
-        return max(memory.forecast(self.config, self.shape, chosen, each).total for each in set(batches))
+        return max(memory_forecast.forecast(self.config, self.shape, chosen, each).total for each in set(batches))
 
 
 @pytest.fixture(scope="module")
