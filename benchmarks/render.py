@@ -30,7 +30,7 @@ def main(argv: list[str] | None = None) -> int:
     for path, marker, text in (
         (options.root / "benchmarks" / "README.md", "results", tables(rows)),
         (options.root / "README.md", "measured", sentences(rows)),
-        (options.root / "fasttune" / "forecasts" / "rates.json", None, json.dumps(rates(rows), indent=2) + "\n"),
+        (options.root / "fasttune" / "tools" / "rates.json", None, json.dumps(rates(rows), indent=2) + "\n"),
     ):
         old = path.read_text(encoding="utf-8")
         new = text if marker is None else between(old, marker, text, path)

@@ -64,8 +64,8 @@ def bench(**changes: Any) -> dict[str, Any]:
 def repository(tmp_path: Path) -> Path:
     """The two pages, and no results and rates yet."""
     (tmp_path / "benchmarks" / "results").mkdir(parents=True)
-    (tmp_path / "fasttune" / "forecasts").mkdir(parents=True)
-    (tmp_path / "fasttune" / "forecasts" / "rates.json").write_text("[]\n")
+    (tmp_path / "fasttune" / "tools").mkdir(parents=True)
+    (tmp_path / "fasttune" / "tools" / "rates.json").write_text("[]\n")
     for page, marker in (("README.md", "measured"), ("benchmarks/README.md", "results")):
         (tmp_path / page).write_text(f"before\n<!-- {marker} -->\n<!-- /{marker} -->\nafter\n")
     return tmp_path
@@ -110,7 +110,7 @@ def test_a_result_becomes_a_row_a_table_and_a_sentence(repository: Path) -> None
 
 
 def test_rates_are_of_benchmarks_on_a_gpu_and_of_forecast_runs_on_a_cpu(repository: Path) -> None:
-    rates = repository / "fasttune" / "forecasts" / "rates.json"
+    rates = repository / "fasttune" / "tools" / "rates.json"
     add(repository, bench())
     assert script("render.py", "--root", repository).returncode == 0
     assert json.loads(rates.read_text()) == []  # a CPU's speed moves with its neighbours

@@ -25,7 +25,7 @@ def speaker(finished_run: Path) -> Any:
     from fasttune.tools import generate, trained_model
 
     opened = trained_model.open_run(str(finished_run))
-    return generate.loaded(opened, "float32", generate.Sampling(max_new_tokens=12), print)
+    return generate.load(opened, "float32", generate.Sampling(max_new_tokens=12), print)
 
 
 def rows(folder: Path, name: str = "rows.jsonl") -> Path:
@@ -103,7 +103,7 @@ def test_a_file_is_gone_on_with(speaker: Any, finished_run: Path, tmp_path: Path
     reporter = terminal.Reporter(quiet=True)
 
     def answer(**settings: Any) -> dict[str, Any]:
-        return generate.answer_file(speaker, opened, str(source), out, 2, None, {"dtype": "x", **settings}, reporter)
+        return generate.answer_file(speaker, opened, str(source), out, 2, {"dtype": "x", **settings}, reporter)
 
     real, calls = speaker.batch, []
 
@@ -152,9 +152,9 @@ def test_other_weights_are_told(finished_run: Path, tmp_path: Path) -> None:
     assert (base["base"], base["adapter"]) == ("builtin:tiny", None) and base["rows"] == of_run["rows"]
     weights = tmp_path / "adapter_model.safetensors"
     weights.write_bytes((finished_run / "adapter" / weights.name).read_bytes())
-    assert questions.hash_of_weights(tmp_path) == of_run["adapter"]
+    assert questions._weights(str(tmp_path)) == of_run["adapter"]
     weights.write_bytes(weights.read_bytes()[:-1] + b"\x00\x01")
-    assert questions.hash_of_weights(tmp_path) != of_run["adapter"]
+    assert questions._weights(str(tmp_path)) != of_run["adapter"]
 
 
 USER, SYSTEM = [formats._turn("user", "Hi")], [formats._turn("system", "Be kind.")]
@@ -215,13 +215,11 @@ def test_half_a_character_is_told(
 
     source, opened = tmp_path / "rows.jsonl", trained_model.open_run(str(finished_run))
     source.write_text('{"prompt": "Hi"}\n{"prompt": "a \\ud83d b"}\n')
-    done = generate.answer_file(
-        speaker, opened, str(source), tmp_path / "out", 2, None, {}, terminal.Reporter(quiet=True)
-    )
+    done = generate.answer_file(speaker, opened, str(source), tmp_path / "out", 2, {}, terminal.Reporter(quiet=True))
     assert (done["answered"], done["left_out"]) == (1, 1)
     source.write_text('{"prompt": "a \\ud83d b"}\n')
     with pytest.raises(DataError, match=r"row 1: half a character \('\\ud83d'\)"):
-        generate.answer_file(speaker, opened, str(source), tmp_path / "none", 2, None, {}, None)
+        generate.answer_file(speaker, opened, str(source), tmp_path / "none", 2, {}, None)
     for arguments in (["--prompt", "caf\udce9"], ["--prompt", "x", "--system", "caf\udce9"]):
         assert cli.main(["generate", "builtin:tiny", *arguments]) == 2
         assert rf"{arguments[-2]}: 'caf\udce9' is no UTF-8" in capsys.readouterr().err
@@ -234,7 +232,7 @@ def test_a_prompt_too_long_for_the_model_is_told(speaker: Any) -> None:
     from fasttune.tools import generate
 
     with pytest.raises(DataError, match="2,048 positions"):
-        generate.one(speaker, "word " * 600, None, print)
+        generate.answer_one(speaker, "word " * 600, None, print)
 
 
 def test_a_conversation_remembers_and_forgets(speaker: Any) -> None:
@@ -293,14 +291,14 @@ def test_turns_without_a_template_are_refused(
     path, opened = tmp_path / "rows.jsonl", trained_model.open_run(str(finished_run))
     path.write_text('{"prompt": "Hi"}\n' + json.dumps({"messages": [*SYSTEM, *USER]}) + "\n")
     with pytest.raises(DataError, match="row 2 has several turns"):
-        generate.answer_file(speaker, opened, str(path), tmp_path / "out", 2, None, {}, terminal.Reporter(quiet=True))
+        generate.answer_file(speaker, opened, str(path), tmp_path / "out", 2, {}, terminal.Reporter(quiet=True))
     assert not (tmp_path / "out").exists()
 
 
 def test_a_full_disk_leaves_whole_answers(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    line = (1, {"text": "x", "tokens": 1, "finish": "stop"})
-    with questions.opened(tmp_path / "out", {}) as file:
-        questions.write(file, [line])
+    line = {"row": 1, "text": "x", "tokens": 1, "finish": "stop"}
+    with questions.opened(tmp_path / "out", {}) as answers:
+        answers.add([line])
         before = (tmp_path / "out").read_bytes()
         real = os.write
 
@@ -311,17 +309,17 @@ def test_a_full_disk_leaves_whole_answers(tmp_path: Path, monkeypatch: pytest.Mo
 
         monkeypatch.setattr(os, "write", full)
         with pytest.raises(OutputError, match="No space left on device"):
-            questions.write(file, [line])
+            answers.add([line])
     assert (tmp_path / "out").read_bytes() == before
 
 
 def test_a_closed_pipe_ends_quietly(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
-    from fasttune.tools import generate_command
+    from fasttune.tools import generate
 
     def closed(options: Any) -> dict[str, Any]:
         raise BrokenPipeError
 
-    monkeypatch.setattr(generate_command, "run", closed)
+    monkeypatch.setattr(generate, "run", closed)
     with (tmp_path / "stdout").open("w") as stdout:
         monkeypatch.setattr(sys, "stdout", stdout)
         assert cli.main(["generate", "builtin:tiny", "--prompt", "x"]) == 141
@@ -399,7 +397,7 @@ def test_what_is_no_run_is_refused(finished_run: Path, tmp_path: Path) -> None:
     with pytest.raises(ModelError, match="holds no run"):
         trained_model.open_run(str(tmp_path))
     (tmp_path / "config.yaml").write_text((finished_run / "config.yaml").read_text())
-    with pytest.raises(ModelError, match=r"not finished and has no adapter/; go on with it: fasttune train .*--resume"):
+    with pytest.raises(ModelError, match=r"not finished and has no adapter/; resume it: fasttune train .*--resume"):
         trained_model.open_run(str(tmp_path))
     os.symlink(finished_run / "adapter", tmp_path / "adapter")
     (tmp_path / "run.json").write_text('{"status": "interrupted"}')

@@ -3,7 +3,6 @@
 import json
 import subprocess
 import sys
-import time
 from collections import Counter
 from dataclasses import replace
 from pathlib import Path
@@ -187,15 +186,6 @@ def test_a_cpu_is_as_fast_as_its_matmuls_just_now(monkeypatch: pytest.MonkeyPatc
     assert wide is not None and wide.high / wide.low > 2.5 and "no run measured on such a CPU" in source
 
 
-def test_a_small_micro_batch_on_a_cpu_takes_longer_than_its_arithmetic() -> None:
-    """As quickstart.yaml's 250 tokens at once did, against 850 of GSM8K (docs/LOG.md)."""
-    asked = settings(train={"batch_rows": 4})
-    chosen = replace(autoconfig.resolve(asked, CPU, LLAMA_8B), gradient_checkpointing="none")
-    sizes = [estimate.Sample(1, 4, 4 * n, 4 * n, 4 * n, [MicroBatch(4 * n, 4 * n, 0, 0)]) for n in (50, 500)]
-    small, large = (estimate.step_flops(asked, chosen, sample) / sample.cells for sample in sizes)
-    assert 1.2 < small / large < 1.4
-
-
 @pytest.mark.usefixtures("slow_matmuls")
 def test_time_says_that_evaluation_is_left_out() -> None:
     plain = settings(train={"batch_rows": 4})
@@ -275,18 +265,10 @@ def test_rows_are_sampled_and_tokens_scaled(tmp_path: Path, monkeypatch: pytest.
     reporter = terminal.Reporter(quiet=True)
     whole = plan.look(asked, None, reporter)
     monkeypatch.setattr(plan, "SAMPLED_ROWS", 500)
-    started = time.perf_counter()
     sampled = plan.look(asked, None, reporter)
-    assert time.perf_counter() - started < 10
     assert sampled.sampled and whole.sampled and whole.forecast.steps == pytest.approx(750, rel=0.02)
     assert sampled.forecast.tokens == pytest.approx(whole.forecast.tokens, rel=0.05)
     assert sampled.forecast.steps == pytest.approx(750, rel=0.05)
-
-
-def test_a_price_is_checked_like_the_config(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
-    (tmp_path / "tiny.yaml").write_text(TREE)
-    assert cli.main(["plan", str(tmp_path / "tiny.yaml"), "--usd-per-hour", "-3"]) == 2
-    assert capsys.readouterr().err.startswith("fasttune: usd_per_hour: ")
 
 
 @pytest.mark.usefixtures("unsloth")
