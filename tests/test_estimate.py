@@ -6,6 +6,7 @@ import sys
 from collections import Counter
 from dataclasses import replace
 from pathlib import Path
+from types import SimpleNamespace
 from typing import Any
 
 import numpy as np
@@ -131,12 +132,16 @@ def test_speed_is_a_rate_on_file_or_a_wide_range(monkeypatch: pytest.MonkeyPatch
     assert estimate.rate_tflops(settings(), chosen, old)[0] is None
 
 
-def test_on_a_gpu_small_work_is_bound_by_launches() -> None:
-    """Half the arithmetic of a small micro-batch is not half the time: dollars must not fall to nothing."""
+def forty_rows() -> Batches:
+    """Of 100 tokens each."""
     ids = np.arange(4000, dtype=np.int32) % 200
     rows = Rows("x", ids, np.ones(4000, bool), np.arange(0, 4001, 100), np.arange(40), Counter())
-    data = Batches([rows], [1.0], 0, 0.0, 4, 4, 512, True, 0)
-    asked = settings(train={"batch_rows": 4, "epochs": 3})
+    return Batches([rows], [1.0], 0, 0.0, 4, 4, 512, True, 0)
+
+
+def test_on_a_gpu_small_work_is_bound_by_launches() -> None:
+    """Half the arithmetic of a small micro-batch is not half the time: dollars must not fall to nothing."""
+    data, asked = forty_rows(), settings(train={"batch_rows": 4, "epochs": 3})
     h200 = hardware.with_gpu(CPU, "h200-141")
     small = replace(LLAMA_8B, hidden=512, mlp=1024, query_width=512, key_width=512)
     expected = estimate.of_run(asked, autoconfig.resolve(asked, h200, small), data, h200, 3.5)
@@ -149,13 +154,14 @@ def test_on_a_gpu_small_work_is_bound_by_launches() -> None:
     assert (twice.steps, twice.tokens, twice.usd) == (60, 24000, None)
 
 
-def run_of(asked: config.Config, policy: str, machine: Hardware = CPU) -> metrics.Forecast:
-    """Ten steps of four rows of 100 tokens, with this recomputation."""
-    ids = np.arange(4000, dtype=np.int32) % 200
-    rows = Rows("x", ids, np.ones(4000, bool), np.arange(0, 4001, 100), np.arange(40), Counter())
-    data = Batches([rows], [1.0], 0, 0.0, 4, 4, 512, True, 0)
-    chosen = replace(autoconfig.resolve(asked, machine, LLAMA_8B), gradient_checkpointing=policy)
-    return estimate.of_run(asked, chosen, data, machine, None)
+def run_of(asked: config.Config, policy: str) -> metrics.Forecast:
+    """Ten steps of four rows of 100 tokens, with this recomputation, as `plan` and as a prepared run forecast them."""
+    chosen, data = autoconfig.resolve(asked, CPU, LLAMA_8B), forty_rows()
+    chosen = replace(chosen, gradient_checkpointing=policy)
+    expected = estimate.of_run(asked, chosen, data, CPU, None)
+    job = SimpleNamespace(config=asked, plan=replace(chosen, packed=False), data=data, machine=CPU, usd_per_hour=None)
+    assert estimate.of_job(job) == expected  # packed as its data is, whatever was planned
+    return expected
 
 
 @pytest.fixture

@@ -22,9 +22,9 @@ from fasttune.tools.trained_model import TrainedModel, open_run
 FIELDS = {"seed", "model", "lora", "data", "train", "eval"}  # of a config: what makes the weights
 
 
-@dataclass
-class Scored:
-    """A line of eval.json, as far as the card shows it."""
+@dataclass(frozen=True)
+class Score:
+    """One figure of one task: the mean over its problems with its standard error (None where there is no such)."""
 
     task: str
     metric: str
@@ -131,7 +131,7 @@ def _scores(trained: TrainedModel) -> list[list[str]] | None:
     if path is None or not path.exists():
         return None
     try:
-        scores = pydantic.TypeAdapter(list[Scored]).validate_python(json.loads(paths.read_text(path))["scores"])
+        scores = pydantic.TypeAdapter(list[Score]).validate_python(json.loads(paths.read_text(path))["scores"])
     except (OSError, ValueError, KeyError, TypeError, RecursionError):
         return []
     numbers = [["–" if value is None else f"{value:.4f}" for value in (s.value, s.stderr)] for s in scores]

@@ -84,17 +84,14 @@ def of_run(
     slowest_last = Range(speed.high, speed.expected, speed.low)
     hours = ranged(lambda rate, start: (tokens / rate + start) / 3600, slowest_last, start_s)
     cost = None if usd_per_hour is None else ranged(lambda each: usd_per_hour * each, hours)
-    return Forecast(memory, peak, largest.tokens, steps, tokens, speed, hours, cost, source, _evaluates(config))
+    held_out = config.data.eval is not None or config.data.eval_share > 0
+    evaluates = held_out and (config.eval.every != "never" or config.eval.problems > 0 or config.samples > 0)
+    return Forecast(memory, peak, largest.tokens, steps, tokens, speed, hours, cost, source, evaluates)
 
 
 def ranged(of: Callable[..., float], *ranges: Range) -> Range:
     """`of` the low, the expected and the high values."""
     return Range(*map(of, *(vars(each).values() for each in ranges)))
-
-
-def _evaluates(config: Config) -> bool:
-    held_out = config.data.eval is not None or config.data.eval_share > 0
-    return held_out and (config.eval.every != "never" or config.eval.problems > 0 or config.samples > 0)
 
 
 def in_words(expected: Forecast) -> str:

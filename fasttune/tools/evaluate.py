@@ -6,11 +6,11 @@ Writes eval.json and eval_samples.jsonl (a line a problem: prompt, generation, e
 import argparse
 import importlib.metadata
 import importlib.util
+import math
 import os
 import sqlite3
 import time
 from contextlib import closing
-from dataclasses import dataclass
 from datetime import datetime
 from pathlib import Path
 from typing import Any
@@ -26,22 +26,12 @@ from fasttune.data import answers, chat, sources
 from fasttune.errors import FasttuneError, OutputError, RunFailed, in_one_line
 from fasttune.quiet import library_log, take_over_loggers
 from fasttune.tools import card, tasks as own, trained_model
+from fasttune.tools.card import Score
 from fasttune.tools.trained_model import TrainedModel
 
 BATCH_ROWS_CPU, BATCH_ROWS_GPU = 16, 64
 NEEDS = ("lm_eval", "sacrebleu")  # imported by the harness at its start
 INSTALL = "bash scripts/setup_h100.sh (outside a checkout: pip install 'fasttune[eval]')"
-
-
-@dataclass(frozen=True)
-class Score:
-    """One figure of one task: the mean over its problems with its standard error (None where there is no such)."""
-
-    task: str
-    metric: str
-    value: float
-    stderr: float | None
-    problems: int
 
 
 def run(options: argparse.Namespace) -> dict[str, Any]:
@@ -186,11 +176,10 @@ def show(result: dict[str, Any], page: Console = terminal.console) -> None:
 
 def _shown(score: Score) -> str:
     """Shares as 55.0 % ± 7.9; anything else (a perplexity) as it is."""
-    share = 0 <= score.value <= 1 and "perplexity" not in score.metric
-    value = f"{100 * score.value:.1f} %" if share else f"{score.value:,.4g}"
-    if score.stderr is None or score.stderr != score.stderr:
-        return value
-    return f"{value} ± {100 * score.stderr if share else score.stderr:,.2g}"
+    value, stderr = (math.nan if each is None else each for each in (score.value, score.stderr))
+    share = 0 <= value <= 1 and "perplexity" not in score.metric
+    text = f"{100 * value:.1f} %" if share else f"{value:,.4g}"
+    return text if math.isnan(stderr) else f"{text} ± {100 * stderr if share else stderr:,.2g}"
 
 
 def _folder(trained: TrainedModel, out: str | None) -> Path:

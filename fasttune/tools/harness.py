@@ -65,7 +65,8 @@ class Harness(HFLM):
             return self.template.prompt([turn for turn in chat_history if turn["role"] != "system"])
 
     def _answer(self, kind: str, requests: list[Any], ask: Callable[..., list[Any]]) -> list[Any]:
-        keys = [request_key(kind, request.args) for request in requests]
+        asked = [json.dumps([kind, *request.args], sort_keys=True) for request in requests]  # prompt, and how to answer
+        keys = [hashlib.sha256(text.encode()).hexdigest() for text in asked]
         found = self.known.read(keys)
         missing = {key: request for key, request in zip(keys, requests, strict=True) if key not in found}
         self.from_cache += len(found)
@@ -116,11 +117,6 @@ class Answers:
 
     def close(self) -> None:
         self.database.close()
-
-
-def request_key(kind: str, arguments: tuple[Any, ...]) -> str:
-    """Name of a request: its kind, its whole prompt and how it is to be answered."""
-    return hashlib.sha256(json.dumps([kind, *arguments], sort_keys=True).encode()).hexdigest()
 
 
 def fingerprint(model: Any, tokenizer: Any) -> str:

@@ -170,7 +170,7 @@ def adapter_settings(folder: Path) -> AdapterSettings:
             f"{folder / SETTINGS}: {used[0]} is not supported; merge the adapter where it was made, and name the model"
         )
     try:
-        return AdapterSettings.model_validate(found)
+        return AdapterSettings.model_validate({"peft_type": None, **found})
     except pydantic.ValidationError as error:
         problem = hints.in_words(error.errors(include_url=False), [])[0]
         raise ModelError(f"{folder / SETTINGS}: {problem}; save it as a plain LoRA adapter") from error
