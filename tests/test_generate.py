@@ -13,7 +13,7 @@ import pytest
 from fasttune import cli
 from fasttune.data import formats
 from fasttune.errors import DataError, ModelError, OutputError
-from fasttune.tools import questions
+from fasttune.tools import generate, questions, trained_model
 
 pytestmark = pytest.mark.usefixtures("unsloth")
 
@@ -22,8 +22,6 @@ PROMPTS = ["2 + 3?", "How many apples are left when Ana eats 4 of 9?", "x", "Nam
 
 @pytest.fixture(scope="module")
 def speaker(finished_run: Path) -> Any:
-    from fasttune.tools import generate, trained_model
-
     opened = trained_model.open_run(str(finished_run))
     return generate.load(opened, "float32", generate.Sampling(max_new_tokens=12), print)
 
@@ -97,7 +95,6 @@ def test_an_answer_ends_at_the_first_stop_token(speaker: Any, monkeypatch: pytes
 
 def test_a_file_is_gone_on_with(speaker: Any, finished_run: Path, tmp_path: Path, monkeypatch: Any) -> None:
     from fasttune import terminal
-    from fasttune.tools import generate, trained_model
 
     opened, source, out = trained_model.open_run(str(finished_run)), rows(tmp_path), tmp_path / "out.jsonl"
     reporter = terminal.Reporter(quiet=True)
@@ -142,8 +139,6 @@ def test_a_file_is_gone_on_with(speaker: Any, finished_run: Path, tmp_path: Path
 
 
 def test_other_weights_are_told(finished_run: Path, tmp_path: Path) -> None:
-    from fasttune.tools import trained_model
-
     source = str(rows(tmp_path))
     opened = trained_model.open_run(str(finished_run))
     of_run = questions.identity(opened, source, {})
@@ -211,7 +206,6 @@ def test_half_a_character_is_told(
 ) -> None:
     """A row with one is left out and counted; what was typed with one is refused."""
     from fasttune import terminal
-    from fasttune.tools import generate, trained_model
 
     source, opened = tmp_path / "rows.jsonl", trained_model.open_run(str(finished_run))
     source.write_text('{"prompt": "Hi"}\n{"prompt": "a \\ud83d b"}\n')
@@ -229,15 +223,11 @@ def test_half_a_character_is_told(
 
 
 def test_a_prompt_too_long_for_the_model_is_told(speaker: Any) -> None:
-    from fasttune.tools import generate
-
     with pytest.raises(DataError, match="2,048 positions"):
         generate.answer_one(speaker, "word " * 600, None, print)
 
 
 def test_a_conversation_remembers_and_forgets(speaker: Any) -> None:
-    from fasttune.tools import generate
-
     told: list[str] = []
     said = iter(["2 + 3?", "", "Why?", "/new", "x", "/exit", "never asked"])
     messages = generate.converse(speaker, "Be brief.", lambda: next(said), told.append)
@@ -252,8 +242,6 @@ def test_a_conversation_remembers_and_forgets(speaker: Any) -> None:
 
 
 def test_a_temperature_is_sampled_by_its_seed(speaker: Any, monkeypatch: pytest.MonkeyPatch) -> None:
-    from fasttune.tools import generate
-
     def answer(seed: int) -> str:
         monkeypatch.setattr(speaker, "sampling", generate.Sampling(12, temperature=1.5, seed=seed))
         return str(speaker.batch([speaker.prompt(USER)])[0].text)
@@ -262,8 +250,6 @@ def test_a_temperature_is_sampled_by_its_seed(speaker: Any, monkeypatch: pytest.
 
 
 def test_plain_text_runs_continue_plain_text(speaker: Any, tiny_tokenizer: Any) -> None:
-    from fasttune.tools import generate
-
     tiny_tokenizer.chat_template = None
     raw = generate.Speaker(speaker.model, tiny_tokenizer, True, speaker.sampling)
     assert raw.prompt(USER) == "Hi" and raw.stops == [tiny_tokenizer.eos_token_id]
@@ -274,7 +260,6 @@ def test_turns_without_a_template_are_refused(
 ) -> None:
     from fasttune import terminal
     from fasttune.core import builtin
-    from fasttune.tools import generate, trained_model
 
     shutil.copytree(builtin.path("builtin:tiny"), tmp_path / "bare")
     for path in (tmp_path / "bare").iterdir():
@@ -314,8 +299,6 @@ def test_a_full_disk_leaves_whole_answers(tmp_path: Path, monkeypatch: pytest.Mo
 
 
 def test_a_closed_pipe_ends_quietly(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
-    from fasttune.tools import generate
-
     def closed(options: Any) -> dict[str, Any]:
         raise BrokenPipeError
 
@@ -326,8 +309,6 @@ def test_a_closed_pipe_ends_quietly(monkeypatch: pytest.MonkeyPatch, tmp_path: P
 
 
 def test_a_mistyped_run_is_no_hub_id(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    from fasttune.tools import trained_model
-
     monkeypatch.chdir(tmp_path)
     for name in ("old-1", "new-2"):
         (tmp_path / "runs" / name).mkdir(parents=True)
@@ -340,8 +321,6 @@ def test_a_mistyped_run_is_no_hub_id(tmp_path: Path, monkeypatch: pytest.MonkeyP
 
 def test_rows_of_the_run_are_read_as_it_read_them(finished_run: Path) -> None:
     from dataclasses import replace
-
-    from fasttune.tools import trained_model
 
     opened = trained_model.open_run(str(finished_run))
     assert opened.config
@@ -392,8 +371,6 @@ def test_a_user_error_is_one_line(arguments: list[str], told: str, capsys: pytes
 
 
 def test_what_is_no_run_is_refused(finished_run: Path, tmp_path: Path) -> None:
-    from fasttune.tools import trained_model
-
     with pytest.raises(ModelError, match="holds no run"):
         trained_model.open_run(str(tmp_path))
     (tmp_path / "config.yaml").write_text((finished_run / "config.yaml").read_text())

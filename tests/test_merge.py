@@ -9,10 +9,10 @@ from pathlib import Path
 from typing import Any
 
 import pytest
-import yaml
 
 from fasttune import cli
 from fasttune.errors import FasttuneError, RunFailed
+from fasttune.tools import generate, merge, merge_check, merged_weights, trained_model
 
 pytestmark = pytest.mark.usefixtures("unsloth")
 
@@ -32,8 +32,7 @@ def out(finished_run: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
 
 
 def test_a_merged_model_says_the_same_as_base_and_adapter(out: Path, finished_run: Path) -> None:
-    from fasttune.tools import generate, trained_model
-
+    assert "## Merge" in (out / "README.md").read_text()
     found = []
     for name in (str(finished_run), str(out), "builtin:tiny"):
         speaker = generate.load(trained_model.open_run(name), "float32", generate.Sampling(max_new_tokens=16), print)
@@ -43,109 +42,9 @@ def test_a_merged_model_says_the_same_as_base_and_adapter(out: Path, finished_ru
     assert all(one != base for one, base in zip(found[0], found[2], strict=True)) and len(set(found[0])) > 10
 
 
-def test_the_card_says_what_was_measured(out: Path, finished_run: Path) -> None:
-    for folder, merged in ((out, True), (finished_run / "adapter", False)):
-        text = (folder / "README.md").read_text()
-        _, head, body = text.split("---\n", 2)
-        metadata = yaml.safe_load(head)
-        assert metadata["library_name"] == ("transformers" if merged else "peft")
-        assert "base_model" not in metadata and "datasets" not in metadata  # builtin: is not on the hub
-        result = json.loads((finished_run / "run.json").read_text())
-        for told in (
-            "builtin:arithmetic: 32 rows",
-            "rslora: true",
-            f"torch {result['versions']['torch']}",
-            result["hardware"]["cpu_model"],
-            "tokens/s",
-            "Not evaluated",
-        ):
-            assert told in body, told
-        assert ("## Merge" in body) == merged
-        assert str(finished_run.parent) not in text and "/models/" not in text
-
-
-def test_scores_and_hub_ids_are_on_the_card_and_paths_are_not(finished_run: Path, tmp_path: Path) -> None:
-    from fasttune.tools import card, trained_model
-
-    shutil.copytree(finished_run, tmp_path / "run")
-    config = yaml.safe_load((tmp_path / "run" / "config.yaml").read_text())
-    rows = f"{tmp_path}/secret folder/rows.jsonl"
-    config["data"]["eval"] = f"{tmp_path}/secret folder/held_out.jsonl"
-    config["model"]["name"], config["data"]["train"] = "owner/name", {rows: 1.0, "some/set:main": 2.0}
-    (tmp_path / "run" / "config.yaml").write_text(yaml.safe_dump(config))
-    result = json.loads((tmp_path / "run" / "run.json").read_text())
-    for setting in result["settings"]:
-        setting["value"] = setting["value"].replace("builtin:arithmetic", rows)
-    local = f"{tmp_path}/secret folder/the-model"
-    result["settings"] += [{"name": "model", "value": local, "reason": f"weights of {local}"}]
-    result["warnings"] = [f"{config['data']['eval']}: 3 rows cut", f"asked for (data={tmp_path}/secret/x.jsonl)"]
-    (tmp_path / "run" / "run.json").write_text(json.dumps(result))
-    score = {"task": "gsm|8k", "metric": "exact", "value": 0.25, "stderr": None, "problems": 4}
-    (tmp_path / "run" / "eval.json").write_text(json.dumps({"scores": [score]}))
-    text = card.text(trained_model.open_run(str(tmp_path / "run")), None)
-    metadata = yaml.safe_load(text.split("---\n")[1])
-    assert (metadata["base_model"], metadata["datasets"]) == ("owner/name", ["some/set"])
-    assert "| gsm\\|8k | exact | 0.2500 | – | 4 |" in text
-    assert "- rows.jsonl: 32 rows" in text and "Warning: held_out.jsonl: 3 rows cut" in text
-    config["model"]["name"] = local
-    (tmp_path / "run" / "config.yaml").write_text(yaml.safe_dump(config))
-    text = card.text(trained_model.open_run(str(tmp_path / "run")), None)
-    assert "| model | the-model | weights of the-model |" in text and "(data=x.jsonl)" in text
-    assert "secret" not in text and str(tmp_path) not in text
-
-
-HOSTILE = "<img src=x>![](http://x/y.png) | [a](javascript:b) `c`\n# *d*"
-
-
-def test_what_names_warnings_and_scores_say_is_text_on_a_card(finished_run: Path, tmp_path: Path) -> None:
-    from fasttune.tools import card, trained_model
-
-    run = Path(shutil.copytree(finished_run, tmp_path / "run"))
-    config = yaml.safe_load((run / "config.yaml").read_text())
-    config["model"]["name"] = "```\n" + HOSTILE.replace("/", "")
-    (run / "config.yaml").write_text(yaml.safe_dump(config))
-    result = json.loads((run / "run.json").read_text())
-    result |= {"warnings": [HOSTILE], "versions": {HOSTILE: HOSTILE}}
-    result["settings"] = [{"name": name, "value": HOSTILE, "reason": HOSTILE} for name in ("data", "model")]
-    result["backend"]["library"] = result["hardware"]["cpu_model"] = HOSTILE
-    (run / "run.json").write_text(json.dumps(result))
-    score = {"task": HOSTILE, "metric": HOSTILE, "value": None, "stderr": 0.5, "problems": 4}
-    (run / "eval.json").write_text(json.dumps({"scores": [score]}))
-    text = card.text(trained_model.open_run(str(run)), None)
-    recipe = text.split("````yaml\n")[1].split("````")[0]
-    assert yaml.safe_load(recipe)["model"]["name"] == config["model"]["name"]
-    rest = text.replace(recipe, "")
-    assert "<img" not in rest and "](" not in rest.replace("\\](", "") and "\n# *d" not in rest
-    assert r"&lt;img src=x&gt;!\[\](" in rest and r" \| \[a\](javascript:b) \`c\` # \*d\*" in rest
-    assert rest.count("| – | 0.5000 | 4 |") == 1
-
-
-def test_a_damaged_eval_json_is_said_on_the_card_and_breaks_no_merge(
-    finished_run: Path, tmp_path: Path, here: None
-) -> None:
-    from fasttune.tools import card, trained_model
-
-    run = Path(shutil.copytree(finished_run, tmp_path / "run"))
-    for text in ("[]", "{", '{"scores": 7}', '{"scores": [{"task": "x"}]}', "[" * 99999):
-        (run / "eval.json").write_text(text)
-        assert "Not known: eval.json cannot be read." in card.text(trained_model.open_run(str(run)), None)
-    assert cli.main(["merge", str(run), "--out", str(tmp_path / "m")]) == 0
-
-
-def test_figures_that_cannot_be_shown_are_left_out(finished_run: Path, tmp_path: Path) -> None:
-    from fasttune.tools import card, trained_model
-
-    run = Path(shutil.copytree(finished_run, tmp_path / "run"))
-    result = json.loads((run / "run.json").read_text())
-    for wrong in ({"wall_s": float("inf")}, {"backend": 7}):
-        (run / "run.json").write_text(json.dumps(result | wrong))
-        assert "Nothing was measured." in card.text(trained_model.open_run(str(run)), None)
-
-
 @pytest.fixture
 def here(monkeypatch: pytest.MonkeyPatch) -> None:
     """The check in this process: a new one takes seconds to import torch."""
-    from fasttune.tools import merge, merge_check
 
     def compare(made: Path, finished: Any) -> merge_check.Comparison:
         from fasttune.core import builtin
@@ -161,8 +60,6 @@ def here(monkeypatch: pytest.MonkeyPatch) -> None:
 def test_a_wrong_merge_is_found(
     finished_run: Path, tmp_path: Path, here: None, dtype: str, monkeypatch: pytest.MonkeyPatch, capsys: Any
 ) -> None:
-    from fasttune.tools import merged_weights
-
     real = merged_weights._read
     doubled = "base_model.model.model.layers.1.mlp.down_proj.lora_B.weight"
     wrong = lambda adapter, name: real(adapter, name) * (30 if name == doubled else 1)  # noqa: E731
@@ -180,8 +77,6 @@ def test_what_cannot_be_compared_or_written(
     finished_run: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: Any
 ) -> None:
     import safetensors.torch
-
-    from fasttune.tools import merge
 
     def killed(*_: Any) -> None:
         raise RunFailed("could not be compared")
@@ -206,8 +101,6 @@ def test_what_cannot_be_compared_or_written(
 def test_a_model_larger_than_the_gpu_is_compared_on_the_cpu(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     import torch
 
-    from fasttune.tools import merge_check
-
     (tmp_path / "model.safetensors").write_bytes(bytes(1000))
     monkeypatch.setattr(torch.cuda, "is_available", lambda: True)
     for free, where in [(1200, ("cpu", "float32")), (2500, ("cuda", "bfloat16")), (2700, ("cuda", "float32"))]:
@@ -218,8 +111,6 @@ def test_a_model_larger_than_the_gpu_is_compared_on_the_cpu(tmp_path: Path, monk
 def test_an_interrupted_merge_leaves_nothing(
     finished_run: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: Any
 ) -> None:
-    from fasttune.tools import merge
-
     def interrupted(*_: Any) -> None:
         raise KeyboardInterrupt
 
@@ -247,8 +138,6 @@ def test_a_folder_is_replaced_only_when_asked_and_only_a_model(
 
 
 def test_no_room_on_the_disk_is_told_first(finished_run: Path, tmp_path: Path, monkeypatch: Any, capsys: Any) -> None:
-    from fasttune.tools import merge
-
     monkeypatch.setattr(merge.shutil, "disk_usage", lambda path: shutil._ntuple_diskusage(9, 9, 1 << 20))
     assert cli.main(["merge", str(finished_run), "--out", str(tmp_path / "m")]) == 2
     assert "GiB free" in capsys.readouterr().err and list(tmp_path.iterdir()) == []
@@ -267,8 +156,6 @@ CONVERTER = """#!/bin/sh
 def test_gguf_through_the_installed_converter(
     finished_run: Path, tmp_path: Path, here: None, monkeypatch: Any, capsys: Any
 ) -> None:
-    from fasttune.tools import merge
-
     monkeypatch.setenv("PATH", str(tmp_path / "bin"))
     monkeypatch.setattr(merge.sys, "executable", str(tmp_path / "bin" / "python"))
     arguments = ["merge", str(finished_run), "--out", str(tmp_path / "m"), "--gguf"]
@@ -294,8 +181,6 @@ def test_the_hub_is_asked_before_the_work_and_only_when_asked_for(
 ) -> None:
     import httpx
     import huggingface_hub
-
-    from fasttune.tools import merge
 
     with pytest.raises(FasttuneError, match="owner/name"):
         merge.check_hub("name")

@@ -11,6 +11,7 @@ import pytest
 
 from fasttune.config import ModelConfig
 from fasttune.errors import ModelError
+from fasttune.tools import merge_check, merged_weights, trained_model
 
 pytestmark = pytest.mark.usefixtures("unsloth")
 
@@ -72,8 +73,6 @@ def adapter(base: Path, folder: Path, grow: int = 0, **settings: Any) -> Path:
 
 
 def merged(base: Path, adapter: Path, out: Path, dtype: str | None = None) -> Path:
-    from fasttune.tools import merged_weights
-
     out.mkdir()
     merged_weights.write(merged_weights.plan(ModelConfig(name=str(base)), adapter), out, dtype, lambda share: None)
     return out
@@ -157,8 +156,6 @@ def test_added_tokens_and_their_embeddings_are_kept(tmp_path: Path, tie: bool, s
     import torch
     from transformers import AutoModelForCausalLM
 
-    from fasttune.tools import merge_check, trained_model
-
     base = base_model(tmp_path / "base", tie_word_embeddings=tie)
     learned = adapter(base, tmp_path / "adapter", grow=3, target_modules=ALL, **settings)
     out = merged(base, learned, tmp_path / "merged")
@@ -190,8 +187,6 @@ def test_added_tokens_and_their_embeddings_are_kept(tmp_path: Path, tie: bool, s
 def test_what_cannot_be_merged_exactly_is_named(
     tmp_path: Path, changes: dict[str, Any], settings: dict[str, Any], told: str
 ) -> None:
-    from fasttune.tools import merged_weights
-
     base = base_model(tmp_path / "base", **changes)
     learned = adapter(base, tmp_path / "adapter", **settings)
     with pytest.raises(ModelError, match="cannot be merged exactly") as error:
@@ -200,8 +195,6 @@ def test_what_cannot_be_merged_exactly_is_named(
 
 
 def test_other_bases_are_refused(tmp_path: Path, finished_run: Path) -> None:
-    from fasttune.tools import merged_weights
-
     base = base_model(tmp_path / "base")
     learned = adapter(base, tmp_path / "adapter", target_modules=["q_proj"])
     architecture = json.loads((base / "config.json").read_text())
@@ -232,8 +225,6 @@ def test_other_bases_are_refused(tmp_path: Path, finished_run: Path) -> None:
 @pytest.mark.parametrize("trusted", [True, False])
 def test_the_code_of_a_base_goes_along_only_where_it_is_trusted(tmp_path: Path, trusted: bool) -> None:
     """A converter to GGUF may run what it finds."""
-    from fasttune.tools import merged_weights
-
     base = base_model(tmp_path / "base")
     said = json.loads((base / "config.json").read_text()) | {"auto_map": {"AutoConfig": "own.Own"}}
     (base / "config.json").write_text(json.dumps(said))

@@ -14,7 +14,7 @@ from fasttune import cli
 from fasttune.config import ModelConfig
 from fasttune.core import pretrained
 from fasttune.errors import ModelError
-from fasttune.tools import trained_model
+from fasttune.tools import merged_weights, trained_model
 
 pytestmark = pytest.mark.usefixtures("unsloth")
 
@@ -135,8 +135,6 @@ def test_an_adapter_is_no_model_to_train(
 
 
 def test_patterns_of_ordinary_adapters_are_as_peft_takes_them(finished_run: Path, tmp_path: Path) -> None:
-    from fasttune.tools import merged_weights
-
     pattern = r".*\.(q|k|v|o|gate|up|down)_proj"
     folder = changed(finished_run, tmp_path / "adapter", target_modules=pattern)
     plan = merged_weights.plan(ModelConfig(name="builtin:tiny"), folder)

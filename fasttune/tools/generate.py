@@ -60,8 +60,10 @@ def run(options: argparse.Namespace) -> dict[str, Any]:
 
     reporter.note("importing unsloth and torch …")
     with library_log():  # what libraries say is not part of an answer
-        dtype = DTYPES[options.dtype] if options.dtype else trained_model.dtype_for(trained)
+        import fasttune.core.model  # noqa: F401  first: it imports unsloth, which comes before transformers
+
         take_over_loggers()
+        dtype = DTYPES[options.dtype] if options.dtype else trained_model.dtype_for(trained)
         sampling = Sampling(options.max_new_tokens, options.temperature, options.seed)
         turns_for = "--chat" if options.chat else "--system" if options.system else None
         speaker = load(trained, dtype, sampling, reporter.note, turns_for)

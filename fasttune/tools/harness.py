@@ -14,7 +14,7 @@ from dataclasses import replace
 from typing import Any
 
 from fasttune import cache
-from fasttune.core import decoding
+from fasttune.core import model as fasttune_model, decoding  # noqa: F401  model first: it imports unsloth
 from fasttune.tools import tasks
 
 import torch
