@@ -94,7 +94,7 @@ def test_what_cannot_be_compared_or_written(
 
     monkeypatch.setattr(safetensors.torch, "save_file", full)
     assert cli.main(arguments) == 2
-    assert "m was not written (I/O error: No space" in capsys.readouterr().err.splitlines()[-1]
+    assert "m was not written (SafetensorError: I/O error: No space" in capsys.readouterr().err.splitlines()[-1]
     assert [path.name for path in tmp_path.iterdir()] == ["m.unverified"]
 
 

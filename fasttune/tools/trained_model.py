@@ -237,7 +237,7 @@ def put_on(model: Any, folder: Path) -> tuple[Any, dict[str, Shape], int | None]
     unused = sorted(name for name in set(shapes) - set(known) if copied(name) not in shapes)
     if lacking or unused:
         fits, more = len(shapes) - len(unused), f", {len(lacking)} missing" if lacking else ""
-        mine, its = ((names or ["none"])[0][:60] for names in (unused, lacking))
+        mine, its = ((names or ["none"])[0][:48] for names in (unused, lacking))
         raise ModelError(
             f"{str(folder)[:40]}: {fits or 'none'} of the adapter's {len(shapes)} weights belong to a layer of the base"
             f"{more} (no layer: {mine}; missing: {its}); set base_model_name_or_path to its own base"
