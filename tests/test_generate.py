@@ -181,9 +181,9 @@ USER, SYSTEM = [formats._turn("user", "Hi")], [formats._turn("system", "Be kind.
 def test_the_question_part_of_every_form(tmp_path: Path, row: dict[str, Any], messages: Any) -> None:
     path = tmp_path / "rows.jsonl"
     path.write_text("\n" + json.dumps(row) + "\n")
-    [(number, question)] = questions.read(str(path), {}, None)
+    [(number, question)] = questions.read(str(path), {}, None, "train", {})
     assert (number, question) == (2, formats.Conversation(messages, []))
-    [(_, question)] = questions.read(str(path), {}, "Be brief.")
+    [(_, question)] = questions.read(str(path), {}, "Be brief.", "train", {})
     first = messages if messages[0]["role"] == "system" else [formats._turn("system", "Be brief."), *messages]
     assert question == formats.Conversation(first, [])
 
@@ -192,13 +192,13 @@ def test_rows_that_cannot_be_asked(tmp_path: Path) -> None:
     path = tmp_path / "rows.jsonl"
     path.write_text('{"problem": "Hi"}\n{"problem": " "}\n')
     columns = {"question": "problem"}
-    [(_, good), (number, empty)] = questions.read(str(path), columns, None)
-    assert good == formats.Conversation(USER, []) and number == 2
-    assert isinstance(empty, formats.Unusable) and str(empty) == "empty question"
+    skipped: dict[int, str] = {}
+    [(_, good)] = questions.read(str(path), columns, None, "train", skipped)
+    assert good == formats.Conversation(USER, []) and skipped == {2: "empty question"}
     for text in ('{"text": "Once"}', '{"other": 1}'):
         path.write_text(text)
         with pytest.raises(DataError):
-            list(questions.read(str(path), columns, None))
+            list(questions.read(str(path), columns, None, "train", {}))
 
 
 def test_half_a_character_is_told(

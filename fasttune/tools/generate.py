@@ -276,17 +276,16 @@ def _prompts(
     speaker: Speaker, trained: TrainedModel, source: str, system: str | None
 ) -> tuple[list[tuple[int, int, str]], dict[int, str]]:
     """((tokens, row, prompt) of every row that can be asked, row → why not of the others)."""
-    asked, skipped = [], {}
+    asked: list[tuple[int, int, str]] = []
+    skipped: dict[int, str] = {}
     columns, split = trained.config.data.columns if trained.config else {}, trained.reading(source)[0]
-    for row, question in questions.read(source, columns, system, split):
+    for row, question in questions.read(source, columns, system, split, skipped):
+        if speaker.raw and (len(question.messages) > 1 or question.tools):
+            raise DataError(
+                f"--file: {source}: row {row} has several turns or tools, and without a chat template only one "
+                'text can be continued; write {"prompt": …}'
+            )
         try:
-            if isinstance(question, Unusable):
-                raise question
-            if speaker.raw and (len(question.messages) > 1 or question.tools):
-                raise DataError(
-                    f"--file: {source}: row {row} has several turns or tools, and without a chat template only one "
-                    'text can be continued; write {"prompt": …}'
-                )
             prompt = speaker.prompt(question.messages, question.tools)
             asked.append((speaker.length(prompt), row, prompt))
         except Unusable as error:

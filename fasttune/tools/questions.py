@@ -25,9 +25,9 @@ SAMPLE_BYTES = 1 << 20
 
 
 def read(
-    source: str, columns: dict[str, str], system: str | None, split: str = "train"
-) -> Iterator[tuple[int, Conversation | Unusable]]:
-    """(row number from 1, its turns up to where the assistant would answer, or why there are none) of every row.
+    source: str, columns: dict[str, str], system: str | None, split: str, skipped: dict[int, str]
+) -> Iterator[tuple[int, Conversation]]:
+    """(row number from 1, its turns up to where the assistant would answer); `skipped` gets why a row has none.
 
     Rows may have any form that can be trained on, answered or not. `columns` as data.columns, where a row has them;
     `system` for rows without a system turn; `split` of a hub set. Raises DataError.
@@ -43,7 +43,7 @@ def read(
             try:
                 whole: Any = formats.convert(row, form, place)
             except Unusable as error:
-                yield number, error
+                skipped[number] = str(error)
                 continue
             last = max(at for at, turn in enumerate(whole.messages) if turn["role"] == "assistant")
             messages = whole.messages[:last]
