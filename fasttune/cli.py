@@ -261,20 +261,9 @@ def bench(options: argparse.Namespace) -> Done:
 
 def evaluate(options: argparse.Namespace) -> Done:
     """`fasttune eval`: 0, with the scores on stderr."""
-    from fasttune import terminal
     from fasttune.tools import evaluate as evaluation
 
-    result = evaluation.run(
-        options.model,
-        terminal.Reporter(),
-        options.tasks,
-        options.data,
-        options.limit,
-        options.out,
-        options.batch_rows,
-        keep_answers=not options.no_cache,
-        trust_remote_code=options.trust_remote_code,
-    )
+    result = evaluation.run(options)
     evaluation.show(result)
     return 0, result
 
@@ -282,28 +271,28 @@ def evaluate(options: argparse.Namespace) -> Done:
 def data(options: argparse.Namespace) -> Done:
     """`fasttune data`: 0, with the page on stderr."""
     from fasttune import config, terminal
-    from fasttune.tools import inspect_data, inspect_page
+    from fasttune.tools import inspect_data
 
     figures = inspect_data.look(config.load(options.config, options.overrides), options.rows, terminal.Reporter())
-    inspect_page.show(figures)
+    inspect_data.show(figures)
     return 0, figures
 
 
 def generate(options: argparse.Namespace) -> Done:
     """`fasttune generate`: 0, with the answers on stdout or in a file; 141 when stdout is closed, as by `| head`."""
-    from fasttune.tools import generate_command
+    from fasttune.tools import generate
 
     try:
-        return 0, generate_command.run(options)
+        return 0, generate.run(options)
     except BrokenPipeError:
         return _stdout_is_closed(), None
 
 
 def merge(options: argparse.Namespace) -> Done:
     """`fasttune merge`: 0, or 1 when the written model does not answer as base + adapter does."""
-    from fasttune.tools import merge_command
+    from fasttune.tools import merge
 
-    done = merge_command.run(options)
+    done = merge.run(options)
     return 0 if done["verified"] else 1, done
 
 

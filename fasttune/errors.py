@@ -9,6 +9,8 @@ FasttuneError          one line on stderr: what, where, how to mend it; exit 2
 """
 
 import reprlib
+from collections.abc import Iterator
+from contextlib import contextmanager
 
 _beginning = reprlib.Repr()
 _beginning.maxstring = _beginning.maxother = 60
@@ -65,3 +67,17 @@ def short(value: object) -> str:
     """The kind of a value and its beginning, however long it is and however deeply nested."""
     shown = _beginning.repr(value)
     return f"{type(value).__name__} {shown if len(shown) <= 60 else shown[:60] + '…'}"
+
+
+@contextmanager
+def in_one_line(
+    kind: type[FasttuneError], what: str, fix: str, caught: tuple[type[Exception], ...] = (Exception,)
+) -> Iterator[None]:
+    """What somebody else's code raises, of the kinds `caught`, becomes `what (its own words); fix`."""
+    try:
+        yield
+    except FasttuneError:
+        raise
+    except caught as error:
+        said = getattr(error, "strerror", None) or f"{type(error).__name__}: {error}"
+        raise kind(f"{what} ({' '.join(said.split())[:170]}); {fix}") from error

@@ -64,7 +64,7 @@ def bench(**changes: Any) -> dict[str, Any]:
 def repository(tmp_path: Path) -> Path:
     """The two pages, and no results and rates yet."""
     (tmp_path / "benchmarks" / "results").mkdir(parents=True)
-    (tmp_path / "fasttune" / "forecasts").mkdir(parents=True)
+    (tmp_path / "fasttune" / "tools").mkdir(parents=True)
     (tmp_path / "fasttune" / "tools" / "rates.json").write_text("[]\n")
     for page, marker in (("README.md", "measured"), ("benchmarks/README.md", "results")):
         (tmp_path / page).write_text(f"before\n<!-- {marker} -->\n<!-- /{marker} -->\nafter\n")

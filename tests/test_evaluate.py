@@ -1,16 +1,17 @@
 """fasttune eval: the data set's own answer rule, problem by problem; answers kept by the weights; no network."""
 
-import dataclasses
 import json
 import shutil
 import subprocess
 import sys
 import warnings
 from pathlib import Path
+from types import SimpleNamespace
 from typing import Any
 
 import pytest
 
+from fasttune import cli, report
 from fasttune.data import answers
 from fasttune.errors import DataError, FasttuneError
 from fasttune.tools import evaluate, tasks
@@ -37,13 +38,6 @@ CHOICES = [
 ]
 
 
-class Silent:
-    """A reporter that says nothing."""
-
-    def __getattr__(self, name: str) -> Any:
-        return lambda *arguments, **keywords: None
-
-
 @pytest.fixture(scope="module")
 def harness(unsloth: None) -> Any:
     """The harness, imported once; what it warns of while it is, is its own."""
@@ -59,10 +53,12 @@ def write(path: Path, rows: list[dict[str, Any]]) -> str:
 
 
 def score(folder: Path, name: str = "builtin:tiny", **arguments: Any) -> tuple[Any, list[dict[str, Any]]]:
-    result = evaluate.run(name, Silent(), output=str(folder), **arguments)
+    options = [text for flag, value in arguments.items() for text in (f"--{flag.replace('_', '-')}", str(value))]
+    command = ["eval", name, "--out", str(folder), *(text for text in options if text != "True")]
+    result = evaluate.run(cli.parser().parse_args(command))
     lines = [json.loads(line) for line in (folder / "eval_samples.jsonl").read_text().splitlines()]
-    assert json.loads((folder / "eval.json").read_text()) == json.loads(json.dumps(dataclasses.asdict(result)))
-    return result, lines
+    assert json.loads((folder / "eval.json").read_text()) == json.loads(report.to_json_line(result))
+    return SimpleNamespace(**result), lines
 
 
 def by_hand(text: str) -> str | None:
@@ -87,7 +83,7 @@ def test_every_problem_is_judged_by_the_rule_of_the_data_set(
         return [next(text for q, text in written.items() if q in request.args[0]) for request in requests]
 
     monkeypatch.setattr(harness.HFLM, "generate_until", generate)
-    result, lines = score(tmp_path, data=write(tmp_path / "gsm.jsonl", rows), keep_answers=False)
+    result, lines = score(tmp_path, data=write(tmp_path / "gsm.jsonl", rows), no_cache=True)
     assert result.tasks == ["gsm8k_jsonl"] and [line["generation"] for line in lines] == [text for _, text in PAIRS]
     expected = [by_hand(text) is not None and by_hand(text) == by_hand(reference) for reference, text in PAIRS]
     assert [line["right"] for line in lines] == expected
@@ -116,11 +112,11 @@ def test_a_run_is_scored_on_its_own_rows_and_its_card_says_so(
         return context
 
     monkeypatch.setattr(harness.HFLM, "_model_generate", generate)
-    score(tmp_path / "elsewhere", str(run), keep_answers=False)
+    score(tmp_path / "elsewhere", str(run), no_cache=True)
     assert (given["repetition_penalty"], given["num_beams"]) == (1.0, 1) and given["eos_token_id"]
     assert not any(not text.strip() for text in given["stop"])  # a blank line ends no answer
     assert "Not evaluated" in (run / "adapter" / "README.md").read_text()
-    result, lines = score(run, str(run), keep_answers=False)
+    result, lines = score(run, str(run), no_cache=True)
     assert "2 + 2?" in lines[0]["prompt"] and result.tasks == ["gsm8k_jsonl"]
     assert "| gsm8k_jsonl | exact_match | 0.0000 |" in (run / "adapter" / "README.md").read_text()
 
@@ -156,7 +152,7 @@ def test_the_harness_generates_what_the_model_generates(tmp_path: Path, harness:
     from fasttune.data import arithmetic, chat
     from fasttune.tools import trained_model
 
-    result, lines = score(tmp_path, tasks="builtin:arithmetic", limit=3, batch_rows=2, keep_answers=False)
+    result, lines = score(tmp_path, tasks="builtin:arithmetic", limit=3, batch_rows=2, no_cache=True)
     rows = arithmetic.generate("test", rows=3)
     model, tokenizer = trained_model.load(open_run("builtin:tiny"), "float32")
     template = chat.template_of(tiny_tokenizer)
@@ -192,7 +188,7 @@ def test_answers_are_kept_for_these_weights_only(tmp_path: Path, harness: Any) -
     assert (again.requests, again.from_cache) == (8, 8) and after == before
     other, _ = score(tmp_path / "3", str(changed), data=rows)
     assert other.from_cache == 0
-    forgetful, _ = score(tmp_path / "4", data=rows, keep_answers=False)
+    forgetful, _ = score(tmp_path / "4", data=rows, no_cache=True)
     assert forgetful.from_cache == 0
 
 
@@ -280,4 +276,4 @@ def test_an_unknown_task_names_the_nearest(harness: Any, monkeypatch: pytest.Mon
 def test_a_missing_harness_is_told_with_the_command(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(evaluate, "NEEDS", ("no_such_package",))
     with pytest.raises(FasttuneError, match=r"no_such_package is not installed; .*setup_h100\.sh"):
-        evaluate.run("builtin:tiny", Silent())
+        evaluate.run(cli.parser().parse_args(["eval", "builtin:tiny"]))

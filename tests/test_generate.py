@@ -13,7 +13,7 @@ import pytest
 from fasttune import cli
 from fasttune.data import formats
 from fasttune.errors import DataError, ModelError, OutputError
-from fasttune.tools import questions
+from fasttune.tools import generate, questions, trained_model
 
 pytestmark = pytest.mark.usefixtures("unsloth")
 
@@ -22,10 +22,8 @@ PROMPTS = ["2 + 3?", "How many apples are left when Ana eats 4 of 9?", "x", "Nam
 
 @pytest.fixture(scope="module")
 def speaker(finished_run: Path) -> Any:
-    from fasttune.tools import generate, trained_model
-
     opened = trained_model.open_run(str(finished_run))
-    return generate.loaded(opened, "float32", generate.Sampling(max_new_tokens=12), print)
+    return generate.load(opened, "float32", generate.Sampling(max_new_tokens=12), print)
 
 
 def rows(folder: Path, name: str = "rows.jsonl") -> Path:
@@ -97,13 +95,12 @@ def test_an_answer_ends_at_the_first_stop_token(speaker: Any, monkeypatch: pytes
 
 def test_a_file_is_gone_on_with(speaker: Any, finished_run: Path, tmp_path: Path, monkeypatch: Any) -> None:
     from fasttune import terminal
-    from fasttune.tools import generate, trained_model
 
     opened, source, out = trained_model.open_run(str(finished_run)), rows(tmp_path), tmp_path / "out.jsonl"
     reporter = terminal.Reporter(quiet=True)
 
     def answer(**settings: Any) -> dict[str, Any]:
-        return generate.answer_file(speaker, opened, str(source), out, 2, None, {"dtype": "x", **settings}, reporter)
+        return generate.answer_file(speaker, opened, str(source), out, 2, {"dtype": "x", **settings}, reporter)
 
     real, calls = speaker.batch, []
 
@@ -142,8 +139,6 @@ def test_a_file_is_gone_on_with(speaker: Any, finished_run: Path, tmp_path: Path
 
 
 def test_other_weights_are_told(finished_run: Path, tmp_path: Path) -> None:
-    from fasttune.tools import trained_model
-
     source = str(rows(tmp_path))
     opened = trained_model.open_run(str(finished_run))
     of_run = questions.identity(opened, source, {})
@@ -152,9 +147,9 @@ def test_other_weights_are_told(finished_run: Path, tmp_path: Path) -> None:
     assert (base["base"], base["adapter"]) == ("builtin:tiny", None) and base["rows"] == of_run["rows"]
     weights = tmp_path / "adapter_model.safetensors"
     weights.write_bytes((finished_run / "adapter" / weights.name).read_bytes())
-    assert questions.hash_of_weights(tmp_path) == of_run["adapter"]
+    assert questions._weights(str(tmp_path)) == of_run["adapter"]
     weights.write_bytes(weights.read_bytes()[:-1] + b"\x00\x01")
-    assert questions.hash_of_weights(tmp_path) != of_run["adapter"]
+    assert questions._weights(str(tmp_path)) != of_run["adapter"]
 
 
 USER, SYSTEM = [formats._turn("user", "Hi")], [formats._turn("system", "Be kind.")]
@@ -186,9 +181,9 @@ USER, SYSTEM = [formats._turn("user", "Hi")], [formats._turn("system", "Be kind.
 def test_the_question_part_of_every_form(tmp_path: Path, row: dict[str, Any], messages: Any) -> None:
     path = tmp_path / "rows.jsonl"
     path.write_text("\n" + json.dumps(row) + "\n")
-    [(number, question)] = questions.read(str(path), {}, None)
+    [(number, question)] = questions.read(str(path), {}, None, "train", {})
     assert (number, question) == (2, formats.Conversation(messages, []))
-    [(_, question)] = questions.read(str(path), {}, "Be brief.")
+    [(_, question)] = questions.read(str(path), {}, "Be brief.", "train", {})
     first = messages if messages[0]["role"] == "system" else [formats._turn("system", "Be brief."), *messages]
     assert question == formats.Conversation(first, [])
 
@@ -197,13 +192,13 @@ def test_rows_that_cannot_be_asked(tmp_path: Path) -> None:
     path = tmp_path / "rows.jsonl"
     path.write_text('{"problem": "Hi"}\n{"problem": " "}\n')
     columns = {"question": "problem"}
-    [(_, good), (number, empty)] = questions.read(str(path), columns, None)
-    assert good == formats.Conversation(USER, []) and number == 2
-    assert isinstance(empty, formats.Unusable) and str(empty) == "empty question"
+    skipped: dict[int, str] = {}
+    [(_, good)] = questions.read(str(path), columns, None, "train", skipped)
+    assert good == formats.Conversation(USER, []) and skipped == {2: "empty question"}
     for text in ('{"text": "Once"}', '{"other": 1}'):
         path.write_text(text)
         with pytest.raises(DataError):
-            list(questions.read(str(path), columns, None))
+            list(questions.read(str(path), columns, None, "train", {}))
 
 
 def test_half_a_character_is_told(
@@ -211,17 +206,14 @@ def test_half_a_character_is_told(
 ) -> None:
     """A row with one is left out and counted; what was typed with one is refused."""
     from fasttune import terminal
-    from fasttune.tools import generate, trained_model
 
     source, opened = tmp_path / "rows.jsonl", trained_model.open_run(str(finished_run))
     source.write_text('{"prompt": "Hi"}\n{"prompt": "a \\ud83d b"}\n')
-    done = generate.answer_file(
-        speaker, opened, str(source), tmp_path / "out", 2, None, {}, terminal.Reporter(quiet=True)
-    )
+    done = generate.answer_file(speaker, opened, str(source), tmp_path / "out", 2, {}, terminal.Reporter(quiet=True))
     assert (done["answered"], done["left_out"]) == (1, 1)
     source.write_text('{"prompt": "a \\ud83d b"}\n')
     with pytest.raises(DataError, match=r"row 1: half a character \('\\ud83d'\)"):
-        generate.answer_file(speaker, opened, str(source), tmp_path / "none", 2, None, {}, None)
+        generate.answer_file(speaker, opened, str(source), tmp_path / "none", 2, {}, None)
     for arguments in (["--prompt", "caf\udce9"], ["--prompt", "x", "--system", "caf\udce9"]):
         assert cli.main(["generate", "builtin:tiny", *arguments]) == 2
         assert rf"{arguments[-2]}: 'caf\udce9' is no UTF-8" in capsys.readouterr().err
@@ -231,15 +223,11 @@ def test_half_a_character_is_told(
 
 
 def test_a_prompt_too_long_for_the_model_is_told(speaker: Any) -> None:
-    from fasttune.tools import generate
-
     with pytest.raises(DataError, match="2,048 positions"):
-        generate.one(speaker, "word " * 600, None, print)
+        generate.answer_one(speaker, "word " * 600, None, print)
 
 
 def test_a_conversation_remembers_and_forgets(speaker: Any) -> None:
-    from fasttune.tools import generate
-
     told: list[str] = []
     said = iter(["2 + 3?", "", "Why?", "/new", "x", "/exit", "never asked"])
     messages = generate.converse(speaker, "Be brief.", lambda: next(said), told.append)
@@ -254,8 +242,6 @@ def test_a_conversation_remembers_and_forgets(speaker: Any) -> None:
 
 
 def test_a_temperature_is_sampled_by_its_seed(speaker: Any, monkeypatch: pytest.MonkeyPatch) -> None:
-    from fasttune.tools import generate
-
     def answer(seed: int) -> str:
         monkeypatch.setattr(speaker, "sampling", generate.Sampling(12, temperature=1.5, seed=seed))
         return str(speaker.batch([speaker.prompt(USER)])[0].text)
@@ -264,8 +250,6 @@ def test_a_temperature_is_sampled_by_its_seed(speaker: Any, monkeypatch: pytest.
 
 
 def test_plain_text_runs_continue_plain_text(speaker: Any, tiny_tokenizer: Any) -> None:
-    from fasttune.tools import generate
-
     tiny_tokenizer.chat_template = None
     raw = generate.Speaker(speaker.model, tiny_tokenizer, True, speaker.sampling)
     assert raw.prompt(USER) == "Hi" and raw.stops == [tiny_tokenizer.eos_token_id]
@@ -276,7 +260,6 @@ def test_turns_without_a_template_are_refused(
 ) -> None:
     from fasttune import terminal
     from fasttune.core import builtin
-    from fasttune.tools import generate, trained_model
 
     shutil.copytree(builtin.path("builtin:tiny"), tmp_path / "bare")
     for path in (tmp_path / "bare").iterdir():
@@ -293,14 +276,14 @@ def test_turns_without_a_template_are_refused(
     path, opened = tmp_path / "rows.jsonl", trained_model.open_run(str(finished_run))
     path.write_text('{"prompt": "Hi"}\n' + json.dumps({"messages": [*SYSTEM, *USER]}) + "\n")
     with pytest.raises(DataError, match="row 2 has several turns"):
-        generate.answer_file(speaker, opened, str(path), tmp_path / "out", 2, None, {}, terminal.Reporter(quiet=True))
+        generate.answer_file(speaker, opened, str(path), tmp_path / "out", 2, {}, terminal.Reporter(quiet=True))
     assert not (tmp_path / "out").exists()
 
 
 def test_a_full_disk_leaves_whole_answers(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    line = (1, {"text": "x", "tokens": 1, "finish": "stop"})
-    with questions.opened(tmp_path / "out", {}) as file:
-        questions.write(file, [line])
+    line = {"row": 1, "text": "x", "tokens": 1, "finish": "stop"}
+    with questions.opened(tmp_path / "out", {}) as answers:
+        answers.add([line])
         before = (tmp_path / "out").read_bytes()
         real = os.write
 
@@ -311,25 +294,21 @@ def test_a_full_disk_leaves_whole_answers(tmp_path: Path, monkeypatch: pytest.Mo
 
         monkeypatch.setattr(os, "write", full)
         with pytest.raises(OutputError, match="No space left on device"):
-            questions.write(file, [line])
+            answers.add([line])
     assert (tmp_path / "out").read_bytes() == before
 
 
 def test_a_closed_pipe_ends_quietly(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
-    from fasttune.tools import generate_command
-
     def closed(options: Any) -> dict[str, Any]:
         raise BrokenPipeError
 
-    monkeypatch.setattr(generate_command, "run", closed)
+    monkeypatch.setattr(generate, "run", closed)
     with (tmp_path / "stdout").open("w") as stdout:
         monkeypatch.setattr(sys, "stdout", stdout)
         assert cli.main(["generate", "builtin:tiny", "--prompt", "x"]) == 141
 
 
 def test_a_mistyped_run_is_no_hub_id(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    from fasttune.tools import trained_model
-
     monkeypatch.chdir(tmp_path)
     for name in ("old-1", "new-2"):
         (tmp_path / "runs" / name).mkdir(parents=True)
@@ -342,8 +321,6 @@ def test_a_mistyped_run_is_no_hub_id(tmp_path: Path, monkeypatch: pytest.MonkeyP
 
 def test_rows_of_the_run_are_read_as_it_read_them(finished_run: Path) -> None:
     from dataclasses import replace
-
-    from fasttune.tools import trained_model
 
     opened = trained_model.open_run(str(finished_run))
     assert opened.config
@@ -394,12 +371,10 @@ def test_a_user_error_is_one_line(arguments: list[str], told: str, capsys: pytes
 
 
 def test_what_is_no_run_is_refused(finished_run: Path, tmp_path: Path) -> None:
-    from fasttune.tools import trained_model
-
     with pytest.raises(ModelError, match="holds no run"):
         trained_model.open_run(str(tmp_path))
     (tmp_path / "config.yaml").write_text((finished_run / "config.yaml").read_text())
-    with pytest.raises(ModelError, match=r"not finished and has no adapter/; go on with it: fasttune train .*--resume"):
+    with pytest.raises(ModelError, match=r"not finished and has no adapter/; resume it: fasttune train .*--resume"):
         trained_model.open_run(str(tmp_path))
     os.symlink(finished_run / "adapter", tmp_path / "adapter")
     (tmp_path / "run.json").write_text('{"status": "interrupted"}')

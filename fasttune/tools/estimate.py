@@ -1,6 +1,7 @@
 """What a run will need, from its plan and its encoded rows: memory, tokens, hours, dollars, each with a range.
 
-    expected = of_run(config, chosen, data, machine, usd_per_hour)
+    expected = of_job(job)                # of a run that is ready to train
+    expected = of_run(config, chosen, data, machine, usd_per_hour, scale)      # of a sample of its rows
 
 Speed is model FLOPs of a step over the rate that this kind of machine has shown (rates.json, made from
 benchmarks/results); where it has shown none, a wide range of what such chips do. A CPU's rate is a share of what its
@@ -11,6 +12,7 @@ import json
 import math
 import statistics
 from collections.abc import Callable
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -21,7 +23,7 @@ from fasttune.core.memory import MicroBatch, forecast
 from fasttune.data.batching import Batches
 from fasttune.data.tokenize import IGNORE
 from fasttune.hardware import Hardware
-from fasttune.metrics import Forecast, Memory, Range
+from fasttune.metrics import Forecast, Range
 from fasttune.report import duration, usd
 from fasttune.tools import roofline
 from fasttune.tools.roofline import SMALLEST, Sample
@@ -40,46 +42,58 @@ LOAD_S_A_GIB = Range(0.3, 1.0, 3.0)  # of weights, on a GPU: a guess
 TOUCH_S_A_GIB = Range(0.5, 1.0, 4.0)  # of peak memory, on a CPU: its first step has the pages given (docs/LOG.md)
 
 
+def of_job(job: Any) -> Forecast:
+    """The forecast of a prepared run (core's Job); packed as its live model allows."""
+    chosen = replace(job.plan, packed=job.data.packed)
+    return of_run(job.config, chosen, job.data, job.machine, job.usd_per_hour)
+
+
 def of_run(
-    config: Config,
-    chosen: Plan,
-    data: Batches,
-    machine: Hardware,
-    usd_per_hour: float | None,
-    scale: float = 1.0,
+    config: Config, chosen: Plan, data: Batches, machine: Hardware, usd_per_hour: float | None, scale: float = 1.0
 ) -> Forecast:
     """The forecast of a run on `data`, the rows it has or a sample of them; `scale`: how many times as many it has."""
-    steps = data.total_steps(config.train.epochs, config.train.max_steps, scale)
+    steps, on_cpu = data.total_steps(config.train.epochs, config.train.max_steps, scale), chosen.gpu_gib is None
     sample = lay_out(data, min(steps, data.steps_per_epoch))
     memories = {each: forecast(config, chosen.shape, chosen, each) for each in set(sample.micro_batches)}
     largest = max(memories, key=lambda each: memories[each].total)
     memory, tokens = memories[largest], round(sample.tokens / sample.steps * steps)
-    rate, source = rate_tflops(config, chosen, machine)
-    name, speed = machine_name(machine), None
-    hours = cost = None
-    groups = roofline.of_step(config, chosen, sample, memory, name)
-    if rate is not None:
-        flops = step_flops(config, chosen, sample)
-        kernels_s = [flops / (tera * 1e12) for tera in vars(rate).values()]
-        if groups is not None and not _measured(chosen, name):
-            kernels_s[1], source = groups.ms / 1e3, f"{source}; expected by groups of kernels"
-        layers = 0 if chosen.gpu_gib is None else chosen.shape.layers * len(sample.micro_batches) / sample.steps
-        launched_s = [layers * launch_s for launch_s in vars(LAUNCH_S_A_LAYER).values()]
-        tokens_a_step = sample.tokens / sample.steps
-        speed = Range(*(tokens_a_step / max(pair) for pair in zip(kernels_s, launched_s, strict=True)))
-        hours = _hours(tokens, speed, _start_s(chosen, memory))
-        cost = None if usd_per_hour is None else Range(*(usd_per_hour * each for each in vars(hours).values()))
-    low, high = MEMORY_ERROR["cpu" if chosen.gpu_gib is None else "gpu"]
+    low, high = MEMORY_ERROR["cpu" if on_cpu else "gpu"]
     peak = Range(low * memory.total, memory.total, high * memory.total)
-    left_out = hours is not None and _evaluates(config)
-    return Forecast(memory, peak, largest.tokens, steps, tokens, speed, hours, cost, source, left_out, groups)
+    rate, source = rate_tflops(config, chosen, machine)
+    name = machine_name(machine)
+    groups = roofline.of_step(config, chosen, sample, memory, name)
+    if rate is None:
+        return Forecast(memory, peak, largest.tokens, steps, tokens, None, None, None, source, False, groups)
+    flops, tokens_a_step = step_flops(config, chosen, sample), sample.tokens / sample.steps
+    kernels_s = ranged(lambda tera: flops / (tera * 1e12), rate)
+    if groups is not None and not _measured(chosen, name):
+        kernels_s, source = replace(kernels_s, expected=groups.ms / 1e3), f"{source}; expected by groups of kernels"
+    launches = 0 if on_cpu else chosen.shape.layers * len(sample.micro_batches) / sample.steps
+    # The CPU launches while the GPU computes: whichever takes longer.
+    step_s = ranged(lambda kernels, launch_s: max(kernels, launches * launch_s), kernels_s, LAUNCH_S_A_LAYER)
+    speed = ranged(lambda seconds: tokens_a_step / seconds, step_s)
+    fixed, a_gib, gib = START_S, LOAD_S_A_GIB, memory.weights
+    if on_cpu:
+        fixed, a_gib, gib = CPU_START_S, TOUCH_S_A_GIB, memory.total
+    start_s = ranged(lambda once, each: once + each * gib, fixed, a_gib)  # imports, loading, a longer first step
+    slowest_last = Range(speed.high, speed.expected, speed.low)
+    hours = ranged(lambda rate, start: (tokens / rate + start) / 3600, slowest_last, start_s)
+    cost = None if usd_per_hour is None else ranged(lambda each: usd_per_hour * each, hours)
+    held_out = config.data.eval is not None or config.data.eval_share > 0
+    evaluates = held_out and (config.eval.every != "never" or config.eval.problems > 0 or config.samples > 0)
+    return Forecast(memory, peak, largest.tokens, steps, tokens, speed, hours, cost, source, evaluates, groups)
+
+
+def ranged(of: Callable[..., float], *ranges: Range) -> Range:
+    """`of` the low, the expected and the high values."""
+    return Range(*map(of, *(vars(each).values() for each in ranges)))
 
 
 def in_words(expected: Forecast) -> str:
     """One line: memory, tokens, time and dollars with their ranges."""
     parts = [f"peak {span(expected.peak_memory_gib, '{:,.1f}'.format)} GiB", f"{expected.tokens:,} tokens"]
     if expected.hours is not None:
-        parts.append(span(expected.hours, lambda hours: duration(3600 * hours)))
+        parts.append(span(expected.hours, hours_text))
     if expected.usd is not None:
         parts.append(span(expected.usd, usd))
     parts += ["time and cost without evaluation"] if expected.without_evaluation else []
@@ -89,6 +103,10 @@ def in_words(expected: Forecast) -> str:
 def span(values: Range, text: Callable[[float], str]) -> str:
     """expected (low to high), each as `text` writes it."""
     return f"{text(values.expected)} ({text(values.low)} to {text(values.high)})"
+
+
+def hours_text(hours: float) -> str:
+    return duration(3600 * hours)
 
 
 def lay_out(data: Batches, steps: int) -> Sample:
@@ -116,36 +134,31 @@ def rate_tflops(config: Config, chosen: Plan, machine: Hardware) -> tuple[Range 
     here = _measured(chosen, name)
     if not machine.gpus:
         return _of_cpu(chosen, name, here)
+    job = (config.train.method, chosen.packed)
+    here.sort(key=lambda row: (row["method"], row["packed"]) != job)  # the same job first, of those the newest
     if here:
-        job = (config.train.method, chosen.packed)
-        alike = [row for row in here if (row["method"], row["packed"]) == job]
-        row, error = (alike or here)[0], RATE_ERROR if alike else RATE_ERROR * OTHER_JOB_ERROR
-        rates = row["tflops"]
-        middle = statistics.median(rates)
+        row, middle = here[0], statistics.median(here[0]["tflops"])
+        other = (row["method"], row["packed"]) != job
+        error = RATE_ERROR * (OTHER_JOB_ERROR if other else 1)
         source = f"{middle:.3g} TFLOP/s measured on {name}, {row['date']} ({row['source']})"
-        source += "" if alike else "; for another job"
-        return Range(min(rates) / error, middle, max(rates) * error), source
+        source += "; for another job" if other else ""
+        return Range(min(row["tflops"]) / error, middle, max(row["tflops"]) * error), source
     peak = hardware.peak_bf16_tflops(name)
     if peak is None or chosen.dtype != "bfloat16":
         return None, f"nothing measured on {name} in {chosen.dtype}, and no datasheet peak to go by"
-    low, high = (each * peak for each in MFU)
-    source = f"nothing measured on {name}: {MFU[0]:.0%} to {MFU[1]:.0%} of its {peak:g} TFLOP/s"
-    return Range(low, math.sqrt(low * high), high), source
+    return _share(MFU, peak), f"nothing measured on {name}: {MFU[0]:.0%} to {MFU[1]:.0%} of its {peak:g} TFLOP/s"
 
 
 def _of_cpu(chosen: Plan, name: str, here: list[dict[str, Any]]) -> tuple[Range, str]:
     """A share of the rate that the matmuls of the model's MLP reach now."""
     matmul = hardware.cpu_matmul_tflops(chosen.dtype, chosen.shape.hidden, chosen.shape.mlp)
     if not here:
-        low, high = CPU_SHARE
-        source = (
-            f"no run measured on such a CPU: {low:.0%} to {high:.0%} of the {matmul:.2g} TFLOP/s its matmuls do now"
-        )
-        return Range(low * matmul, math.sqrt(low * high) * matmul, high * matmul), source
-    shares = here[0]["shares"]
+        share = f"{CPU_SHARE[0]:.0%} to {CPU_SHARE[1]:.0%} of the {matmul:.2g} TFLOP/s its matmuls do now"
+        return _share(CPU_SHARE, matmul), f"no run measured on such a CPU: {share}"
+    row, shares = here[0], here[0]["shares"]
     middle = statistics.median(shares)
     source = f"{middle:.0%} of the {matmul:.2g} TFLOP/s that matmuls do now, as in {len(shares)} runs on {name}"
-    source += f", {here[0]['date']} ({here[0]['source']})"
+    source += f", {row['date']} ({row['source']})"
     return Range(min(shares) / RATE_ERROR * matmul, middle * matmul, max(shares) * RATE_ERROR * matmul), source
 
 
@@ -153,13 +166,17 @@ def _measured(chosen: Plan, name: str) -> list[dict[str, Any]]:
     return [row for row in on_file() if (row["machine"], row["dtype"]) == (name, chosen.dtype)]
 
 
+def _share(share: tuple[float, float], of: float) -> Range:
+    low, high = share
+    return Range(low * of, math.sqrt(low * high) * of, high * of)
+
+
 def on_file() -> list[dict[str, Any]]:
     """rates.json: a row for each kind of machine and job measured, the newest first. benchmarks/render.py writes it.
 
     Of a GPU and a job TFLOP/s, a value for each repeat; of a CPU the share of its matmul rate, a value for each run.
     """
-    text = (Path(__file__).parent / "rates.json").read_text(encoding="utf-8")
-    found: list[dict[str, Any]] = json.loads(text)
+    found: list[dict[str, Any]] = json.loads((Path(__file__).parent / "rates.json").read_text(encoding="utf-8"))
     return found
 
 
@@ -179,23 +196,3 @@ def step_flops(config: Config, chosen: Plan, sample: Sample) -> float:
         flops *= 1 + CPU_FIXED_TOKENS * len(sample.micro_batches) / sample.cells
         flops *= 1 if full or not config.lora.dropout else UNFUSED_LORA
     return flops / sample.steps
-
-
-def _evaluates(config: Config) -> bool:
-    held_out = config.data.eval is not None or config.data.eval_share > 0
-    return held_out and (config.eval.every != "never" or config.eval.problems > 0 or config.samples > 0)
-
-
-def _hours(tokens: int, speed: Range, start_s: Range) -> Range:
-    """Of the whole command: the start, and all steps."""
-    seconds = [tokens / rate for rate in (speed.high, speed.expected, speed.low)]
-    return Range(*((step_s + start) / 3600 for step_s, start in zip(seconds, vars(start_s).values(), strict=True)))
-
-
-def _start_s(chosen: Plan, memory: Memory) -> Range:
-    """Imports, loading, and what a first step takes longer than another."""
-    on_cpu = chosen.gpu_gib is None
-    start, a_gib, gib = (
-        (CPU_START_S, TOUCH_S_A_GIB, memory.total) if on_cpu else (START_S, LOAD_S_A_GIB, memory.weights)
-    )
-    return Range(*(fixed + each * gib for fixed, each in zip(vars(start).values(), vars(a_gib).values(), strict=True)))

@@ -1,15 +1,16 @@
 """`fasttune eval`: a finished run or a model on tasks of EleutherAI's harness → scores, and every problem beside them.
 
-result = run("runs/quickstart-…", tasks="builtin:arithmetic", reporter=terminal.Reporter())
-
 Writes eval.json and eval_samples.jsonl (a line a problem: prompt, generation, extracted answer, reference, right).
 """
 
+import argparse
 import importlib.metadata
 import importlib.util
+import math
 import os
+import sqlite3
 import time
-from dataclasses import dataclass, field
+from contextlib import closing
 from datetime import datetime
 from pathlib import Path
 from typing import Any
@@ -19,69 +20,31 @@ from rich.padding import Padding
 from rich.table import Table
 from rich.text import Text
 
-from fasttune import hardware, report, stack, terminal
+from fasttune import cache, hardware, report, stack, terminal
 from fasttune.core.run_folder import EVAL_FILES
 from fasttune.data import answers, chat, sources
-from fasttune.errors import FasttuneError, OutputError, RunFailed
+from fasttune.errors import FasttuneError, OutputError, RunFailed, in_one_line
 from fasttune.quiet import library_log, take_over_loggers
-from fasttune.tools import card, tasks as own, trained_model as finished_models
-from fasttune.tools.trained_model import Finished
+from fasttune.tools import card, tasks as own, trained_model
+from fasttune.tools.card import Score
+from fasttune.tools.trained_model import TrainedModel
 
 BATCH_ROWS_CPU, BATCH_ROWS_GPU = 16, 64
 NEEDS = ("lm_eval", "sacrebleu")  # imported by the harness at its start
 INSTALL = "bash scripts/setup_h100.sh (outside a checkout: pip install 'fasttune[eval]')"
 
 
-@dataclass(frozen=True)
-class Score:
-    """One figure of one task: the mean over its problems with its standard error (None where there is no such)."""
+def run(options: argparse.Namespace) -> dict[str, Any]:
+    """Score RUN or MODEL, write the two files and return what eval.json holds. Raises FasttuneError in one line.
 
-    task: str
-    metric: str
-    value: float
-    stderr: float | None
-    problems: int
-
-
-@dataclass
-class EvalResult:
-    """The contract of `eval.json`. `from_cache`: requests that this very model had answered before."""
-
-    model: str
-    weights: str
-    output_dir: str
-    tasks: list[str]
-    data: str | None
-    limit: int | None
-    scores: list[Score]
-    batch_rows: int
-    dtype: str
-    requests: int
-    from_cache: int
-    seconds: float
-    date: str
-    hardware: str
-    versions: dict[str, str]
-    warnings: list[str] = field(default_factory=list)
-
-
-def run(
-    name: str,
-    reporter: terminal.Reporter,
-    tasks: str | None = None,
-    data: str | None = None,
-    limit: int | None = None,
-    output: str | None = None,
-    batch_rows: int | None = None,
-    keep_answers: bool = True,
-    trust_remote_code: bool = False,
-) -> EvalResult:
-    """Score RUN or MODEL, write the two files and return the scores. Raises FasttuneError in one line."""
-    started = time.perf_counter()
-    check_installed()
-    finished = finished_models.open_run(name, trust_remote_code)
-    names, data, why = choose(tasks, data, finished)
-    folder = _folder(finished, output)
+    `from_cache`: requests that this very model had answered before.
+    """
+    started, reporter = time.perf_counter(), terminal.Reporter()
+    if missing := [name for name in NEEDS if importlib.util.find_spec(name) is None]:
+        raise FasttuneError(f"eval: {', '.join(missing)} is not installed; bring the environment up to date: {INSTALL}")
+    trained = trained_model.open_run(options.model, options.trust_remote_code)
+    names, data, why = choose(options.tasks, options.data, trained)
+    folder = _folder(trained, options.out)
     reporter.note(f"tasks: {', '.join(names)}{f' on {data}' if data else ''} ({why})")
     reporter.note("importing unsloth and torch …")
     os.environ.setdefault("TQDM_DISABLE", "1")  # the harness's bars; read when tqdm is imported
@@ -90,71 +53,68 @@ def run(
 
         take_over_loggers()
         machine = hardware.as_torch_sees(hardware.detect(folder))
-        # Bad rows are told of before the weights are read.
-        loaded = harness.load_tasks(names, data, *finished.reading(data or ""))
-        reporter.note(f"loading {finished.weights} …")
-        dtype = finished_models.dtype_for(finished)
-        model, tokenizer = finished_models.load(finished, dtype)
+        loaded = harness.load_tasks(names, data, *trained.reading(data or ""))  # bad rows fail before weights are read
+        reporter.note(f"loading {trained.weights} …")
+        dtype = trained_model.dtype_for(trained)
+        model, tokenizer = trained_model.load(trained, dtype)
         changes = chat.complete(tokenizer)
-        for text in [*finished.warnings, *(f"chat template: {what}: {reason}" for what, reason in changes)]:
+        for text in [*trained.warnings, *(f"chat template: {what}: {reason}" for what, reason in changes)]:
             reporter.warn(text)
-        rows = batch_rows or (BATCH_ROWS_GPU if model.device.type == "cuda" else BATCH_ROWS_CPU)
-        known = harness.answers_of(model, tokenizer, keep_answers)
-        asked = harness.Harness(model, tokenizer, rows, known, reporter.progress)
+        rows = options.batch_rows or (BATCH_ROWS_GPU if model.device.type == "cuda" else BATCH_ROWS_CPU)
+        fix = f"remove {cache.root() / 'answers'}, or give --no-cache"
+        unusable = in_one_line(OutputError, "the kept answers cannot be used", fix, (sqlite3.Error,))
         try:
-            raw = harness.run(asked, loaded, limit)
+            with unusable, closing(harness.Answers(model, tokenizer, keep=not options.no_cache)) as known:
+                asked = harness.Harness(model, tokenizer, rows, known, reporter.progress)
+                raw = harness.run(asked, loaded, options.limit)
         except RuntimeError as error:
             if "out of memory" not in str(error).lower():
                 raise
             raise RunFailed(f"out of memory with {rows} rows at once; lower --batch-rows") from error
         finally:
-            known.close()
             reporter.stop()
-    result = EvalResult(
-        model=name,
-        weights=finished.weights,
-        output_dir=str(folder),
-        tasks=names,
-        data=data,
-        limit=limit,
-        scores=scores(raw),
-        batch_rows=rows,
-        dtype=dtype,
-        requests=asked.from_cache + asked.computed,
-        from_cache=asked.from_cache,
-        seconds=time.perf_counter() - started,
-        date=datetime.now().isoformat(timespec="seconds"),
-        hardware=hardware.line(machine),
-        versions=stack.versions() | {"lm_eval": importlib.metadata.version("lm_eval")},
-        warnings=finished.warnings,
-    )
-    write(folder, result, [problem(task, sample) for task, found in raw["samples"].items() for sample in found])
-    if finished.run and folder.resolve() == finished.run.resolve():
-        card.of_run(finished.run)
+    result = {
+        "model": options.model,
+        "weights": trained.weights,
+        "output_dir": str(folder),
+        "tasks": names,
+        "data": data,
+        "limit": options.limit,
+        "scores": scores(raw),
+        "batch_rows": rows,
+        "dtype": dtype,
+        "requests": asked.from_cache + asked.computed,
+        "from_cache": asked.from_cache,
+        "seconds": time.perf_counter() - started,
+        "date": datetime.now().isoformat(timespec="seconds"),
+        "hardware": hardware.line(machine),
+        "versions": stack.versions() | {"lm_eval": importlib.metadata.version("lm_eval")},
+        "warnings": trained.warnings,
+    }
+    with in_one_line(OutputError, f"--out {folder}: cannot be made", "name another folder", (OSError,)):
+        folder.mkdir(parents=True, exist_ok=True)
+    problems = [problem(task, sample) for task, found in raw["samples"].items() for sample in found]
+    lines = "".join(report.to_json_line(line) + "\n" for line in problems)
+    report.write_bytes(folder / EVAL_FILES[1], lines.encode())
+    report.write_json(folder / EVAL_FILES[0], result)
+    if trained.run and folder.resolve() == trained.run.resolve():
+        card.of_run(trained.run)
     return result
 
 
-def check_installed() -> None:
-    """Raise FasttuneError with the command where the harness is not installed."""
-    missing = [name for name in NEEDS if importlib.util.find_spec(name) is None]
-    if missing:
-        raise FasttuneError(f"eval: {', '.join(missing)} is not installed; bring the environment up to date: {INSTALL}")
-
-
-def choose(tasks: str | None, data: str | None, finished: Finished) -> tuple[list[str], str | None, str]:
+def choose(tasks: str | None, data: str | None, trained: TrainedModel) -> tuple[list[str], str | None, str]:
     """(task names, source of their rows, why these). Raises FasttuneError for a combination that would be ignored."""
-    held_out = finished.config.data.eval if finished.config else None
+    settings = trained.config.data if trained.config else None
+    held_out, share = (settings.eval, settings.eval_share) if settings else (None, 0)
     names = [name.strip() for name in (tasks or "").split(",") if name.strip()]
     if data is not None:
         sources.check(data)
-    if not names and data is None and held_out is None:
-        share = finished.config.data.eval_share if finished.config else 0
+    if not names and (source := data or held_out):
+        why = "by the rows of --data" if data else "the held-out rows of the run"
+        return [own.of_rows(source, *trained.reading(source))], source, why
+    if not names:
         why = f"the run held out {100 * share:g} % of its own rows, which are no file: give yours with --data FILE"
         return ["builtin:arithmetic"], None, why if share else "no --tasks, no --data, and no data.eval of a run"
-    if not names:
-        source = data or held_out or ""
-        why = "by the rows of --data" if data else "the held-out rows of the run"
-        return [own.of_rows(source, *finished.reading(source))], source, why
     with_rows = [name for name in names if name in own.NAMES]
     if data is not None and not with_rows:
         raise FasttuneError(f"--data would be ignored by {', '.join(names)}: it is for {', '.join(own.NAMES)}")
@@ -188,10 +148,10 @@ def problem(task: str, sample: dict[str, Any]) -> dict[str, Any]:
     line = {"task": task, "number": sample["doc_id"] + 1, "prompt": sample["arguments"][0][0]}
     if task in own.NAMES and "exact_match" in metrics:
         generation, reference = sample["resps"][0][0], sample["target"]
-        extracted = {"extracted": answers.final_number(generation), "expected": answers.final_number(reference)}
         return line | {
             "generation": generation,
-            **extracted,
+            "extracted": answers.final_number(generation),
+            "expected": answers.final_number(reference),
             "reference": reference,
             "right": metrics["exact_match"] > 0,
         }
@@ -201,47 +161,34 @@ def problem(task: str, sample: dict[str, Any]) -> dict[str, Any]:
     return line | {"responses": [responses[0] for responses in sample["resps"]]}
 
 
-def write(folder: Path, result: EvalResult, problems: list[dict[str, Any]]) -> None:
-    """eval_samples.jsonl, then eval.json: each whole or as it was before."""
-    try:
-        folder.mkdir(parents=True, exist_ok=True)
-    except OSError as error:
-        raise OutputError(f"--out {folder}: cannot be made ({error.strerror}); name another folder") from error
-    lines = "".join(report.to_json_line(line) + "\n" for line in problems)
-    report.write_bytes(folder / EVAL_FILES[1], lines.encode())
-    report.write_json(folder / EVAL_FILES[0], result)
-
-
-def show(result: EvalResult, page: Console = terminal.console) -> None:
+def show(result: dict[str, Any], page: Console = terminal.console) -> None:
     """The scores on the terminal, an accuracy in percent with its standard error, and where the files are."""
-    table = Table(box=None, padding=(0, 2), header_style="bold")
-    for heading in ("task", "metric", "score", "problems"):
-        table.add_column(heading, justify="left" if heading in ("task", "metric") else "right")
-    for score in result.scores:
+    table = Table("task", "metric", box=None, padding=(0, 2), header_style="bold")
+    for heading in ("score", "problems"):
+        table.add_column(heading, justify="right")
+    for score in result["scores"]:
         table.add_row(Text(score.task), Text(score.metric), Text(_shown(score)), f"{score.problems:,}")
     page.print(Padding(table, (1, 0)))
-    kept = f", {result.from_cache:,} of them answered before" if result.from_cache else ""
-    page.print(Text(f"{result.requests:,} requests{kept}, {report.duration(result.seconds)}", style="dim"))
+    kept = f", {result['from_cache']:,} of them answered before" if result["from_cache"] else ""
+    page.print(Text(f"{result['requests']:,} requests{kept}, {report.duration(result['seconds'])}", style="dim"))
     for name in EVAL_FILES:
-        page.print(Text(str(Path(result.output_dir) / name)), soft_wrap=True)
+        page.print(Text(str(Path(result["output_dir"]) / name)), soft_wrap=True)
 
 
 def _shown(score: Score) -> str:
     """Shares as 55.0 % ± 7.9; anything else (a perplexity) as it is."""
-    share = 0 <= score.value <= 1 and "perplexity" not in score.metric
-    value = f"{100 * score.value:.1f} %" if share else f"{score.value:,.4g}"
-    if score.stderr is None or score.stderr != score.stderr:
-        return value
-    return f"{value} ± {100 * score.stderr if share else score.stderr:,.2g}"
+    value, stderr = (math.nan if each is None else each for each in (score.value, score.stderr))
+    share = 0 <= value <= 1 and "perplexity" not in score.metric
+    text = f"{100 * value:.1f} %" if share else f"{value:,.4g}"
+    return text if math.isnan(stderr) else f"{text} ± {100 * stderr if share else stderr:,.2g}"
 
 
-def _folder(finished: Finished, output: str | None) -> Path:
+def _folder(trained: TrainedModel, out: str | None) -> Path:
     """--out, else the run's own folder, else runs/eval-NAME-DATE. Raises OutputError where it cannot be written."""
-    stem = finished.name.rstrip("/").rpartition("/")[2].replace(":", "-")
-    folder = Path(output) if output else finished.run or Path(f"runs/eval-{stem}-{datetime.now():%Y%m%d-%H%M%S}")
-    above = folder.expanduser().absolute()
-    while not above.exists():
-        above = above.parent
+    stem = trained.name.rstrip("/").rpartition("/")[2].replace(":", "-")
+    folder = Path(out) if out else trained.run or Path(f"runs/eval-{stem}-{datetime.now():%Y%m%d-%H%M%S}")
+    folder = folder.expanduser()
+    above = hardware.nearest_existing(folder)
     if not above.is_dir() or not os.access(above, os.W_OK | os.X_OK):
         raise OutputError(f"--out {folder}: {above} is not a folder that can be written; name another with --out DIR")
-    return folder.expanduser()
+    return folder

@@ -7,16 +7,14 @@ import difflib
 import hashlib
 import json
 import sqlite3
-from collections.abc import Callable, Iterator
-from contextlib import contextmanager
+from collections.abc import Callable, Iterable
+from contextlib import AbstractContextManager, suppress
 from copy import deepcopy
 from dataclasses import replace
-from itertools import islice
-from pathlib import Path
 from typing import Any
 
 from fasttune import cache
-from fasttune.core import decoding
+from fasttune.core import model as fasttune_model, decoding  # noqa: F401  model first: it imports unsloth
 from fasttune.tools import tasks
 
 import torch
@@ -26,7 +24,7 @@ from lm_eval.tasks import TaskManager
 
 from fasttune.data import chat
 from fasttune.data.formats import Unusable
-from fasttune.errors import DataError, FasttuneError, OutputError
+from fasttune.errors import DataError, FasttuneError, in_one_line
 
 FEWSHOT_SEED = 1234  # the harness's own
 
@@ -49,6 +47,9 @@ class Harness(HFLM):
             return super().generate_until(requests, disable_tqdm=True)
         return self._answer("generate_until", requests, super().generate_until)
 
+    def loglikelihood(self, requests: list[Any], disable_tqdm: bool = False) -> list[tuple[float, bool]]:
+        return [tuple(found) for found in self._answer("loglikelihood", requests, super().loglikelihood)]
+
     def _model_generate(self, context: Any, max_length: int, stop: list[str], **settings: Any) -> Any:
         """What the task leaves open is as in training's samples, not as the model's own generation_config has it."""
         settings = {**decoding.NEUTRAL, "eos_token_id": self.stops, **settings}
@@ -63,11 +64,9 @@ class Harness(HFLM):
         except Unusable:
             return self.template.prompt([turn for turn in chat_history if turn["role"] != "system"])
 
-    def loglikelihood(self, requests: list[Any], disable_tqdm: bool = False) -> list[tuple[float, bool]]:
-        return [tuple(found) for found in self._answer("loglikelihood", requests, super().loglikelihood)]
-
     def _answer(self, kind: str, requests: list[Any], ask: Callable[..., list[Any]]) -> list[Any]:
-        keys = [request_key(kind, request.args) for request in requests]
+        asked = [json.dumps([kind, *request.args], sort_keys=True) for request in requests]  # prompt, and how to answer
+        keys = [hashlib.sha256(text.encode()).hexdigest() for text in asked]
         found = self.known.read(keys)
         missing = {key: request for key, request in zip(keys, requests, strict=True) if key not in found}
         self.from_cache += len(found)
@@ -77,66 +76,47 @@ class Harness(HFLM):
                 if why := decoding.refusal(self.model, self.tokenizer, text):
                     raise DataError(f"problem {request.doc_id + 1} of {request.task_name}: {why}")
         # The longest first, so that what does not fit into memory fails at once; kept batch by batch.
-        order = iter(sorted(missing, key=lambda key: (-len(missing[key].args[0]), key)))
-        done = 0
-        while part := list(islice(order, self.batch_size)):
-            self.progress("answering", done / len(missing))
+        order = sorted(missing, key=lambda key: (-len(missing[key].args[0]), key))
+        for at in range(0, len(order), self.batch_size):
+            part = order[at : at + self.batch_size]
+            self.progress("answering", at / len(order))
             # Copies: the harness adds the end-of-text token to the stop words of a request while it answers it.
             copies = [replace(missing[key], arguments=deepcopy(missing[key].args)) for key in part]
             new = dict(zip(part, ask(copies, disable_tqdm=True), strict=True))
             self.known.write(new)
             found |= new
-            done += len(part)
         self.progress("answering", 1.0)
         return [found[key] for key in keys]
 
 
 class Answers:
-    """What one model has answered, by request: SQLite and JSON, so that nothing in the file is ever executed."""
+    """What this model has answered, by request: SQLite and JSON, so that nothing in the file is ever executed.
 
-    def __init__(self, path: Path):
-        self.path = path
-        with self._explained():
-            path.parent.mkdir(parents=True, exist_ok=True)
-            self.database = sqlite3.connect(path, timeout=60)
-            with self.database:
-                self.database.execute("CREATE TABLE IF NOT EXISTS answers (request TEXT PRIMARY KEY, answer TEXT)")
+    `keep`: beyond the end of the process. Raises sqlite3.Error.
+    """
+
+    def __init__(self, model: Any, tokenizer: Any, keep: bool):
+        folder = cache.root() / "answers"
+        with suppress(OSError):  # SQLite says that it cannot open a file there
+            folder.mkdir(parents=True, exist_ok=True)
+        path = folder / f"{fingerprint(model, tokenizer)}.sqlite" if keep else ":memory:"  # SQLite's name for it
+        self.database = sqlite3.connect(path, timeout=60)
+        with self.database:
+            self.database.execute("CREATE TABLE IF NOT EXISTS answers (request TEXT PRIMARY KEY, answer TEXT)")
 
     def read(self, keys: list[str]) -> dict[str, Any]:
         """The answers there are, by key."""
         query = "SELECT answer FROM answers WHERE request = ?"
-        with self._explained():
-            rows = {key: self.database.execute(query, (key,)).fetchone() for key in keys}
+        rows = {key: self.database.execute(query, (key,)).fetchone() for key in keys}
         return {key: json.loads(row[0]) for key, row in rows.items() if row}
 
     def write(self, new: dict[str, Any]) -> None:
         rows = [(key, json.dumps(answer)) for key, answer in new.items()]
-        with self._explained(), self.database:
+        with self.database:
             self.database.executemany("INSERT OR REPLACE INTO answers VALUES (?, ?)", rows)
 
     def close(self) -> None:
         self.database.close()
-
-    @contextmanager
-    def _explained(self) -> Iterator[None]:
-        try:
-            yield
-        except (OSError, sqlite3.Error) as error:
-            raise OutputError(
-                f"{self.path}: the kept answers cannot be used ({error}); remove the file, or give --no-cache"
-            ) from error
-
-
-def request_key(kind: str, arguments: tuple[Any, ...]) -> str:
-    """Name of a request: its kind, its whole prompt and how it is to be answered."""
-    return hashlib.sha256(json.dumps([kind, *arguments], sort_keys=True).encode()).hexdigest()
-
-
-def answers_of(model: Any, tokenizer: Any, keep: bool) -> Answers:
-    """The kept answers of this model; with `keep=False` an empty set that is forgotten."""
-    if not keep:
-        return Answers(Path(":memory:"))  # SQLite's name for it
-    return Answers(cache.root() / "answers" / f"{fingerprint(model, tokenizer)}.sqlite")
 
 
 def fingerprint(model: Any, tokenizer: Any) -> str:
@@ -151,22 +131,6 @@ def fingerprint(model: Any, tokenizer: Any) -> str:
     digest.update(str(decoding.stop_ids(model, tokenizer)).encode())
     digest.update(tokenizer.backend_tokenizer.to_str().encode())
     return digest.hexdigest()[:32]
-
-
-@contextmanager
-def explained(what: str) -> Iterator[None]:
-    """One line for what the harness and its libraries raise."""
-    try:
-        yield
-    except FasttuneError:
-        raise
-    except ImportError as error:
-        raise FasttuneError(f"--tasks {what}: needs the package {error.name}; pip install it") from error
-    except Unusable as error:
-        raise DataError(f"--tasks {what}: {error}; use a model with another template") from error
-    except (OSError, ValueError, KeyError) as error:
-        text = " ".join(str(error).split())[:300]
-        raise DataError(f"--tasks {what}: cannot be run ({text}); check the task's data and the network") from error
 
 
 def load_tasks(
@@ -184,20 +148,23 @@ def load_tasks(
             close = difflib.get_close_matches(name, manager.all_tasks, n=1)
             hint = f"did you mean {close[0]}?" if close else f"ours are {', '.join(tasks.NAMES)}"
             raise FasttuneError(f"--tasks {name}: the harness knows no such task ({hint})")
-    with explained(", ".join(names)):
-        loaded = manager.load(names)
+    with _tasks_in_one_line(names):
+        loaded = dict(manager.load(names))
     for task in loaded["tasks"].values():
         if task.get_config("num_fewshot") is None:
             task.set_config(key="num_fewshot", value=0)
         task.set_fewshot_seed(seed=FEWSHOT_SEED)
-    return dict(loaded)
+    return loaded
 
 
 def run(harness: Harness, loaded: dict[str, Any], limit: int | None) -> dict[str, Any]:
     """The harness's own results, every problem of them included; prompts go through the model's chat template."""
-    with explained(", ".join(loaded["tasks"])):
-        return dict(
-            evaluator.evaluate(
-                harness, loaded, limit=limit, apply_chat_template=True, fewshot_as_multiturn=True, log_samples=True
-            )
-        )
+    how = {"apply_chat_template": True, "fewshot_as_multiturn": True, "log_samples": True}
+    with _tasks_in_one_line(loaded["tasks"]):
+        return dict(evaluator.evaluate(harness, loaded, limit=limit, **how))
+
+
+def _tasks_in_one_line(names: Iterable[str]) -> AbstractContextManager[None]:
+    fix = "install what it asks for, check its data and the network, or use a model with another chat template"
+    kinds = (ImportError, OSError, ValueError, KeyError, Unusable)
+    return in_one_line(DataError, f"--tasks {', '.join(names)}: cannot be run", fix, kinds)

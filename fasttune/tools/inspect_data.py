@@ -1,32 +1,42 @@
-"""`fasttune data`: the rows of a config as they will be trained, as figures. Loads no weights.
+"""`fasttune data`: the rows of a config as they will be trained, as figures and as a page on stderr. Loads no weights.
 
     figures = look(config.load("configs/quickstart.yaml"), rows=3, reporter=terminal.Reporter())
+    show(figures)
 
---json prints every field below, by its name; view_page.py has the page.
-
-Tokens count as learned where the loss is taken: never the first token of a row, which nothing predicts.
+--json prints every field of Figures by its name. `learned_tokens` are the supervised ones, where the loss is taken:
+never the first token of a row, which nothing predicts. Text of the data cannot send control codes to the terminal.
 """
 
 import math
-from collections import Counter
 from dataclasses import dataclass, replace
 from itertools import pairwise
+from pathlib import Path
 from typing import Any
 
 import numpy as np
+from rich.bar import Bar
+from rich.console import Console, Group, RenderableType
+from rich.padding import Padding
+from rich.rule import Rule
+from rich.table import Column, Table
+from rich.text import Text
 
 from fasttune import hardware, terminal
 from fasttune.config import Config
 from fasttune.core import autoconfig, prepare, pretrained
 from fasttune.core.shape import Shape
-from fasttune.data import chat, load
+from fasttune.data import chat, files, load
 from fasttune.data.batching import Batches
 from fasttune.data.store import Rows
 from fasttune.data.tokenize import IGNORE, labels
 from fasttune.quiet import library_log
+from fasttune.report import steps_text
 from fasttune.tools.estimate import lay_out
 
 BARS = 7  # of the histogram, and one for the longest rows where they are far out
+PIECE_CHARACTERS = 1200  # of an uninterrupted piece of a row on the page; --json has all of it
+SUPERVISED_STYLE, READ_STYLE = "bold green", "dim"
+SUPERVISED_MARKS = "«", "»"  # where there is no colour
 
 
 @dataclass(frozen=True)
@@ -71,7 +81,7 @@ class Lengths:
 
 
 @dataclass(frozen=True)
-class Padding:
+class PaddedShare:
     """Share of the computed positions that hold no token, over the first `steps` steps of the run, in either layout."""
 
     steps: int
@@ -111,7 +121,7 @@ class Figures:
     rows_per_epoch: int
     steps_per_epoch: int
     lengths: Lengths
-    padding: Padding
+    padding: PaddedShare
     shown: list[Row]
 
 
@@ -127,11 +137,11 @@ def look(config: Config, rows: int, reporter: terminal.Reporter) -> Figures:
             tokenizer = pretrained.read_tokenizer(config.model)
             changes = chat.complete(tokenizer)
             config, architecture = prepare.fitted(config, reporter.warn)
-            shape = Shape.of(architecture)
-            chosen = autoconfig.resolve(config, hardware.detect(), shape)  # how many rows at once a run would take here
+            # How many rows at once a run would take here.
+            chosen = autoconfig.resolve(config, hardware.detect(), Shape.of(architecture))
             data = load.encode(chosen.apply(config), tokenizer, True, reporter.progress)
             held_out, warnings = load.held_out(config, tokenizer, data, reporter.progress)
-            pretrained.check_tokens(tokenizer, shape.vocab, load.texts(data, held_out))
+            pretrained.check_tokens(tokenizer, chosen.shape.vocab, load.texts(data, held_out))
     finally:
         reporter.stop()
     return measure(config, tokenizer, changes, data, rows, warnings)
@@ -170,6 +180,13 @@ def measure(
 
 def _data_set(rows: Rows, weight: float, held_out: int) -> DataSet:
     counts = rows.counts
+
+    def named(*kinds: str) -> dict[str, int]:
+        return {name: n for name, n in sorted(counts.items()) if name.startswith(kinds)}
+
+    def of(kind: str) -> dict[str, int]:
+        return {name.removeprefix(kind): n for name, n in named(kind).items()}
+
     return DataSet(
         source=rows.source,
         weight=weight,
@@ -179,19 +196,13 @@ def _data_set(rows: Rows, weight: float, held_out: int) -> DataSet:
         rows_truncated=counts["truncated"],
         rows_split=counts["split"],
         rows_too_long=counts["dropped_too_long"],
-        rows_dropped=_named(counts, "dropped: "),
-        rows_lost=_named(counts, "lost: "),
-        rows_with_control_tokens=_named(counts, "control token: "),
-        rows_with_unused={
-            name: n for name, n in sorted(counts.items()) if name.startswith(("not used: ", "only text: "))
-        },
+        rows_dropped=of("dropped: "),
+        rows_with_unused=named("not used: ", "only text: "),
+        rows_lost=of("lost: "),
+        rows_with_control_tokens=of("control token: "),
         tokens=counts["tokens"],
         learned_tokens=counts["learned"],
     )
-
-
-def _named(counts: Counter[str], kind: str) -> dict[str, int]:
-    return {name.removeprefix(kind): n for name, n in sorted(counts.items()) if name.startswith(kind)}
 
 
 def _lengths(lengths: np.ndarray) -> Lengths:
@@ -208,11 +219,11 @@ def _lengths(lengths: np.ndarray) -> Lengths:
     return Lengths(low, float(median), float(lengths.mean()), float(p95), high, bins)
 
 
-def _padding(data: Batches, steps: int) -> Padding:
+def _padding(data: Batches, steps: int) -> PaddedShare:
     """As the steps are laid out to be trained on; a beginning that a pack computes once counts with every row of it."""
     packed, padded = (lay_out(replace(data, packed=way, share_prefix=False), steps) for way in (True, False))
     shares = [1 - each.tokens / each.cells for each in (padded, packed)]
-    return Padding(padded.steps, data.micro_rows, *shares)
+    return PaddedShare(padded.steps, data.micro_rows, *shares)
 
 
 def _first_rows(data: Batches, tokenizer: Any, wanted: int) -> list[Row]:
@@ -222,19 +233,141 @@ def _first_rows(data: Batches, tokenizer: Any, wanted: int) -> list[Row]:
         for part, index in data.rows_of(step)[: wanted - len(found)]:
             rows = data.parts[part]
             ids, mask = rows.row(index)
-            learned = labels(ids, mask) != IGNORE
-            pieces = _pieces(tokenizer, ids.tolist(), learned)
-            found.append(Row(rows.source, int(rows.numbers[index]), len(ids), int(learned.sum()), pieces))
+            supervised = labels(ids, mask) != IGNORE
+            pieces = _pieces(tokenizer, ids.tolist(), supervised)
+            found.append(Row(rows.source, int(rows.numbers[index]), len(ids), int(supervised.sum()), pieces))
     return found
 
 
-def _pieces(tokenizer: Any, ids: list[int], learned: np.ndarray) -> list[tuple[str, bool]]:
-    """Text of each run of equal `learned`. Decoded with all before it: alone, some tokenizers lose its first blank."""
-    edges = [0, *(np.flatnonzero(np.diff(learned)) + 1).tolist(), len(ids)]
+def _pieces(tokenizer: Any, ids: list[int], supervised: np.ndarray) -> list[tuple[str, bool]]:
+    """Text of each run of equal `supervised`. Decoded with all before it: some tokenizers lose a first blank."""
+    edges = [0, *(np.flatnonzero(np.diff(supervised)) + 1).tolist(), len(ids)]
     pieces, before = [], ""
     for start, end in pairwise(edges):
         text = tokenizer.decode(ids[:end], skip_special_tokens=False, clean_up_tokenization_spaces=False)
         alone = None if text.startswith(before) else tokenizer.decode(ids[start:end], skip_special_tokens=False)
-        pieces.append((text[len(before) :] if alone is None else alone, bool(learned[start])))
+        pieces.append((text[len(before) :] if alone is None else alone, bool(supervised[start])))
         before = text
     return pieces
+
+
+def show(figures: Figures, console: Console = terminal.console) -> None:
+    """Print the page: what becomes of each data set, lengths, padding, and rows with what is supervised set apart."""
+    colour = console.color_system is not None and not console.no_color
+
+    def indented(*part: RenderableType) -> None:
+        console.print(Padding(Group(*part), (1, 2, 0, 2), expand=False))
+
+    console.print(Rule(Text.assemble(("data ", "bold"), _visible(figures.name)), align="left", style="dim"))
+    indented(*_sets(figures))
+    indented(*_histogram(figures.lengths, console.width))
+    indented(*_layouts(figures))
+    if not figures.shown:
+        return
+    console.print()
+    console.print(Rule(Text("rows as they are trained, the first of the run", style="bold"), align="left", style="dim"))
+    supervised, read = _marked("supervised", True, colour), _marked("only read", False, colour)
+    marks = "" if colour else " stands between these marks; all else is"
+    indented(Text.assemble(supervised, marks, "  " if colour else " ", read))
+    for row in figures.shown:
+        unit = "line" if files.kind(Path(row.source)) == "jsonl" else "row"
+        place = f"{unit} {row.number:,} of {Path(row.source).name}"
+        counts = f" · {row.tokens:,} tokens, {row.learned_tokens:,} supervised"
+        text = Text.assemble(*(_marked(_clip(piece), supervised, colour) for piece, supervised in row.pieces))
+        indented(Text.assemble((_visible(place), "bold"), counts), Padding(text, (0, 0, 0, 2), expand=False))
+
+
+def _sets(figures: Figures) -> list[RenderableType]:
+    """A paragraph a data set: what is trained of it, what was left out or cut, and why."""
+    lines: list[RenderableType] = []
+    for each in figures.data_sets:
+        often = f"  {each.weight:g} × an epoch" if each.weight != 1 else ""
+        lines.append(Text.assemble((_visible(each.source), "bold"), (often, "dim")))
+        held = f", {each.rows_held_out:,} of them held out" if each.rows_held_out else ""
+        read = f"  {each.rows_read:,} rows read, {each.rows_kept:,} kept{held}"
+        lines.append(Text(f"{read} · {_tokens(each.tokens, each.learned_tokens)}"))
+        unused = [f"{_rows(n)}: {what}" for what, n in each.rows_with_unused.items()][:20]
+        losses = _losses(each, figures)
+        lines += [Text(f"  {_visible(text)}", style="dim") for text in unused]
+        lines += [Text(f"  {_visible(text)}", style="yellow") for text in losses]
+        if not losses:
+            lines.append(Text("  every row is whole: none dropped, truncated or split", style="dim"))
+    if len(figures.data_sets) > 1:
+        lines.append(Text("together", style="bold"))
+        lines.append(Text(f"  {figures.rows:,} rows kept · {_tokens(figures.tokens, figures.learned_tokens)}"))
+    steps = f"{steps_text(figures.steps_per_epoch)} of {figures.rows_per_step:,}"
+    lines.append(Text(f"an epoch is {figures.rows_per_epoch:,} rows, in {steps}", style="dim"))
+    lines += [Text(f"chat template: {what}: {why}", style="dim") for what, why in figures.template_changes]
+    return lines + [Text(_visible(warning), style="yellow") for warning in figures.warnings]
+
+
+def _tokens(tokens: int, supervised: int) -> str:
+    return f"{tokens:,} tokens, {supervised:,} supervised ({supervised / tokens:.1%})"
+
+
+def _rows(count: int) -> str:
+    return f"{count:,} row{'' if count == 1 else 's'}"
+
+
+def _losses(each: DataSet, figures: Figures) -> list[str]:
+    long = f"longer than model.max_length={figures.max_length_tokens:,} tokens (data.too_long={figures.too_long})"
+    found = [
+        (each.rows_truncated, f"truncated: {long}"),
+        (each.rows_split, f"split into pieces: {long}"),
+        (each.rows_too_long, f"dropped: {long}"),
+        *((n, f"dropped: {reason}") for reason, n in each.rows_dropped.items()),
+        *((n, f"lost in the chat template: {what}") for what, n in each.rows_lost.items()),
+        *((n, f"with a control token in a text: {token}") for token, n in each.rows_with_control_tokens.items()),
+    ]
+    return [f"{_rows(n)} ({n / each.rows_read:.1%}) {what}" for n, what in found if n]
+
+
+def _histogram(lengths: Lengths, width: int) -> list[RenderableType]:
+    title = Text("length of a row in tokens", style="bold")
+    quantiles = (
+        f"shortest {lengths.shortest_tokens:,} · median {lengths.median_tokens:,.0f} · mean {lengths.mean_tokens:,.0f}"
+        f" · p95 {lengths.p95_tokens:,.0f} · longest {lengths.longest_tokens:,}"
+    )
+    columns = [Column(justify=side, no_wrap=True) for side in ("right", "left", "right", "right")]  # type: ignore
+    table = Table.grid(*columns, padding=(0, 2, 0, 0))
+    counts = [each.rows for each in lengths.histogram]
+    for each in lengths.histogram:
+        bar = Bar(max(counts), 0, each.rows, width=max(10, min(48, width - 40)), color="cyan")
+        first = f"{each.from_tokens:,}–" if each.to_tokens > each.from_tokens else ""
+        share = Text(f"{each.rows / sum(counts):.1%}", style="dim")
+        table.add_row(f"{first}{each.to_tokens:,}", bar, f"{each.rows:,}", share)
+    return [title, Text(quantiles, style="dim"), table]
+
+
+def _layouts(figures: Figures) -> list[RenderableType]:
+    padding = figures.padding
+    lines = [
+        ("packed", f"{padding.packed_share:6.1%}", "of what is computed: rows lie end to end"),
+        ("padded", f"{padding.padded_share:6.1%}", f"with train.packing=false: {_rows(padding.rows_at_once)} at once"),
+    ]
+    runs = "off: train.packing=false, rows will be padded"
+    if figures.packing is not False:
+        runs = "on, once train has proved on the model that rows of a pack do not see each other"
+    first = f"  over the first {steps_text(padding.steps)} of a run on this machine"
+    return [Text.assemble(("padding", "bold"), first), terminal.grid(lines), Text(f"packing is {runs}", style="dim")]
+
+
+def _marked(text: str, supervised: bool, colour: bool) -> tuple[str, str]:
+    if colour:
+        return text, SUPERVISED_STYLE if supervised else READ_STYLE
+    before, after = SUPERVISED_MARKS if supervised else ("", "")
+    return f"{before}{text}{after}", ""
+
+
+def _clip(text: str) -> str:
+    """Both ends of a long piece, and how much is left out between them."""
+    half = PIECE_CHARACTERS // 2
+    out = len(text) - 2 * half
+    if out <= half:
+        return _visible(text)
+    return f"{_visible(text[:half])} … [{out:,} characters] … {_visible(text[-half:])}"
+
+
+def _visible(text: str) -> str:
+    """Line breaks and tabs as they are; what would steer the terminal or cannot be seen, by its code."""
+    return "".join(c if c.isprintable() or c in "\n\t" else f"⟨U+{ord(c):04X}⟩" for c in text)

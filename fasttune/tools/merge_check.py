@@ -7,6 +7,7 @@ Prints one line of JSON (Comparison).
 import json
 import sys
 from dataclasses import asdict, dataclass
+from pathlib import Path
 from typing import Any
 
 from fasttune.data import chat
@@ -45,6 +46,7 @@ class Comparison:
 
 def compare(merged: str, base: str, revision: str | None, adapter: str | None, trust_remote_code: bool) -> Comparison:
     """Load one after the other, so that one model at a time is in memory."""
+    import peft
     import torch
     import transformers
 
@@ -60,43 +62,41 @@ def compare(merged: str, base: str, revision: str | None, adapter: str | None, t
         model, told = transformers.AutoModelForCausalLM.from_pretrained(
             name, dtype=getattr(torch, computed), output_loading_info=True, **trust, **more
         )
-        return model.eval().to(device), told
+        return model.to(device), told
+
+    def logits(model: Any) -> Any:
+        with torch.inference_mode():
+            return torch.cat([model.eval()(input_ids=one).logits[0].float().cpu() for one in ids])  # (all T, V)
 
     model, told = load(merged)
-    found, rows = _logits(model, ids), len(model.get_input_embeddings().weight)
+    found, rows = logits(model), len(model.get_input_embeddings().weight)
     del model
     model, _ = load(base, revision=revision)
     if len(model.get_input_embeddings().weight) != rows:
         model.resize_token_embeddings(rows)
-    alone = wanted = _logits(model, ids)
-    if adapter:
-        import peft
-
-        wanted = _logits(peft.PeftModel.from_pretrained(model, adapter).eval(), ids)
-    difference = max((a - b).abs().max().item() for a, b in zip(found, wanted, strict=True))
-    effect = max((a - b).abs().max().item() for a, b in zip(alone, wanted, strict=True))
-    same = torch.cat([a.argmax(-1) == b.argmax(-1) for a, b in zip(found, wanted, strict=True)])
+    alone = logits(model)
+    wanted = logits(peft.PeftModel.from_pretrained(model, adapter)) if adapter else alone
+    difference, effect = ((one - wanted).abs().max().item() for one in (found, alone))
     return Comparison(
         written_in=written,
         computed_in=computed,
-        positions=len(same),
+        positions=len(wanted),
         largest_difference=difference,
-        tolerance=TOLERANCES[written] * max(logits.abs().max().item() for logits in wanted),
+        tolerance=TOLERANCES[written] * wanted.abs().max().item(),
         adapter_effect=effect,
-        same_choice=same.float().mean().item(),
+        same_choice=(found.argmax(-1) == wanted.argmax(-1)).float().mean().item(),
         missing=sorted(told["missing_keys"]),
         seen=effect > 2 * difference,
     )
 
 
 def texts(tokenizer: Any) -> list[str]:
-    """TEXTS, as turns where there is a chat template, and as they are."""
+    """TEXTS as they are and, where there is a chat template that takes them, as turns."""
     if not tokenizer.chat_template:
         return TEXTS
-    turns = [[{"role": "user", "content": text}] for text in TEXTS]
     template = chat.template_of(tokenizer)
     try:
-        return TEXTS + [template.render(t, ask=True) for t in turns]
+        return TEXTS + [template.render([{"role": "user", "content": text}], ask=True) for text in TEXTS]
     except Unusable:
         return TEXTS
 
@@ -106,8 +106,6 @@ def _where(merged: str, written: str) -> tuple[str, str]:
 
     The CPU where the GPU cannot hold the whole model.
     """
-    from pathlib import Path
-
     import psutil
     import torch
 
@@ -117,13 +115,6 @@ def _where(merged: str, written: str) -> tuple[str, str]:
     device = "cuda" if size < free else "cpu"
     free = free if device == "cuda" else psutil.virtual_memory().available
     return device, "float32" if in_float32 < free else written
-
-
-def _logits(model: Any, ids: list[Any]) -> list[Any]:
-    import torch
-
-    with torch.inference_mode():
-        return [model(input_ids=one).logits[0].float().cpu() for one in ids]  # each (T, V)
 
 
 if __name__ == "__main__":

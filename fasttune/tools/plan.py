@@ -1,14 +1,12 @@
 """`fasttune plan`: what a run would choose, need and cost, on this machine or another. Trains nothing.
 
-    figures = look(config.load("configs/quickstart.yaml"), "h100-80", terminal.Reporter())
-    show(figures)            # on stderr
+    show(look(config.load("configs/quickstart.yaml"), "h100-80", terminal.Reporter()))            # on stderr
 
 Of the model only config.json and the tokenizer are read, of the data the first rows.
 """
 
 from collections.abc import Iterator
 from dataclasses import dataclass
-from typing import Any
 
 from rich.console import Console
 from rich.padding import Padding
@@ -21,16 +19,16 @@ from fasttune.config import Config, looks_like_hub
 from fasttune.core import autoconfig, prepare, pretrained
 from fasttune.core.shape import Shape
 from fasttune.data import chat, load, sources
-from fasttune.errors import ConfigError, DataError
+from fasttune.errors import ConfigError, DataError, in_one_line
 from fasttune.hardware import Hardware
 from fasttune.metrics import Forecast, Roofline, Setting
 from fasttune.quiet import library_log
-from fasttune.report import duration, rate, steps_text, usd
+from fasttune.report import rate, steps_text, usd
 from fasttune.tools import estimate
 from fasttune.tools.estimate import span
 
 SAMPLED_ROWS = sources.BUILTIN_ROWS["train"]  # of each source; a built-in one would make more if it were asked for them
-NEVER_ON_A_GPU = "fitted to two runs on an H100, shown on none"
+ON_A_GPU = "fitted to two runs on an H100, shown on none"
 
 
 @dataclass(frozen=True)
@@ -62,48 +60,42 @@ def look(config: Config, gpu: str | None, reporter: terminal.Reporter) -> Figure
         with library_log():
             reporter.note(f"reading the architecture and the tokenizer of {config.model.name} …")
             config, architecture = prepare.fitted(config, reporter.warn)
-            shape = Shape.of(architecture)
             tokenizer = pretrained.read_tokenizer(config.model)
             chat.complete(tokenizer)
-            return _figures(config, machine, shape, tokenizer, reporter)
+            chosen = autoconfig.resolve(config, machine, Shape.of(architecture))
+            config = chosen.apply(config)
+            sample, scale = _sample(config)
+            data = load.encode(sample, tokenizer, chosen.packed, reporter.progress)
+            load.held_out(sample, tokenizer, data, reporter.progress)  # which may be refused, too
+            pretrained.check_tokens(tokenizer, chosen.shape.vocab, load.texts(data))
+            data.share_prefix = chosen.packed and not machine.gpus  # as packed.shares_prefix says of a live model
+            usd_per_hour, price = autoconfig.price_of(config, machine)
+            expected = estimate.of_run(sample, chosen, data, machine, usd_per_hour, scale)
     finally:
         reporter.stop()
-
-
-def _figures(config: Config, machine: Hardware, shape: Shape, tokenizer: Any, reporter: terminal.Reporter) -> Figures:
-    chosen = autoconfig.resolve(config, machine, shape)
-    sample, scale = _sample(chosen.apply(config))
-    data = load.encode(sample, tokenizer, chosen.packed, reporter.progress)
-    load.held_out(sample, tokenizer, data, reporter.progress)  # which may be refused, too
-    pretrained.check_tokens(tokenizer, shape.vocab, load.texts(data))
-    data.share_prefix = chosen.packed and not machine.gpus  # as packed.shares_prefix says of a live model
-    usd_per_hour, price = autoconfig.price_of(config, machine)
-    expected = estimate.of_run(sample, chosen, data, machine, usd_per_hour, scale)
     usable_gib = autoconfig.USABLE_MEMORY * autoconfig.memory_gib(machine)
     fits = expected.peak_memory_gib.expected <= usable_gib
-    settings = [
-        *chosen.settings,
-        autoconfig.packing(chosen.packed, "where the live model proves to be exact"),
-        Setting("attention", *_attention(machine, chosen.packed)),
-        *filter(None, [price]),
-    ]
+    packing = autoconfig.packing(chosen.packed, "where the live model proves to be exact")
     return Figures(
         name=config.name,
         machine=estimate.machine_name(machine),
         usable_gib=usable_gib,
         fits=fits,
-        settings=settings,
+        settings=[*chosen.settings, packing, _attention(machine, chosen.packed), *filter(None, [price])],
         forecast=expected,
         sampled=scale != 1,
         usd_per_hour=usd_per_hour,
-        smaller=[] if fits else autoconfig.smaller(chosen.apply(config), bool(machine.gpus)),
+        smaller=[] if fits else autoconfig.smaller(config, bool(machine.gpus)),
     )
 
 
-def _attention(machine: Hardware, packed: bool) -> tuple[str, str]:
+def _attention(machine: Hardware, packed: bool) -> Setting:
     if machine.gpus:
-        return "Unsloth's choice", "Flash Attention where it works; `fasttune verify` and a run say which ran"
-    return ("rows of a pack, one by one", "no GPU") if packed else ("torch's own (SDPA)", "no GPU, rows are padded")
+        reason = "Flash Attention where it works; `fasttune verify` and a run say which ran"
+        return Setting("attention", "Unsloth's choice", reason)
+    if packed:
+        return Setting("attention", "rows of a pack, one by one", "no GPU")
+    return Setting("attention", "torch's own (SDPA)", "no GPU, rows are padded")
 
 
 def _sample(config: Config) -> tuple[Config, float]:
@@ -111,7 +103,7 @@ def _sample(config: Config) -> tuple[Config, float]:
     most = config.data.max_rows
     whole = read = 0.0
     for source, weight in config.data.sources.items():
-        rows = _rows_of(config, source)
+        rows = _rows_of(source, config.data.split)
         whole += weight * (rows if most is None else min(rows, most))
         read += weight * min(rows, SAMPLED_ROWS, most or SAMPLED_ROWS)
     hub = any(looks_like_hub(source) for source in (*config.data.sources, config.data.eval or ""))
@@ -121,55 +113,49 @@ def _sample(config: Config) -> tuple[Config, float]:
     return config.model_copy(update={"data": data}), whole / read
 
 
-def _rows_of(config: Config, source: str) -> int:
-    """Rows of a source: counted as far as SAMPLED_ROWS, then by the share of the file that they are."""
+def _rows_of(source: str, split: str) -> int:
+    """Rows of a source: counted as far as SAMPLED_ROWS, then by the share of the file that they are; of a hub set what
+    the hub says, without downloading it. Raises DataError.
+    """
     if looks_like_hub(source):
-        return _hub_rows(source, config.data.split)
+        import datasets
+
+        name, _, subset = source.partition(":")
+        fix = "give a file, or download the set and name the file"
+        with in_one_line(DataError, f"data: the hub does not say how many rows {source} has", fix):
+            return int(datasets.load_dataset_builder(name, subset or None).info.splits[split].num_examples)
     rows = 0
-    for chunk in sources.read(source, "train", config.data.split):
+    for chunk in sources.read(source, "train", split):
         rows += len(chunk)
         if rows >= SAMPLED_ROWS:
             return round(rows / chunk.done)
     return rows
 
 
-def _hub_rows(source: str, split: str) -> int:
-    """What the hub says of a data set, without downloading it. Raises DataError."""
-    import datasets
-
-    name, _, subset = source.partition(":")
-    try:
-        return int(datasets.load_dataset_builder(name, subset or None).info.splits[split].num_examples)
-    except Exception as error:
-        raise DataError(
-            f"data: the hub does not say how many rows {source} has ({type(error).__name__}); give a file, or "
-            "download the set and name the file"
-        ) from error
-
-
 def show(figures: Figures, console: Console = terminal.console) -> None:
     """Print the page: settings with their reasons, memory by part, tokens, time and dollars."""
     console.print(Rule(Text.assemble(("plan ", "bold"), figures.name, (" on ", "dim"), figures.machine), align="left"))
     settings = terminal.grid((each.name, each.value, each.reason) for each in figures.settings)
-    for table in (settings, _memory(figures), _bill(figures), *_groups(figures.forecast.roofline)):
+    tables = [settings, terminal.grid(_memory(figures)), terminal.grid(_bill(figures))]
+    for table in (*tables, *_groups(figures.forecast.roofline)):
         console.print(Padding(table, (1, 2, 0, 2), expand=False))
     if figures.fits:
         return
-    console.print()
     needed = f"{figures.forecast.peak_memory_gib.expected:,.1f} GiB needed, {figures.usable_gib:,.1f} GiB can be used"
-    console.print(Text.assemble(("does not fit: ", "bold red"), needed, "; try, in this order:"), soft_wrap=True)
+    console.print(Text.assemble("\n", ("does not fit: ", "bold red"), needed, "; try, in this order:"), soft_wrap=True)
     for way in figures.smaller:
         console.print(Text(f"  {way}"), soft_wrap=True)
 
 
-def _memory(figures: Figures) -> Table:
+def _memory(figures: Figures) -> list[tuple[str, str | Text, str]]:
     """A line for every part that is not nothing, and the peak."""
     expected, peak = figures.forecast, figures.forecast.peak_memory_gib
     note = f"{peak.low:,.1f} to {peak.high:,.1f}; {figures.usable_gib:,.1f} can be used"
     note += f"; largest micro-batch {expected.largest_micro_batch_tokens:,} tokens"
-    note += "" if expected.memory_gib.process else f"; {NEVER_ON_A_GPU}"  # Python counts on a CPU only
-    parts = [(part, f"{gib:8.2f} GiB", "") for part, gib in vars(expected.memory_gib).items() if gib >= 0.005]
-    return terminal.grid([*parts, ("peak memory", Text(f"{peak.expected:8.2f} GiB", style="bold"), note)])
+    note += "" if expected.memory_gib.process else f"; {ON_A_GPU}"  # Python counts on a CPU only
+    parts = {part: gib for part, gib in vars(expected.memory_gib).items() if gib >= 0.005}
+    peak_line = ("peak memory", Text(f"{peak.expected:8.2f} GiB", style="bold"), note)
+    return [*((part, f"{gib:8.2f} GiB", "") for part, gib in parts.items()), peak_line]
 
 
 def _groups(roofline: Roofline | None) -> Iterator[Table]:
@@ -187,16 +173,16 @@ def _groups(roofline: Roofline | None) -> Iterator[Table]:
     yield table
 
 
-def _bill(figures: Figures) -> Table:
+def _bill(figures: Figures) -> list[tuple[str, str, str]]:
     expected = figures.forecast
     about = "by the first rows of the data" if figures.sampled else ""
     lines = [("tokens", f"{expected.tokens:,} in {steps_text(expected.steps)}", about)]
     if expected.tokens_per_s is None or expected.hours is None:
-        return terminal.grid([*lines, ("time", "not known", expected.rate)])
+        return [*lines, ("time", "not known", expected.rate)]
     left_out = "without evaluation" if expected.without_evaluation else ""
     lines.append(("speed", f"{span(expected.tokens_per_s, rate)} tokens/s", expected.rate))
-    lines.append(("time", span(expected.hours, lambda hours: duration(3600 * hours)), left_out))
+    lines.append(("time", span(expected.hours, estimate.hours_text), left_out))
     if expected.usd is None:
-        return terminal.grid([*lines, ("cost", "not known", "no price: give --usd-per-hour")])
+        return [*lines, ("cost", "not known", "no price: give --usd-per-hour")]
     price = f"at {usd(figures.usd_per_hour or 0)} an hour{', ' if left_out else ''}{left_out}"
-    return terminal.grid([*lines, ("cost", span(expected.usd, usd), price)])
+    return [*lines, ("cost", span(expected.usd, usd), price)]

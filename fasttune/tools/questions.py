@@ -1,4 +1,4 @@
-"""Questions out of a file of rows, and the JSONL of their answers, which can be gone on with.
+"""Questions out of a file of rows, and the JSONL of their answers, which is resumed where it ended.
 
 Beside OUT lies OUT.made-by.json: which weights, rows and settings its answers belong to.
 """
@@ -9,23 +9,25 @@ import json
 import os
 from collections.abc import Iterator
 from contextlib import contextmanager
+from dataclasses import dataclass
 from pathlib import Path
 from typing import IO, Any
 
 from fasttune import paths, report
 from fasttune.data import beside, formats, sources
 from fasttune.data.formats import Conversation, Row, Unusable
-from fasttune.errors import DataError, OutputError
-from fasttune.tools.trained_model import Finished
+from fasttune.errors import DataError, OutputError, in_one_line
+from fasttune.tools.trained_model import TrainedModel
 
 NONE_YET = "?"  # stands for an answer that a row does not have; it is never shown to the model
+TURNS = {"messages": ("role", "content", "assistant"), "conversations": ("from", "value", "gpt")}
 SAMPLE_BYTES = 1 << 20
 
 
 def read(
-    source: str, columns: dict[str, str], system: str | None, split: str = "train"
-) -> Iterator[tuple[int, Conversation | Unusable]]:
-    """(row number from 1, its turns up to where the assistant would answer, or why there are none) of every row.
+    source: str, columns: dict[str, str], system: str | None, split: str, skipped: dict[int, str]
+) -> Iterator[tuple[int, Conversation]]:
+    """(row number from 1, its turns up to where the assistant would answer); `skipped` gets why a row has none.
 
     Rows may have any form that can be trained on, answered or not. `columns` as data.columns, where a row has them;
     `system` for rows without a system turn; `split` of a hub set. Raises DataError.
@@ -39,24 +41,20 @@ def read(
             if form == "text":
                 raise DataError(f'--file: {place} is plain text without a question; write {{"prompt": …}}')
             try:
-                yield number, _question(formats.convert(row, form, place), system)
+                whole: Any = formats.convert(row, form, place)
             except Unusable as error:
-                yield number, error
-
-
-def _question(row: Any, system: str | None) -> Conversation:
-    messages = row.messages[: max(i for i, turn in enumerate(row.messages) if turn["role"] == "assistant")]
-    if system and messages[0]["role"] not in ("system", "developer"):
-        messages = [{"role": "system", "content": system}, *messages]
-    return Conversation(messages, [], row.tools)
+                skipped[number] = str(error)
+                continue
+            last = max(at for at, turn in enumerate(whole.messages) if turn["role"] == "assistant")
+            messages = whole.messages[:last]
+            if system and messages[0]["role"] not in ("system", "developer"):
+                messages = [{"role": "system", "content": system}, *messages]
+            yield number, Conversation(messages, [], whole.tools)
 
 
 def _answered(row: Row) -> Row:
     """The row, with something where its answer would stand: then it is a row as training has them."""
-    for turns, speaker, text, assistant in (
-        ("messages", "role", "content", "assistant"),
-        ("conversations", "from", "value", "gpt"),
-    ):
+    for turns, (speaker, text, assistant) in TURNS.items():
         said = row.get(turns)
         if isinstance(said, list) and said and isinstance(said[-1], dict):
             last = str(said[-1].get(speaker))
@@ -69,23 +67,24 @@ def _answered(row: Row) -> Row:
     return row
 
 
-def identity(finished: Finished, source: str, settings: dict[str, Any]) -> dict[str, Any]:
+def identity(trained: TrainedModel, source: str, settings: dict[str, Any]) -> dict[str, Any]:
     """What answers belong to: the same on another machine with the same files."""
+    base = trained.base
     return {
-        "base": _weights(finished.base.name) + (f" {finished.base.revision}" if finished.base.revision else ""),
-        "adapter": _weights(str(finished.adapter)) if finished.adapter else None,
-        "rows": sources.fingerprint(source, "test", finished.reading(source)[0]),
+        "base": _weights(base.name) + (f" {base.revision}" if base.revision else ""),
+        "adapter": _weights(str(trained.adapter)) if trained.adapter else None,
+        "rows": sources.fingerprint(source, "test", trained.reading(source)[0]),
         **settings,
     }
 
 
 def _weights(name: str) -> str:
+    """A name; of a folder the hash of the size, the beginning and the end of every weight file: quick, and not fooled
+    by a copy's dates.
+    """
     folder = Path(name).expanduser()
-    return hash_of_weights(folder) if folder.is_dir() else name
-
-
-def hash_of_weights(folder: Path) -> str:
-    """Of the size, the beginning and the end of every weight file: quick, and not fooled by a copy's dates."""
+    if not folder.is_dir():
+        return name
     found = hashlib.sha256()
     for path in sorted(folder.glob("*.safetensors")):
         size = path.stat().st_size
@@ -96,46 +95,51 @@ def hash_of_weights(folder: Path) -> str:
     return found.hexdigest()
 
 
+@dataclass
+class Answers:
+    """An answers file, held by this process. `rows`: the numbers of those that are answered."""
+
+    out: Path
+    file: IO[str]
+    rows: set[int]
+
+    def add(self, lines: list[dict[str, Any]]) -> None:
+        """To the end of the file, on the disk when this returns. Raises OutputError, with none of them in the file."""
+        left = "".join(report.to_json_line(line) + "\n" for line in lines).encode()
+        number, before = self.file.fileno(), os.fstat(self.file.fileno()).st_size
+        whole = "what it holds is whole: the same command resumes it"
+        with in_one_line(OutputError, f"--out: {self.out} cannot be written", whole, (OSError,)):
+            try:
+                while left:  # not through the file's buffer, which would be written again when it is closed
+                    left = left[os.write(number, left) :]
+                os.fsync(number)
+            except OSError:
+                os.ftruncate(number, before)
+                raise
+
+
 @contextmanager
-def opened(out: Path, belongs_to: dict[str, Any]) -> Iterator[IO[str]]:
-    """The answers file, to read and go on with; this process holds it. Raises OutputError, with nothing changed."""
-    beside = out.with_name(out.name + ".made-by.json")
+def opened(out: Path, belongs_to: dict[str, Any]) -> Iterator[Answers]:
+    """The answers file, to resume. Raises OutputError, with nothing changed, for one that belongs to something else."""
+    made_by = out.with_name(out.name + ".made-by.json")
     if out.exists():
-        _check_same(out, beside, belongs_to)
+        _check_same(out, made_by, belongs_to)
     elif not out.parent.is_dir():
         raise OutputError(f"--out: no folder {out.parent}; make it, or name another file")
-    if not out.exists():
-        report.write_json(beside, belongs_to)
-    try:
+    else:
+        report.write_json(made_by, belongs_to)
+    with in_one_line(OutputError, f"--out: {out} cannot be written", "name another file", (OSError,)):
         file = paths.open_text(out, "a+")
-    except OSError as error:
-        raise OutputError(f"--out: {out} cannot be written ({error.strerror}); name another file") from error
     with file:
         try:
             fcntl.flock(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
         except BlockingIOError:
             raise OutputError(f"--out: another process is writing {out}; wait for it, or name another file") from None
-        yield file
+        yield Answers(out, file, _rows_in(file, out))
 
 
-def _check_same(out: Path, beside: Path, belongs_to: dict[str, Any]) -> None:
-    other = "name another --out, or remove it"
-    try:
-        made_by = json.loads(paths.read_text(beside))
-    except (OSError, ValueError):
-        raise OutputError(f"--out: {out} exists and was not written by `fasttune generate`; {other}") from None
-    for key, value in belongs_to.items():
-        if made_by.get(key) != value:
-            files = key in ("base", "adapter", "rows")
-            what = f"other weights or rows ({key})" if files else f"{key}={made_by.get(key)}, now {value}"
-            raise OutputError(f"--out: {out} holds answers of {what}; {other}")
-
-
-def rows_in(file: IO[str], name: Path) -> set[int]:
-    """Numbers of the rows that are answered. A last line torn by the end of a process is cut off.
-
-    Raises OutputError for any other line that is no answer.
-    """
+def _rows_in(file: IO[str], out: Path) -> set[int]:
+    """Numbers of the rows that are answered. A last line torn by the end of a process is cut off."""
     file.seek(0)
     text = file.read()
     whole = text[: text.rfind("\n") + 1]
@@ -144,25 +148,20 @@ def rows_in(file: IO[str], name: Path) -> set[int]:
         try:
             found.add(int(json.loads(line)["row"]))
         except (ValueError, KeyError, TypeError):
-            raise OutputError(f"--out: {name} line {number} is no answer; mend or remove it") from None
+            raise OutputError(f"--out: {out} line {number} is no answer; fix or remove it") from None
     file.truncate(len(whole.encode()))
     file.seek(0, os.SEEK_END)
     return found
 
 
-def write(file: IO[str], lines: list[tuple[int, dict[str, Any]]]) -> None:
-    """Lines {"row": …, "text": …, "tokens": …, "finish": …} to the end of the file, on the disk when this returns.
-
-    Raises OutputError, with nothing of them in the file.
-    """
-    left = "".join(report.to_json_line({"row": row, **answer}) + "\n" for row, answer in lines).encode()
-    number, before = file.fileno(), os.fstat(file.fileno()).st_size
+def _check_same(out: Path, made_by: Path, belongs_to: dict[str, Any]) -> None:
+    other = "name another --out, or remove it"
     try:
-        while left:  # not through the file's buffer, which would be written again when it is closed
-            left = left[os.write(number, left) :]
-        os.fsync(number)
-    except OSError as error:
-        os.ftruncate(number, before)
-        raise OutputError(
-            f"--out: {file.name} cannot be written ({error.strerror}); what it holds is whole: the same command goes on"
-        ) from error
+        then = dict(json.loads(paths.read_text(made_by)))
+    except (OSError, ValueError, TypeError):
+        raise OutputError(f"--out: {out} exists and was not written by `fasttune generate`; {other}") from None
+    for key, value in belongs_to.items():
+        if then.get(key) != value:
+            files = key in ("base", "adapter", "rows")
+            what = f"other weights or rows ({key})" if files else f"{key}={then.get(key)}, now {value}"
+            raise OutputError(f"--out: {out} holds answers of {what}; {other}")

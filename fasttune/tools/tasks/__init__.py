@@ -1,8 +1,9 @@
 """Rows and scoring of our tasks for EleutherAI's harness; the tasks themselves are the YAML files beside this one.
 
-Each function that gives rows is called by the harness with the task's `metadata`, to which `--data` is added.
+`gsm8k` and `multiple_choice` are called by the harness with the task's `metadata`, to which `--data` is added.
 """
 
+from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
@@ -13,16 +14,15 @@ from fasttune.errors import DataError
 FOLDER = Path(__file__).parent
 NAMES = ("gsm8k_jsonl", "multiple_choice_jsonl", "builtin:arithmetic")
 
+Columns = dict[str, str] | None
 
-def of_rows(source: str, split: str = "train", columns: dict[str, str] | None = None) -> str:
+
+def of_rows(source: str, split: str = "train", columns: Columns = None) -> str:
     """The task that fits a data set, by the keys of its first row. Raises DataError."""
     if source.startswith("builtin:"):
         sources.check(source)
         return "builtin:arithmetic"
-    also = (columns or {}).values()
-    rows = sources.first_rows(source, "test", split, 1, also=also)
-    place, row = next(((place, row) for _, place, row in rows), (source, {}))
-    row = formats.rename(row, formats.applying(columns or {}, row), place)
+    place, row = next(_rows(source, split, columns), (source, {}))
     if "options" in row:
         return "multiple_choice_jsonl"
     if "question" in row and answers.final_number(str(row.get("answer"))) is not None:
@@ -33,26 +33,49 @@ def of_rows(source: str, split: str = "train", columns: dict[str, str] | None = 
     )
 
 
-def gsm8k(data: str, split: str = "train", columns: dict[str, str] | None = None, **_: Any) -> dict[str, Any]:
+def gsm8k(data: str, split: str = "train", columns: Columns = None, **_: Any) -> dict[str, Any]:
     """question and answer, which must hold `#### N`."""
-    return _split([_numbered(row, place) for place, row in _rows(data, ("question", "answer"), split, columns)], data)
+    found = []
+    for place, row in _rows(data, split, columns):
+        _check(row, place, "question", "answer")
+        if answers.final_number(str(row["answer"])) is None:
+            raise DataError(f"--data: {place}: its answer holds no `#### N`, so no answer to it can be checked")
+        found.append({"question": row["question"], "answer": row["answer"]})
+    return _test_split(found, data)
 
 
-def multiple_choice(data: str, split: str = "train", columns: dict[str, str] | None = None, **_: Any) -> dict[str, Any]:
+def multiple_choice(data: str, split: str = "train", columns: Columns = None, **_: Any) -> dict[str, Any]:
     """question, options, and `right`: the index of the right one."""
-    rows = []
-    for place, row in _rows(data, ("question", "answer", "options"), split, columns):
+    found = []
+    for place, row in _rows(data, split, columns):
+        _check(row, place, "question", "answer", "options")
         options = row["options"]
         if not isinstance(options, list) or len(options) < 2 or not all(isinstance(o, str) and o for o in options):
             raise DataError(f"--data: {place}: options is {options!r}, expected a list of two texts or more")
         options = [option.strip() for option in options]
-        rows.append({"question": row["question"], "options": options, "right": _right(row["answer"], options, place)})
-    return _split(rows, data)
+        found.append({"question": row["question"], "options": options, "right": _right(row["answer"], options, place)})
+    return _test_split(found, data)
 
 
 def score(doc: Row, results: list[str]) -> dict[str, float]:
     """Exact match on the number after `####`."""
     return {"exact_match": float(answers.is_right(results[0], doc["answer"]))}
+
+
+def _rows(source: str, split: str, columns: Columns) -> Iterator[tuple[str, Row]]:
+    """(place, row) of every row, its columns by our names."""
+    for chunk in sources.read(source, "test", split, also=(columns or {}).values()):
+        for _, place, row in chunk.numbered():
+            row = formats.rename(row, formats.applying(columns or {}, row), place)
+            beside.check_media(row, place)
+            yield place, row
+
+
+def _check(row: Row, place: str, *names: str) -> None:
+    if missing := [name for name in names if name not in row]:
+        raise DataError(f"--data: {place} has no {', '.join(missing)} (it has {', '.join(row) or 'nothing'})")
+    if not isinstance(row["question"], str):
+        raise DataError(f"--data: {place}: question is {row['question']!r}, expected text")
 
 
 def _right(answer: Any, options: list[str], place: str) -> int:
@@ -67,29 +90,7 @@ def _right(answer: Any, options: list[str], place: str) -> int:
     return index
 
 
-def _rows(
-    source: str, names: tuple[str, ...], split: str = "train", columns: dict[str, str] | None = None
-) -> list[tuple[str, Row]]:
-    found = []
-    for chunk in sources.read(source, "test", split, also=(columns or {}).values()):
-        for _, place, row in chunk.numbered():
-            row = formats.rename(row, formats.applying(columns or {}, row), place)
-            beside.check_media(row, place)
-            if missing := [name for name in names if name not in row]:
-                raise DataError(f"--data: {place} has no {', '.join(missing)} (it has {', '.join(row) or 'nothing'})")
-            if not isinstance(row["question"], str):
-                raise DataError(f"--data: {place}: question is {row['question']!r}, expected text")
-            found.append((place, row))
-    return found
-
-
-def _numbered(row: Row, place: str) -> Row:
-    if answers.final_number(str(row["answer"])) is None:
-        raise DataError(f"--data: {place}: its answer holds no `#### N`, so no answer to it can be checked")
-    return {"question": row["question"], "answer": row["answer"]}
-
-
-def _split(rows: list[Row], source: str) -> dict[str, Any]:
+def _test_split(rows: list[Row], source: str) -> dict[str, Any]:
     import datasets
 
     if not rows:

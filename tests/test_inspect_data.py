@@ -18,7 +18,7 @@ from fasttune import cli, config, hardware, terminal
 from fasttune.data import arithmetic
 from fasttune.data.batching import Batches
 from fasttune.data.store import Rows
-from fasttune.tools import estimate, inspect_data, inspect_page
+from fasttune.tools import estimate, inspect_data
 
 CONFIG = """
 name: looked-at
@@ -50,7 +50,7 @@ def write(path: Path, rows: list[dict[str, Any]]) -> None:
 
 def page(figures: inspect_data.Figures, **options: Any) -> str:
     console = Console(file=io.StringIO(), width=100, **options)
-    inspect_page.show(figures, console)
+    inspect_data.show(figures, console)
     return console.file.getvalue()  # type: ignore[attr-defined]
 
 
@@ -205,17 +205,17 @@ def test_colour_or_marks_set_apart_what_is_learned() -> None:
     assert figures.shown[0].pieces == [("abc", False), ("def", True)]
     coloured = page(figures, force_terminal=True, color_system="standard", no_color=False)
     assert "\x1b[2mabc\x1b[0m\x1b[1;32mdef\x1b[0m" in coloured and "«" not in coloured
-    assert "\x1b[1;32mlearned\x1b[0m" in coloured  # the legend
+    assert "\x1b[1;32msupervised\x1b[0m" in coloured  # the legend
     for plain in (page(figures), page(figures, force_terminal=True, color_system="standard", no_color=True)):
         assert "«def»" in plain and "\x1b[32m" not in plain and "1;32" not in plain
-        assert "«learned» stands between these marks" in plain
+        assert "«supervised» stands between these marks" in plain
 
 
 def test_a_long_piece_is_shortened_on_the_page_only() -> None:
     figures = measured(encoded([8]), rows=1)
     row = inspect_data.Row("rows.jsonl", 1, 5000, 4999, [("A" * 5000, True)])
     text = "".join(page(inspect_data.replace(figures, shown=[row])).split())
-    assert text.count("A") == inspect_page.PIECE_CHARACTERS and "[3,800characters]" in text
+    assert text.count("A") == inspect_data.PIECE_CHARACTERS and "[3,800characters]" in text
 
 
 def test_what_is_dropped_split_and_held_out_is_told(folder: Path, unsloth: None) -> None:
@@ -238,13 +238,12 @@ def test_what_is_dropped_split_and_held_out_is_told(folder: Path, unsloth: None)
         (["data.train=nowhere.jsonl"], "no file nowhere.jsonl"),
         (["model.name=builtin:large"], "builtin:tiny"),
         (["--rows", "-1"], "--rows -1"),
-        (["data.trian=x"], "did you mean data.train?"),
     ],
 )
-def test_wrong_input_is_one_line_and_exit_2(folder: Path, arguments: list[str], told: str) -> None:
-    done = fasttune("c.yaml", *arguments, cwd=folder)
-    assert (done.returncode, done.stdout, done.stderr.count("\n")) == (2, "", 1)
-    assert told in done.stderr
+def test_wrong_input_is_one_line_and_exit_2(folder: Path, arguments: list[str], told: str, capsys: Any) -> None:
+    assert cli.main(["data", "c.yaml", *arguments]) == 2
+    out, err = capsys.readouterr()
+    assert (out, err.count("\n")) == ("", 1) and told in err
 
 
 def test_a_broken_line_is_named(folder: Path, unsloth: None, capsys: pytest.CaptureFixture[str]) -> None:
@@ -252,9 +251,3 @@ def test_a_broken_line_is_named(folder: Path, unsloth: None, capsys: pytest.Capt
     assert cli.main(["data", "c.yaml", "data.train=rows.jsonl", "--json"]) == 2
     out, err = capsys.readouterr()
     assert out == "" and err.splitlines()[-1].startswith("fasttune: data: rows.jsonl line 2 is no valid JSON")
-
-
-def test_an_unknown_option_is_refused(folder: Path, capsys: pytest.CaptureFixture[str]) -> None:
-    with pytest.raises(SystemExit) as stopped:
-        cli.main(["data", "c.yaml", "--row-count=3", "data.max_rows=1"])
-    assert stopped.value.code == 2 and "--row-count=3" in capsys.readouterr().err

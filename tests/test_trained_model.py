@@ -14,7 +14,7 @@ from fasttune import cli
 from fasttune.config import ModelConfig
 from fasttune.core import pretrained
 from fasttune.errors import ModelError
-from fasttune.tools import adapter as adapters
+from fasttune.tools import merged_weights, trained_model
 
 pytestmark = pytest.mark.usefixtures("unsloth")
 
@@ -26,11 +26,11 @@ def changed(run: Path, folder: Path, rename: Callable[[str], str | None] = str, 
     import safetensors.torch
 
     shutil.copytree(run / "adapter", folder)
-    weights = safetensors.torch.load_file(folder / adapters.WEIGHTS)
+    weights = safetensors.torch.load_file(folder / trained_model.WEIGHTS)
     renamed = {new: weight for name, weight in weights.items() if (new := rename(name))}
-    safetensors.torch.save_file(renamed, folder / adapters.WEIGHTS)
-    said = json.loads((folder / adapters.SETTINGS).read_text()) | {"base_model_name_or_path": "builtin:tiny"}
-    (folder / adapters.SETTINGS).write_text(json.dumps(said | settings))
+    safetensors.torch.save_file(renamed, folder / trained_model.WEIGHTS)
+    said = json.loads((folder / trained_model.SETTINGS).read_text()) | {"base_model_name_or_path": "builtin:tiny"}
+    (folder / trained_model.SETTINGS).write_text(json.dumps(said | settings))
     return folder
 
 
@@ -46,7 +46,7 @@ def refused(capsys: pytest.CaptureFixture[str], *command: str) -> str:
     ("rename", "told"),
     [
         (lambda name: name.replace("model.layers", "model.language_model.layers"), "none of the adapter's 28 weights"),
-        (lambda name: name.removeprefix(adapters.PREFIX), "no layer: model.layers.0"),
+        (lambda name: name.removeprefix(trained_model.PREFIX), "no layer: model.layers.0"),
         (lambda name: name if "layers.0" in name else None, "14 of the adapter's 14 weights .* 14 missing"),
         (lambda name: name.replace("layers.1", "layers.7"), "14 of the adapter's 28 weights"),
     ],
@@ -66,57 +66,47 @@ def test_an_adapter_that_does_not_fit_is_no_answer_of_the_base(
     [
         ({"target_modules": SLOW}, "take too long"),
         ({"rank_pattern": {SLOW: 4}}, "take too long"),
-        ({"exclude_modules": SLOW}, "take too long"),
-        ({"target_modules": "("}, "damaged: "),
-        ({"target_modules": 5}, "damaged: TypeError"),
-        ({"r": 10**8}, "says rank 100000000, its weights have at most 4"),
-        ({"rank_pattern": {"q_proj": 10**8}}, "says rank 100000000"),
-        ({"lora_alpha": None}, "lora_alpha is None; expected a number"),
-        ({"peft_type": "XLORA"}, "peft_type is XLORA, and only LORA"),
-        ({"peft_type": None}, "peft_type is None"),
-        ({"revision": 5}, "revision is 5"),
+        ({"target_modules": "("}, "damaged \\("),
+        ({"target_modules": 5}, "damaged \\(TypeError"),
+        ({"r": 10**8}, "says rank 100,000,000, its weights have at most 4"),
+        ({"rank_pattern": {"q_proj": 10**8}}, "says rank 100,000,000"),
+        ({"lora_alpha": None}, "lora_alpha: is null"),
+        ({"peft_type": "XLORA"}, "peft_type: input should be 'LORA', got 'XLORA'"),
+        ({"rank_pattern": {"q_proj": "x"}}, "rank_pattern.q_proj: input should be a valid number"),
+        ({"revision": 5}, "revision: input should be a valid string"),
         ({"layer_replication": [[0, 10**9]]}, "layer_replication is not supported"),
-        ({"megatron_config": {"a": 1}}, "megatron_config is not supported"),
-        ({"init_lora_weights": "pissa_niter_1000000000"}, "init_lora_weights is pissa_niter"),
-        ({"base_model_name_or_path": {}}, "base_model_name_or_path is {}"),
+        ({"init_lora_weights": "pissa_niter_1000000000"}, "got 'pissa_niter_1000000000'"),
+        ({"base_model_name_or_path": {}}, "base_model_name_or_path: input should be a valid string, got {}"),
         ({"base_model_name_or_path": "/gone/Base-7B"}, "which is not here; set it to"),
     ],
 )
 def test_settings_of_others_are_bounded(
     finished_run: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, settings: dict[str, Any], told: str
 ) -> None:
+    """By what generate, eval and merge have in common."""
     from fasttune.core import model
-    from fasttune.tools import merge, trained_model
 
-    monkeypatch.setattr(adapters, "MATCHING_CPU_S", 0.2)
+    monkeypatch.setattr(trained_model, "MATCHING_CPU_S", 0.2)
     folder = changed(finished_run, tmp_path / "adapter", **settings)
-
-    def used() -> None:
+    with pytest.raises(ModelError, match=told) as caught:
         opened = trained_model.open_run(str(folder))
-        adapters.put_on(model.load(opened.base, "float32", "none", False, 0)[0], folder)
-
-    def merged() -> None:
-        merge.plan(trained_model.open_run(str(folder)).base, folder)
-
-    for use in (used, merged):
-        with pytest.raises(ModelError, match=told) as caught:
-            use()
-        assert "\n" not in str(caught.value)
+        trained_model.put_on(model.load(opened.base, "float32", "none", False, 0)[0], folder)
+    assert "\n" not in str(caught.value)
 
 
 def test_weights_that_are_a_pickle_a_pipe_or_nothing(finished_run: Path, tmp_path: Path, capsys: Any) -> None:
     folder = changed(finished_run, tmp_path / "adapter")
-    (folder / adapters.WEIGHTS).rename(folder / "adapter_model.bin")
+    (folder / trained_model.WEIGHTS).rename(folder / "adapter_model.bin")
     for command in (["generate", "--prompt", "hi"], ["merge", "--out", str(tmp_path / "x")], ["eval"]):
         assert "a pickle (adapter_model.bin)" in refused(capsys, command[0], str(folder), *command[1:])
     (folder / "adapter_model.bin").unlink()
-    os.mkfifo(folder / adapters.WEIGHTS)
-    with pytest.raises(ModelError, match=f"has no {adapters.WEIGHTS}"):
-        adapters.settings(folder)
+    os.mkfifo(folder / trained_model.WEIGHTS)
+    with pytest.raises(ModelError, match=f"has no {trained_model.WEIGHTS}"):
+        trained_model.adapter_settings(folder)
     for text in ("", "[]", "[" * 10**5, "{"):
-        (folder / adapters.SETTINGS).write_text(text)
+        (folder / trained_model.SETTINGS).write_text(text)
         with pytest.raises(ModelError, match=r"adapter_config.json: cannot be read"):
-            adapters.settings(folder)
+            trained_model.adapter_settings(folder)
 
 
 @pytest.mark.parametrize("kind", ["folder", "with a config", "run", "gone", "hub"])
@@ -145,10 +135,8 @@ def test_an_adapter_is_no_model_to_train(
 
 
 def test_patterns_of_ordinary_adapters_are_as_peft_takes_them(finished_run: Path, tmp_path: Path) -> None:
-    from fasttune.tools import merge
-
     pattern = r".*\.(q|k|v|o|gate|up|down)_proj"
     folder = changed(finished_run, tmp_path / "adapter", target_modules=pattern)
-    plan = merge.plan(ModelConfig(name="builtin:tiny"), folder)
-    assert plan.deltas == merge.plan(ModelConfig(name="builtin:tiny"), finished_run / "adapter").deltas
-    assert pretrained.read_json(folder / adapters.SETTINGS)["target_modules"] == pattern
+    plan = merged_weights.plan(ModelConfig(name="builtin:tiny"), folder)
+    assert plan.deltas == merged_weights.plan(ModelConfig(name="builtin:tiny"), finished_run / "adapter").deltas
+    assert pretrained.read_json(folder / trained_model.SETTINGS)["target_modules"] == pattern

@@ -3,10 +3,10 @@
 import json
 import subprocess
 import sys
-import time
 from collections import Counter
 from dataclasses import replace
 from pathlib import Path
+from types import SimpleNamespace
 from typing import Any
 
 import numpy as np
@@ -137,12 +137,16 @@ def test_speed_is_a_rate_on_file_or_a_wide_range(monkeypatch: pytest.MonkeyPatch
     assert estimate.rate_tflops(settings(), chosen, old)[0] is None
 
 
-def test_on_a_gpu_small_work_is_bound_by_launches() -> None:
-    """Half the arithmetic of a small micro-batch is not half the time: dollars must not fall to nothing."""
+def forty_rows() -> Batches:
+    """Of 100 tokens each."""
     ids = np.arange(4000, dtype=np.int32) % 200
     rows = Rows("x", ids, np.ones(4000, bool), np.arange(0, 4001, 100), np.arange(40), Counter())
-    data = Batches([rows], [1.0], 0, 0.0, 4, 4, 512, True, 0)
-    asked = settings(train={"batch_rows": 4, "epochs": 3})
+    return Batches([rows], [1.0], 0, 0.0, 4, 4, 512, True, 0)
+
+
+def test_on_a_gpu_small_work_is_bound_by_launches() -> None:
+    """Half the arithmetic of a small micro-batch is not half the time: dollars must not fall to nothing."""
+    data, asked = forty_rows(), settings(train={"batch_rows": 4, "epochs": 3})
     h200 = hardware.with_gpu(CPU, "h200-141")
     small = replace(LLAMA_8B, hidden=512, mlp=1024, query_width=512, key_width=512)
     expected = estimate.of_run(asked, autoconfig.resolve(asked, h200, small), data, h200, 3.5)
@@ -173,13 +177,14 @@ def test_launches_are_not_added_to_the_work_they_overlap(monkeypatch: pytest.Mon
     assert expected.tokens_per_s is not None and expected.tokens_per_s.expected == pytest.approx(14_570, rel=0.01)
 
 
-def run_of(asked: config.Config, policy: str, machine: Hardware = CPU) -> metrics.Forecast:
-    """Ten steps of four rows of 100 tokens, with this recomputation."""
-    ids = np.arange(4000, dtype=np.int32) % 200
-    rows = Rows("x", ids, np.ones(4000, bool), np.arange(0, 4001, 100), np.arange(40), Counter())
-    data = Batches([rows], [1.0], 0, 0.0, 4, 4, 512, True, 0)
-    chosen = replace(autoconfig.resolve(asked, machine, LLAMA_8B), gradient_checkpointing=policy)
-    return estimate.of_run(asked, chosen, data, machine, None)
+def run_of(asked: config.Config, policy: str) -> metrics.Forecast:
+    """Ten steps of four rows of 100 tokens, with this recomputation, as `plan` and as a prepared run forecast them."""
+    chosen, data = autoconfig.resolve(asked, CPU, LLAMA_8B), forty_rows()
+    chosen = replace(chosen, gradient_checkpointing=policy)
+    expected = estimate.of_run(asked, chosen, data, CPU, None)
+    job = SimpleNamespace(config=asked, plan=replace(chosen, packed=False), data=data, machine=CPU, usd_per_hour=None)
+    assert estimate.of_job(job) == expected  # packed as its data is, whatever was planned
+    return expected
 
 
 @pytest.fixture
@@ -208,15 +213,6 @@ def test_a_cpu_is_as_fast_as_its_matmuls_just_now(monkeypatch: pytest.MonkeyPatc
     monkeypatch.setattr(estimate, "on_file", list)
     wide, source = estimate.rate_tflops(asked, chosen, CPU)
     assert wide is not None and wide.high / wide.low > 2.5 and "no run measured on such a CPU" in source
-
-
-def test_a_small_micro_batch_on_a_cpu_takes_longer_than_its_arithmetic() -> None:
-    """As quickstart.yaml's 250 tokens at once did, against 850 of GSM8K (docs/LOG.md)."""
-    asked = settings(train={"batch_rows": 4})
-    chosen = replace(autoconfig.resolve(asked, CPU, LLAMA_8B), gradient_checkpointing="none")
-    sizes = [estimate.Sample(1, 4, 4 * n, 4 * n, 4 * n, [MicroBatch(4 * n, 4 * n, 0, 0)]) for n in (50, 500)]
-    small, large = (estimate.step_flops(asked, chosen, sample) / sample.cells for sample in sizes)
-    assert 1.2 < small / large < 1.4
 
 
 @pytest.mark.usefixtures("slow_matmuls")
@@ -298,18 +294,10 @@ def test_rows_are_sampled_and_tokens_scaled(tmp_path: Path, monkeypatch: pytest.
     reporter = terminal.Reporter(quiet=True)
     whole = plan.look(asked, None, reporter)
     monkeypatch.setattr(plan, "SAMPLED_ROWS", 500)
-    started = time.perf_counter()
     sampled = plan.look(asked, None, reporter)
-    assert time.perf_counter() - started < 10
     assert sampled.sampled and whole.sampled and whole.forecast.steps == pytest.approx(750, rel=0.02)
     assert sampled.forecast.tokens == pytest.approx(whole.forecast.tokens, rel=0.05)
     assert sampled.forecast.steps == pytest.approx(750, rel=0.05)
-
-
-def test_a_price_is_checked_like_the_config(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
-    (tmp_path / "tiny.yaml").write_text(TREE)
-    assert cli.main(["plan", str(tmp_path / "tiny.yaml"), "--usd-per-hour", "-3"]) == 2
-    assert capsys.readouterr().err.startswith("fasttune: usd_per_hour: ")
 
 
 @pytest.mark.usefixtures("unsloth")
