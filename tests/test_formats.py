@@ -4,7 +4,7 @@ from typing import Any
 
 import pytest
 
-from fasttune.data import beside, formats
+from fasttune.data import formats
 from fasttune.data.formats import Conversation, Unusable
 from fasttune.errors import DataError
 
@@ -290,21 +290,21 @@ def test_rows_that_would_teach_something_else_are_refused_by_name(
     form: dict[str, Any], more: dict[str, Any], told: str
 ) -> None:
     with pytest.raises(DataError, match=f"^data: {PLACE} {told}") as caught:
-        beside.check(form | more, PLACE)
+        formats.check_row(form | more, PLACE)
     assert len(str(caught.value)) < 300
     empty: dict[str, Any] = {name: [] if isinstance(value, list) else None for name, value in more.items()}
-    beside.check(form | empty | {"label": True, "images": [None], "imagery": "x", "score": 0}, PLACE)
+    formats.check_row(form | empty | {"label": True, "images": [None], "imagery": "x", "score": 0}, PLACE)
 
 
 def test_chosen_answers_can_be_asked_for_by_name() -> None:
     row = {"prompt": "q", "chosen": "a", "rejected": "b", "kto_tag": True}
     with pytest.raises(DataError, match=r"set data.columns=\{completion: chosen\}"):
-        beside.check(row, PLACE)
+        formats.check_row(row, PLACE)
     renamed = formats.rename(row, {"completion": "chosen"}, PLACE)
-    beside.check(renamed, PLACE)
+    formats.check_row(renamed, PLACE)
     assert renamed == {"prompt": "q", "completion": "a", "kto_tag": True}
     with pytest.raises(DataError, match=r"set data.columns=\{messages: chosen\}"):
-        beside.check({"prompt": "q", "chosen": PAIR, "rejected": PAIR}, PLACE)
+        formats.check_row({"prompt": "q", "chosen": PAIR, "rejected": PAIR}, PLACE)
 
 
 def test_a_row_can_be_marked_as_a_whole() -> None:

@@ -21,7 +21,7 @@ from rich.text import Text
 
 from fasttune import hardware, report, stack, terminal
 from fasttune.core.run_folder import EVAL_FILES
-from fasttune.data import answers, chat, sources
+from fasttune.data import arithmetic, chat, sources
 from fasttune.errors import FasttuneError, OutputError, RunFailed
 from fasttune.quiet import library_log, take_over_loggers
 from fasttune.tools import card, tasks as own, trained_model as finished_models
@@ -145,7 +145,7 @@ def choose(tasks: str | None, data: str | None, finished: Finished) -> tuple[lis
     held_out = finished.config.data.eval if finished.config else None
     names = [name.strip() for name in (tasks or "").split(",") if name.strip()]
     if data is not None:
-        sources.check(data)
+        sources.check_source(data)
     if not names and data is None and held_out is None:
         share = finished.config.data.eval_share if finished.config else 0
         why = f"the run held out {100 * share:g} % of its own rows, which are no file: give yours with --data FILE"
@@ -187,7 +187,7 @@ def problem(task: str, sample: dict[str, Any]) -> dict[str, Any]:
     line = {"task": task, "number": sample["doc_id"] + 1, "prompt": sample["arguments"][0][0]}
     if task in own.NAMES and "exact_match" in metrics:
         generation, reference = sample["resps"][0][0], sample["target"]
-        extracted = {"extracted": answers.final_number(generation), "expected": answers.final_number(reference)}
+        extracted = {"extracted": arithmetic.final_number(generation), "expected": arithmetic.final_number(reference)}
         return line | {
             "generation": generation,
             **extracted,

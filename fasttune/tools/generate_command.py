@@ -64,7 +64,7 @@ def check(options: argparse.Namespace) -> None:
             if given is not None:
                 raise FasttuneError(f"{flag} would be ignored: it is for --file")
     else:
-        sources.check(options.file)
+        sources.check_source(options.file)
     if options.max_new_tokens < 1 or (options.batch_rows is not None and options.batch_rows < 1):
         raise FasttuneError("--max-new-tokens and --batch-rows: 1 or more")
     if not 0 <= options.temperature < float("inf"):

@@ -21,8 +21,7 @@ from fasttune.core import autoconfig, prepare, pretrained
 from fasttune.core.shape import Shape
 from fasttune.data import chat, load
 from fasttune.data.batching import Batches
-from fasttune.data.store import Rows
-from fasttune.data.tokenize import IGNORE, labels
+from fasttune.data.tokenize import IGNORE, Rows, labels
 from fasttune.quiet import library_log
 from fasttune.tools.estimate import lay_out
 
@@ -186,7 +185,7 @@ def _data_set(rows: Rows, weight: float, held_out: int) -> DataSet:
             name: n for name, n in sorted(counts.items()) if name.startswith(("not used: ", "only text: "))
         },
         tokens=counts["tokens"],
-        learned_tokens=counts["learned"],
+        learned_tokens=counts["supervised"],
     )
 
 

@@ -13,7 +13,7 @@ from rich.table import Table
 from rich.text import Text
 
 from fasttune import terminal
-from fasttune.data import files
+from fasttune.data import sources
 from fasttune.report import steps_text
 from fasttune.tools.inspect_data import DataSet, Figures, Lengths, Row
 
@@ -45,7 +45,7 @@ def _legend(colour: bool) -> Text:
 
 
 def _row(row: Row, colour: bool) -> list[RenderableType]:
-    place = f"{'line' if files.kind(Path(row.source)) == 'jsonl' else 'row'} {row.number:,} of {Path(row.source).name}"
+    place = f"{'line' if sources.kind(row.source) == 'jsonl' else 'row'} {row.number:,} of {Path(row.source).name}"
     counts = f" · {row.tokens:,} tokens, {row.learned_tokens:,} learned"
     text = Text.assemble(*(_marked(_clip(piece), learned, colour) for piece, learned in row.pieces))
     return [Text.assemble((_visible(place), "bold"), counts), Padding(text, (0, 0, 0, 2), expand=False)]

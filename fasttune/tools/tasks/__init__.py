@@ -6,7 +6,7 @@ Each function that gives rows is called by the harness with the task's `metadata
 from pathlib import Path
 from typing import Any
 
-from fasttune.data import answers, beside, formats, sources
+from fasttune.data import arithmetic, formats, sources
 from fasttune.data.formats import Row
 from fasttune.errors import DataError
 
@@ -17,7 +17,7 @@ NAMES = ("gsm8k_jsonl", "multiple_choice_jsonl", "builtin:arithmetic")
 def of_rows(source: str, split: str = "train", columns: dict[str, str] | None = None) -> str:
     """The task that fits a data set, by the keys of its first row. Raises DataError."""
     if source.startswith("builtin:"):
-        sources.check(source)
+        sources.check_source(source)
         return "builtin:arithmetic"
     also = (columns or {}).values()
     rows = sources.first_rows(source, "test", split, 1, also=also)
@@ -25,7 +25,7 @@ def of_rows(source: str, split: str = "train", columns: dict[str, str] | None = 
     row = formats.rename(row, formats.applying(columns or {}, row), place)
     if "options" in row:
         return "multiple_choice_jsonl"
-    if "question" in row and answers.final_number(str(row.get("answer"))) is not None:
+    if "question" in row and arithmetic.final_number(str(row.get("answer"))) is not None:
         return "gsm8k_jsonl"
     raise DataError(
         f"--data {source}: {place} has the columns {', '.join(row) or 'none'}; expected question, answer and options, "
@@ -52,7 +52,7 @@ def multiple_choice(data: str, split: str = "train", columns: dict[str, str] | N
 
 def score(doc: Row, results: list[str]) -> dict[str, float]:
     """Exact match on the number after `####`."""
-    return {"exact_match": float(answers.is_right(results[0], doc["answer"]))}
+    return {"exact_match": float(arithmetic.is_right(results[0], doc["answer"]))}
 
 
 def _right(answer: Any, options: list[str], place: str) -> int:
@@ -74,7 +74,7 @@ def _rows(
     for chunk in sources.read(source, "test", split, also=(columns or {}).values()):
         for _, place, row in chunk.numbered():
             row = formats.rename(row, formats.applying(columns or {}, row), place)
-            beside.check_media(row, place)
+            formats.check_media(row, place)
             if missing := [name for name in names if name not in row]:
                 raise DataError(f"--data: {place} has no {', '.join(missing)} (it has {', '.join(row) or 'nothing'})")
             if not isinstance(row["question"], str):
@@ -84,7 +84,7 @@ def _rows(
 
 
 def _numbered(row: Row, place: str) -> Row:
-    if answers.final_number(str(row["answer"])) is None:
+    if arithmetic.final_number(str(row["answer"])) is None:
         raise DataError(f"--data: {place}: its answer holds no `#### N`, so no answer to it can be checked")
     return {"question": row["question"], "answer": row["answer"]}
 
