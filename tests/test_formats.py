@@ -185,15 +185,6 @@ def test_a_row_that_teaches_nothing_says_why(row: dict[str, Any], reason: str) -
         convert(row)
 
 
-def test_tool_arguments_as_json_text_become_an_object() -> None:
-    call = {"type": "function", "function": {"name": "add", "arguments": '{"a": 1}'}}
-    row = {"messages": [{"role": "user", "content": "q"}, {"role": "assistant", "content": None, "tool_calls": [call]}]}
-    found = formats.convert(row, "messages", "x line 1")
-    assert isinstance(found, formats.Conversation)
-    assert found.messages[1]["tool_calls"][0]["function"]["arguments"] == {"a": 1}
-    assert call["function"]["arguments"] == '{"a": 1}', "the row itself is left alone"
-
-
 WRONG = {"role": "assistant", "content": "WRONG"}
 GPT = {"from": "gpt", "value": "WRONG"}
 
@@ -349,6 +340,8 @@ def test_what_a_function_call_turn_thinks_is_kept() -> None:
     ("said", "arguments"), [("", {}), (None, {}), ('{"a": "1"}', {"a": "1"}), ("no json", "no json")]
 )
 def test_arguments_are_an_object_where_they_can_be(said: str | None, arguments: Any) -> None:
-    found = convert({"messages": [QUESTION, ANSWER | {"tool_calls": [{"function": {"name": "f", "arguments": said}}]}]})
+    call = {"function": {"name": "f", "arguments": said}}
+    found = convert({"messages": [QUESTION, ANSWER | {"tool_calls": [call]}]})
     assert isinstance(found, Conversation)
+    assert call["function"]["arguments"] == said, "the row itself is left alone"
     assert found.messages[1]["tool_calls"] == [{"type": "function", "function": {"name": "f", "arguments": arguments}}]

@@ -169,7 +169,7 @@ class Template:
             if len(turn) == 2 and turn["content"] in part:
                 continue  # most turns
             asked = any(later["role"] == "user" for later in row.messages[index:])
-            for kind in calls.lost_of_turn(turn, Shown(part) if span else all_of_it):
+            for kind in sorted(calls.lost_of_turn(turn, Shown(part) if span else all_of_it)):
                 dropped_by_design = kind == "reasoning" and asked and len(part) == len(whole)
                 if kind not in allow_lost and (kind == "tool_turns" or (span and not dropped_by_design)):
                     refuse(kind, f" (turn {index + 1})")
@@ -219,7 +219,7 @@ def complete(tokenizer: Any) -> list[tuple[str, str]]:
         tokenizer.chat_template = fit if several else fit["default"]
         changes.append(("BOS put in front", "the tokenizer adds it to every text, the template does not"))
     if template.eos and template.closing == "":
-        changes.append(("EOS put after each answer", "the template never closes one, so the end would not be learned"))
+        changes.append(("EOS put after each answer", "the template closes none, so the model would not learn to end"))
     return changes
 
 

@@ -203,7 +203,7 @@ def convert(row: Row, form: str, place: str) -> Conversation | str:
     else:
         question, answer = COLUMNS[form]
         asked = _filled(row, question, place)
-        if form == "alpaca" and (extra := _optional(row, "input", place)):
+        if form == "alpaca" and (extra := _filled(row, "input", place, optional=True)):
             asked += "\n\n" + extra
         turns = [_turn("user", asked), _turn("assistant", _filled(row, answer, place))]
     before = _system_and_history(row, turns, place)
@@ -215,16 +215,13 @@ def convert(row: Row, form: str, place: str) -> Conversation | str:
 
 def _system_and_history(row: Row, turns: list[Message], place: str) -> list[Message]:
     """The turns of the columns `system`, which a system turn overrules, and `history`."""
-    text = "" if turns[0]["role"] in ("system", "developer") else _optional(row, "system", place)
+    system = "" if turns[0]["role"] in ("system", "developer") else _filled(row, "system", place, optional=True)
     history = calls.from_json(row.get("history"), "history", place) or []
-    if not isinstance(history, list) or not all(map(_is_pair, history)):
+    pairs = isinstance(history, list) and all(isinstance(pair, list) and len(pair) == 2 for pair in history)
+    if not pairs or not all(isinstance(text, str) for pair in history for text in pair):
         raise DataError(f"data: {place}: history is {short(history)}, expected [question, answer] pairs")
-    earlier = [_turn(role, text) for pair in history for role, text in zip(("user", "assistant"), pair, strict=True)]
-    return [_turn("system", text), *earlier] if text else earlier
-
-
-def _is_pair(value: Any) -> bool:
-    return isinstance(value, list) and len(value) == 2 and all(isinstance(text, str) for text in value)
+    earlier = [turn for asked, said in history for turn in (_turn("user", asked), _turn("assistant", said))]
+    return [_turn("system", system), *earlier] if system else earlier
 
 
 def _conversation(messages: list[Message], tools: Any, only_read: int) -> Conversation:
@@ -334,19 +331,16 @@ def _turn(role: str, content: str) -> Message:
     return {"role": role, "content": content}
 
 
-def _filled(row: Row, key: str, place: str) -> str:
-    value = row[key]
+def _filled(row: Row, key: str, place: str, optional: bool = False) -> str:
+    """A text of a row; an optional one may be missing, null or blank."""
+    value = row.get(key)
     if value is None or (isinstance(value, str) and not value.strip()):
+        if optional:
+            return ""
         raise Unusable("empty answer" if key in QUESTIONS.values() else f"empty {key}")
     if not isinstance(value, str):
         raise DataError(f"data: {place}: {key} is {short(value)}, expected text")
     return value
-
-
-def _optional(row: Row, key: str, place: str) -> str:
-    """A text that may be missing, null or blank."""
-    blank = row.get(key) is None or not str(row[key]).strip()
-    return "" if blank else _filled(row, key, place)
 
 
 def _names(row: Row) -> str:

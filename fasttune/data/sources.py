@@ -46,9 +46,7 @@ NOT_READ = "not read"  # stands for the values of a column that means nothing he
 
 @dataclass(frozen=True)
 class Chunk:
-    """Some rows on their way to a worker: unparsed lines of JSONL, or rows. first: the number of the first line or row,
-    from 1. done: how much of the source is read by its end, 0 to 1.
-    """
+    """Unparsed lines of JSONL, or rows. first: number of the first, from 1. done: share of the source read then."""
 
     source: str
     first: int
@@ -178,7 +176,8 @@ def _file(source: str) -> Path | None:
     import fsspec
 
     try:
-        return Path(fsspec.open_local(f"simplecache::{source}"))  # a temporary file
+        with fsspec.open(f"simplecache::{source}") as file:
+            return Path(file.name)  # of a temporary copy
     except ImportError as error:
         package = PACKAGES.get(source.partition("://")[0])
         remedy = f"pip install {package}=={fsspec.__version__}" if package else "download the file and name it"
@@ -259,7 +258,6 @@ def _json(source: str, path: Path) -> Iterator[Chunk]:
 
 def _csv(source: str, path: Path) -> Iterator[Chunk]:
     csv.field_size_limit(MAX_LINE_BYTES)
-    size = path.stat().st_size
     with _opened(source, path) as (raw, stream, _):
         reader = csv.reader(io.TextIOWrapper(stream, "utf-8", newline=""), strict=True)
         try:
@@ -270,7 +268,7 @@ def _csv(source: str, path: Path) -> Iterator[Chunk]:
                     f"data: {source} line 1 is separated by {SEPARATORS[mark]}, not by commas: write it with commas, "
                     f'python -c "{COMMAS.format(mark)}" <OLD >NEW'
                 )
-            yield from _grouped(source, _csv_rows(source, reader, names), lambda _: raw.tell() / size)
+            yield from _grouped(source, _csv_rows(source, reader, names), lambda _: raw.tell() / path.stat().st_size)
         except csv.Error as error:
             raise DataError(f"data: {source} line {reader.line_num} is no valid CSV: {error}") from error
         except UnicodeDecodeError as error:  # of a block of which no line has been read yet
