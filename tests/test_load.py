@@ -87,7 +87,7 @@ def test_rows_come_back_as_they_were_encoded(tmp_path: Path, cache: Path, recipe
         "rows": 51,
         "kept": 50,
         "tokens": len(block.ids),
-        "learned": int(block.supervised.sum()),
+        "supervised": int(block.supervised.sum()),
         "dropped: empty answer": 1,
     }
 

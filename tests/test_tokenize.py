@@ -74,7 +74,7 @@ def test_rows_of_a_chunk_do_not_mix(tiny_recipe: Recipe, rows: list[list[tuple[s
     together = encode(tiny_recipe, [chat(*turns) for turns in rows])
     alone = [encode(tiny_recipe, [chat(*turns)]) for turns in rows]
     assert (together.ids == np.concatenate([block.ids for block in alone])).all()
-    assert (together.learned == np.concatenate([block.supervised for block in alone])).all()
+    assert (together.supervised == np.concatenate([block.supervised for block in alone])).all()
     assert together.lengths.tolist() == [int(block.lengths[0]) for block in alone]
     assert together.numbers.tolist() == list(range(1, len(rows) + 1))
 
@@ -90,7 +90,7 @@ def test_split_learns_every_label_exactly_once(tiny_recipe: Recipe, turns: list[
     assert all(len(row) for row in learned)
     assert set(split.numbers.tolist()) == {1}
     assert split.counts["split"] == (_tokens(tiny_recipe, turns) > limit)
-    assert split.learned.sum() == whole.learned.sum()
+    assert split.supervised.sum() == whole.supervised.sum()
 
 
 def _tokens(recipe: Recipe, turns: list[tuple[str, str]]) -> int:
@@ -105,7 +105,7 @@ def test_truncate_learns_what_fits(tiny_recipe: Recipe, turns: list[tuple[str, s
     kept = [index for index, label in enumerate(labels[:limit]) if label != IGNORE]
     assert cut.lengths.tolist() == ([kept[-1] + 1] if kept else [])
     assert cut.ids.tolist() == ids[: kept[-1] + 1 if kept else 0].tolist()
-    assert cut.learned.nonzero()[0].tolist() == kept
+    assert cut.supervised.nonzero()[0].tolist() == kept
     assert cut.counts["truncated"] == (_tokens(tiny_recipe, turns) > limit)
     assert bool(cut.counts[f"dropped: no supervised token within model.max_length={limit}"]) == (not kept)
 
@@ -130,7 +130,7 @@ def test_a_row_of_exactly_the_limit_fits(tiny_recipe: Recipe) -> None:
 def test_what_follows_the_last_learned_token_is_cut_off(tiny_recipe: Recipe) -> None:
     row = {"messages": [*chat(("q", "a"))["messages"], {"role": "user", "content": "thanks, that is all"}]}
     assert encode(tiny_recipe, [row]).ids.tolist() == encode(tiny_recipe, [chat(("q", "a"))]).ids.tolist()
-    assert encode(tiny_recipe, [row]).learned[-1]
+    assert encode(tiny_recipe, [row]).supervised[-1]
 
 
 def test_plain_text_is_learned_whole_and_ends(tiny_recipe: Recipe) -> None:
@@ -139,7 +139,7 @@ def test_plain_text_is_learned_whole_and_ends(tiny_recipe: Recipe) -> None:
     assert learned_text(recipe, block) == ["nce upon" + END]  # nothing predicts the first token
     split = encode(replace(recipe, max_length=9, too_long="split"), [{"text": "abcdefghijklmnopqrstuvwxyz"}])
     assert "".join(learned_text(recipe, split)) == "bcdefghijklmnopqrstuvwxyz" + END
-    assert split.learned.sum() == 26
+    assert split.supervised.sum() == 26
 
 
 def test_rows_that_teach_nothing_are_counted_and_one_of_each_is_kept_to_show(tiny_recipe: Recipe) -> None:
@@ -271,7 +271,10 @@ def test_a_row_longer_than_a_window_is_cut_as_any_other(
     monkeypatch.setattr(tokenize, "WINDOW", 400)
     monkeypatch.setattr(tokenize, "OVERLAP", 80)
     in_windows = encode(recipe, rows)
-    assert (in_windows.ids.tolist(), in_windows.learned.tolist()) == (at_once.ids.tolist(), at_once.learned.tolist())
+    assert (in_windows.ids.tolist(), in_windows.supervised.tolist()) == (
+        at_once.ids.tolist(),
+        at_once.supervised.tolist(),
+    )
     assert (in_windows.lengths.tolist(), in_windows.counts) == (at_once.lengths.tolist(), at_once.counts)
 
 

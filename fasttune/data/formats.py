@@ -37,15 +37,8 @@ COLUMNS = {  # by the names of config.FORMATS
 BESIDE = ("system", "history", "tools", "functions")  # beside every form but text
 QUESTIONS = {"prompt": "completion", "question": "answer", "query": "response", "instruction": "output"}
 ROLES = ("system", "developer", "user", "assistant", "tool", "function")
-SHAREGPT_ROLES = {
-    "human": "user",
-    "gpt": "assistant",
-    "chatgpt": "assistant",
-    "bing": "assistant",
-    "bard": "assistant",
-    "function_call": "assistant",
-    "observation": "tool",
-}
+SHAREGPT_ROLES = {"human": "user", **dict.fromkeys(("gpt", "chatgpt", "bing", "bard", "function_call"), "assistant")}
+SHAREGPT_ROLES["observation"] = "tool"
 FLAGS = ("weight", "loss_weight", "train", "loss", "masked")  # of a turn, or of a whole row; `masked` is torchtune's
 LIKE_FLAGS = ("train", "loss", "weight", "mask", "learn")  # what a part of the name of another flag begins with
 FLAG_VALUES = {"0": False, "0.0": False, "false": False, "1": True, "1.0": True, "true": True}

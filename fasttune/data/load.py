@@ -97,12 +97,7 @@ def texts(batches: Batches, held_out: Sequence[Encoded] = ()) -> Iterator[tuple[
 
 
 def _encode_one(
-    config: Config,
-    source: str,
-    tokenizer: Any,
-    progress: Progress,
-    part: Part = "train",
-    max_rows: int | None = None,
+    config: Config, source: str, tokenizer: Any, progress: Progress, part: Part = "train", max_rows: int | None = None
 ) -> Rows:
     data = config.data
     split = data.split if part == "train" else data.held_out_split
