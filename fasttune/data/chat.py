@@ -105,7 +105,7 @@ class Template:
                 gaps += [] if closed else [end]
         everything = dict.fromkeys(range(len(messages)), (0, len(whole)))
         supervised = everything if train_on == "all" else dict(zip(answers, spans, strict=True))
-        lost = self._check_losses(whole, replace(conversation, messages=messages), supervised, place, allow_lost)
+        lost = self._check_losses(whole, messages, tools, supervised, place, allow_lost)
         if notes is not None:
             notes.update(f"lost: {name}" for name in lost)
         for gap in reversed(gaps):  # the end of a span, which EOS is supervised with
@@ -152,7 +152,13 @@ class Template:
         return best[1:]
 
     def _check_losses(
-        self, whole: str, row: Conversation, supervised: dict[int, Span], place: str, allow_lost: Collection[str]
+        self,
+        whole: str,
+        turns: list[Message],
+        tools: Any,
+        supervised: dict[int, Span],
+        place: str,
+        allowed: Collection[str],
     ) -> set[str]:
         """What is not in the text of what the turns have; of a supervised turn in its span. Raises DataError."""
 
@@ -162,21 +168,21 @@ class Template:
                 f"has a place for it, or train without: data.allow_lost=[{kind}]"
             )
 
-        all_of_it, names, source = Shown(whole), set[str](), self.source_for(row.tools)
-        for index, turn in enumerate(row.messages):
+        all_of_it, names, source = Shown(whole), set[str](), self.source_for(tools)
+        for index, turn in enumerate(turns):
             span = supervised.get(index)
             part = whole[span[0] : span[1]] if span else whole
             if len(turn) == 2 and turn["content"] in part:
                 continue  # most turns
-            asked = any(later["role"] == "user" for later in row.messages[index:])
+            asked = any(later["role"] == "user" for later in turns[index:])
             for kind in sorted(calls.lost_of_turn(turn, Shown(part) if span else all_of_it)):
                 dropped_by_design = kind == "reasoning" and asked and len(part) == len(whole)
-                if kind not in allow_lost and (kind == "tool_turns" or (span and not dropped_by_design)):
+                if kind not in allowed and (kind == "tool_turns" or (span and not dropped_by_design)):
                     refuse(kind, f" (turn {index + 1})")
                 names.add(kind if span or kind == "tool_turns" else f"{kind} of a turn that is only read")
             names |= {f"{key}, a key of a turn" for key in turn.keys() - calls.KEYS if key not in source}
-        missing = calls.lost_of_tools(row.tools or [], all_of_it)
-        if "tools" in missing - set(allow_lost):
+        missing = calls.lost_of_tools(tools or [], all_of_it)
+        if "tools" in missing - set(allowed):
             refuse("tools", "")
         return names | missing
 
@@ -267,8 +273,10 @@ class ControlTokens:
         texts = [row] if isinstance(row, str) else [text for turn in row.messages for text in turn.values()]
         found = set[str]()
         for text in texts:
-            if isinstance(text, str) and any(beginning in text for beginning in self.beginnings):
-                found.update(self.pattern.findall(text))
+            for beginning in self.beginnings if isinstance(text, str) else ():
+                if beginning in text:
+                    found.update(self.pattern.findall(text))
+                    break
         return found
 
     def marked(self, row: Conversation | str) -> Conversation | str:

@@ -45,6 +45,8 @@ FLAG_VALUES = {"0": False, "0.0": False, "false": False, "1": True, "1.0": True,
 LABELS = ("label", "kto_tag")  # false: the answer is a bad one
 PREFERENCE = re.compile(r"(chosen|rejected).*")
 MEDIA = re.compile(r"(image|picture|audio|sound|video)s?(_(path|url|file)s?)?")
+USED = {form: {*own, *LABELS, *(BESIDE if form != "text" else ())} for form, own in COLUMNS.items()}
+USED["alpaca"].add("input")
 MEDIA_MARKS = ("<image>", "<audio>", "<video>")  # in a text alone they may as well be markup
 NAME_CHARACTERS = 60
 
@@ -159,10 +161,9 @@ def _without_bad(row: Row) -> str:
 
 def not_used(row: Row, form: str) -> set[str]:
     """Names, cut to a readable length, of what says something in a row and is not used."""
-    own = COLUMNS[form]
-    used = {*own, *LABELS, *(() if form == "text" else BESIDE), *(["input"] if form == "alpaca" else ())}
+    used = USED[form]
     found = {f"column {key}" for key, value in row.items() if key not in used and value not in (None, "", [])}
-    turns: Any = row.get(own[0])
+    turns: Any = row.get(COLUMNS[form][0])
     for number, turn in enumerate(turns if isinstance(turns, list) else ()):
         role = turn.get("role", turn.get("from"))
         if "from" in turn:
@@ -171,7 +172,7 @@ def not_used(row: Row, form: str) -> set[str]:
             found |= {f"{key}: true of a {role} turn" for key in ("train", "loss") if turn.get(key) is True}
         if number == 0 and role == "system" and row.get("system") not in (None, "", *turn.values()):
             found.add("column system beside a system turn")
-    return {name[:NAME_CHARACTERS] for name in found}
+    return {name[:NAME_CHARACTERS] for name in found} if found else found
 
 
 def convert(row: Row, form: str, place: str) -> Conversation | str:
