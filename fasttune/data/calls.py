@@ -156,6 +156,14 @@ class Shown:
     def holds(self, value: str) -> bool:
         return value in self.text or _squeeze(value) in self.squeezed
 
+    def lacks(self, parts: list[tuple[str, str]]) -> set[str]:
+        """The kinds of (kind, text) of which a text is not there."""
+        found = set[str]()
+        for kind, text in parts:
+            if kind not in found and not self.holds(text):
+                found.add(kind)
+        return found
+
 
 def _squeeze(text: str) -> str:
     """Without whitespace and quotes, JSON's escapes undone."""
@@ -176,7 +184,7 @@ def lost_of_turn(turn: Message, shown: Shown) -> set[str]:
         arguments = function["arguments"]
         as_given = isinstance(arguments, Arguments) and arguments._text in shown.text
         parts += [("tool_calls", text) for text in (function["name"], *(() if as_given else _leaves(arguments)))]
-    return {kind for kind, text in parts if not shown.holds(text)}
+    return shown.lacks(parts)
 
 
 def _leaves(value: Any) -> Iterator[str]:
@@ -195,12 +203,12 @@ def _leaves(value: Any) -> Iterator[str]:
 
 def lost_of_tools(tools: list[Any], shown: Shown) -> set[str]:
     """Which parts of the tools are not there: "tools" if a name of one or of its parameters is missing."""
-    parts: list[tuple[str, Any]] = []
+    parts: list[tuple[str, str]] = []
     for tool in tools:
         function = tool.get("function") if isinstance(tool.get("function"), dict) else tool
         parameters = function.get("parameters")
         properties = parameters.get("properties") if isinstance(parameters, dict) else None
         names = (function.get("name"), *(properties if isinstance(properties, dict) else ()))
-        parts += [("tools", name) for name in names]
+        parts += [("tools", name) for name in names if isinstance(name, str)]
         parts.append(("descriptions of tools", str(function.get("description") or "")))
-    return {kind for kind, text in parts if isinstance(text, str) and not shown.holds(text)}
+    return shown.lacks(parts)
