@@ -104,13 +104,13 @@ def raw(file: str) -> dict[str, Any]:
     """encode_batch alone, on the same texts, in batches of BATCH; the texts lie in memory."""
     from fasttune.config import ModelConfig
     from fasttune.core import pretrained
-    from fasttune.data import chat, files, formats
+    from fasttune.data import chat, formats, sources
 
     tokenizer = pretrained.read_tokenizer(ModelConfig(name=MODEL))
     template = chat.template_of(tokenizer)
     texts = [
         template.text(formats.convert(row, "question_answer", place), "assistant", place)[0]
-        for chunk in files.read(file, Path(file))
+        for chunk in sources.read(file, "train")
         for _, place, row in chunk.numbered()
     ]
     backend = tokenizer.backend_tokenizer
