@@ -28,8 +28,8 @@ MODULES = {
 }
 
 
-def _load(module_name: str) -> Iterator[Result]:
-    name, distribution = f"import:{module_name}", stack.canonical(module_name)
+def import_alone(module_name: str) -> Iterator[Result]:
+    name, distribution, part = f"import:{module_name}", stack.canonical(module_name), MODULES[module_name]
     if importlib.util.find_spec(module_name) is None:
         stack_name = stack.active_stack()
         if distribution in stack.read_pins(stack_name):
@@ -38,12 +38,9 @@ def _load(module_name: str) -> Iterator[Result]:
             yield Result(name, "skip", f"not in stack {stack_name}")
         return
     module = importlib.import_module(module_name)
-    found: object = module
-    for part in MODULES[module_name].split("."):
-        if not hasattr(found, part):
-            importlib.import_module(f"{found.__name__}.{part}")  # type: ignore[attr-defined]
-        found = getattr(found, part)
+    if not hasattr(module, part):
+        importlib.import_module(f"{module_name}.{part}")
     yield Result(name, "pass", str(getattr(module, "__version__", importlib.metadata.version(distribution))))
 
 
-CHECKS = {f"import:{module_name}": partial(_load, module_name) for module_name in MODULES}
+CHECKS = {f"import:{module_name}": partial(import_alone, module_name) for module_name in MODULES}

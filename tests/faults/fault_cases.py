@@ -44,6 +44,7 @@ class Case:
     only_python: str = ""  # the one Python on PATH
     real: bool = False  # the tests' own packages behind the stubs
     applied: bool = True  # False: another case applies the same fix
+    nightly: bool = False  # applied at night only
 
 
 # What the pinned packages declare of each other (a test compares it with the installed ones).
@@ -172,10 +173,10 @@ MACHINE = (
 VERSIONS = (
     Case("transformers-too-old", "transformers < 4.43", "Llama 3.1: \"`rope_scaling` must be a dictionary with two"
          " fields\"", "rule:llama-3.1-transformers", "4.41.0 is older than 4.43", pinned=("transformers", "tokenizers"),
-         versions=OLD_TRANSFORMERS, requires={"transformers": ("tokenizers<0.20,>=0.19",)}),
+         nightly=True, versions=OLD_TRANSFORMERS, requires={"transformers": ("tokenizers<0.20,>=0.19",)}),
     Case("trl-too-new", "trl newer than unsloth knows (torch, transformers and peft have limits, too)",
          "errors deep inside a trainer", "rule:unsloth-limits",
-         "1.16.0 is installed", pinned=("trl",), versions={"trl": "1.16.0"}),
+         "1.16.0 is installed", nightly=True, pinned=("trl",), versions={"trl": "1.16.0"}),
     Case("datasets-4.4", "datasets 4.4", "recursion errors, for which unsloth excludes it", "rule:unsloth-limits",
          "4.4.0 is installed", pinned=("datasets",), versions={"datasets": "4.4.0"}, applied=False),
     Case("tokenizers-of-another-time", "tokenizers or huggingface-hub of another time than transformers",
@@ -190,18 +191,18 @@ VERSIONS = (
     Case("pin-list-of-2024", "a pin list of 2024 (transformers 4.43.3, trl 0.8, numpy 1.26, unsloth 2024.7)",
          "each of these packages refuses another one", "pins", "10 of", pinned=tuple(OLD_LIST), versions=OLD_LIST),
     Case("numpy-1", "numpy 1.26 with packages that need 2", "an ImportError in pandas", "rule:numpy-abi",
-         "pandas {pandas} needs numpy>=2.0.2, 1.26.4", pinned=("numpy",), versions={"numpy": "1.26.4"}),
+         "pandas {pandas} needs numpy>=2.0.2, 1.26.4", nightly=True, pinned=("numpy",), versions={"numpy": "1.26.4"}),
     Case("pandas-for-numpy-1", "pandas, pyarrow … built for numpy 1", "\"numpy.dtype size changed\"", "import:datasets",
          "another NumPy generation", pinned=("pandas",), applied=False, versions={"pandas": "2.1.4"}, files={
              "datasets/__init__.py": "import pandas\nDataset = object\n", "pandas/__init__.py": fails(
                  "numpy.dtype size changed, may indicate binary incompatibility. Expected 96 from C header, got 88 from"
                  " PyObject", "ValueError")}),
     Case("pandas-built-wrongly", "the right versions, one of them built from source against another numpy", "the same",
-         "import:datasets", "another NumPy generation", pinned=("numpy", "pandas"), files={
+         "import:datasets", "another NumPy generation", nightly=True, pinned=("numpy", "pandas"), files={
              "datasets/__init__.py": "import pandas\nDataset = object\n", "pandas/__init__.py": fails(
                  "numpy.core.multiarray failed to import")}),
     Case("torch-for-numpy-1", "torch before 2.3 with numpy 2", "\"A module that was compiled using NumPy 1.x cannot be"
-         " run in NumPy 2\", and it goes on without", "import:torch", "another NumPy generation", pinned=("torch",),
+         " run in NumPy 2\", and it continues without", "import:torch", "another NumPy generation", pinned=("torch",),
          applied=False, versions={"torch": "2.2.2"}, files={"torch/__init__.py": "import sys\n"
          "nn = __version__ = '2.2.2'\nprint('A module that was compiled using NumPy 1.x cannot be run in NumPy 2.4.6',"
          " file=sys.stderr)\n"}),
@@ -224,7 +225,7 @@ VERSIONS = (
          "rule:triton-torch", "needs triton==3.6.0, 3.5.0", pinned=("triton",), applied=False,
          **ON_GPU | {"versions": {"triton": "3.5.0"}}),
     Case("torchao-of-colab", "torchao 0.10 of a Colab image", "peft refuses to put an adapter on", "import:peft",
-         "torchao 0.10.0 is too old here", pinned=("torchao",), versions={"torchao": "0.10.0"}, files={
+         "torchao 0.10.0 is too old here", nightly=True, pinned=("torchao",), versions={"torchao": "0.10.0"}, files={
              "peft/__init__.py": only_beside("torchao", "0.10.0") + fails("Found an incompatible version of torchao. "
              "Found version 0.10.0, but only versions above 0.16.0 are supported") + "LoraConfig = object\n"}),
     Case("pillow-of-colab", "an old Pillow under a newer package", "\"cannot import name … from 'PIL…'\"", "import:trl",
@@ -239,7 +240,7 @@ VERSIONS = (
 )  # fmt: skip
 BINARIES = (
     Case("flash-attn-symbol", "flash-attn built for another torch, CUDA or ABI", "\"undefined symbol\" at import",
-         "import:flash_attn", "flash-attn was compiled for another torch", uninstalled=("flash-attn",),
+         "import:flash_attn", "flash-attn was compiled for another torch", nightly=True, uninstalled=("flash-attn",),
          **ON_GPU | {"versions": {"flash-attn": "2.8.3"}, "files": {"flash_attn/__init__.py": fails(
              f"{SITE}/flash_attn_2_cuda.cpython-311-x86_64-linux-gnu.so: undefined symbol: _ZN3c105ErrorC2ENS_14Source"
              "LocationESs")}}),
@@ -248,10 +249,10 @@ BINARIES = (
          " bash scripts/setup_h100.sh --flash-attn auto", mended={"versions": {}},
          **ON_GPU | {"versions": {"flash-attn": "2.8.3+cu12torch2.8cxx11abitrue"}}),
     Case("flash-attn-3-behind-2", "FlashAttention 3 beside flash-attn 2", "Unsloth takes flash-attn 2",
-         "flash-attention-3", "takes flash-attn 2.8.3 first", "warn", uninstalled=("flash-attn",),
+         "flash-attention-3", "takes flash-attn 2.8.3 first", "warn", nightly=True, uninstalled=("flash-attn",),
          **ON_GPU | {"versions": {"flash-attn": "2.8.3"}, "files": {"flash_attn_interface.py": ""}}),
     Case("flash-attn-3-half", "FlashAttention 3 without its interface", "Unsloth does not find it", "flash-attention-3",
-         "not flash_attn_interface", "warn", remedy="install it anew, as docs/compatibility.md says",
+         "not flash_attn_interface", "warn", remedy="reinstall it, as docs/compatibility.md says",
          mended={"files": {"flash_attn_3/__init__.py": "", "flash_attn_interface.py": ""}},
          **ON_GPU | {"files": {"flash_attn_3/__init__.py": ""}}),
     Case("bitsandbytes-no-binary", "bitsandbytes without a binary for this CUDA", "it says so and goes on, 4-bit"
@@ -295,7 +296,7 @@ INSTALLATION = (
     Case("installed-twice", "two versions of one package in one folder", "pip and Python may each see another one",
          "site-packages", "transformers is there twice", remedy="bash scripts/setup_h100.sh --recreate", leads_to="cpu",
          files={"transformers-4.41.0.dist-info/METADATA": metadata("transformers", "4.41.0")}),
-    Case("left-by-pip", "`~ransformers-….dist-info` of a killed pip", "nothing: it is passed over, as pip does", "pins",
+    Case("left-by-pip", "`~ransformers-….dist-info` of a killed pip", "nothing: it is skipped, as pip does", "pins",
          "as stacks/cpu.txt pins them", "pass", remedy="",
          files={f"~{name[1:]}-0.1.dist-info/METADATA": metadata(name, "0.1")
                 for name in ("transformers", "trl", "peft", "numpy", "datasets", "tokenizers")}),
