@@ -25,9 +25,11 @@ class Result:
     seconds: float = 0.0
 
 
-def judged(name: str, ok: bool, detail: str, fix: str = "") -> Result:
-    """Passed or failed; `fix` is for the failure only."""
-    return Result(name, "pass", detail) if ok else Result(name, "fail", detail, fix)
+def judged(name: str, ok: bool, detail: str, fix: str = "", reinstall: tuple[str, ...] = ()) -> Result:
+    """Passed, or failed with its fix: a command, or packages to bring to their pins."""
+    if ok:
+        return Result(name, "pass", detail)
+    return Result(name, "fail", detail, fix or (install_command(*reinstall) if reinstall else ""))
 
 
 def install_command(*packages: str) -> str:

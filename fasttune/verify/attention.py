@@ -23,7 +23,7 @@ from torch import Tensor
 from torch.nn.attention import SDPBackend, sdpa_kernel
 from torch.profiler import ProfilerActivity, profile
 
-from fasttune.verify import PIP, Result, install_command, judged, version_rules
+from fasttune.verify import PIP, Result, judged, version_rules
 
 DEVICE = "cuda" if torch.cuda.is_available() else "cpu"
 BATCH, TOKENS, Q_HEADS, KV_HEADS, HEAD_DIM = 2, 160, 8, 2, 128
@@ -178,13 +178,14 @@ def flash_attn(module: str, q: Tensor, k: Tensor, v: Tensor, lengths: Lengths) -
 def check_backend(name: str, attention: Attention, must_run: str) -> Iterator[Result]:
     """Causal, then packed; `must_run` is a pattern that one of the kernels that ran has to match."""
     eps = torch.finfo(DTYPE).eps
-    fix = REMEDY.get(name) or install_command("torch")
     for suffix, lengths in (("", None), ("-packed", PACKED)):
         try:
             seen = measure(attention, lengths)
         except Unavailable as error:
-            needed = DEVICE == "cuda" and name in NEEDED_ON_GPU
-            yield Result(name + suffix, "fail" if needed else "skip", str(error), fix if needed else "")
+            if DEVICE == "cuda" and name in NEEDED_ON_GPU:
+                yield judged(name + suffix, False, str(error), reinstall=("torch",))
+            else:
+                yield Result(name + suffix, "skip", str(error))
             if not suffix:
                 return
             continue
@@ -194,7 +195,7 @@ def check_backend(name: str, attention: Attention, must_run: str) -> Iterator[Re
         )
         right_kernel = any(re.search(must_run, kernel) for kernel in seen.ran)
         detail += "" if right_kernel else f"; asked for {must_run}"
-        yield judged(name + suffix, seen.ok and right_kernel, detail, fix)
+        yield judged(name + suffix, seen.ok and right_kernel, detail, REMEDY.get(name, ""), reinstall=("torch",))
 
 
 # -- matmul, rotary frequencies
@@ -209,7 +210,7 @@ def matmul() -> Iterator[Result]:
     error, limit = relative_error(got, a.double() @ b.double()), torch.finfo(torch.bfloat16).eps
     where = torch.cuda.get_device_name() if DEVICE == "cuda" else "CPU"
     detail = f"max error {error:.1e} (limit {limit:.1e}) on {where}"
-    yield judged("matmul-bf16", error <= limit, detail, install_command("torch"))
+    yield judged("matmul-bf16", error <= limit, detail, reinstall=("torch",))
 
 
 def llama31() -> dict[str, Any]:
@@ -250,7 +251,7 @@ def rope() -> Iterator[Result]:
     error = relative_error(live / expected, torch.ones_like(expected)) if live.shape == expected.shape else math.inf
     limit = 8 * torch.finfo(torch.float32).eps
     detail = f"{live.numel()} frequencies of 64, max relative error {error:.1e} (limit {limit:.1e})"
-    yield judged("rope-llama31", error <= limit, detail, install_command("transformers"))
+    yield judged("rope-llama31", error <= limit, detail, reinstall=("transformers",))
 
 
 BACKENDS: dict[str, tuple[Attention, str]] = {

@@ -7,7 +7,7 @@ from collections.abc import Iterator
 from functools import partial
 
 from fasttune import stack
-from fasttune.verify import Result, install_command
+from fasttune.verify import Result, judged
 
 # module → something in it that a lazy package would otherwise leave unloaded; the slow ones first, as they are run.
 # unsloth and unsloth_zoo: see parity.py.
@@ -33,7 +33,7 @@ def import_alone(module_name: str) -> Iterator[Result]:
     if importlib.util.find_spec(module_name) is None:
         stack_name = stack.active_stack()
         if distribution in stack.read_pins(stack_name):
-            yield Result(name, "fail", "is not installed", install_command(distribution))
+            yield judged(name, False, "is not installed", reinstall=(distribution,))
         else:
             yield Result(name, "skip", f"not in stack {stack_name}")
         return

@@ -13,7 +13,7 @@ from pathlib import Path
 from typing import Any
 
 from fasttune import children
-from fasttune.verify import Result, install_command, judged
+from fasttune.verify import Result, judged
 from fasttune.verify.error_hints import from_exit
 from fasttune.verify.smoke_train import block_network
 
@@ -95,8 +95,8 @@ def judge_parity(errors: dict[str, float], rounding: dict[str, float] | None, pa
     if not rounding and not patched:
         detail += " (its CPU backend is stock transformers)"
     right = all(errors[kind] <= limits[kind] for kind in errors)
-    fix = install_command(*([] if right else ["transformers", "peft"]), "unsloth", "unsloth-zoo")
-    return judged("unsloth-parity", right and (not rounding or patched == layers), detail, fix)
+    reinstall = ("unsloth", "unsloth-zoo") if right else ("transformers", "peft", "unsloth", "unsloth-zoo")
+    return judged("unsloth-parity", right and (not rounding or patched == layers), detail, reinstall=reinstall)
 
 
 def statistics() -> Iterator[Result]:

@@ -45,7 +45,7 @@ def run_jobs(jobs: Sequence[Job], announce: Callable[[str], None], stop: Sequenc
     """
 
     def results_of(job: Job) -> list[Result]:
-        announce(f"runs {job.names[0]} …")
+        announce(f"running {job.names[0]} …")
         return list(run_job(job, stop))
 
     with ThreadPoolExecutor(PARALLEL) as pool:
@@ -158,12 +158,14 @@ def child(module: str, report: str, *names: str) -> None:
 
 
 def with_printed(result: Result, printed_before: int, suspect: str) -> Result:
-    """A check that passed while a loader complained did not pass: some libraries go on without their kernels."""
+    """A check that passed while a loader complained did not pass: some libraries continue without their kernels."""
+    if result.status != "pass":
+        return result
     sys.stdout.flush()
     sys.stderr.flush()
     printed = os.pread(1, os.fstat(1).st_size - printed_before, printed_before).decode(errors="replace")
     known = explain(printed, suspect)
-    if result.status != "pass" or known is None or not known.fatal:
+    if known is None or not known.fatal:
         return result
     return Result(result.name, "fail", f"{result.detail}; but {known.meaning}", known.fix)
 

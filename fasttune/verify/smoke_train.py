@@ -18,7 +18,7 @@ from pathlib import Path
 from typing import Any
 
 from fasttune import children
-from fasttune.verify import Result, install_command, judged
+from fasttune.verify import Result, judged
 from fasttune.verify.error_hints import from_exit
 
 STEPS = 2
@@ -101,7 +101,7 @@ def judge_training(root: Path, returncode: int, printed: str) -> Result:
     if not saved or not all("lora_" in tensor for tensor in saved):
         problems.append("adapter_model.safetensors does not hold exactly the LoRA weights")
     if problems:
-        return Result(name, "fail", "; ".join(problems), install_command("transformers", "peft", "trl", "unsloth"))
+        return judged(name, False, "; ".join(problems), reinstall=("transformers", "peft", "trl", "unsloth"))
     backend = record.get("backend", {})
     ran = ", ".join(f"{key} {backend[key]}" for key in ("attention", "dtype") if key in backend)
     detail = f"loss {' → '.join(f'{loss:.3f}' for loss in losses)}; {len(changed)} of {len(trainable)} adapter tensors "

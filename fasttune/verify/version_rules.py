@@ -4,10 +4,10 @@ A rule reads versions, metadata and hardware; it never imports the package: a br
 What packages declare of each other is read from their metadata; only what none of them declares stands here.
 """
 
-import functools
 import re
 from collections.abc import Callable, Iterator, Mapping
 from dataclasses import dataclass
+from importlib.metadata import PackageNotFoundError, requires
 
 from fasttune import stack
 from fasttune.hardware import Hardware
@@ -85,7 +85,10 @@ def unmet(package: str, installed: Versions, about: tuple[str, ...] | None) -> I
     version = installed.get(package)
     if version is None:
         return
-    lines = requires().get(package, [])
+    try:
+        lines = requires(package) or []
+    except PackageNotFoundError:  # its folder is of another name than its metadata
+        lines = []
     if package in BUILT_FOR_NUMPY_1 and SpecifierSet(BUILT_FOR_NUMPY_1[package]).contains(version, prereleases=True):
         lines = ["numpy<2", *lines]
     for line in lines:
@@ -100,19 +103,6 @@ def unmet(package: str, installed: Versions, about: tuple[str, ...] | None) -> I
             continue
         if name in installed and not need.specifier.contains(installed[name], prereleases=True):
             yield f"{package} {version} needs {name}{need.specifier}, {installed[name]} is installed"
-
-
-@functools.cache
-def requires() -> dict[str, list[str]]:
-    """What every installed package declares to need, `name<2; marker` a line.
-
-    Of all at once: importlib.metadata would look through the folder and parse the file for each.
-    """
-    found: dict[str, list[str]] = {}
-    for name, _, distribution in stack.distributions():
-        head = (distribution.read_text("METADATA") or "").partition("\n\n")[0]
-        found.setdefault(name, re.findall(r"^Requires-Dist: *(.+)", head, re.M))
-    return found
 
 
 # -- what no package declares

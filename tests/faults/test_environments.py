@@ -70,8 +70,8 @@ def test_what_is_said_and_that_the_fix_helps(case: Case, applied: bool, tmp_path
         assert place.apply(said["fix"], tmp_path / "wheels") == ""
     else:
         assert case.remedy in said["fix"] if case.remedy else not said["fix"]
-        if case.mended:
-            place = Environment(tmp_path / "mended", dataclasses.replace(case, **case.mended), shared)
+        if case.fixed:
+            place = Environment(tmp_path / "fixed", dataclasses.replace(case, **case.fixed), shared)
     if case.leads_to:
         asked = ["--recreate"] * ("--recreate" in said["fix"])
         folder = place.folder if asked else tmp_path / "new"
@@ -91,8 +91,8 @@ def test_the_set_up_refuses_in_one_line(case: Case, tmp_path: Path, shared: Path
     assert case.says in done.stderr
     assert case.remedy in done.stderr
     assert not new.exists()
-    if case.mended:
-        place = Environment(tmp_path / "mended", dataclasses.replace(case, **case.mended), shared)
+    if case.fixed:
+        place = Environment(tmp_path / "fixed", dataclasses.replace(case, **case.fixed), shared)
         assert place.setup("--venv", str(new)).returncode == 0
 
 
