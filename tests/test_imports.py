@@ -18,7 +18,6 @@ EXCEPTIONS = {
     ("core.prepare", "tools.estimate"),
     ("core.train", "tools.card"),
     ("bench.run", "tools.estimate"),
-    ("verify.probe", "cli"),  # a program of its own: it watches the real command from inside
 }
 LIGHT = "errors config gpus stack cli tools.evaluate hardware terminal verify.main core.train core.prepare".split()
 LIGHT += ["tools.inspect_data", "tools.generate", "tools.merge"]
