@@ -104,7 +104,7 @@ def main(argv: list[str] | None = None) -> int:
         "benchmark": "forecast_error",
         "date": datetime.date.today().isoformat(),
         "git": revision(),
-        "hardware": f"{estimate.machine_name(machine)}, {machine.memory_gib:.0f} GiB, no GPU",
+        "hardware": f"{hardware.machine_name(machine)}, {machine.memory_gib:.0f} GiB, no GPU",
         "runs": found,
     }
     with options.results.open("a", encoding="utf-8") as file:
@@ -141,7 +141,7 @@ def compared(name: str, folder: Path) -> dict[str, Any]:
     fitted, settings = CONFIGURATIONS[name]
     speed, share, before = measured["tokens_per_s"], None, measured["forecast"]
     timed = before["hours"] is not None and any(
-        row["machine"] == estimate.machine_name(machine) for row in estimate.on_file()
+        row["machine"] == hardware.machine_name(machine) for row in estimate.on_file()
     )
     if expected.tokens_per_s is not None:
         sample = estimate.lay_out(data, measured["steps"])
@@ -160,7 +160,7 @@ def compared(name: str, folder: Path) -> dict[str, Any]:
         "forecast_tokens_per_s": round(before["tokens_per_s"]["expected"], 1) if timed else None,
         "measured_tokens_per_s": round(speed, 1),
         "share": share,
-        "machine": estimate.machine_name(machine),
+        "machine": hardware.machine_name(machine),
         "dtype": chosen.dtype,
     }
 

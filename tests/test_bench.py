@@ -18,9 +18,9 @@ from typing import Any
 import pytest
 
 from fasttune import cli, config, hardware
-from fasttune.bench import result, run
-from fasttune.bench.measurements import Measurements
-from fasttune.bench.result import Arm, Bench, Repeat
+from fasttune.bench import run, stats
+from fasttune.bench.run import Measurements
+from fasttune.bench.stats import Arm, Bench, Repeat
 from fasttune.errors import DataError, FasttuneError, OutputError, RunFailed
 from fasttune.metrics import Backend
 
@@ -60,10 +60,10 @@ def test_the_first_step_is_left_out_of_a_speed() -> None:
 def test_the_ratio_is_of_medians_and_its_interval_holds_it() -> None:
     fast = Arm("fasttune", "", [repeat(s) for s in (180, 200, 190, 210, 195)])
     slow = Arm("vanilla", "", [repeat(s) for s in (100, 104, 98, 101, 99)])
-    found = result.compare(fast, slow, 1e-3)
+    found = stats.compare(fast, slow, 1e-3)
     assert found.ratio == pytest.approx(195 / 100)
     assert 180 / 104 <= found.low < found.ratio < found.high <= 210 / 98
-    assert result.compare(fast, slow, 1e-3) == found, "seeded"
+    assert stats.compare(fast, slow, 1e-3) == found, "seeded"
     assert found.invalid is None
 
 
@@ -80,7 +80,7 @@ def test_the_ratio_is_of_medians_and_its_interval_holds_it() -> None:
 )
 def test_other_work_is_invalid(changes: dict[str, Any], told: str) -> None:
     good, bad = Arm("vanilla", "", [repeat(), repeat()]), Arm("fasttune", "", [repeat(), repeat(**changes)])
-    assert told in (result.compare(bad, good, 1e-3).invalid or "")
+    assert told in (stats.compare(bad, good, 1e-3).invalid or "")
 
 
 def test_fasttune_is_compared_with_all_and_all_with_the_baseline() -> None:
@@ -100,21 +100,21 @@ def test_fasttune_is_compared_with_all_and_all_with_the_baseline() -> None:
 @pytest.fixture(scope="module")
 def shared(unsloth: None, tmp_path_factory: pytest.TempPathFactory) -> Path:
     """What `share` writes for the tiny job, made in this process."""
-    from fasttune.bench import arms
+    from fasttune.bench import worker
 
     folder = tmp_path_factory.mktemp("shared")
     settings = config.parse(TREE | {"train": TREE["train"] | {"max_steps": STEPS}})
-    facts = arms.share(settings, folder, folder)
+    facts = worker.share(settings, folder, folder)
     assert facts["full_steps_per_epoch"] == 64 // 4
     return folder
 
 
 def measure(arm: str, shared: Path, scratch: Path, **train: Any) -> Repeat:
-    from fasttune.bench import arms
+    from fasttune.bench import worker
 
     settings = config.load(shared / "config.yaml")
     settings = settings.model_copy(update={"train": settings.train.model_copy(update=train)})
-    return arms.run(arm, settings, STEPS, shared, scratch)
+    return worker.measure(arm, settings, STEPS, shared, scratch)
 
 
 def test_peak_memory_is_that_of_the_steps(shared: Path, tmp_path: Path, gpu_memory: Any) -> None:
@@ -127,7 +127,7 @@ def test_peak_memory_is_that_of_the_steps(shared: Path, tmp_path: Path, gpu_memo
 
 
 def compared(one: Repeat, other: Repeat) -> str | None:
-    return result.compare(Arm("a", "", [one]), Arm("b", "", [other]), result.LOSS_TOLERANCE["float32"]).invalid
+    return stats.compare(Arm("a", "", [one]), Arm("b", "", [other]), stats.LOSS_TOLERANCE["float32"]).invalid
 
 
 @pytest.fixture(scope="module")
@@ -144,9 +144,11 @@ def test_every_arm_does_the_work_of_the_baseline(vanilla: Repeat, shared: Path, 
     assert other.flops_per_token == pytest.approx(vanilla.flops_per_token)
 
 
-def test_the_notebook_arm_has_what_a_usual_install_has(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_the_notebook_arm_has_what_a_usual_install_has(
+    unsloth: None, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
     """xformers, which our model.py hides from Unsloth, is imported before it; the row says where it is not there."""
-    import fasttune
+    from fasttune import core
     from fasttune.bench import arms
 
     (tmp_path / "xformers.py").write_text("")
@@ -157,12 +159,12 @@ def test_the_notebook_arm_has_what_a_usual_install_has(tmp_path: Path, monkeypat
         assert sys.modules["xformers"].__file__ == str(tmp_path / "xformers.py")
         raise LookupError("far enough")
 
-    monkeypatch.setattr(fasttune, "model", SimpleNamespace(load=load), raising=False)
+    monkeypatch.setattr(core.model, "load", load)
     with pytest.raises(LookupError, match="far enough"):
-        arms._notebook(config.parse({**TREE, "output_dir": str(tmp_path)}), STEPS, tmp_path, tmp_path)
+        arms.build("unsloth-notebook", config.parse({**TREE, "output_dir": str(tmp_path)}), STEPS, tmp_path, tmp_path)
     monkeypatch.delitem(sys.modules, "xformers")
-    assert arms._unsloth_library(["xformers"]) == "unsloth + trl + xformers"
-    assert "without xformers or flash-attn" in arms._unsloth_library([])
+    assert arms.unsloth_library(["xformers"]) == "unsloth + trl + xformers"
+    assert "without xformers or flash-attn" in arms.unsloth_library([])
 
 
 @pytest.mark.parametrize(
@@ -175,16 +177,18 @@ def test_the_notebook_arm_has_what_a_usual_install_has(tmp_path: Path, monkeypat
 def test_full_fine_tuning_in_bf16_is_the_same_mathematics_in_every_arm(
     unsloth: None, tmp_path: Path, optimizer: str, trained: str, ran: str
 ) -> None:
-    from fasttune.bench import arms
+    from fasttune.bench import worker
 
     train = TREE["train"] | {"max_steps": STEPS, "method": "full", "optimizer": optimizer, "learning_rate": 1e-3}
     settings = config.parse(TREE | {"model": TREE["model"] | {"dtype": "bfloat16"}, "train": train})
-    arms.share(settings, tmp_path, tmp_path)
+    worker.share(settings, tmp_path, tmp_path)
     settings = config.load(tmp_path / "config.yaml")
-    found = [arms.run(arm, settings, STEPS, tmp_path, tmp_path) for arm in ("fasttune", "vanilla", "unsloth-notebook")]
+    found = [
+        worker.measure(arm, settings, STEPS, tmp_path, tmp_path) for arm in ("fasttune", "vanilla", "unsloth-notebook")
+    ]
     for each in found:
         assert each.backend.optimizer == ran and each.backend.dtype.startswith(trained)
-        told = result.compare(Arm("a", "", [each]), Arm("b", "", [found[0]]), result.LOSS_TOLERANCE["bfloat16"])
+        told = stats.compare(Arm("a", "", [each]), Arm("b", "", [found[0]]), stats.LOSS_TOLERANCE["bfloat16"])
         assert told.invalid is None
 
 
@@ -192,7 +196,7 @@ def test_an_arm_of_other_weights_is_invalid(vanilla: Repeat, shared: Path, tmp_p
     """By so little that no loss tells."""
     import safetensors.torch
 
-    from fasttune.bench import arms
+    from fasttune.bench import worker
     from fasttune.core import builtin
 
     other = Path(shutil.copytree(builtin.path("builtin:tiny"), tmp_path / "other"))
@@ -200,7 +204,7 @@ def test_an_arm_of_other_weights_is_invalid(vanilla: Repeat, shared: Path, tmp_p
     weights["model.norm.weight"] *= 1 + 1e-6
     safetensors.torch.save_file(weights, other / "model.safetensors", {"format": "pt"})
     settings = config.load(shared / "config.yaml", [f"model.name={other}"])
-    found = compared(arms.run("vanilla", settings, STEPS, shared, tmp_path), vanilla)
+    found = compared(worker.measure("vanilla", settings, STEPS, shared, tmp_path), vanilla)
     assert found == "they began with different weights"
 
 
@@ -222,7 +226,7 @@ def test_plain_arms_load_the_revision_and_the_code_of_the_config(
 ) -> None:
     import transformers
 
-    from fasttune.bench import arms
+    from fasttune.bench import worker
 
     settings = config.load(shared / "config.yaml", ["model.revision=abc", "model.trust_remote_code=true"])
     asked: list[dict[str, Any]] = []
@@ -235,7 +239,7 @@ def test_plain_arms_load_the_revision_and_the_code_of_the_config(
     for kind in (transformers.AutoTokenizer, transformers.AutoModelForCausalLM):
         monkeypatch.setattr(kind, "from_pretrained", load)
     with pytest.raises(StopIteration):
-        arms.run("vanilla", settings, STEPS, shared, tmp_path)
+        worker.measure("vanilla", settings, STEPS, shared, tmp_path)
     assert [(each["revision"], each["trust_remote_code"]) for each in asked] == [("abc", True)] * 2
 
 
@@ -367,7 +371,7 @@ def test_a_folder_of_other_measurements_is_refused_with_what_differs(tmp_path: P
 def test_measurements_that_are_gone_on_with_keep_their_date_and_objections(tmp_path: Path) -> None:
     Measurements(tmp_path, IDENTITY, "2026-11-20").add("fasttune", 0, {"x": 1}, ["it was hot"])
     again = Measurements(tmp_path, IDENTITY, "2026-11-21")
-    assert (again.date, again.objections()) == ("2026-11-20", ["it was hot"])
+    assert (again.date, again.lines[0]["objections"]) == ("2026-11-20", ["it was hot"])
     assert (again.get("fasttune", 0) or {})["x"] == 1
     first = json.loads((tmp_path / "measurements.jsonl").read_text().splitlines()[0])
     assert first == IDENTITY | {"date": "2026-11-20"}  # benchmarks/add_result.py reads its config
@@ -487,7 +491,8 @@ def fake_process(measured: list[str], failure: str | None = None) -> Any:
             job = (shared / "job.yaml").read_text()
             (shared / "config.yaml").write_text(job.replace("dtype: auto", "dtype: float32"))
             facts = {"tokens_per_epoch": 9, "steps_per_epoch": 9, "full_steps_per_epoch": 9}
-            return facts if failure is None else {"failure": failure}
+            wrong_input = {"user_error": failure.partition(": ")[2]} if "DataError" in (failure or "") else {}
+            return facts if failure is None else {"failure": failure} | wrong_input
         measured.append(what)
         return {"tflops": 1.0, "shapes": {}} if what == "limit" else asdict(repeat())
 
@@ -503,7 +508,7 @@ def test_a_benchmark_is_not_relabelled(tmp_path: Path, monkeypatch: pytest.Monke
     measured: list[str] = []
     monkeypatch.setattr(run, "fresh_process", fake_process(measured))
     monkeypatch.setattr(run.hardware, "detect", lambda path: H200)
-    monkeypatch.setattr(run, "_git", lambda: "abc1234")
+    monkeypatch.setattr(run, "revision", lambda: "abc1234")
     stub_smi(tmp_path, monkeypatch, "Active, Not Active, Not Active")
     watch = run.Watch(["the GPU was throttled (x)"], {"power_w": 650.0})
     monkeypatch.setattr(run, "watched", lambda machine: nullcontext(watch))
@@ -517,7 +522,7 @@ def test_a_benchmark_is_not_relabelled(tmp_path: Path, monkeypatch: pytest.Monke
     power = [[repeat.power_w for repeat in arm.repeats] for arm in again.arms]
     assert power == [[650.0], [None]], "an earlier measurement keeps what was drawn"
     assert again.date == "2020-01-01" and "the GPU was throttled (x)" in again.objections
-    for name, value in (("_git", lambda: "def5678"), ("stack", SimpleNamespace(versions=lambda: {"torch": "0"}))):
+    for name, value in (("revision", lambda: "def5678"), ("stack", SimpleNamespace(versions=lambda: {"torch": "0"}))):
         with monkeypatch.context() as changed, pytest.raises(OutputError, match="of another job"):
             changed.setattr(run, name, value)
             run_it(tmp_path / "out", ["fasttune"])
@@ -531,7 +536,6 @@ def test_a_benchmark_is_not_relabelled(tmp_path: Path, monkeypatch: pytest.Monke
     ("failure", "kind", "text"),
     [
         ("DataError: data: rows.jsonl holds no rows", FasttuneError, "data: rows.jsonl holds no rows"),
-        ("ModelError: x: no such model", FasttuneError, "x: no such model"),
         ("killed by the system, most likely out of memory", RunFailed, "by the system, most likely out of memory"),
         ("ValueError: shapes: 3 and 4", RunFailed, "ValueError: shapes: 3 and 4"),
         ("OutOfMemoryError: CUDA out of memory", RunFailed, "OutOfMemoryError: CUDA out of memory"),

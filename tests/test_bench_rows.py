@@ -6,7 +6,7 @@ from typing import Any
 import pytest
 
 from fasttune import config
-from fasttune.bench import arms, worker
+from fasttune.bench import worker
 from fasttune.metrics import Backend
 from tests.test_bench import repeat
 
@@ -26,12 +26,12 @@ def test_an_arm_out_of_memory_begins_anew_with_fewer_rows(monkeypatch: pytest.Mo
             raise torch.OutOfMemoryError("CUDA out of memory")
         return repeat(backend=Backend("peft", "sdpa", "padded", 0, "none", "bfloat16"))
 
-    monkeypatch.setattr(arms, "_once", once)
-    found = arms.run("vanilla", job(), 2, Path(), Path())
+    monkeypatch.setattr(worker, "measure_once", once)
+    found = worker.measure("vanilla", job(), 2, Path(), Path())
     assert asked == [6, 3, 2]
     assert found.backend.packing == "padded, 2 at once: 6 ran out of memory"
     with pytest.raises(torch.OutOfMemoryError):  # by itself it does less at once already
-        arms.run("fasttune", job(), 2, Path(), Path())
+        worker.measure("fasttune", job(), 2, Path(), Path())
     assert asked == [6, 3, 2, 6]
 
 

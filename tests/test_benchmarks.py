@@ -8,7 +8,7 @@ from typing import Any
 
 import pytest
 
-from fasttune.bench.result import Arm, Bench, Limit, Repeat
+from fasttune.bench.stats import Arm, Bench, Limit, Repeat
 from fasttune.metrics import Backend
 
 ROOT = Path(__file__).resolve().parent.parent
