@@ -110,13 +110,11 @@ def _notebook(config: Config, steps: int, shared: Path, scratch: Path) -> Any:
     return trainer
 
 
-def unsloth_library(attention_packages: list[str] | None) -> str:
-    """What the notebook arm runs on, and what it lacks of a usual install."""
-    if attention_packages is None:
-        return "unsloth (CPU backend) + trl"
-    if not attention_packages:
+def unsloth_library(attention: list[str] | None) -> str:
+    """What the notebook arm runs on, and which attention packages of a usual install it lacks (None: it is a CPU)."""
+    if attention == []:
         return "unsloth + trl, without xformers or flash-attn, which a usual Unsloth install has"
-    return " + ".join(["unsloth", "trl", *attention_packages])
+    return "unsloth (CPU backend) + trl" if attention is None else " + ".join(["unsloth", "trl", *attention])
 
 
 def _vanilla(config: Config, steps: int, shared: Path, scratch: Path) -> Any:
@@ -168,17 +166,8 @@ def plain_lora(model: Any, config: Config) -> Any:
     import peft
 
     lora = config.lora
-    return peft.get_peft_model(
-        model,
-        peft.LoraConfig(
-            r=lora.rank,
-            lora_alpha=lora.alpha,
-            lora_dropout=lora.dropout,
-            target_modules=lora.targets,
-            use_rslora=lora.rslora,
-            task_type="CAUSAL_LM",
-        ),
-    )
+    size = {"r": lora.rank, "lora_alpha": lora.alpha, "use_rslora": lora.rslora, "lora_dropout": lora.dropout}
+    return peft.get_peft_model(model, peft.LoraConfig(**size, target_modules=lora.targets, task_type="CAUSAL_LM"))
 
 
 def _plain_trainer(model: Any, collator: Any, arguments: dict[str, Any], shared: Path) -> Any:
@@ -188,12 +177,8 @@ def _plain_trainer(model: Any, collator: Any, arguments: dict[str, Any], shared:
 
     class Trainer(what_ran.Watched, transformers.Trainer): ...
 
-    trainer = Trainer(
-        model=model,
-        args=transformers.TrainingArguments(**arguments),
-        train_dataset=_rows(shared),
-        data_collator=collator,
-    )
+    told = transformers.TrainingArguments(**arguments)
+    trainer = Trainer(model=model, args=told, train_dataset=_rows(shared), data_collator=collator)
     trainer.remove_callback(transformers.PrinterCallback)
     used = {"peft": hasattr(model, "peft_config"), "liger": trainer.args.use_liger_kernel}
     trainer.library = " + ".join(["transformers", *(name for name, there in used.items() if there)])
@@ -204,34 +189,25 @@ def _arguments(config: Config, steps: int, scratch: Path) -> dict[str, Any]:
     """What every Hugging Face trainer is told: the job's own settings."""
     import torch
 
-    train = config.train
-    at_once, accumulation = micro(config)
-    return {
-        "output_dir": str(scratch / "trainer"),
-        "max_steps": steps,
-        "per_device_train_batch_size": at_once,
-        "gradient_accumulation_steps": accumulation,
-        "learning_rate": train.learning_rate,
-        "lr_scheduler_type": train.scheduler,
-        "warmup_steps": round(train.warmup_ratio * steps),
-        "weight_decay": train.weight_decay,
-        "max_grad_norm": train.max_grad_norm,
-        "bf16": config.model.dtype == "bfloat16",
-        "seed": config.seed,
-        "logging_steps": 1,
-        "logging_nan_inf_filter": False,
-        "disable_tqdm": True,
-        "save_strategy": "no",
-        "report_to": "none",
-        "remove_unused_columns": False,
-        "use_cpu": not torch.cuda.is_available(),
-    }
+    train, at_once = config.train, rows_at_once(config)
+    rows = {"per_device_train_batch_size": at_once, "gradient_accumulation_steps": train.batch_rows // at_once}
+    rate = {"learning_rate": train.learning_rate, "lr_scheduler_type": train.scheduler}
+    rate["warmup_steps"] = round(train.warmup_ratio * steps)
+    update = {"weight_decay": train.weight_decay, "max_grad_norm": train.max_grad_norm}
+    told = {"logging_steps": 1, "logging_nan_inf_filter": False, "disable_tqdm": True, "report_to": "none"}
+    kept = {"output_dir": str(scratch / "trainer"), "save_strategy": "no", "remove_unused_columns": False}
+    where = {"bf16": config.model.dtype == "bfloat16", "use_cpu": not torch.cuda.is_available(), "seed": config.seed}
+    return {"max_steps": steps, **rows, **rate, **update, **told, **kept, **where}
 
 
-def micro(config: Config) -> tuple[int, int]:
-    """Rows at once and how often, for trainers that take so many rows at a time."""
-    rows = config.train.batch_rows if config.train.micro_batch_rows == "auto" else config.train.micro_batch_rows
-    return rows, config.train.batch_rows // rows
+def rows_at_once(config: Config) -> int:
+    """Of the plain arms and the notebook, whose micro-batches are rows as they come."""
+    return config.train.batch_rows if config.train.micro_batch_rows == "auto" else config.train.micro_batch_rows
+
+
+def batches_a_step(arm: str, config: Config) -> int:
+    """That a trainer's data loader gives: `fasttune`'s makes all micro-batches of a step at once."""
+    return 1 if arm == "fasttune" else config.train.batch_rows // rows_at_once(config)
 
 
 def _job(config: Config) -> tuple[str, str, str]:

@@ -32,9 +32,13 @@ LIMIT_IN_VIEW = 4.0  # a limit further away than so many of the longest bars wou
 class Cell:
     """One value of the table, ready to print; `note` is its range or interval. `bad` values are no numbers."""
 
-    value: str = "–"
+    value: str
     note: str = ""
     bad: bool = False
+
+    def text(self) -> Text:
+        note = f"\n{self.note}" if self.note else ""
+        return Text.assemble((self.value, "bold red" if self.bad else ""), (note, "dim"))
 
 
 def write(bench: Bench, folder: Path) -> None:
@@ -46,23 +50,12 @@ def write(bench: Bench, folder: Path) -> None:
     report.write_bytes(folder / "bench.png", png)
     curves = loss_curves(bench)
     svg = plots.line_plot(list(range(1, len(curves[0]) + 1)), curves, width_in=9.0, height_in=2.6) if curves else None
-    page = report.fill(
-        "bench.html.j2",
-        bench=bench,
-        quote=quote(bench),
-        doubts=doubts(bench),
-        table=table(bench),
-        bars=Markup(bars),
-        losses=Markup(svg) if svg else None,
-        machine=machine(bench),
-        flops_formula=metrics.FLOPS_FORMULA,
-        warmup_steps=WARMUP_STEPS,
-        hardware=report.facts(bench.hardware),
-        versions=bench.versions.items(),
-        rate=rate,
-        difference=difference,
-        steps_text=steps_text,
-    )
+    said = {"quote": quote(bench), "doubts": doubts(bench), "machine": machine(bench), "table": table(bench)}
+    drawn = {"bars": Markup(bars), "losses": Markup(svg) if svg else None}
+    facts = {"hardware": report.facts(bench.hardware), "versions": bench.versions.items()}
+    fixed = {"flops_formula": metrics.FLOPS_FORMULA, "warmup_steps": WARMUP_STEPS}
+    words = {"rate": rate, "difference": difference, "steps_text": steps_text}
+    page = report.fill("bench.html.j2", bench=bench, **said, **drawn, **facts, **fixed, **words)
     report.write_text(folder / "bench.html", page)
 
 
@@ -108,7 +101,7 @@ def doubts(bench: Bench) -> list[str]:
 def job(bench: Bench) -> str:
     """What every arm did, e.g. "LoRA, bfloat16, max length 4,096, 8 rows a step"."""
     rows = f"{bench.batch_rows:,} row{'' if bench.batch_rows == 1 else 's'} a step"
-    return ", ".join([bench.method, bench.dtype, f"max length {bench.max_length:,}", rows])
+    return f"{bench.method}, {bench.dtype}, max length {bench.max_length:,}, {rows}"
 
 
 def machine(bench: Bench) -> str:
@@ -133,50 +126,41 @@ def loss_curves(bench: Bench) -> list[list[float]]:
 
 def table(bench: Bench) -> dict[str, list[Cell]]:
     """Heading → a cell of every arm, also of one that failed; only columns that say something about this benchmark."""
+    rows = [_row(bench, arm) for arm in bench.arms]
+    said = [heading for heading in rows[0] if any(row[heading].value != "–" for row in rows)]
+    return {heading: [row[heading] for row in rows] for heading in said}
 
-    def speed(arm: Arm) -> Cell:
-        values = arm.values("tokens_per_s")
-        if not values:
-            return Cell("failed", bad=True)
-        note = f"{rate(min(values))}–{rate(max(values))}" if len(values) > 1 else "1 repeat"
-        return Cell(rate(arm.median("tokens_per_s") or 0), note)
 
-    def ratio(arm: Arm) -> Cell:
-        if (over := bench.over_baseline.get(arm.name)) is None:
-            return Cell("1", "baseline") if arm.name == BASELINE and arm.repeats else Cell()
-        if over.invalid:
-            return Cell("INVALID", bad=True)
-        return Cell(f"{over.ratio:.2f}", f"{over.low:.2f}–{over.high:.2f}")
+def _row(bench: Bench, arm: Arm) -> dict[str, Cell]:
+    def cell(value: float | None, text: Callable[[float], str], note: str = "") -> Cell:
+        return Cell("–" if value is None else text(value), note)
 
-    def whole_job(arm: Arm) -> Cell:
-        hours = bench.job_hours(arm)
-        if hours is None or bench.usd_per_hour is None:
-            return Cell()
-        return Cell(duration(3600 * hours), usd(hours * bench.usd_per_hour))
-
-    def shown(value: float | None, text: Callable[[float], str]) -> Cell:
-        return Cell() if value is None else Cell(text(value))
-
-    def median(attribute: str, text: Callable[[float], str]) -> Callable[[Arm], Cell]:
-        return lambda arm: shown(arm.median(attribute), text)
-
-    columns: dict[str, Callable[[Arm], Cell]] = {
+    median, gib = arm.median, "{:,.2f}".format
+    speeds, speed = arm.values("tokens_per_s"), Cell("failed", bad=True)
+    if speeds:
+        note = f"{rate(min(speeds))}–{rate(max(speeds))}" if len(speeds) > 1 else "1 repeat"
+        speed = cell(median("tokens_per_s"), rate, note)
+    ratio = Cell("1", "baseline") if arm.name == BASELINE and speeds else Cell("–")
+    if over := bench.over_baseline.get(arm.name):
+        ratio = Cell(f"{over.ratio:.2f}", f"{over.low:.2f}–{over.high:.2f}")
+        ratio = Cell("INVALID", bad=True) if over.invalid else ratio
+    hours, price = bench.job_hours(arm), bench.usd_per_hour
+    whole = Cell("–") if hours is None or price is None else Cell(duration(3600 * hours), usd(hours * price))
+    return {
         "tokens/s": speed,
         f"× {BASELINE}": ratio,
-        "loss tokens/s": median("loss_tokens_per_s", rate),
-        "s a step": median("step_s", lambda s: f"{s:,.3g}" if s < 100 else f"{s:,.0f}"),
-        "padding": median("padding_fraction", percent),
-        "peak GiB": median("peak_memory_gib", "{:,.2f}".format),
-        "GiB before": lambda arm: shown(arm.larger_before_gib, "{:,.2f}".format),
-        "W": median("power_w", "{:,.0f}".format),
-        "s to first step": median("seconds_to_first_step", "{:,.1f}".format),
-        "of limit": lambda arm: shown(bench.share_of_limit(arm), percent),
-        "MFU": lambda arm: shown(bench.mfu(arm), percent),
-        "$ / M tokens": lambda arm: shown(bench.usd_per_million(arm), usd),
-        "whole job": whole_job,
+        "loss tokens/s": cell(median("loss_tokens_per_s"), rate),
+        "s a step": cell(median("step_s"), lambda s: f"{s:,.3g}" if s < 100 else f"{s:,.0f}"),
+        "padding": cell(median("padding_fraction"), percent),
+        "peak GiB": cell(median("peak_memory_gib"), gib),
+        "GiB before": cell(arm.larger_before_gib, gib),
+        "W": cell(median("power_w"), "{:,.0f}".format),
+        "s to first step": cell(median("seconds_to_first_step"), "{:,.1f}".format),
+        "of limit": cell(bench.share_of_limit(arm), percent),
+        "MFU": cell(bench.mfu(arm), percent),
+        "$ / M tokens": cell(bench.usd_per_million(arm), usd),
+        "whole job": whole,
     }
-    cells = {heading: [cell(arm) for arm in bench.arms] for heading, cell in columns.items()}
-    return {heading: column for heading, column in cells.items() if any(cell.value != "–" for cell in column)}
 
 
 def picture(bench: Bench) -> tuple[bytes, str]:
@@ -269,13 +253,12 @@ def show(bench: Bench, folder: Path, console: Console = terminal.console) -> Non
     title = Text.assemble(("bench ", "bold"), plain(bench.name), (f"  {plain(machine(bench))}", "dim"))
     console.print(Rule(title, align="left", style="dim"))
     console.print(Padding(Text(f"{plain(bench.model)} · {job(bench)}", style="dim"), (0, 2)))
-    failures = [(f"{arm.name} failed: ", arm.failure) for arm in bench.arms if arm.failure]
-    verdict = Text(plain(quote(bench)), style="bold")
-    if reasons_against(bench):
-        verdict.style = "bold yellow" if bench.valid else "bold red"
-    for part in (_tables(bench, console), _red(failures), _ran(bench), _parity(bench), [verdict]):
-        if part:
-            console.print(Padding(Group(*part), (1, 2, 0, 2)))
+    failures = _red([(f"{arm.name} failed: ", arm.failure) for arm in bench.arms if arm.failure])
+    style = "bold red" if bench.invalid else "bold yellow" if doubts(bench) else "bold"
+    verdict: list[RenderableType] = [Text(plain(quote(bench)), style=style)]
+    parts = [_tables(bench, console), failures, _ran(bench), _parity(bench), verdict]
+    for part in filter(None, parts):
+        console.print(Padding(Group(*part), (1, 2, 0, 2)))
     console.print()
     for name in ("bench.html", "bench.png", "bench.json"):  # a path must stay in one piece to be copied
         line = Text.assemble((f"{name.partition('.')[2]:<6}", "bold"), plain(str(folder / name)))
@@ -303,25 +286,17 @@ def _columns(bench: Bench, columns: list[tuple[str, list[Cell]]]) -> Table:
     for heading, _ in columns:
         made.add_column("\n".join(heading.rsplit(" ", 1)), justify="right", vertical="top", no_wrap=True)
     for i, arm in enumerate(bench.arms):
-        cells = [column[i] for _, column in columns]
-        notes = [f"\n{cell.note}" if cell.note else "" for cell in cells]
-        styles = ["bold red" if cell.bad else "" for cell in cells]
-        values = [
-            Text.assemble((cell.value, style), (note, "dim"))
-            for cell, note, style in zip(cells, notes, styles, strict=True)
-        ]
-        made.add_row(Text(plain(arm.name), style="bold"), *values)
+        made.add_row(Text(plain(arm.name), style="bold"), *(column[i].text() for _, column in columns))
     return made
 
 
 def _ran(bench: Bench) -> list[RenderableType]:
     lines = []
-    for arm in bench.arms:
-        if arm.repeats:
-            ran = arm.repeats[-1].backend
-            parts = [ran.library, f"attention {ran.attention}", ran.packing, f"{ran.patched_layers} layers patched"]
-            parts += [f"checkpointing {ran.gradient_checkpointing}", ran.dtype, ran.optimizer]
-            lines.append((arm.name, " · ".join(parts), ""))
+    for arm in filter(lambda arm: arm.repeats, bench.arms):
+        ran = arm.repeats[-1].backend
+        parts = [ran.library, f"attention {ran.attention}", ran.packing, f"{ran.patched_layers} layers patched"]
+        parts += [f"checkpointing {ran.gradient_checkpointing}", ran.dtype, ran.optimizer]
+        lines.append((arm.name, " · ".join(parts), ""))
     return [Text("what ran", style="bold underline"), terminal.grid(lines)] if lines else []
 
 

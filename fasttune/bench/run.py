@@ -19,7 +19,7 @@ from typing import Any
 
 from fasttune import children, config as configuration, gpus, hardware, metrics, paths, report, stack
 from fasttune.bench.arms import PLAIN, WHAT
-from fasttune.bench.stats import MIN_REPEATS, WARMUP_STEPS, Arm, Bench, Limit, Repeat
+from fasttune.bench.stats import MIN_REPEATS, NO_REVISION, WARMUP_STEPS, Arm, Bench, Limit, Repeat
 from fasttune.config import Config, EvalConfig
 from fasttune.core import autoconfig, prepare
 from fasttune.errors import DataError, FasttuneError, OutputError, RunFailed, last_line
@@ -119,13 +119,13 @@ def identify(config: Config, steps: int, machine: Hardware) -> dict[str, Any]:
 
 
 def revision() -> str:
-    """Of the checkout that this runs from; an installed package has none."""
+    """Of the checkout that this runs from."""
     command = ["git", "describe", "--always", "--dirty"]
     try:
         done = subprocess.run(command, capture_output=True, text=True, check=False, cwd=Path(__file__).parent)
     except OSError:
-        return "not a checkout"
-    return done.stdout.strip() or "not a checkout"
+        return NO_REVISION
+    return done.stdout.strip() or NO_REVISION
 
 
 def share(config: Config, shared: Path, steps: int) -> dict[str, Any]:

@@ -22,6 +22,7 @@ BOOTSTRAP_DRAWS = 10_000
 # Largest relative difference of a step's loss between two arms. fp32 arms differ by the order of their sums (1e-5 was
 # seen between two cross entropies alone); bf16 keeps 8 bits. A wrong label or learning rate shows as percents.
 LOSS_TOLERANCE = {"float32": 1e-3, "bfloat16": 2e-2}
+NO_REVISION = "not a checkout"  # of an installed package
 # What bench.json has the median and range of.
 SPREADS = ("tokens_per_s", "loss_tokens_per_s", "step_s", "peak_memory_gib", "seconds_to_first_step", "power_w")
 
@@ -185,8 +186,7 @@ class Bench:
     @property
     def limit_unknown(self) -> str | None:
         """Why there is no share of a limit and no MFU, where the model is the reason."""
-        repeats = [repeat for arm in self.arms for repeat in arm.repeats]
-        if not repeats or any(repeat.flops_per_token is not None for repeat in repeats):
+        if not any(arm.repeats for arm in self.arms) or any(arm.tflops is not None for arm in self.arms):
             return None
         return "the FLOPs of quantised weights and of a mixture of experts are not counted: no share of a limit, no MFU"
 

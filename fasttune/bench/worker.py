@@ -22,10 +22,12 @@ from fasttune import config as configuration
 from fasttune.bench import arms
 from fasttune.bench.stats import Repeat
 from fasttune.config import Config
-from fasttune.data.batching import best_fit
+from fasttune.data.batching import Batches
+from fasttune.data.tokenize import IGNORE
 from fasttune.errors import FasttuneError, first_line, kind_and_line
 
 PROCESS_STARTED = time.perf_counter()
+SIZES = "at-once.json"  # in the shared folder: tokens and labels
 LIMIT_SECONDS, LIMIT_STEPS = 4.0, 6  # fewer steps than these, as in a dry run: as much less time
 
 
@@ -61,6 +63,7 @@ def share(config: Config, shared: Path, scratch: Path) -> dict[str, Any]:
     plain = [[(ids.tolist(), supervised.tolist()) for ids, supervised in step] for step in rows]
     (shared / arms.ROWS).write_text(json.dumps(plain), encoding="utf-8")
     (shared / "config.yaml").write_text(configuration.dump(job.config), encoding="utf-8")
+    (shared / SIZES).write_text(json.dumps(at_once(data, job.total_steps)), encoding="utf-8")
     mean_tokens = sum(part.counts["tokens"] for part in data.parts) / sum(map(len, data.parts))
     return {
         "tokens_per_epoch": round(mean_tokens * data.rows_per_epoch),
@@ -72,9 +75,9 @@ def share(config: Config, shared: Path, scratch: Path) -> dict[str, Any]:
 def measure(arm: str, config: Config, steps: int, shared: Path, scratch: Path) -> Repeat:
     """One repeat of an arm. `shared` holds what `share` wrote. An arm that runs out of memory begins anew with half as
     many rows at once; `fasttune` does so by itself."""
-    asked = arms.micro(config)[0]
+    asked = arms.rows_at_once(config)
     while True:
-        at_once = arms.micro(config)[0]
+        at_once = arms.rows_at_once(config)
         try:
             found = measure_once(arm, config, steps, shared, scratch)
             packing = f"{found.backend.packing}, {at_once} at once: {asked} ran out of memory"
@@ -100,8 +103,8 @@ def measure_once(arm: str, config: Config, steps: int, shared: Path, scratch: Pa
 
     class Callback(Clock, transformers.TrainerCallback): ...
 
-    clock, counter = Callback(), Counter(trainer.data_collator, 1 if arm == "fasttune" else arms.micro(config)[1])
-    trainer.data_collator = counter
+    clock = Callback()
+    trainer.data_collator = counter = Counter(trainer.data_collator, arms.batches_a_step(arm, config))
     trainer.add_callback(clock)
     trainer.train()
     steps = len(clock.seconds)
@@ -224,7 +227,7 @@ def limit(config: Config, shared: Path, seconds: float = LIMIT_SECONDS) -> dict[
         model = transformers.AutoModelForCausalLM.from_config(
             pretrained.read_architecture(config.model), trust_remote_code=config.model.trust_remote_code
         )
-    tokens, labels = at_once(config, json.loads((shared / arms.ROWS).read_text(encoding="utf-8")))
+    tokens, labels = json.loads((shared / SIZES).read_text(encoding="utf-8"))
     head = model.get_output_embeddings()
     flops: dict[tuple[int, int, int], float] = {}
     for module in model.modules():
@@ -239,19 +242,11 @@ def limit(config: Config, shared: Path, seconds: float = LIMIT_SECONDS) -> dict[
     }
 
 
-def at_once(config: Config, steps: list[list[tuple[list[int], list[bool]]]]) -> tuple[int, int]:
-    """Tokens and labels of the micro-batch that a token of the fasttune arm lies in, on average."""
-    rows_at_once, packed = arms.micro(config)[0], config.train.packing is not False
-    sizes = []
-    for rows in steps:
-        lengths = [len(ids) for ids, _ in rows]
-        groups = [list(range(len(rows)))[at : at + rows_at_once] for at in range(0, len(rows), rows_at_once)]
-        if packed:
-            groups = best_fit(lengths, rows_at_once * config.model.max_length)
-        for group in groups:
-            longest = max(lengths[i] for i in group)
-            tokens = sum(lengths[i] for i in group) if packed else longest * len(group)
-            sizes.append((tokens, sum(sum(rows[i][1]) for i in group)))
+def at_once(data: Batches, steps: int) -> tuple[int, int]:
+    """Tokens and labels of the micro-batch that a token lies in, on average, where every token is computed."""
+    data.share_prefix = False
+    made = [batch for step in range(steps) for batch in data.micro_batches(step)]
+    sizes = [(batch["input_ids"].size, int((batch["labels"] != IGNORE).sum())) for batch in made]
     total = sum(tokens for tokens, _ in sizes)
     tokens, labels = (round(sum(size[0] * size[k] for size in sizes) / total) for k in (0, 1))
     return tokens, max(1, labels)

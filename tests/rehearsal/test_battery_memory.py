@@ -46,7 +46,7 @@ class Job:
 
     def __init__(self, config: Config, names: list[str], steps: int) -> None:
         self.config, self.arms, self.steps = config, names, steps
-        self.at_once = arms.micro(config)[0]
+        self.at_once = arms.rows_at_once(config)
         self.shape = Shape.of(pretrained.read_architecture(config.model))
         tokenizer = pretrained.read_tokenizer(config.model)
         self.data = load.encode(config, tokenizer, config.train.packing is not False, lambda *_: None)
