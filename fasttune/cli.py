@@ -243,7 +243,7 @@ def bench(options: argparse.Namespace) -> Done:
 
     price = [] if options.usd_per_hour is None else [f"usd_per_hour={options.usd_per_hour}"]
     settings = config.load(options.config, [*options.overrides, *price])
-    names = run.check(settings, options.arms, options.repeats, options.steps)
+    names = run.checked_arms(settings, options.arms, options.repeats, options.steps)
     folder = Path(options.output or f"runs/bench-{settings.name}")
     said = {"--repeats": options.repeats, "--steps": options.steps, "--arms": options.arms}
     said["--usd-per-hour"] = options.usd_per_hour

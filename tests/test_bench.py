@@ -328,7 +328,9 @@ def test_an_arm_that_counts_padding_is_invalid(
 def test_what_cannot_be_measured_is_refused(tmp_path: Path, settings: list[str], asked: Any, told: str) -> None:
     (tmp_path / "tiny.yaml").write_text(json.dumps(TREE))
     with pytest.raises(FasttuneError, match=re.escape(told)):
-        run.check(config.load(tmp_path / "tiny.yaml", settings), **{"arms": None, "repeats": 1, "steps": None} | asked)
+        run.checked_arms(
+            config.load(tmp_path / "tiny.yaml", settings), **{"arms": None, "repeats": 1, "steps": None} | asked
+        )
 
 
 def command(folder: Path, *arguments: str) -> subprocess.CompletedProcess[str]:
@@ -402,7 +404,9 @@ def test_a_folder_of_other_measurements_is_refused_with_what_differs(tmp_path: P
 
 
 def test_measurements_that_are_gone_on_with_keep_their_date_and_objections(tmp_path: Path) -> None:
-    Measurements(tmp_path, IDENTITY, "2026-11-20").add("fasttune", 0, {"x": 1}, ["it was hot"])
+    Measurements(tmp_path, IDENTITY, "2026-11-20").add(
+        {"arm": "fasttune", "repeat": 0, "x": 1, "objections": ["it was hot"]}
+    )
     again = Measurements(tmp_path, IDENTITY, "2026-11-21")
     assert (again.date, again.lines[0]["objections"]) == ("2026-11-20", ["it was hot"])
     assert (again.get("fasttune", 0) or {})["x"] == 1
@@ -415,14 +419,14 @@ def test_a_torn_last_line_is_measured_again(tmp_path: Path, torn: int) -> None:
     file = tmp_path / "measurements.jsonl"
     made = Measurements(tmp_path, IDENTITY, "2026-11-20")
     for number in (0, 1):
-        made.add("limit", number, {"tflops": 1.0}, [])
+        made.add({"arm": "limit", "repeat": number, "tflops": 1.0, "objections": []})
     whole = file.read_text()
     first, second, third = whole.splitlines(keepends=True)
     file.write_text(first + second + third[:torn])  # the whole line without its end is the last of them
     again = Measurements(tmp_path, IDENTITY, "2026-11-21")
     assert again.get("limit", 0) and (again.get("limit", 1) is None) == (torn > 0)
     if torn > 0:
-        again.add("limit", 1, {"tflops": 1.0}, [])
+        again.add({"arm": "limit", "repeat": 1, "tflops": 1.0, "objections": []})
     assert file.read_text() == whole, "what comes next stands on a line of its own"
     file.write_text(first[:30])
     assert Measurements(tmp_path, IDENTITY, "2026-11-21").date == "2026-11-21"
@@ -474,8 +478,8 @@ def test_throttling_and_power_are_seen_while_they_last(tmp_path: Path, monkeypat
     with run.watched(machine) as found:
         wait_for(said)
     names = ("hw_slowdown", "hw_thermal_slowdown", "hw_power_brake_slowdown")
-    assert found.objections == [f"the GPU was throttled ({name})" for name in names]
-    assert found.power == {"power_w": 645.0, "at_power_limit": pytest.approx(2 / 3)}
+    throttled = [f"the GPU was throttled ({name})" for name in names]
+    assert found == {"objections": throttled, "power_w": 645.0, "at_power_limit": pytest.approx(2 / 3)}
     assert watches[0].args[-2:] == ["-i", "GPU-7"]
     with pytest.raises(KeyboardInterrupt), run.watched(machine):
         raise KeyboardInterrupt
@@ -486,11 +490,11 @@ def test_a_driver_that_does_not_say_it_is_an_objection(tmp_path: Path, monkeypat
     said = stub_smi(tmp_path, monkeypatch, 'Field "clocks_event_reasons.x" is not a valid field to query.')
     with run.watched(H200) as found:
         wait_for(said)
-    assert found == run.Watch(["nvidia-smi does not say whether the GPU was throttled"])
+    assert found == {"objections": ["nvidia-smi does not say whether the GPU was throttled"]}
     monkeypatch.setenv("PATH", str(tmp_path / "nowhere"))
     with run.watched(replace(H200, gpus=())) as found:
         pass
-    assert found == run.Watch()
+    assert found == {"objections": []}
 
 
 def test_only_a_whole_free_card_without_a_power_cap_makes_a_claim(monkeypatch: pytest.MonkeyPatch) -> None:
@@ -543,11 +547,11 @@ def test_a_benchmark_is_not_relabelled(tmp_path: Path, monkeypatch: pytest.Monke
     monkeypatch.setattr(run.hardware, "detect", lambda path: H200)
     monkeypatch.setattr(run, "revision", lambda: "abc1234")
     stub_smi(tmp_path, monkeypatch, "Active, Not Active, Not Active")
-    watch = run.Watch(["the GPU was throttled (x)"], {"power_w": 650.0})
-    monkeypatch.setattr(run, "watched", lambda machine: nullcontext(watch))
+    watch = {"objections": ["the GPU was throttled (x)"], "power_w": 650.0}
+    monkeypatch.setattr(run, "watched", lambda machine: nullcontext(dict(watch)))
     first = run_it(tmp_path / "out", ["fasttune"])
     assert measured == ["fasttune", "limit"] and first.git == "abc1234"
-    monkeypatch.setattr(run, "watched", lambda machine: nullcontext(run.Watch()))
+    monkeypatch.setattr(run, "watched", lambda machine: nullcontext({"objections": []}))
     file = tmp_path / "out" / "measurements.jsonl"
     file.write_text(file.read_text().replace(f'"date": "{first.date}"', '"date": "2020-01-01"'))
     again = run_it(tmp_path / "out", ["fasttune", "vanilla"])
@@ -608,4 +612,4 @@ def test_too_few_rows_for_the_steps(tmp_path: Path, monkeypatch: pytest.MonkeyPa
 
 def test_a_finished_run_in_output_dir_is_no_hindrance(tmp_path: Path) -> None:
     (tmp_path / "run.json").write_text("{}")
-    assert run.check(config.parse(TREE | {"output_dir": str(tmp_path)}), "vanilla", 1, None) == ["vanilla"]
+    assert run.checked_arms(config.parse(TREE | {"output_dir": str(tmp_path)}), "vanilla", 1, None) == ["vanilla"]

@@ -253,7 +253,7 @@ def test_every_measuring_stage_is_a_job_that_bench_takes(
         _, arguments = text.split("fasttune.cli ")
         options, rest = cli.parser().parse_known_args(arguments.split())
         settings = config.load(ROOT / options.config, [*options.overrides, *rest])
-        assert run.check(settings, options.arms, options.repeats, options.steps), stage.name
+        assert run.checked_arms(settings, options.arms, options.repeats, options.steps), stage.name
         fits = 512 if "train_on=assistant" in text else 64  # an answer that is cut off teaches nothing
         assert not dry_run or settings.model.max_length == fits, stage.name
 

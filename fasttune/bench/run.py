@@ -12,7 +12,7 @@ import subprocess
 import tempfile
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
-from dataclasses import asdict, dataclass, field
+from dataclasses import asdict
 from datetime import UTC, datetime
 from pathlib import Path
 from typing import Any
@@ -37,7 +37,7 @@ TOLD = 3  # differences that are named, of all
 Told = Callable[[str, float], None]  # what is measured now, and the share of all measurements that are done
 
 
-def check(config: Config, arms: str | None, repeats: int, steps: int | None) -> list[str]:
+def checked_arms(config: Config, arms: str | None, repeats: int, steps: int | None) -> list[str]:
     """The arms to run. Raises FasttuneError for what cannot be measured, before anything heavy is imported."""
     names = [name.strip() for name in arms.split(",")] if arms else list(WHAT)
     if unknown := [name for name in names if name not in WHAT]:
@@ -72,7 +72,10 @@ def run(
     with tempfile.TemporaryDirectory() as shared:
         facts = share(config, Path(shared), steps)
         resolved = configuration.load(Path(shared) / "config.yaml", ours=True)
-        identity = identify(resolved, steps, machine)
+        # What all measurements of a benchmark have in common: the job, the code and the kind of machine.
+        job = resolved.model_dump(mode="json", exclude={"output_dir", "overwrite"})
+        identity: dict[str, Any] = {"config": job, "steps": steps, "git": revision(), "versions": stack.versions()}
+        identity["machine"] = hardware.machine_name(machine)
         measured = Measurements(folder, identity, datetime.now(UTC).strftime("%Y-%m-%d"))
         everything = [(name, number) for number in range(repeats) for name in [*arms, "limit"]]
         for done, (name, number) in enumerate(everything):
@@ -80,7 +83,8 @@ def run(
                 told(f"repeat {number + 1} of {repeats}: {name}", done / len(everything))
                 with watched(machine) as seen:
                     result = fresh_process(name, Path(shared), steps)
-                measured.add(name, number, result | seen.power, [*beside, *seen.objections])
+                objections = [*beside, *seen.pop("objections")]
+                measured.add({"arm": name, "repeat": number, **result, **seen, "objections": objections})
     objections = [text for line in measured.lines for text in line["objections"]]
     if repeats < MIN_REPEATS:
         objections.append(f"{repeats} repeats, fewer than {MIN_REPEATS}")
@@ -105,17 +109,6 @@ def run(
         date=measured.date,
         objections=list(dict.fromkeys(objections)),
     )
-
-
-def identify(config: Config, steps: int, machine: Hardware) -> dict[str, Any]:
-    """What all measurements of a benchmark have in common, as JSON takes it: the job, the code, the kind of machine."""
-    return {
-        "config": config.model_dump(mode="json", exclude={"output_dir", "overwrite"}),
-        "steps": steps,
-        "git": revision(),
-        "versions": stack.versions(),
-        "machine": hardware.machine_name(machine),
-    }
 
 
 def revision() -> str:
@@ -206,11 +199,10 @@ class Measurements:
         """Why an arm cannot do the job: it is not tried again in the same benchmark."""
         return next((line["failure"] for line in self.lines if line["arm"] == arm and "failure" in line), None)
 
-    def add(self, arm: str, number: int, result: dict[str, Any], objections: list[str]) -> None:
-        """`objections`: what was wrong with the machine meanwhile."""
-        self.lines.append({"arm": arm, "repeat": number, **result, "objections": objections})
+    def add(self, line: dict[str, Any]) -> None:
+        self.lines.append(line)
         with paths.open_text(self.path, "a") as file:
-            file.write(json.dumps(self.lines[-1]) + "\n")
+            file.write(json.dumps(line) + "\n")
             file.flush()
             os.fsync(file.fileno())
 
@@ -255,18 +247,11 @@ def busy(machine: Hardware) -> list[str]:
     return list(filter(None, [gpus.capped(gpu)]))
 
 
-@dataclass
-class Watch:
-    """What the driver said while something was measured; `power` are fields of Repeat."""
-
-    objections: list[str] = field(default_factory=list)
-    power: dict[str, float] = field(default_factory=dict)
-
-
 @contextmanager
-def watched(machine: Hardware) -> Iterator[Watch]:
-    """What slows the GPU down meanwhile, and what it draws, as the driver says every second; filled at the end."""
-    found = Watch()
+def watched(machine: Hardware) -> Iterator[dict[str, Any]]:
+    """`objections` of what slows the GPU down meanwhile, and fields of Repeat on what it draws, as the driver says
+    every second; filled at the end."""
+    found: dict[str, Any] = {"objections": []}
     if not machine.gpus:
         yield found
         return
@@ -284,9 +269,9 @@ def watched(machine: Hardware) -> Iterator[Watch]:
             seen = [[value.strip() for value in line.split(",")] for line in said]
     known = [values for values in seen if len(values) == len(reasons) + 2 and {*values} & {"Active", "Not Active"}]
     active = [name for i, name in enumerate(THROTTLED) if any(values[i] == "Active" for values in known)]
-    found.objections += [f"the GPU was throttled ({name})" for name in active]
-    found.objections += [] if known else ["nvidia-smi does not say whether the GPU was throttled"]
+    found["objections"] += [f"the GPU was throttled ({name})" for name in active]
+    found["objections"] += [] if known else ["nvidia-smi does not say whether the GPU was throttled"]
     working = [values for values in known if (gpus.number(values[-1]) or 0) >= WORKING]
     if draws := [draw for values in working if (draw := gpus.number(values[-2])) is not None]:
-        found.power["power_w"] = statistics.mean(draws)
-        found.power["at_power_limit"] = statistics.mean(values[len(THROTTLED)] == "Active" for values in working)
+        found["power_w"] = statistics.mean(draws)
+        found["at_power_limit"] = statistics.mean(values[len(THROTTLED)] == "Active" for values in working)

@@ -101,7 +101,9 @@ def jobs(places: dict[str, str]) -> dict[str, Job]:
         _, command = stage.command.format(**places, stage=stage.name).split("fasttune.cli ")
         options, rest = cli.parser().parse_known_args(command.split())
         asked = configuration.load(ROOT / options.config, [*options.overrides, *rest])
-        found[stage.name] = Job(asked, run.check(asked, options.arms, options.repeats, options.steps), options.steps)
+        found[stage.name] = Job(
+            asked, run.checked_arms(asked, options.arms, options.repeats, options.steps), options.steps
+        )
     return found
 
 
