@@ -210,16 +210,6 @@ def test_a_stage_that_fails_is_recorded_and_one_that_lasts_is_stopped(
     assert run.summary() == 1 and "2 of" not in capsys.readouterr().err
 
 
-def test_a_dry_run_leaves_out_what_says_so(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
-    monkeypatch.syspath_prepend(str(FOLDER))
-    import battery
-    from stages import Stage
-
-    run = battery.Battery(battery.parse(["--dry-run"]), tmp_path, tmp_path, [str(ROOT)])
-    run.run([Stage("long", 1, "{python} -c 'import sys; sys.exit(1)'", "skip: another stage tries such a command")])
-    assert run.outcomes["long"]["status"] == "skipped" and "another stage" in run.outcomes["long"]["reason"]
-
-
 def test_a_benchmark_takes_the_minutes_that_are_left(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
     monkeypatch.syspath_prepend(str(FOLDER))
     import battery

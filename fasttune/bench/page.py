@@ -23,7 +23,7 @@ from fasttune.terminal import plain
 
 FIRST_COLUMNS = 5  # of the upper table of a terminal, where all columns in one would be too wide
 SIZE_IN, DPI = (12.0, 6.3), 100  # of bench.png: 1200 × 630, what sites expect of a picture that stands for a page
-BAR_IN = 0.6  # from one bar to the next in bench.html, which has the words around them as text
+BAR_IN, BARS_IN = 0.6, 9.0  # from one bar to the next, and all the width, in bench.html: a phone shows it whole
 INSIDE_FROM = 0.6  # of the axis: a longer bar has its words inside
 LIMIT_IN_VIEW = 4.0  # a limit further away than so many of the longest bars would leave the bars unreadable
 
@@ -179,8 +179,8 @@ def picture(bench: Bench) -> tuple[bytes, str]:
         for text in words:
             text.remove()
         high, below = BAR_IN * (len(bench.arms) + 0.35), 0.45  # the bars, and the numbers of their axis
-        figure.set_size_inches(SIZE_IN[0], high + below)
-        axes.set_position((0.19, below / (high + below), 0.8, high / (high + below)))
+        figure.set_size_inches(BARS_IN, high + below)
+        axes.set_position((0.25, below / (high + below), 0.74, high / (high + below)))
         return buffer.getvalue(), plots.to_svg(figure)
 
 
