@@ -233,7 +233,7 @@ def test_a_shared_beginning_changes_no_row(unsloth: None, shapes: list[tuple[int
     """Whatever the rows: put together again, they are what they were, and so are their learned tokens and counts."""
     import torch
 
-    from fasttune.bench.clock import rows_in
+    from fasttune.bench.worker import rows_in
     from fasttune.core import what_ran
 
     beginnings = [[*range(common), *range(500 + 50 * i, 500 + 50 * i + own)] for i, (own, _) in enumerate(shapes)]

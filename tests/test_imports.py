@@ -17,7 +17,6 @@ EXCEPTIONS = {
     ("cpu.rows_attention", "core.memory"),
     ("core.prepare", "tools.estimate"),
     ("core.train", "tools.card"),
-    ("bench.run", "tools.estimate"),
 }
 LIGHT = "errors config gpus stack cli tools.evaluate hardware terminal verify.main core.train core.prepare".split()
 LIGHT += ["tools.inspect_data", "tools.generate", "tools.merge"]

@@ -11,7 +11,7 @@ from typing import Any
 import pytest
 
 from fasttune import cli, config, paths, report
-from fasttune.bench.measurements import Measurements
+from fasttune.bench.run import Measurements
 from fasttune.core import builtin, checkpoint, journal, run_folder
 from fasttune.data import sources
 from fasttune.errors import ConfigError, DataError, ModelError, OutputError
