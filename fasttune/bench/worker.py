@@ -96,6 +96,7 @@ def measure(arm: str, config: Config, steps: int, shared: Path, scratch: Path) -
 
 
 def measure_once(arm: str, config: Config, steps: int, shared: Path, scratch: Path) -> Repeat:
+    """Train, with a clock and a counter at the arm's trainer."""
     trainer = arms.build(arm, config, steps, shared, scratch)
     import transformers
 
@@ -107,18 +108,18 @@ def measure_once(arm: str, config: Config, steps: int, shared: Path, scratch: Pa
     trainer.data_collator = counter = Counter(trainer.data_collator, arms.batches_a_step(arm, config))
     trainer.add_callback(clock)
     trainer.train()
-    steps = len(clock.seconds)
-    tokens, supervised = counter.per_steps("tokens", steps), counter.per_steps("loss_tokens", steps)
-    computed = sum(tokens) - sum(counter.per_steps("shared_tokens", steps))
+    done = len(clock.seconds)
+    tokens, supervised = counter.per_steps("tokens", done), counter.per_steps("loss_tokens", done)
+    computed = sum(tokens) - sum(counter.per_steps("shared_tokens", done))
     flops = what_ran.count_flops(trainer.model)
-    of_all = flops.of_step(computed, sum(supervised), config.train.batch_rows * steps) if flops else None
+    of_all = flops.of_step(computed, sum(supervised), config.train.batch_rows * done) if flops else None
     return Repeat(
         tokens=tokens,
         loss_tokens=supervised,
-        padding_tokens=counter.per_steps("padding_tokens", steps),
+        padding_tokens=counter.per_steps("padding_tokens", done),
         seconds=clock.seconds,
         losses=[float(logs["loss"]) for logs in trainer.state.log_history if "loss" in logs],
-        rows_digest=counter.digest(steps),
+        rows_digest=counter.digest(done),
         peak_memory_gib=what_ran.peak_memory_gib(),
         peak_before_gib=clock.peak_before_gib,
         seconds_to_first_step=clock.seconds_to_first_step,
