@@ -18,8 +18,8 @@ from pathlib import Path
 from typing import Any
 
 from fasttune import config as configuration, hardware
-from fasttune.core import autoconfig, builtin, pretrained
-from fasttune.core.shape import Shape
+from fasttune.core import autoconfig, pretrained
+from fasttune.core.memory import Shape
 from fasttune.data import load
 from fasttune.tools import estimate
 
@@ -171,7 +171,7 @@ def six_layers(folder: Path) -> Path:
         return folder
     from transformers import AutoTokenizer, LlamaConfig, LlamaForCausalLM
 
-    tokenizer = AutoTokenizer.from_pretrained(builtin.path("builtin:tiny"))
+    tokenizer = AutoTokenizer.from_pretrained(pretrained.builtin("builtin:tiny"))
     config = LlamaConfig(
         vocab_size=16000,
         hidden_size=512,

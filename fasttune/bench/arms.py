@@ -13,7 +13,7 @@ from pathlib import Path
 from typing import Any
 
 from fasttune import config as configuration
-from fasttune.core import precision
+from fasttune.core.memory import Choices
 from fasttune.bench.result import Repeat
 from fasttune.config import Config
 
@@ -121,10 +121,8 @@ def _notebook(config: Config, steps: int, shared: Path, scratch: Path) -> Repeat
     from fasttune.metrics import Backend
 
     full = config.train.method == "full"
-    job = (config.train.method, config.model.dtype, config.train.optimizer)
-    model, tokenizer = models.load(
-        config.model, config.model.dtype, "unsloth", full, config.seed, precision.masters(*job)
-    )
+    choices = Choices.of(config)
+    model, tokenizer = models.load(config.model, config.model.dtype, "unsloth", full, config.seed, choices.fp32_masters)
     if not full:
         model = models.add_lora(model, config.lora, "unsloth", config.seed)
         _same_start(model, shared)
@@ -150,7 +148,7 @@ def _notebook(config: Config, steps: int, shared: Path, scratch: Path) -> Repeat
     clock, counter = Clock(PROCESS_STARTED), Counter(trainer.data_collator, accumulation)
     trainer.data_collator = counter
     trainer.add_callback(clock)
-    if precision.by_chance(*job):
+    if choices.stochastic_rounding:
         what_ran.round_by_chance(trainer)
     trainer.train()
     backend = Backend(
@@ -175,15 +173,15 @@ def _unsloth_library(attention_packages: list[str] | None) -> str:
 
 
 def _hugging_face(config: Config, steps: int, shared: Path, scratch: Path, tuned: bool) -> Repeat:
-    from fasttune.cpu import memory
+    from fasttune import cpu
 
     if tuned:
-        memory.ask_for_huge_pages()
+        cpu.ask_for_huge_pages()
     import torch
     import transformers
 
     if tuned and not torch.cuda.is_available():
-        memory.keep_freed()
+        cpu.keep_freed_memory()
 
     from fasttune.core import pretrained
     from fasttune.core import what_ran
@@ -205,8 +203,8 @@ def _hugging_face(config: Config, steps: int, shared: Path, scratch: Path, tuned
         **same,
         **({"attn_implementation": "flash_attention_2"} if flash else {}),
     )
-    job = (config.train.method, config.model.dtype, config.train.optimizer)
-    if precision.masters(*job):
+    choices = Choices.of(config)
+    if choices.fp32_masters:
         model = model.float()  # from what `fasttune` holds in fp32, too; the arithmetic is autocast's
     if config.train.method == "lora":
         model = _plain_lora(model, config)
@@ -230,7 +228,7 @@ def _hugging_face(config: Config, steps: int, shared: Path, scratch: Path, tuned
         model=model, args=arguments, train_dataset=_rows(shared), data_collator=counter, callbacks=[clock]
     )
     trainer.remove_callback(transformers.PrinterCallback)
-    if precision.by_chance(*job):
+    if choices.stochastic_rounding:
         what_ran.round_by_chance(trainer)
     trainer.train()
     backend = Backend(

@@ -29,9 +29,9 @@ def write_model(folder: Path) -> None:
     """Random weights under Llama 3.1's shape: grouped-query attention and its five-field rope scaling."""
     from transformers import AutoTokenizer, LlamaConfig, LlamaForCausalLM
 
-    from fasttune.core import builtin
+    from fasttune.core import pretrained
 
-    tokenizer = AutoTokenizer.from_pretrained(builtin.path("builtin:tiny"))
+    tokenizer = AutoTokenizer.from_pretrained(pretrained.builtin("builtin:tiny"))
     config = LlamaConfig(
         vocab_size=len(tokenizer),
         hidden_size=256,
