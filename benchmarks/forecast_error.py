@@ -22,7 +22,7 @@ import inputs
 from fasttune import config as configuration, hardware
 from fasttune.bench.run import revision
 from fasttune.core import autoconfig, pretrained
-from fasttune.core.shape import Shape
+from fasttune.core.memory import Shape
 from fasttune.data import load
 from fasttune.tools import estimate
 

@@ -87,9 +87,9 @@ def write_model(folder: Path, sizes: dict[str, Any]) -> None:
     import torch
     import transformers
 
-    from fasttune.core import builtin
+    from fasttune.core import pretrained
 
-    tokenizer = transformers.AutoTokenizer.from_pretrained(builtin.path("builtin:tiny"))
+    tokenizer = transformers.AutoTokenizer.from_pretrained(pretrained.builtin("builtin:tiny"))
     ids = {key: getattr(tokenizer, key) for key in ("bos_token_id", "eos_token_id", "pad_token_id")}
     on_gpu = torch.cuda.is_available()
     torch.manual_seed(SEED)

@@ -84,13 +84,13 @@ def scale(options: argparse.Namespace, scratch: Path) -> dict[str, Any]:
 
 def fresh(what: str, path: Path, scratch: Path, keep: bool = False) -> dict[str, Any]:
     """One measurement in a fresh process; its cache of rows is emptied first, unless `keep`."""
-    from fasttune.core import builtin
+    from fasttune.core import pretrained
 
-    builtin.path(MODEL)
+    pretrained.builtin(MODEL)
     cache = scratch / "cache"
     if not keep:
         subprocess.run(["rm", "-rf", str(cache / "data")], check=True)
-    models = Path(builtin.path(MODEL)).parent
+    models = Path(pretrained.builtin(MODEL)).parent
     cache.mkdir(exist_ok=True)
     if not (cache / "models").exists():
         (cache / "models").symlink_to(models)

@@ -84,18 +84,18 @@ def gpu_memory(unsloth: None, monkeypatch: pytest.MonkeyPatch) -> GpuMemory:
 @pytest.fixture
 def tiny_tokenizer(unsloth: None) -> Iterator[Any]:
     """A fresh tokenizer of builtin:tiny."""
-    from fasttune.core import builtin, model
+    from fasttune.core import model, pretrained
 
-    yield model.transformers.AutoTokenizer.from_pretrained(builtin.path("builtin:tiny"))
+    yield model.transformers.AutoTokenizer.from_pretrained(pretrained.builtin("builtin:tiny"))
 
 
 @pytest.fixture(scope="session")
 def tiny_recipe(unsloth: None) -> Any:
     """What encodes `messages` for builtin:tiny; tests change a field with dataclasses.replace."""
-    from fasttune.core import builtin, model
+    from fasttune.core import model, pretrained
     from fasttune.data import tokenize
 
-    tokenizer = model.transformers.AutoTokenizer.from_pretrained(builtin.path("builtin:tiny"))
+    tokenizer = model.transformers.AutoTokenizer.from_pretrained(pretrained.builtin("builtin:tiny"))
     return tokenize.recipe_of(tokenizer, "messages", {}, "assistant", 512, "truncate")
 
 

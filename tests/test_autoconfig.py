@@ -7,7 +7,7 @@ import pytest
 
 from fasttune import config, hardware
 from fasttune.core import autoconfig
-from fasttune.core.shape import Shape
+from fasttune.core.memory import Shape
 from fasttune.errors import ModelError
 from fasttune.hardware import Gpu, Hardware
 
@@ -142,7 +142,7 @@ def test_what_is_chosen_is_the_fastest_that_fits(gpu: str) -> None:
     """More rows at once, or no recomputation, would not fit."""
     asked, machine = settings(batch_rows=32), hardware.with_gpu(CPU, gpu)
     chosen = autoconfig.resolve(asked, machine, LLAMA_8B)
-    usable_gib = autoconfig.USABLE_MEMORY * autoconfig.memory_gib(machine)
+    usable_gib = autoconfig.usable_memory_gib(machine)
     if chosen.fits:
         assert autoconfig.full_memory(asked, LLAMA_8B, chosen, chosen.micro_batch_rows).total <= usable_gib
     assert autoconfig.full_memory(asked, LLAMA_8B, chosen, 2 * chosen.micro_batch_rows).total > usable_gib

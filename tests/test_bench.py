@@ -234,9 +234,9 @@ def test_an_arm_of_other_weights_is_invalid(vanilla: Repeat, shared: Path, tmp_p
     import safetensors.torch
 
     from fasttune.bench import worker
-    from fasttune.core import builtin
+    from fasttune.core import pretrained
 
-    other = Path(shutil.copytree(builtin.path("builtin:tiny"), tmp_path / "other"))
+    other = Path(shutil.copytree(pretrained.builtin("builtin:tiny"), tmp_path / "other"))
     weights = safetensors.torch.load_file(other / "model.safetensors")
     weights["model.norm.weight"] *= 1 + 1e-6
     safetensors.torch.save_file(weights, other / "model.safetensors", {"format": "pt"})

@@ -14,8 +14,7 @@ import pytest
 
 from fasttune import cli, config, hardware, metrics, report, terminal
 from fasttune.core import autoconfig, memory as memory_forecast
-from fasttune.core.memory import Choices, MicroBatch
-from fasttune.core.shape import Shape
+from fasttune.core.memory import Choices, Shape, Workload
 from fasttune.data.batching import Batches, flat, padded
 from fasttune.data.tokenize import Rows
 from fasttune.hardware import Hardware
@@ -27,7 +26,14 @@ LLAMA_8B = Shape(
     layers=32, hidden=4096, mlp=14336, heads=32, query_width=4096, key_width=1024, vocab=128256, tied=False
 )
 CPU = Hardware("linux", "x86_64", "2.36", "3.11.7", "Some CPU", cores=2, memory_gib=24, disk_free_gib=100)
-GPU = Choices(gpu_gib=80, dtype="bfloat16", gradient_checkpointing="none", optimizer="adamw_torch_fused", packed=True)
+GPU = Choices(
+    gpu_gib=80,
+    method="lora",
+    dtype="bfloat16",
+    gradient_checkpointing="none",
+    optimizer="adamw_torch_fused",
+    packed=True,
+)
 
 
 def settings(**changes: Any) -> config.Config:
@@ -40,10 +46,10 @@ def row(length: int, learned: int) -> tuple[np.ndarray, np.ndarray]:
 
 def test_a_micro_batch_is_counted_as_it_is_computed() -> None:
     pack = flat([row(100, 10), row(70, 5)])
-    assert MicroBatch.of(pack, -100) == MicroBatch(170, 15, 64 * 64 + 36 * 100 + 64 * 64 + 6 * 70, 0)
+    assert Workload.of(pack, -100) == Workload(170, 15, 64 * 64 + 36 * 100 + 64 * 64 + 6 * 70, 0)
     rectangle = padded([row(100, 10), row(70, 5)], pad_id=0)
-    assert MicroBatch.of(rectangle, -100) == MicroBatch(200, 15, 0, 2 * 100 * 100)
-    assert MicroBatch.full(2, 1024, packed=True).probabilities == 0  # longer rows compute them again
+    assert Workload.of(rectangle, -100) == Workload(200, 15, 0, 2 * 100 * 100)
+    assert Workload.full(2, 1024, packed=True).probabilities == 0  # longer rows compute them again
 
 
 @pytest.mark.parametrize("packed", [True, False])
@@ -82,7 +88,7 @@ def test_activations_are_the_tensors_that_are_saved(unsloth: None, method: str, 
         hidden = base(**given, use_cache=False).last_hidden_state
     shape = Shape.of(model.config)
     chosen = autoconfig.resolve(asked, CPU, shape)
-    counted = memory_forecast.forecast(asked, shape, chosen, MicroBatch.of(arrays, -100)).activations * 2**30
+    counted = memory_forecast.forecast(asked, shape, chosen, Workload.of(arrays, -100)).activations * 2**30
     assert sum(kept.values()) == pytest.approx(counted, rel=0.08)
     del hidden
 
@@ -90,26 +96,27 @@ def test_activations_are_the_tensors_that_are_saved(unsloth: None, method: str, 
 def test_parts_of_llama_8b_on_an_80_gb_card() -> None:
     """Never measured; the parts that arithmetic alone gives, and the range that others report (45 to 60 GB)."""
     asked = settings(lora={"rank": 64}, train={"batch_rows": 64})
-    memory = memory_forecast.forecast(asked, LLAMA_8B, GPU, MicroBatch.full(4, 2048, packed=True))
+    memory = memory_forecast.forecast(asked, LLAMA_8B, GPU, Workload.full(4, 2048, packed=True))
     assert memory.weights == pytest.approx(14.96, abs=0.01)
     assert memory.adapter == memory.gradients == memory.optimizer / 2 == pytest.approx(0.625, abs=0.01)
     assert 42 < memory.total < 56
     recomputed = replace(GPU, gradient_checkpointing="unsloth")
-    less = memory_forecast.forecast(asked, LLAMA_8B, recomputed, MicroBatch.full(4, 2048, packed=True))
+    less = memory_forecast.forecast(asked, LLAMA_8B, recomputed, Workload.full(4, 2048, packed=True))
     assert less.activations < memory.activations / 20
     nf4 = settings(model={"name": "a/b", "quantization": "nf4"})
-    assert memory_forecast.forecast(nf4, LLAMA_8B, GPU, MicroBatch.full(1, 512, True)).weights < 5.5
+    assert memory_forecast.forecast(nf4, LLAMA_8B, GPU, Workload.full(1, 512, True)).weights < 5.5
     full = settings(train={"method": "full"})
-    states = memory_forecast.forecast(full, LLAMA_8B, GPU, MicroBatch.full(1, 512, True))
+    on_gpu = replace(GPU, method="full")
+    states = memory_forecast.forecast(full, LLAMA_8B, on_gpu, Workload.full(1, 512, True))
     weights_gib = LLAMA_8B.parameters / 2**30
     copies = weights_gib - LLAMA_8B.vocab * LLAMA_8B.hidden / 2**30  # autocast's, of all but the embedding
     assert states.gradients == states.optimizer / 2 == 4 * weights_gib
     assert states.weights == pytest.approx(4 * weights_gib + 2 * copies, rel=1e-4)
-    eight_bit = replace(GPU, optimizer="adamw_8bit")
-    states = memory_forecast.forecast(full, LLAMA_8B, eight_bit, MicroBatch.full(1, 512, True))
+    eight_bit = replace(on_gpu, optimizer="adamw_8bit")
+    states = memory_forecast.forecast(full, LLAMA_8B, eight_bit, Workload.full(1, 512, True))
     assert states.weights == states.gradients == states.optimizer == 2 * weights_gib
     pissa = settings(lora={"rank": 64, "init": "pissa"})
-    begun = memory_forecast.forecast(pissa, LLAMA_8B, GPU, MicroBatch.full(4, 2048, packed=True))
+    begun = memory_forecast.forecast(pissa, LLAMA_8B, GPU, Workload.full(4, 2048, packed=True))
     assert begun.adapter == 2 * memory.adapter  # what it began with is loaded beside it to save it
 
 
@@ -275,11 +282,11 @@ def test_what_does_not_fit_exits_1_and_names_the_way_out(tmp_path: Path, capsys:
 
 def make_model(folder: Path, architecture: dict[str, Any]) -> None:
     """config.json and the tiny model's tokenizer, no weights."""
-    from fasttune.core import builtin
+    from fasttune.core import pretrained
 
     folder.mkdir()
     for name in ("tokenizer.json", "tokenizer_config.json", "chat_template.jinja"):
-        source = builtin.path("builtin:tiny") / name
+        source = pretrained.builtin("builtin:tiny") / name
         if source.exists():
             (folder / name).write_bytes(source.read_bytes())
     (folder / "config.json").write_text(json.dumps(architecture))

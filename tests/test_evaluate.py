@@ -170,11 +170,11 @@ def test_the_harness_generates_what_the_model_generates(tmp_path: Path, harness:
 def test_answers_are_kept_for_these_weights_only(tmp_path: Path, harness: Any) -> None:
     import safetensors.torch
 
-    from fasttune.core import builtin
+    from fasttune.core import pretrained
 
     rows = write(tmp_path / "choices.jsonl", CHOICES)
     copy, changed = tmp_path / "copy", tmp_path / "changed"
-    shutil.copytree(builtin.path("builtin:tiny"), copy)
+    shutil.copytree(pretrained.builtin("builtin:tiny"), copy)
     shutil.copytree(copy, changed)
     weights = safetensors.torch.load_file(changed / "model.safetensors")
     weights["model.norm.weight"][0] += 1e-3
@@ -195,9 +195,9 @@ def test_answers_are_kept_for_these_weights_only(tmp_path: Path, harness: Any) -
 def test_an_adapter_of_another_scale_is_another_model(harness: Any, tiny_tokenizer: Any) -> None:
     import peft
 
-    from fasttune.core import builtin, model as models
+    from fasttune.core import model as models, pretrained
 
-    model = models.transformers.AutoModelForCausalLM.from_pretrained(builtin.path("builtin:tiny"))
+    model = models.transformers.AutoModelForCausalLM.from_pretrained(pretrained.builtin("builtin:tiny"))
     model = peft.get_peft_model(model, peft.LoraConfig(r=4, target_modules=["q_proj"]))
     first = harness.fingerprint(model, tiny_tokenizer)
     assert harness.fingerprint(model, tiny_tokenizer) == first

@@ -133,8 +133,7 @@ def test_a_step_that_is_not_finite_changes_nothing(tmp_path: Path, monkeypatch: 
 
 
 def test_too_many_of_them_end_the_run(tmp_path: Path) -> None:
-    changes = {"train": {"learning_rate": 1e30, "max_grad_norm": 1e30, "max_bad_steps": 2}}
-    result = run(tmp_path / "run", changes)
+    result = run(tmp_path / "run", {"train": {"max_grad_norm": 1e30, "max_bad_steps": 2}}, diverges=True)
     assert result.status == "failed" and result.steps < STEPS
     assert "3 steps in a row could not be applied" in (result.error or "") and "of builtin:arithmetic" in result.error
     assert not (tmp_path / "run" / "adapter").exists()
@@ -143,8 +142,8 @@ def test_too_many_of_them_end_the_run(tmp_path: Path) -> None:
 @pytest.mark.parametrize("steps", [1, 2])
 def test_a_diverged_run_is_failed_and_saves_nothing(tmp_path: Path, steps: int) -> None:
     """The loss of the last step is still that of good weights where there is one step only."""
-    changes = {"train": {"learning_rate": 1e30, "max_grad_norm": 1e30, "max_steps": steps}}
-    result = run(tmp_path / "run", changes | {"checkpoint": {"every": "1 steps"}})
+    changes = {"train": {"max_grad_norm": 1e30, "max_steps": steps}, "checkpoint": {"every": "1 steps"}}
+    result = run(tmp_path / "run", changes, diverges=True)
     assert result.status == "failed" and (result.error or "").startswith("the weights have diverged: ")
     assert result.error.endswith("; there is no checkpoint") and result.resume_command is None
     assert not (tmp_path / "run" / "adapter").exists() and not checkpoint.steps(tmp_path / "run")

@@ -72,9 +72,9 @@ def test_a_turn_ends_where_the_template_ends_it(tiny_tokenizer: Any) -> None:
 
 
 def test_a_generation_config_of_others_is_no_traceback(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
-    from fasttune.core import builtin
+    from fasttune.core import pretrained
 
-    folder = shutil.copytree(builtin.path("builtin:tiny"), tmp_path / "tiny")
+    folder = shutil.copytree(pretrained.builtin("builtin:tiny"), tmp_path / "tiny")
     for changes in ({"eos_token_id": "x"}, {"bad_words_ids": 5}):
         (folder / "generation_config.json").write_text(json.dumps(changes))
         assert cli.main(["generate", str(folder), "--prompt", "x", "--max-new-tokens", "2"]) == 2
@@ -259,9 +259,9 @@ def test_turns_without_a_template_are_refused(
     speaker: Any, finished_run: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: Any
 ) -> None:
     from fasttune import terminal
-    from fasttune.core import builtin
+    from fasttune.core import pretrained
 
-    shutil.copytree(builtin.path("builtin:tiny"), tmp_path / "bare")
+    shutil.copytree(pretrained.builtin("builtin:tiny"), tmp_path / "bare")
     for path in (tmp_path / "bare").iterdir():
         if path.name == "chat_template.jinja":
             path.unlink()

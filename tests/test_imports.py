@@ -12,9 +12,6 @@ PACKAGE = Path("fasttune")
 BASE = 0  # the modules beside cli.py
 LEVEL = {"data": 1, "cpu": 1, "core": 2, "bench": 3, "tools": 3, "verify": 3, "cli": 4}
 EXCEPTIONS = {
-    ("cpu.fused_lora", "core.memory"),
-    ("cpu.fused_lora", "core.model"),
-    ("cpu.rows_attention", "core.memory"),
     ("core.prepare", "tools.estimate"),
     ("core.train", "tools.card"),
 }
@@ -102,4 +99,4 @@ def test_nothing_heavy_is_imported(module: str) -> None:
 def test_huge_pages_are_asked_for_before_torch_allocates() -> None:
     """torch reads the switch once: it must stand in the environment before anything imports torch."""
     text = (PACKAGE / "core/model.py").read_text()
-    assert 0 < text.index("memory.ask_for_huge_pages()") < text.index("from unsloth import")
+    assert 0 < text.index("cpu.ask_for_huge_pages()") < text.index("from unsloth import")

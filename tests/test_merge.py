@@ -47,10 +47,10 @@ def here(monkeypatch: pytest.MonkeyPatch) -> None:
     """The check in this process: a new one takes seconds to import torch."""
 
     def compare(made: Path, finished: Any) -> merge_check.Comparison:
-        from fasttune.core import builtin
+        from fasttune.core import pretrained
 
         return merge_check.compare(
-            str(made), str(builtin.path("builtin:tiny")), None, str(finished.adapter), trust_remote_code=False
+            str(made), str(pretrained.builtin("builtin:tiny")), None, str(finished.adapter), trust_remote_code=False
         )
 
     monkeypatch.setattr(merge, "compare", compare)

@@ -34,9 +34,9 @@ def base_model(folder: Path, **changes: Any) -> Path:
     import torch
     from transformers import AutoConfig, AutoModelForCausalLM, AutoTokenizer
 
-    from fasttune.core import builtin
+    from fasttune.core import pretrained
 
-    tiny = builtin.path("builtin:tiny")
+    tiny = pretrained.builtin("builtin:tiny")
     architecture = AutoConfig.from_pretrained(tiny, **changes)
     torch.manual_seed(1)
     AutoModelForCausalLM.from_config(architecture).save_pretrained(folder, max_shard_size="100KB")
@@ -112,11 +112,11 @@ def test_layers_that_keep_their_weight_as_in_out(tmp_path: Path) -> None:
     from peft import PeftModel
     from transformers import AutoModelForCausalLM, AutoTokenizer, GPT2Config
 
-    from fasttune.core import builtin
+    from fasttune.core import pretrained
 
     base = tmp_path / "base"
     AutoModelForCausalLM.from_config(GPT2Config(vocab_size=259, n_embd=16, n_layer=1, n_head=2)).save_pretrained(base)
-    AutoTokenizer.from_pretrained(builtin.path("builtin:tiny")).save_pretrained(base)
+    AutoTokenizer.from_pretrained(pretrained.builtin("builtin:tiny")).save_pretrained(base)
     learned = adapter(base, tmp_path / "adapter", target_modules=["c_attn"], fan_in_fan_out=True)
     found = tensors(merged(base, learned, tmp_path / "merged"))
     by_peft = PeftModel.from_pretrained(AutoModelForCausalLM.from_pretrained(base), learned).merge_and_unload()

@@ -12,7 +12,7 @@ import pytest
 
 from fasttune import cli, config, paths, report
 from fasttune.bench.run import Measurements
-from fasttune.core import builtin, checkpoint, journal, run_folder
+from fasttune.core import checkpoint, journal, pretrained, run_folder
 from fasttune.data import sources
 from fasttune.errors import ConfigError, DataError, ModelError, OutputError
 from fasttune.tools import trained_model
@@ -111,7 +111,7 @@ def test_no_checkpoint_goes_through_a_link_that_comes_later(tmp_path: Path) -> N
 @pytest.fixture
 def tiny_folder(unsloth: None, tmp_path: Path) -> Path:
     """A copy of builtin:tiny, to be spoiled."""
-    return Path(shutil.copytree(builtin.path("builtin:tiny"), tmp_path / "tiny"))
+    return Path(shutil.copytree(pretrained.builtin("builtin:tiny"), tmp_path / "tiny"))
 
 
 @pytest.mark.parametrize(

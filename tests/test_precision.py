@@ -7,7 +7,7 @@ from typing import Any
 import pytest
 from tiny_run import losses, run
 
-from fasttune.core import precision
+from fasttune.core.memory import Choices
 
 pytestmark = pytest.mark.usefixtures("unsloth")
 
@@ -61,14 +61,14 @@ def test_the_loss_falls_as_it_does_in_fp32(tmp_path: Path, exact: float, native_
 def test_a_saved_model_has_no_tied_weight_twice(tmp_path: Path) -> None:
     from safetensors.torch import load_file
 
-    from fasttune.core import builtin
+    from fasttune.core import pretrained
 
     fall(tmp_path / "run", max_steps=1)
-    before = load_file(builtin.path("builtin:tiny") / "model.safetensors")
+    before = load_file(pretrained.builtin("builtin:tiny") / "model.safetensors")
     assert set(load_file(tmp_path / "run" / "model" / "model.safetensors")) == set(before)
 
 
 def test_plain_bf16_would_not(tmp_path: Path, exact: float, native_bf16: None, monkeypatch: pytest.MonkeyPatch) -> None:
     """The comparison above can fail."""
-    monkeypatch.setattr(precision, "masters", lambda *job: False)
+    monkeypatch.setattr(Choices, "fp32_masters", False)
     assert fall(tmp_path / "run")[0] < 0.6 * exact

@@ -10,7 +10,7 @@ import pytest
 
 from fasttune import cli, config
 from fasttune.config import ModelConfig
-from fasttune.core import builtin, pretrained
+from fasttune.core import pretrained
 from fasttune.errors import ConfigError, ModelError
 
 pytestmark = pytest.mark.usefixtures("unsloth")
@@ -19,7 +19,7 @@ pytestmark = pytest.mark.usefixtures("unsloth")
 @pytest.fixture
 def folder(unsloth: None, tmp_path: Path) -> Path:
     """A copy of builtin:tiny, to be spoiled."""
-    return Path(shutil.copytree(builtin.path("builtin:tiny"), tmp_path / "tiny"))
+    return Path(shutil.copytree(pretrained.builtin("builtin:tiny"), tmp_path / "tiny"))
 
 
 def change(path: Path, **changes: Any) -> None:

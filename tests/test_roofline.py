@@ -8,9 +8,8 @@ from typing import Any
 import pytest
 
 from fasttune import cli, config, hardware
-from fasttune.core import autoconfig, builtin, memory as memory_forecast
-from fasttune.core.memory import MicroBatch
-from fasttune.core.shape import Shape
+from fasttune.core import autoconfig, memory as memory_forecast, pretrained
+from fasttune.core.memory import Shape, Workload
 from fasttune.metrics import Roofline
 from fasttune.tools import estimate, roofline
 
@@ -18,7 +17,7 @@ ROOT = Path(__file__).resolve().parent.parent
 LLAMA_8B = Shape(
     layers=32, hidden=4096, mlp=14336, heads=32, query_width=4096, key_width=1024, vocab=128256, tied=False
 )
-STEP = roofline.Sample(1, 4, 16384, 16380, 16384, [MicroBatch(8192, 8190, 0, 0)] * 2, one_length=True)
+STEP = roofline.Sample(1, 4, 16384, 16380, 16384, [Workload(8192, 8190, 0, 0)] * 2, one_length=True)
 H100 = hardware.with_gpu(hardware.detect(), "h100-80")
 
 
@@ -73,7 +72,7 @@ def test_plan_shows_it_and_counts_on_it(
     import inputs
 
     model = tmp_path / "llama"
-    shutil.copytree(builtin.path("builtin:tiny"), model, ignore=shutil.ignore_patterns("*.safetensors"))
+    shutil.copytree(pretrained.builtin("builtin:tiny"), model, ignore=shutil.ignore_patterns("*.safetensors"))
     (model / "config.json").write_text(json.dumps(inputs.LLAMA_31_8B))
     (tmp_path / "rows.jsonl").write_text(json.dumps({"text": "x" * 1023}) + "\n")
     command = ["plan", str(ROOT / "benchmarks" / "battery.yaml"), f"model.name={model}", "model.max_length=1024"]

@@ -245,15 +245,15 @@ def test_full_fine_tuning_saves_a_model_that_plain_transformers_loads(tmp_path: 
 
     result = train(tmp_path / "run", lora=None, train={"method": "full", "learning_rate": 1e-3})
     assert result.status == "completed" and not (tmp_path / "run" / "adapter").exists()
-    from fasttune.core import builtin
+    from fasttune.core import pretrained
 
-    old = AutoModelForCausalLM.from_pretrained(builtin.path("builtin:tiny"))
+    old = AutoModelForCausalLM.from_pretrained(pretrained.builtin("builtin:tiny"))
     new = AutoModelForCausalLM.from_pretrained(tmp_path / "run" / "model")
     assert all(not torch.equal(a, b) for a, b in zip(old.parameters(), new.parameters(), strict=True) if a.dim() > 1)
 
 
 def test_frozen_weights_stay_and_only_the_adapter_learns(tmp_path: Path) -> None:
-    from fasttune.core import builtin, prepare, train as training
+    from fasttune.core import prepare, pretrained, train as training
 
     kept: dict[str, Any] = {}
 
@@ -270,7 +270,7 @@ def test_frozen_weights_stay_and_only_the_adapter_learns(tmp_path: Path) -> None
     changed = {name for name, tensor in kept["before"].items() if not tensor.equal(after[name])}
     assert changed == {name for name in after if "lora_" in name}
     assert len(changed) == 2 * 7 * 2  # A and B, seven projections, two layers
-    assert builtin.path("builtin:tiny").is_dir()
+    assert pretrained.builtin("builtin:tiny").is_dir()
 
 
 def test_gradient_checkpointing_runs_when_asked_for_and_changes_nothing(tmp_path: Path) -> None:
@@ -293,7 +293,7 @@ def test_what_is_not_counted_gives_no_share(tmp_path: Path, monkeypatch: pytest.
 
     from fasttune import report
     from fasttune.core import what_ran
-    from fasttune.core.shape import Shape
+    from fasttune.core.memory import Shape
 
     sizes = {"hidden_size": 16, "intermediate_size": 64, "num_hidden_layers": 1, "vocab_size": 32}
     sizes |= {"num_attention_heads": 2, "num_key_value_heads": 1}
@@ -311,18 +311,6 @@ def test_what_is_not_counted_gives_no_share(tmp_path: Path, monkeypatch: pytest.
     assert result.tokens_per_s and (result.mfu, result.fraction_of_measured_matmul) == (None, None)
     notes = {figure.label: figure.note for figure in report.key_figures(result)}
     assert all("no mixture of experts" in notes[name] for name in ("MFU", "matmul share"))
-
-
-def test_a_loss_that_is_not_finite_fails_the_run(tmp_path: Path) -> None:
-    from fasttune.core import train as training
-
-    changes = {"max_grad_norm": 1e30, "max_bad_steps": 0}
-    settings = config.parse(tree(output_dir=str(tmp_path / "run"), train=changes))
-    settings.train.learning_rate = 1e30  # which no config may ask for
-    result = training.run(settings, Silent())
-    assert result.status == "failed" and "learning_rate" in (result.error or "")
-    assert not (tmp_path / "run" / "adapter").exists()
-    assert json.loads((tmp_path / "run" / "run.json").read_text())["status"] == "failed"
 
 
 def test_a_signal_ends_the_run_in_order(tmp_path: Path) -> None:
@@ -356,9 +344,9 @@ def test_bad_input_of_a_model_leaves_nothing(tmp_path: Path) -> None:
 
 
 def test_a_truncated_base_model_is_named(tmp_path: Path) -> None:
-    from fasttune.core import builtin
+    from fasttune.core import pretrained
 
-    shutil.copytree(builtin.path("builtin:tiny"), tmp_path / "model")
+    shutil.copytree(pretrained.builtin("builtin:tiny"), tmp_path / "model")
     weights = tmp_path / "model" / "model.safetensors"
     weights.write_bytes(weights.read_bytes()[:-100])
     with pytest.raises(ModelError, match="cannot be loaded"):

@@ -113,12 +113,12 @@ def test_weights_that_are_a_pickle_a_pipe_or_nothing(finished_run: Path, tmp_pat
 def test_an_adapter_is_no_model_to_train(
     finished_run: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: Any, kind: str
 ) -> None:
-    from fasttune.core import builtin
+    from fasttune.core import pretrained
 
     name, told = str(finished_run / "adapter"), "fasttune merge"
     if kind == "with a config":
         name = str(changed(finished_run, tmp_path / "adapter"))
-        shutil.copy(builtin.path("builtin:tiny") / "config.json", name)
+        shutil.copy(pretrained.builtin("builtin:tiny") / "config.json", name)
     elif kind == "run":
         name = str(finished_run)
     elif kind == "gone":

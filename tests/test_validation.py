@@ -36,10 +36,10 @@ def reference(folder: Path) -> tuple[float, float, int]:
     import peft
     import torch
 
-    from fasttune.core import builtin, model
+    from fasttune.core import model, pretrained
     from fasttune.data import load, sources, tokenize
 
-    base = model.transformers.AutoModelForCausalLM.from_pretrained(builtin.path("builtin:tiny"))
+    base = model.transformers.AutoModelForCausalLM.from_pretrained(pretrained.builtin("builtin:tiny"))
     tuned = peft.PeftModel.from_pretrained(base, folder / "adapter").eval()
     tokenizer = model.transformers.AutoTokenizer.from_pretrained(folder / "adapter")
     settings = config.load(folder / "config.yaml")

@@ -12,7 +12,7 @@ from pathlib import Path
 from typing import Any
 
 from fasttune.config import Config
-from fasttune.core import precision
+from fasttune.core.memory import Choices
 from fasttune.metrics import Backend
 
 WHAT = {
@@ -39,7 +39,7 @@ def build(arm: str, config: Config, steps: int, shared: Path, scratch: Path) -> 
         trainer = own[arm](config, steps, shared, scratch)
         from fasttune.core import what_ran
 
-        if precision.by_chance(*_job(config)):
+        if Choices.of(config).stochastic_rounding:
             what_ran.round_by_chance(trainer)
     if config.train.method == "lora":
         _same_start(trainer.model, shared)
@@ -86,9 +86,8 @@ def _notebook(config: Config, steps: int, shared: Path, scratch: Path) -> Any:
     from datasets import Dataset
 
     full = config.train.method == "full"
-    model, tokenizer = models.load(
-        config.model, config.model.dtype, "unsloth", full, config.seed, precision.masters(*_job(config))
-    )
+    masters = Choices.of(config).fp32_masters
+    model, tokenizer = models.load(config.model, config.model.dtype, "unsloth", full, config.seed, masters)
     if not full:
         model = models.add_lora(model, config.lora, "unsloth", config.seed)
     arguments = trl.SFTConfig(
@@ -126,15 +125,15 @@ def _vanilla(config: Config, steps: int, shared: Path, scratch: Path) -> Any:
 
 
 def _tuned(config: Config, steps: int, shared: Path, scratch: Path) -> Any:
-    from fasttune.cpu import memory
+    from fasttune import cpu
 
-    memory.ask_for_huge_pages()  # torch reads it once, at its import
+    cpu.ask_for_huge_pages()  # torch reads it once, at its import
     import torch
     import transformers
 
     on_gpu = torch.cuda.is_available()
     if not on_gpu:
-        memory.keep_freed()
+        cpu.keep_freed_memory()
     # Without flash-attn, SDPA would be given a mask of the whole pack's square.
     flash, liger = (on_gpu and importlib.util.find_spec(name) is not None for name in ("flash_attn", "liger_kernel"))
     model, tokenizer = _plain_model(config, **({"attn_implementation": "flash_attention_2"} if flash else {}))
@@ -157,7 +156,7 @@ def _plain_model(config: Config, **more: Any) -> tuple[Any, Any]:
     tokenizer = transformers.AutoTokenizer.from_pretrained(source, **same)
     dtype = getattr(torch, config.model.dtype)
     model = transformers.AutoModelForCausalLM.from_pretrained(source, dtype=dtype, use_safetensors=True, **same, **more)
-    if precision.masters(*_job(config)):
+    if Choices.of(config).fp32_masters:
         model = model.float()  # from what `fasttune` holds in fp32, too; the arithmetic is autocast's
     return plain_lora(model, config) if config.train.method == "lora" else model, tokenizer
 
@@ -208,10 +207,6 @@ def rows_at_once(config: Config) -> int:
 def batches_a_step(arm: str, config: Config) -> int:
     """That a trainer's data loader gives: `fasttune`'s makes all micro-batches of a step at once."""
     return 1 if arm == "fasttune" else config.train.batch_rows // rows_at_once(config)
-
-
-def _job(config: Config) -> tuple[str, str, str]:
-    return config.train.method, config.model.dtype, config.train.optimizer
 
 
 def _rows(shared: Path) -> list[dict[str, list[int]]]:

@@ -4,14 +4,11 @@ The fastest settings whose forecast memory fits; recomputing only when memory as
 """
 
 import math
-from collections.abc import Iterator
 from dataclasses import dataclass, replace
 
 from fasttune import hardware as machines
-from fasttune.config import Config
-from fasttune.core import precision
-from fasttune.core.memory import Choices, MicroBatch, forecast
-from fasttune.core.shape import Shape
+from fasttune.config import Config, changed
+from fasttune.core.memory import Choices, Shape, Workload, forecast
 from fasttune.hardware import Hardware
 from fasttune.metrics import Memory, Setting
 
@@ -39,41 +36,28 @@ class Plan(Choices):
 
     def apply(self, config: Config) -> Config:
         """The config with every `auto` written out: fed back, it makes the same run."""
-        choices = {
+        train = {
             "micro_batch_rows": self.micro_batch_rows,
             "gradient_checkpointing": self.gradient_checkpointing,
             "optimizer": self.optimizer,
             "learning_rate": self.learning_rate,
             "packing": self.packed,
         }
-        return config.model_copy(
-            update={
-                "model": config.model.model_copy(update={"dtype": self.dtype}),
-                "train": config.train.model_copy(update=choices),
-            }
-        )
+        return changed(config, model={"dtype": self.dtype}, train=train)
 
 
 def resolve(config: Config, hardware: Hardware, shape: Shape) -> Plan:
     """Choose dtype, checkpointing, micro-batch and optimizer for this machine."""
     dtype, dtype_reason = _dtype(config, hardware)
-    base = Choices(
-        gpu_gib=hardware.gpus[0].memory_gib if hardware.gpus else None,
-        dtype=dtype,
-        gradient_checkpointing="none",
-        optimizer="adamw_torch_fused",
-        packed=config.train.packing is not False,
-    )
-    usable_gib = USABLE_MEMORY * memory_gib(hardware)
-    candidates = list(_candidates(config, base))
+    gpu_gib = hardware.gpus[0].memory_gib if hardware.gpus else None
+    usable_gib = usable_memory_gib(hardware)
+    candidates = _candidates(config, replace(Choices.of(config, gpu_gib), dtype=dtype))
     one_row = {choices: full_memory(config, shape, choices, 1).total for choices in candidates}
     chosen = next((choices for choices in candidates if one_row[choices] <= usable_gib), candidates[-1])
-    micro, micro_reason = _micro_batch(config, shape, chosen, usable_gib)
-    train, lora = config.train, config.lora
-    fastest = one_row[candidates[0]]
-    usual_rate, rate_reason = LEARNING_RATES[train.method]
-    rate = usual_rate if train.learning_rate is None else train.learning_rate
-    exact = min(gib for choices, gib in one_row.items() if choices.optimizer == candidates[0].optimizer)
+    rows, rows_reason = _micro_batch(config, shape, chosen, usable_gib)
+    usual_rate, rate_reason = LEARNING_RATES[chosen.method]
+    rate = config.train.learning_rate
+    fits = full_memory(config, shape, chosen, rows).total <= usable_gib
     settings = [
         Setting("model", f"{config.model.name}, {shape.parameters / 1e6:,.0f} M parameters"),
         *_experts(shape),
@@ -81,26 +65,33 @@ def resolve(config: Config, hardware: Hardware, shape: Shape) -> Plan:
         Setting("dtype", dtype, dtype_reason),
         Setting("quantization", config.model.quantization),
         Setting("max length", f"{config.model.max_length:,} tokens"),
-        _batch(config, micro, micro_reason),
-        Setting("checkpointing", chosen.gradient_checkpointing, _recompute_reason(config, chosen, fastest, usable_gib)),
-        Setting("optimizer", chosen.optimizer, _optimizer_reason(config, chosen, exact, usable_gib)),
-        *_held_weights(config, chosen),
-        Setting("learning rate", f"{rate:g}, {train.scheduler}", rate_reason if train.learning_rate is None else None),
+        Setting("batch", _batch(config, rows), rows_reason),
+        Setting("checkpointing", chosen.gradient_checkpointing, _recompute_reason(config, chosen, one_row, usable_gib)),
+        Setting("optimizer", chosen.optimizer, _optimizer_reason(config, chosen, one_row, usable_gib)),
+        *_trained_weights(chosen),
+        Setting("learning rate", f"{rate or usual_rate:g}, {config.train.scheduler}", None if rate else rate_reason),
     ]
-    if train.method == "lora" and lora.dropout:
-        settings.append(Setting("lora dropout", f"{lora.dropout:g}"))
-    fits = full_memory(config, shape, chosen, micro).total <= usable_gib
-    return Plan(**vars(chosen), shape=shape, micro_batch_rows=micro, learning_rate=rate, fits=fits, settings=settings)
+    if chosen.method == "lora" and config.lora.dropout:
+        settings.append(Setting("lora dropout", f"{config.lora.dropout:g}"))
+    return Plan(
+        **vars(chosen),
+        shape=shape,
+        micro_batch_rows=rows,
+        learning_rate=rate or usual_rate,
+        fits=fits,
+        settings=settings,
+    )
 
 
 def full_memory(config: Config, shape: Shape, choices: Choices, rows: int) -> Memory:
     """The most memory that `rows` rows at once can take."""
-    largest = MicroBatch.full(min(rows, config.train.batch_rows), config.model.max_length, choices.packed)
+    largest = Workload.full(min(rows, config.train.batch_rows), config.model.max_length, choices.packed)
     return forecast(config, shape, choices, largest)
 
 
-def memory_gib(hardware: Hardware) -> float:
-    return hardware.gpus[0].memory_gib if hardware.gpus else hardware.memory_gib
+def usable_memory_gib(hardware: Hardware) -> float:
+    """Of the GPU that trains, or of the machine where there is none."""
+    return USABLE_MEMORY * (hardware.gpus[0].memory_gib if hardware.gpus else hardware.memory_gib)
 
 
 def smaller(config: Config, gpu: bool) -> list[str]:
@@ -121,9 +112,9 @@ def smaller(config: Config, gpu: bool) -> list[str]:
 
 def packing(packed: bool, proof: str) -> Setting:
     """`packed`: whether rows are; `proof`: how that is known to be exact."""
-    return Setting(
-        "packing", *(("on", proof) if packed else ("off", "rows are padded to the longest of a micro-batch"))
-    )
+    if packed:
+        return Setting("packing", "on", proof)
+    return Setting("packing", "off", "rows are padded to the longest of a micro-batch")
 
 
 def price_of(config: Config, hardware: Hardware) -> tuple[float | None, Setting | None]:
@@ -135,18 +126,20 @@ def price_of(config: Config, hardware: Hardware) -> tuple[float | None, Setting 
     return known, Setting("price", f"${known:g} an hour", reason) if known is not None else None
 
 
-def _candidates(config: Config, base: Choices) -> Iterator[Choices]:
+def _candidates(config: Config, base: Choices) -> list[Choices]:
     """What may be chosen, the fastest first: nothing recomputed, then recomputing, then with 8-bit moments."""
-    asked, gpu = config.train, base.gpu_gib is not None
-    optimizers, policies = [asked.optimizer], [asked.gradient_checkpointing]
-    if asked.optimizer == "auto":
-        optimizers = ["adamw_torch_fused"]
-        optimizers += ["adamw_8bit"] if asked.method == "full" and (gpu or base.dtype == "bfloat16") else []
-    if asked.gradient_checkpointing == "auto":
-        policies = ["none", "unsloth" if gpu else "full"]
-    for optimizer in optimizers:
-        for policy in policies:
-            yield replace(base, optimizer=optimizer, gradient_checkpointing=policy)
+    on_gpu = base.gpu_gib is not None
+    optimizers, policies = [base.optimizer], [base.gradient_checkpointing]
+    if base.optimizer == "auto":
+        eight_bit = base.method == "full" and (on_gpu or base.dtype == "bfloat16")
+        optimizers = ["adamw_torch_fused", "adamw_8bit"] if eight_bit else ["adamw_torch_fused"]
+    if base.gradient_checkpointing == "auto":
+        policies = ["none", "unsloth" if on_gpu else "full"]
+    return [
+        replace(base, optimizer=optimizer, gradient_checkpointing=policy)
+        for optimizer in optimizers
+        for policy in policies
+    ]
 
 
 def _micro_batch(config: Config, shape: Shape, choices: Choices, usable_gib: float) -> tuple[int, str | None]:
@@ -156,28 +149,32 @@ def _micro_batch(config: Config, shape: Shape, choices: Choices, usable_gib: flo
         return config.train.micro_batch_rows, None
     small = [size for size in range(1, math.isqrt(rows) + 1) if rows % size == 0]
     sizes = sorted({*small, *(rows // size for size in small)}, reverse=True)
-    useful = sizes
     if choices.gpu_gib is None:
         wanted = max(1, CPU_MICRO_BATCH_TOKENS // config.model.max_length)
-        useful = [size for size in sizes if size <= wanted]
-    fitting = [size for size in useful if full_memory(config, shape, choices, size).total <= usable_gib]
-    micro = fitting[0] if fitting else 1
+        sizes = [size for size in sizes if size <= wanted]
+    needs = {size: full_memory(config, shape, choices, size).total for size in sizes}
+    micro = next((size for size, gib in needs.items() if gib <= usable_gib), None)
+    if micro is None:
+        return 1, f"even one full row needs about {needs[1]:.0f} GiB, {usable_gib:.0f} GiB can be used"
     if micro == rows:
         return micro, "all rows of a step at once"
-    if micro == useful[0]:
+    if micro == sizes[0]:
         return micro, f"a CPU gains nothing beyond {CPU_MICRO_BATCH_TOKENS:,} tokens at once"
-    needed = full_memory(config, shape, choices, useful[useful.index(micro) - 1] if fitting else 1).total
-    if fitting:
-        return micro, f"more would need about {needed:.0f} of {usable_gib:.0f} GiB"
-    return micro, f"even one full row needs about {needed:.0f} GiB, {usable_gib:.0f} GiB can be used"
+    more = needs[sizes[sizes.index(micro) - 1]]
+    return micro, f"more would need about {more:.0f} of {usable_gib:.0f} GiB"
 
 
-def _batch(config: Config, micro: int, reason: str | None) -> Setting:
-    train = config.train
-    if train.packing is False:
-        return Setting("batch", f"{micro} rows × {train.batch_rows // micro} = {train.batch_rows} a step", reason)
-    tokens = micro * config.model.max_length
-    return Setting("batch", f"{train.batch_rows} rows a step, up to {tokens:,} tokens at once", reason)
+def _batch(config: Config, micro: int) -> str:
+    rows = config.train.batch_rows
+    if config.train.packing is False:
+        return f"{micro} rows × {rows // micro} = {rows} a step"
+    return f"{rows} rows a step, up to {micro * config.model.max_length:,} tokens at once"
+
+
+def _experts(shape: Shape) -> list[Setting]:
+    if shape.experts == 1:
+        return []
+    return [Setting("experts", f"{shape.experts}, {shape.active_experts} of them a token", EXPERTS_UNCHECKED)]
 
 
 def _method(config: Config) -> str:
@@ -186,12 +183,6 @@ def _method(config: Config) -> str:
         return "full fine-tuning"
     extras = (", rsLoRA" if lora.rslora else "") + (", PiSSA" if lora.init == "pissa" else "")
     return f"LoRA r {lora.rank}, alpha {lora.alpha:g}{extras}, on {len(lora.targets)} projections"
-
-
-def _experts(shape: Shape) -> list[Setting]:
-    if shape.experts == 1:
-        return []
-    return [Setting("experts", f"{shape.experts}, {shape.active_experts} of them a token", EXPERTS_UNCHECKED)]
 
 
 def _dtype(config: Config, hardware: Hardware) -> tuple[str, str | None]:
@@ -205,27 +196,28 @@ def _dtype(config: Config, hardware: Hardware) -> tuple[str, str | None]:
     return "float32", f"{gpu.name} (compute capability {'.'.join(map(str, gpu.compute_capability))}) has no bf16"
 
 
-def _recompute_reason(config: Config, chosen: Choices, fastest_gib: float, usable_gib: float) -> str | None:
+def _recompute_reason(config: Config, chosen: Choices, one_row: dict[Choices, float], usable_gib: float) -> str | None:
     if config.train.gradient_checkpointing != "auto":
         return None
+    fastest_gib = next(iter(one_row.values()))
     needs = f"a full row needs about {fastest_gib:.1f} GiB without it, {usable_gib:.0f} GiB can be used"
     return f"{needs}: recomputing would cost speed" if chosen.gradient_checkpointing == "none" else needs
 
 
-def _optimizer_reason(config: Config, chosen: Choices, exact_gib: float, usable_gib: float) -> str | None:
+def _optimizer_reason(config: Config, chosen: Choices, one_row: dict[Choices, float], usable_gib: float) -> str | None:
     if config.train.optimizer != "auto":
         return None
-    if chosen.optimizer == "adamw_8bit":
-        weights = "fp32 weights and moments" if chosen.dtype == "bfloat16" else "exact moments"
-        return f"{weights} need about {exact_gib:.0f} GiB with all else, {usable_gib:.0f} GiB can be used"
-    return "one kernel for all parameters"
+    if chosen.optimizer != "adamw_8bit":
+        return "one kernel for all parameters"
+    exact_gib = min(gib for choices, gib in one_row.items() if choices.optimizer != chosen.optimizer)
+    weights = "fp32 weights and moments" if chosen.dtype == "bfloat16" else "exact moments"
+    return f"{weights} need about {exact_gib:.0f} GiB with all else, {usable_gib:.0f} GiB can be used"
 
 
-def _held_weights(config: Config, chosen: Choices) -> list[Setting]:
-    job = (config.train.method, chosen.dtype, chosen.optimizer)
-    if precision.masters(*job):
+def _trained_weights(chosen: Choices) -> list[Setting]:
+    if chosen.fp32_masters:
         return [Setting("trained weights", "fp32, computed with in bf16", "bf16 weights round small updates away")]
-    if precision.by_chance(*job):
+    if chosen.stochastic_rounding:
         why = "rounded to the nearest, small updates would be lost"
         return [Setting("trained weights", "bf16, their updates rounded up or down by chance", why)]
     return []

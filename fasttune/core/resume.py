@@ -7,7 +7,7 @@ from pathlib import Path
 from typing import Any
 
 from fasttune.core import checkpoint as checkpoints
-from fasttune.core import state  # imports unsloth, which must come before transformers
+from fasttune.core import model as models, state  # model first: it imports unsloth
 
 import transformers
 
@@ -52,7 +52,7 @@ class Resumed(transformers.TrainerCallback):
 
     def on_train_begin(self, args: Any, state: Any, control: Any, **kwargs: Any) -> None:
         self._restored(lambda: restore_optimizer(self.trainer, self.checkpoint))
-        state.global_step = self.trainer._globalstep_last_logged = self.done
+        models.begin_after(self.trainer, state, self.done)
 
     def on_step_begin(self, args: Any, state: Any, control: Any, **kwargs: Any) -> None:
         if state.global_step == self.done:  # not before: beginning to load data draws random numbers too

@@ -9,8 +9,8 @@ from typing import Any
 
 from fasttune import hardware, metrics, stack
 from fasttune.config import TRUST
-from fasttune.core import precision, shape
 from fasttune.core.checkpoint import Checkpoint
+from fasttune.core.memory import MLP, STOCHASTIC_ADAMW
 from fasttune.core.prepare import Job
 from fasttune.metrics import RunResult, Status, StepMetrics
 
@@ -52,8 +52,7 @@ def broken_promises(job: Job, trainer: Any, ran: metrics.Backend) -> list[str]:
     """What was asked for and is not what runs: a setting is never ignored in silence."""
     found = []
     optimizer = getattr(trainer.args.optim, "value", trainer.args.optim)
-    by_chance = precision.by_chance(job.config.train.method, job.plan.dtype, job.plan.optimizer)
-    if optimizer != (precision.BY_CHANCE if by_chance else job.plan.optimizer):
+    if optimizer != (STOCHASTIC_ADAMW if job.plan.stochastic_rounding else job.plan.optimizer):
         found.append(f"train.optimizer={job.plan.optimizer} was replaced: {optimizer} runs on this machine")
     if ran.gradient_checkpointing != job.plan.gradient_checkpointing:
         asked = job.plan.gradient_checkpointing
@@ -62,9 +61,9 @@ def broken_promises(job: Job, trainer: Any, ran: metrics.Backend) -> list[str]:
         found.append("model.dtype=bfloat16: this CPU has no native bf16, so it is emulated and slow; set float32")
     if job.machine.gpus:
         lora = job.config.train.method == "lora"
-        projections = [target for target in job.config.lora.targets if lora and target not in shape.MLP]
+        projections = [target for target in job.config.lora.targets if lora and target not in MLP]
         counts = {"attention": ran.patched_layers}
-        counts |= {"MLP": ran.patched_mlps} if lora and set(shape.MLP) & set(job.config.lora.targets) else {}
+        counts |= {"MLP": ran.patched_mlps} if lora and set(MLP) & set(job.config.lora.targets) else {}
         counts |= {"LoRA of attention": ran.fused_lora_layers} if projections else {}
         layers = job.plan.shape.layers
         if slow := [f"{name} of {count}" for name, count in counts.items() if count < layers]:

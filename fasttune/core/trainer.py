@@ -18,7 +18,6 @@ import transformers
 import trl
 from datasets import Dataset
 
-from fasttune.core import precision
 from fasttune.cpu import fused_lora
 from fasttune.data.batching import Batches, ON_HOST
 from fasttune.metrics import Backend, StepMetrics
@@ -244,7 +243,7 @@ def build(job: Job, scratch: Path, done: int = 0) -> MeasuredTrainer:
     )
     trainer.remove_callback(transformers.PrinterCallback)
     trainer.accelerator.device_placement = False  # a step's tokens are counted before they are moved (_prepare_inputs)
-    if precision.by_chance(train.method, plan.dtype, plan.optimizer):
+    if plan.stochastic_rounding:
         round_by_chance(trainer)
     if job.data.packed:
         fasttune_model.scope_packed_kernels(job.model, trainer)

@@ -14,8 +14,7 @@ import torch
 import torch.utils.checkpoint
 
 from fasttune import metrics
-from fasttune.core.precision import BY_CHANCE
-from fasttune.core.shape import Shape
+from fasttune.core.memory import STOCHASTIC_ADAMW, Shape
 from fasttune.data.tokenize import IGNORE
 from fasttune.metrics import Flops
 from fasttune.quiet import native_stderr_closed
@@ -179,7 +178,7 @@ def round_by_chance(trainer: Any) -> None:
     """
     from transformers.training_args import OptimizerNames
 
-    trainer.args.optim, trainer.args.optim_args = OptimizerNames(BY_CHANCE), "bf16_stochastic_round=True"
+    trainer.args.optim, trainer.args.optim_args = OptimizerNames(STOCHASTIC_ADAMW), "bf16_stochastic_round=True"
     if not torch.cuda.is_available():
         torch.compiler.set_stance("force_eager")  # torchao compiles its step, for which a CPU may have no compiler
 

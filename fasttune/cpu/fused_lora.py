@@ -6,19 +6,18 @@ Shapes: T tokens (all leading dimensions flattened), r the adapter's rank. Figur
 from types import MethodType
 from typing import Any
 
-import fasttune.core.model  # noqa: F401  first: it imports unsloth, and unsloth must come before peft
-
 import torch
-from peft.tuners.lora.layer import Linear as LoraLinear
 from torch.autograd.function import once_differentiable
 from torch.nn.functional import pad
 
-from fasttune.core.memory import RANK_MULTIPLE
+from fasttune.cpu import RANK_MULTIPLE
 
 
 def enable(model: Any) -> int:
     """Give every plain fp32 LoRA layer the fused forward; how many layers there were. Others keep PEFT's."""
-    layers = [module for module in model.modules() if type(module) is LoraLinear and _is_plain(module)]
+    from peft.tuners.lora.layer import Linear  # loaded by now, after unsloth, which patches it
+
+    layers = [module for module in model.modules() if type(module) is Linear and _is_plain(module)]
     for layer in layers:
         layer.forward = MethodType(_forward, layer)
     return len(layers)
@@ -69,7 +68,7 @@ class FusedLora(torch.autograd.Function):
 def _forward(layer: Any, x: torch.Tensor, *args: Any, **kwargs: Any) -> torch.Tensor:
     """PEFT's forward where it does more than train: no gradients, a merged or disabled adapter, mixed batches."""
     if args or kwargs or not torch.is_grad_enabled() or layer.disable_adapters or layer.merged:
-        return LoraLinear.forward(layer, x, *args, **kwargs)
+        return type(layer).forward(layer, x, *args, **kwargs)
     (name,) = layer.active_adapters
     base, a, b = layer.base_layer, layer.lora_A[name].weight, layer.lora_B[name].weight
     return FusedLora.apply(x, base.weight, base.bias, a, b, layer.scaling[name])

@@ -10,13 +10,13 @@ from typing import Any
 import torch
 from torch.autograd.function import once_differentiable
 
-from fasttune.core.memory import BLOCK, KEPT
+from fasttune.cpu import BLOCK, KEPT
 
 FUTURE = torch.ones(BLOCK, BLOCK, dtype=torch.bool).triu(1)
 
 
 class RowsAttention(torch.autograd.Function):
-    """query (1, H, T, D), key and value (1, G, T, D) → (1, T, H, D), for rows laid out as `data.batches.flat` does.
+    """query (1, H, T, D), key and value (1, G, T, D) → (1, T, H, D), for rows laid out as `data.batching.flat` does.
 
     lengths: of each row, in the order of the pack. With `prefix` > 0 the first is that of a prefix which all others
     continue. As FlashAttention does (https://arxiv.org/abs/2307.08691), the gradient of the scores is P·(dP - Σ dO·O).

@@ -19,7 +19,7 @@ from typing import Any
 from fasttune import hardware
 from fasttune.config import Config
 from fasttune.core.autoconfig import Plan
-from fasttune.core.memory import MicroBatch, forecast
+from fasttune.core.memory import Workload, forecast
 from fasttune.data.batching import Batches
 from fasttune.data.tokenize import IGNORE
 from fasttune.hardware import Hardware
@@ -111,7 +111,7 @@ def hours_text(hours: float) -> str:
 
 def lay_out(data: Batches, steps: int) -> Sample:
     """The first steps, as the trainer gets them."""
-    found: list[MicroBatch] = []
+    found: list[Workload] = []
     done = rows = tokens = 0
     one_length = True
     while done < min(steps, SAMPLED_STEPS) and tokens < SAMPLED_TOKENS:
@@ -119,7 +119,7 @@ def lay_out(data: Batches, steps: int) -> Sample:
         rows += len(of_step)
         tokens += sum(len(data.parts[part].row(row)[0]) for part, row in of_step)
         for batch in data.micro_batches(done):
-            found.append(MicroBatch.of(batch, IGNORE))
+            found.append(Workload.of(batch, IGNORE))
             one_length = one_length and "packed_seq_lengths" not in batch
         done += 1
     labels, cells = sum(each.labels for each in found), sum(each.tokens for each in found)

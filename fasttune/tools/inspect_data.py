@@ -24,7 +24,7 @@ from rich.text import Text
 from fasttune import hardware, terminal
 from fasttune.config import Config
 from fasttune.core import autoconfig, prepare, pretrained
-from fasttune.core.shape import Shape
+from fasttune.core.memory import Shape
 from fasttune.data import chat, load, sources
 from fasttune.data.batching import Batches
 from fasttune.data.tokenize import IGNORE, Rows, labels

@@ -17,7 +17,7 @@ from rich.text import Text
 from fasttune import hardware, terminal
 from fasttune.config import Config, looks_like_hub
 from fasttune.core import autoconfig, prepare, pretrained
-from fasttune.core.shape import Shape
+from fasttune.core.memory import Shape
 from fasttune.data import chat, load, sources
 from fasttune.errors import ConfigError, DataError, in_one_line
 from fasttune.hardware import Hardware
@@ -73,7 +73,7 @@ def look(config: Config, gpu: str | None, reporter: terminal.Reporter) -> Figure
             expected = estimate.of_run(sample, chosen, data, machine, usd_per_hour, scale)
     finally:
         reporter.stop()
-    usable_gib = autoconfig.USABLE_MEMORY * autoconfig.memory_gib(machine)
+    usable_gib = autoconfig.usable_memory_gib(machine)
     fits = expected.peak_memory_gib.expected <= usable_gib
     packing = autoconfig.packing(chosen.packed, "where the live model proves to be exact")
     return Figures(

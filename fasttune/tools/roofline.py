@@ -11,7 +11,7 @@ from dataclasses import dataclass
 from fasttune import hardware
 from fasttune.config import Config
 from fasttune.core.autoconfig import Plan
-from fasttune.core.memory import BYTES, GIB, GPU_LOGIT_BYTES, MicroBatch
+from fasttune.core.memory import BYTES, GIB, GPU_LOGIT_BYTES, Workload
 from fasttune.metrics import KernelGroup, Memory, Roofline
 
 # Of the dense peak: 691 TFLOP/s at the model's shapes. Attention by its FLOPs as metrics counts them: of rectangles
@@ -35,7 +35,7 @@ class Sample:
     tokens: int
     labels: int
     cells: int
-    micro_batches: list[MicroBatch]
+    micro_batches: list[Workload]
     one_length: bool = False
 
 

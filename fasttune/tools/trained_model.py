@@ -18,7 +18,7 @@ import pydantic
 
 from fasttune import config as configuration, hints, paths
 from fasttune.config import Config, ModelConfig, looks_like_hub
-from fasttune.core import builtin, pretrained
+from fasttune.core import pretrained
 from fasttune.errors import ConfigError, ModelError, in_one_line
 
 Dtype = Literal["bfloat16", "float32"]
@@ -79,7 +79,7 @@ def _open(name: str) -> TrainedModel:
     if folder.name in ("adapter", "model") and (folder.parent / "config.yaml").is_file() and folder.is_dir():
         folder = folder.parent
     if name.startswith("builtin:"):
-        builtin.check(name)
+        pretrained.check_name(name)
     elif not folder.is_dir():
         _refuse_missing(name, folder)
     elif (folder / "config.yaml").is_file():
@@ -136,7 +136,7 @@ def _adapter(name: str, folder: Path) -> TrainedModel:
         raise ModelError(f"{where} is empty; set it to the folder or hub id of the base model")
     if pretrained.is_path(base) and pretrained.folder_of(base) is None:
         raise ModelError(f"{where} is {base[:100]}, which is not here; set it to the folder or hub id of that model")
-    pretrained.check(base)
+    pretrained.check_name(base)
     return TrainedModel(name, ModelConfig(name=base, revision=said.revision), folder)
 
 

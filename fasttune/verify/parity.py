@@ -161,10 +161,10 @@ def write_model(folder: Path) -> None:
     import torch
     from transformers import AutoTokenizer, LlamaConfig, LlamaForCausalLM
 
-    from fasttune.core import builtin
+    from fasttune.core import pretrained
     from fasttune.verify.attention import llama31
 
-    tokenizer = AutoTokenizer.from_pretrained(builtin.path("builtin:tiny"))
+    tokenizer = AutoTokenizer.from_pretrained(pretrained.builtin("builtin:tiny"))
     special = {name: getattr(tokenizer, name) for name in ("bos_token_id", "eos_token_id", "pad_token_id")}
     shape = {"hidden_size": 256, "intermediate_size": 512, "num_hidden_layers": 2, "initializer_range": 0.05}
     heads = {"num_attention_heads": 4, "num_key_value_heads": 2}

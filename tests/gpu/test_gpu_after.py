@@ -68,7 +68,7 @@ def test_held_out_loss_is_that_of_plain_transformers(finished: tuple[Path, Any])
     import transformers
 
     from fasttune import config
-    from fasttune.core import builtin
+    from fasttune.core import pretrained
     from fasttune.data import load, sources, tokenize
 
     folder, result = finished
@@ -82,7 +82,7 @@ def test_held_out_loss_is_that_of_plain_transformers(finished: tuple[Path, Any])
         ids, learned = block.ids[at : at + length], block.supervised[at : at + length]
         rows.append((ids.tolist(), tokenize.labels(ids, learned).tolist()))
         at += length
-    base = str(builtin.path("builtin:tiny"))
+    base = str(pretrained.builtin("builtin:tiny"))
     plain = [sys.executable, "-c", PLAIN_LOSS, base, str(folder / "adapter"), json.dumps(rows)]
     done = subprocess.run(plain, capture_output=True, text=True)
     assert done.returncode == 0, done.stderr

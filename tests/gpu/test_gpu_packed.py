@@ -24,9 +24,9 @@ def small_llama(folder: Path) -> Path:
     """A random two-layer Llama with heads of 64, which every fused kernel takes, and the tiny model's tokenizer."""
     from transformers import AutoTokenizer, LlamaConfig, LlamaForCausalLM
 
-    from fasttune.core import builtin
+    from fasttune.core import pretrained
 
-    tokenizer = AutoTokenizer.from_pretrained(builtin.path("builtin:tiny"))
+    tokenizer = AutoTokenizer.from_pretrained(pretrained.builtin("builtin:tiny"))
     torch.manual_seed(0)
     sizes = {"hidden_size": 256, "intermediate_size": 512, "num_hidden_layers": 2}
     heads = {"num_attention_heads": 4, "num_key_value_heads": 2}

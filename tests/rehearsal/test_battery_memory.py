@@ -25,9 +25,8 @@ from stages import STAGES  # noqa: E402
 from fasttune import cli, config as configuration, hardware  # noqa: E402
 from fasttune.bench import arms, run  # noqa: E402
 from fasttune.config import Config  # noqa: E402
-from fasttune.core import autoconfig, builtin, memory as memory_forecast, pretrained  # noqa: E402
-from fasttune.core.memory import MicroBatch  # noqa: E402
-from fasttune.core.shape import Shape  # noqa: E402
+from fasttune.core import autoconfig, memory as memory_forecast, pretrained  # noqa: E402
+from fasttune.core.memory import Shape, Workload  # noqa: E402
 from fasttune.data import load  # noqa: E402
 from fasttune.tools import estimate  # noqa: E402
 
@@ -68,7 +67,7 @@ class Job:
         """What fake_memory.py takes: the largest micro-batch of a plain arm, which has bf16 weights, and the optimizer
         that is planned, as every arm has it."""
         rows, length, masked = max(self.rectangles(at_once), key=lambda each: each[0] * each[1])
-        memory = memory_forecast.forecast(self.config, self.shape, self.plan(gpu), MicroBatch(1, 1, 0, 0))
+        memory = memory_forecast.forecast(self.config, self.shape, self.plan(gpu), Workload(1, 1, 0, 0))
         assert memory.weights * 2**30 == pytest.approx(2 * self.shape.parameters), "fake_memory.py has bf16 weights"
         case = {"rows": rows, "length": length, "masked": masked, "tuned": arm == "hf-tuned"}
         return configuration.dump(self.config), json.dumps(case | {"optimizer_gib": round(memory.optimizer, 3)})
@@ -79,7 +78,7 @@ class Job:
         batches = estimate.lay_out(self.data, self.steps).micro_batches
         if arm == "unsloth-notebook":
             chosen = replace(chosen, gradient_checkpointing="unsloth", packed=False)
-            batches = [MicroBatch(rows * n, rows * n, 0, 0) for rows, n, _ in self.rectangles(self.at_once)]
+            batches = [Workload(rows * n, rows * n, 0, 0) for rows, n, _ in self.rectangles(self.at_once)]
         return max(memory_forecast.forecast(self.config, self.shape, chosen, each).total for each in set(batches))
 
 
@@ -88,7 +87,8 @@ def places(tmp_path_factory: pytest.TempPathFactory) -> dict[str, str]:
     """The battery's rows, and its model without weights."""
     folder = tmp_path_factory.mktemp("battery")
     inputs.write_rows(folder)
-    shutil.copytree(builtin.path("builtin:tiny"), folder / "model", ignore=shutil.ignore_patterns("*.safetensors"))
+    tiny, weights = pretrained.builtin("builtin:tiny"), shutil.ignore_patterns("*.safetensors")
+    shutil.copytree(tiny, folder / "model", ignore=weights)
     (folder / "model" / "config.json").write_text(json.dumps(inputs.LLAMA_31_8B))
     return {"python": "python", "out": "out", "rows": str(folder), "model": str(folder / "model")}
 

@@ -35,9 +35,9 @@ def inputs(tmp_path_factory: pytest.TempPathFactory) -> tuple[Path, Path]:
     import torch
     from transformers import AutoTokenizer, LlamaConfig, LlamaForCausalLM
 
-    from fasttune.core import builtin
+    from fasttune.core import pretrained
 
-    folder, tiny = tmp_path_factory.mktemp("inputs"), builtin.path("builtin:tiny")
+    folder, tiny = tmp_path_factory.mktemp("inputs"), pretrained.builtin("builtin:tiny")
     with torch.random.fork_rng(devices=[]):
         torch.manual_seed(0)
         model = LlamaForCausalLM(LlamaConfig.from_pretrained(tiny, num_hidden_layers=1))
@@ -207,16 +207,15 @@ def test_memory_is_what_the_forecast_counts(
     """
     from transformers import AutoConfig
 
-    from fasttune.core.memory import GIB, Choices, MicroBatch, forecast
-    from fasttune.core.shape import Shape
+    from fasttune.core.memory import GIB, Choices, Shape, Workload, forecast
 
     shape = Shape.of(AutoConfig.from_pretrained(inputs[0]))
-    choices = Choices(80.0, "float32", "none", "adamw_torch_fused", packed=True)
+    choices = Choices(80.0, "lora", "float32", "none", "adamw_torch_fused", packed=True)
     settings = config.parse(tree(inputs, tmp_path, VARIANTS[variant]))
     kept = {found["tokens"]: found["bytes"] for found in seen[variant]["kept"]}
     kept[24] -= 24 * shape.query_width * 4
     for tokens, seen_bytes in kept.items():
-        counted = forecast(settings, shape, choices, MicroBatch(tokens, tokens, 0, 0)).activations * GIB
+        counted = forecast(settings, shape, choices, Workload(tokens, tokens, 0, 0)).activations * GIB
         assert seen_bytes == pytest.approx(counted, rel=0.015)
     assert kept.keys() == {18, 24, 22}
 
