@@ -20,11 +20,11 @@ from typing import Any
 
 from battery import source_digest
 
+from fasttune.bench.stats import NO_REVISION, SPREADS
+
 RESULTS = Path(__file__).resolve().parent / "results"
-NO_REVISION = ("", "not a checkout")
 JOB = ("name", "date", "model", "dtype", "steps", "batch_rows", "max_length")
 ARM = ("name", "failure", "padding_fraction", "share_of_limit", "usd_per_million_tokens", "losses", "backend")
-REPEATED = ("tokens_per_s", "loss_tokens_per_s", "step_s", "peak_memory_gib", "seconds_to_first_step", "power_w")
 IDS = ("uuid", "card")  # of a GPU: those of one machine, which a result is to be without
 MACHINE = ("os", "arch", "glibc", "python", "cpu_model", "cores", "memory_gib", "gpus", "driver")
 # A folder of some machine: absolute, ~ or ../, but neither a URL nor a path inside the repository.
@@ -70,7 +70,7 @@ def read(path: Path, stage: str | None, revision: str | None) -> dict[str, Any]:
     if found["dry_run"]:
         raise Refused(f"{path}: {stage} is a dry run")
     bench = found["result"] | {"command": found["command"], "settings": _settings(path.parent / stage)}
-    if bench["git"] in NO_REVISION and revision:
+    if bench["git"] in ("", NO_REVISION) and revision:
         if digest_of(revision) != found["source"]:
             raise Refused(f"--revision {revision}: its sources are not those that ran")
         bench["git"] = revision
@@ -105,11 +105,11 @@ def make_row(bench: dict[str, Any]) -> dict[str, Any]:
     if not bench["valid"]:
         reasons = {c["invalid"] for c in bench["comparisons"] if c["invalid"]}
         raise Refused(f"the benchmark is INVALID: {'; '.join(sorted(reasons))}")
-    if bench["git"] in NO_REVISION:
+    if bench["git"] in ("", NO_REVISION):
         raise Refused("no git revision: run it from a checkout (or give --revision with a battery's results.jsonl)")
     if not any(arm["tokens_per_s"]["values"] for arm in bench["arms"]):
         raise Refused("no arm was measured")
-    arms = [{key: arm[key] for key in ARM} | {key: arm[key]["values"] for key in REPEATED} for arm in bench["arms"]]
+    arms = [{key: arm[key] for key in ARM} | {key: arm[key]["values"] for key in SPREADS} for arm in bench["arms"]]
     row = {"benchmark": "bench"} | {key: bench[key] for key in JOB}
     row |= {"git": bench["git"], "command": bench["command"], "settings": bench.get("settings")}
     machine = {key: bench["hardware"].get(key) for key in MACHINE}

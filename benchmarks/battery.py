@@ -2,7 +2,7 @@
 """Every measurement for a GPU machine, one stage after the other (benchmarks/stages.py); gpu_battery.sh starts it.
 
 OUT/results.jsonl gets a line as each stage ends, with everything it found; OUT/STAGE/ is the folder of its benchmark.
-The same command goes on from there: stages that are done are passed over, a benchmark that ran out of its minutes
+The same command resumes from there: stages that are done are skipped, a benchmark that ran out of its minutes
 continues with its next repeat. The model (16 GB) and the wheels go to --scratch.
 Exit 0, 1 if a stage failed or is unfinished, 2 for wrong input, 130 when interrupted.
 """
@@ -32,7 +32,7 @@ LAST_LINES = 12  # of a stage that failed
 GRACE_S = 20  # after SIGINT: a benchmark leaves nothing half-written
 DONE = ("ok", "skipped")
 DRY_RUN_MINUTES = 5
-LEAST_MINUTES = 2  # for a benchmark to begin in: it goes on at the next call, with the repeats that are missing
+LEAST_MINUTES = 2  # for a benchmark to begin in: it resumes at the next call, with the repeats that are missing
 
 
 def main() -> int:
@@ -56,7 +56,7 @@ def main() -> int:
         try:
             battery.run([stage for stage in STAGES if stage.name in options.stages])
         except KeyboardInterrupt:
-            print("battery: interrupted; the same command goes on from here", file=sys.stderr)
+            print("battery: interrupted; the same command resumes from here", file=sys.stderr)
             return 130
         return battery.summary()
 
@@ -79,7 +79,7 @@ def parse(argv: list[str]) -> argparse.Namespace:
         type=float,
         default=float("inf"),
         metavar="N",
-        help="be done by then; a benchmark goes on next time",
+        help="be done by then; a benchmark resumes next time",
     )
     parser.add_argument(
         "--dry-run", action="store_true", help="every stage on the CPU, with a tiny model, nothing is kept"
@@ -192,8 +192,8 @@ class Battery:
         if stage.needs and importlib.util.find_spec(stage.needs) is None:
             return {"status": "skipped", "reason": f"{stage.needs} is not installed"}
         left = self.options.minutes - (time.monotonic() - self.started) / 60
-        goes_on = "fasttune.cli bench" in command
-        if left < (min(LEAST_MINUTES, stage.minutes) if goes_on else stage.minutes):
+        resumes = "fasttune.cli bench" in command
+        if left < (min(LEAST_MINUTES, stage.minutes) if resumes else stage.minutes):
             return {"status": "not run", "reason": f"{stage.minutes} minutes, {left:.1f} are left"}
         minutes = min(stage.minutes, left)
         words = [word.format(stage=stage.name, **self.places) for word in shlex.split(command)]

@@ -17,7 +17,10 @@ from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
+import inputs
+
 from fasttune import config as configuration, hardware
+from fasttune.bench.run import revision
 from fasttune.core import autoconfig, pretrained
 from fasttune.core.memory import Shape
 from fasttune.data import load
@@ -74,6 +77,15 @@ CONFIGURATIONS: dict[str, tuple[bool, str]] = {
     "m17": (True, "dropout=0.1 batch_rows=6 max_steps=16"),
     "m18": (True, "dropout=0.05 rank=32 packing=false max_steps=16"),
 }
+SIX_LAYERS = {
+    "vocab_size": 16000,
+    "hidden_size": 512,
+    "intermediate_size": 1408,
+    "num_hidden_layers": 6,
+    "num_attention_heads": 8,
+    "num_key_value_heads": 4,
+    "max_position_embeddings": 4096,
+}
 SECTION = {"max_length": "model", "dropout": "lora", "rank": "lora", "targets": "lora"}  # all others: train
 
 
@@ -91,7 +103,7 @@ def main(argv: list[str] | None = None) -> int:
     for name in names:
         folder = options.runs / name
         if not (folder / "run.json").exists():
-            run(name, folder, options.rows)
+            train(name, folder, options.rows)
         found.append(compared(name, folder))
         if options.memory:
             found[-1]["forecast_s"] = found[-1]["share"] = None
@@ -104,7 +116,7 @@ def main(argv: list[str] | None = None) -> int:
         "benchmark": "forecast_error",
         "date": datetime.date.today().isoformat(),
         "git": revision(),
-        "hardware": f"{estimate.machine_name(machine)}, {machine.memory_gib:.0f} GiB, no GPU",
+        "hardware": f"{hardware.machine_name(machine)}, {machine.memory_gib:.0f} GiB, no GPU",
         "runs": found,
     }
     with options.results.open("a", encoding="utf-8") as file:
@@ -112,7 +124,7 @@ def main(argv: list[str] | None = None) -> int:
     return 0
 
 
-def run(name: str, folder: Path, rows: Path) -> None:
+def train(name: str, folder: Path, rows: Path) -> None:
     """Train one configuration in a process of its own."""
     model = MODELS[name[0]]
     tree = folder.parent / "base.yaml"
@@ -141,7 +153,7 @@ def compared(name: str, folder: Path) -> dict[str, Any]:
     fitted, settings = CONFIGURATIONS[name]
     speed, share, before = measured["tokens_per_s"], None, measured["forecast"]
     timed = before["hours"] is not None and any(
-        row["machine"] == estimate.machine_name(machine) for row in estimate.on_file()
+        row["machine"] == hardware.machine_name(machine) for row in estimate.on_file()
     )
     if expected.tokens_per_s is not None:
         sample = estimate.lay_out(data, measured["steps"])
@@ -160,38 +172,16 @@ def compared(name: str, folder: Path) -> dict[str, Any]:
         "forecast_tokens_per_s": round(before["tokens_per_s"]["expected"], 1) if timed else None,
         "measured_tokens_per_s": round(speed, 1),
         "share": share,
-        "machine": estimate.machine_name(machine),
+        "machine": hardware.machine_name(machine),
         "dtype": chosen.dtype,
     }
 
 
 def six_layers(folder: Path) -> Path:
     """A random Llama between the two built-in models, with an untied head: 34 M parameters."""
-    if folder.exists():
-        return folder
-    from transformers import AutoTokenizer, LlamaConfig, LlamaForCausalLM
-
-    tokenizer = AutoTokenizer.from_pretrained(pretrained.builtin("builtin:tiny"))
-    config = LlamaConfig(
-        vocab_size=16000,
-        hidden_size=512,
-        intermediate_size=1408,
-        num_hidden_layers=6,
-        num_attention_heads=8,
-        num_key_value_heads=4,
-        max_position_embeddings=4096,
-        bos_token_id=tokenizer.bos_token_id,
-        eos_token_id=tokenizer.eos_token_id,
-        pad_token_id=tokenizer.pad_token_id,
-    )
-    LlamaForCausalLM(config).save_pretrained(folder)
-    tokenizer.save_pretrained(folder)
+    if not folder.exists():
+        inputs.write_model(folder, SIX_LAYERS)
     return folder
-
-
-def revision() -> str:
-    command = ["git", "describe", "--always", "--dirty"]
-    return subprocess.run(command, capture_output=True, text=True, cwd=ROOT, check=True).stdout.strip()
 
 
 if __name__ == "__main__":

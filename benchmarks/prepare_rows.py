@@ -104,13 +104,13 @@ def raw(file: str) -> dict[str, Any]:
     """encode_batch alone, on the same texts, in batches of BATCH; the texts lie in memory."""
     from fasttune.config import ModelConfig
     from fasttune.core import pretrained
-    from fasttune.data import chat, files, formats
+    from fasttune.data import chat, formats, sources
 
     tokenizer = pretrained.read_tokenizer(ModelConfig(name=MODEL))
     template = chat.template_of(tokenizer)
     texts = [
         template.text(formats.convert(row, "question_answer", place), "assistant", place)[0]
-        for chunk in files.read(file, Path(file))
+        for chunk in sources.read(file, "train")
         for _, place, row in chunk.numbered()
     ]
     backend = tokenizer.backend_tokenizer
@@ -190,10 +190,10 @@ def write_rows(path: Path, rows: int) -> Path:
 
 def where() -> dict[str, Any]:
     from fasttune import hardware, stack
+    from fasttune.bench.run import revision
 
-    git = subprocess.run(["git", "describe", "--always", "--dirty"], capture_output=True, text=True, check=False)
     machine = hardware.line(hardware.detect(Path.cwd()))
-    return {"hardware": machine, "versions": stack.versions(), "git": git.stdout.strip()}
+    return {"hardware": machine, "versions": stack.versions(), "git": revision()}
 
 
 if __name__ == "__main__":

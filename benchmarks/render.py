@@ -13,6 +13,8 @@ import sys
 from pathlib import Path
 from typing import Any
 
+from fasttune.report import rate as number
+
 ROOT = Path(__file__).resolve().parent.parent
 # What README.md quotes: the newest row of each.
 CPU_FILE = "smollm2-135m-gsm8k.jsonl"
@@ -255,10 +257,6 @@ def machine(hardware: dict[str, Any]) -> str:
     if hardware["gpus"]:
         return f"{hardware['gpus'][0]['name']} (driver {hardware['driver']})"
     return f"{hardware['cpu_model']} ({hardware['cores']} cores, no GPU)"
-
-
-def number(value: float) -> str:
-    return f"{value:,.0f}" if value >= 100 else f"{value:.1f}"
 
 
 if __name__ == "__main__":

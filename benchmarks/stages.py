@@ -1,6 +1,6 @@
 """The stages of the battery, as data. `{…}` is filled in by battery.py; benchmarks/README.md says how to run them.
 
-Every benchmark takes 6 steps × 5 repeats; one that does not get through in its minutes goes on at the next call.
+Every benchmark takes 6 steps × 5 repeats; one that does not get through in its minutes resumes at the next call.
 """
 
 from typing import NamedTuple

@@ -239,11 +239,11 @@ def bench(options: argparse.Namespace) -> Done:
     from pathlib import Path
 
     from fasttune import config, terminal
-    from fasttune.bench import page, report, run
+    from fasttune.bench import page, run
 
     price = [] if options.usd_per_hour is None else [f"usd_per_hour={options.usd_per_hour}"]
     settings = config.load(options.config, [*options.overrides, *price])
-    names = run.check(settings, options.arms, options.repeats, options.steps)
+    names = run.checked_arms(settings, options.arms, options.repeats, options.steps)
     folder = Path(options.output or f"runs/bench-{settings.name}")
     said = {"--repeats": options.repeats, "--steps": options.steps, "--arms": options.arms}
     said["--usd-per-hour"] = options.usd_per_hour
@@ -254,7 +254,7 @@ def bench(options: argparse.Namespace) -> Done:
         result = run.run(settings, names, options.repeats, options.steps, folder, command, reporter.progress)
     finally:
         reporter.stop()
-    report.write(result, folder)
+    page.write(result, folder)
     page.show(result, folder)
     return 0 if result.valid else 1, result.as_dict()
 

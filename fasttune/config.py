@@ -2,7 +2,7 @@
 
     config = load("configs/quickstart.yaml", ["train.max_steps=20"])
 
-All defaults live here. Units are in the names; `auto` is resolved by plan.py, which prints its reason.
+All defaults live here. Units are in the names; `auto` is resolved by core/autoconfig.py, which prints its reason.
 """
 
 import os

@@ -54,6 +54,11 @@ def line(machine: Hardware | dict[str, Any]) -> str:
     return f"{facts.get('cpu_model')}, {facts.get('cores')} cores, {facts.get('memory_gib') or 0:.0f} GiB, no GPU"
 
 
+def machine_name(machine: Hardware) -> str:
+    """The kind of machine: what two measurements must share to be compared, and how rates.json calls it."""
+    return machine.gpus[0].name if machine.gpus else f"{machine.cpu_model}, {machine.cores} cores"
+
+
 def detect(path: str | Path = ".", hidden_too: bool = False) -> Hardware:
     """Read the machine without importing torch; takes well under 0.5 s beyond nvidia-smi itself.
 

@@ -4,15 +4,18 @@ import io
 import math
 import statistics
 from collections.abc import Sequence
+from typing import Any
 
 from fasttune import metrics
 from fasttune.metrics import ExactMatch, HeldOut, StepMetrics
 
 MAX_POINTS = 1000  # of one plot: more cannot be told apart on a screen and makes the file heavy
 SMOOTH_FROM_STEPS = 20  # fewer points are readable as they are
-# matplotlib wants colours, CSS wants variables: these stand in for them until the SVG is written
-RULE, PALE, ACCENT = "#000001", "#000002", "#000003"
-VARIABLES = {RULE: "var(--rule)", PALE: "var(--pale)", ACCENT: "var(--accent)"}
+# The light page's colours (templates/page.css.j2), which are its variables once a drawing is an SVG.
+PAPER, INK, SOFT, RULE = "#fcfcfb", "#1d2021", "#646a6d", "#dfe1e0"
+ACCENT, PALE, BAD, WARN = "#1f6f8b", "#b4cfd8", "#b3372f", "#96690f"
+VARIABLES = {PAPER: "paper", INK: "ink", SOFT: "soft", RULE: "rule"}
+VARIABLES |= {ACCENT: "accent", PALE: "pale", BAD: "bad", WARN: "warn"}
 
 
 def stride(steps: Sequence[StepMetrics]) -> int:
@@ -83,8 +86,7 @@ def line_plot(
     from matplotlib.figure import Figure
     from matplotlib.ticker import MaxNLocator, StrMethodFormatter
 
-    # text stays text in the page's own font; the salt makes the same run give the same file
-    with matplotlib.rc_context({"svg.fonttype": "none", "svg.hashsalt": "fasttune", "font.size": 9}):
+    with matplotlib.rc_context({"font.size": 9}):
         figure = Figure(figsize=(width_in, height_in))
         axes = figure.add_axes((0.5 / width_in, 0.3 / height_in, 1 - 0.55 / width_in, 1 - 0.4 / height_in))
         for i, line in enumerate(lines):
@@ -102,11 +104,19 @@ def line_plot(
         axes.yaxis.set_major_locator(MaxNLocator(nbins=4, steps=[1, 2, 5, 10]))
         axes.xaxis.set_major_formatter(StrMethodFormatter("{x:,.0f}"))
         axes.yaxis.set_major_formatter(StrMethodFormatter("{x:,.10g}"))
-        buffer = io.StringIO()
-        no_metadata = dict.fromkeys(("Date", "Creator", "Format", "Type"))
+        return to_svg(figure)
+
+
+def to_svg(figure: Any) -> str:
+    """A matplotlib figure as an SVG element: text stays text in the page's own font, colours are the page's."""
+    import matplotlib
+
+    buffer = io.StringIO()
+    no_metadata = dict.fromkeys(("Date", "Creator", "Format", "Type"))
+    with matplotlib.rc_context({"svg.fonttype": "none", "svg.hashsalt": "fasttune"}):  # the same run, the same file
         figure.savefig(buffer, format="svg", transparent=True, metadata=no_metadata)
     svg = buffer.getvalue()
     svg = svg[svg.index("<svg") :]  # the XML prolog names a DTD on the web
     for colour, variable in VARIABLES.items():
-        svg = svg.replace(colour, variable)
+        svg = svg.replace(colour, f"var(--{variable})")
     return svg

@@ -3,7 +3,7 @@
 import pytest
 
 from fasttune import config
-from fasttune.data import answers, arithmetic, sources
+from fasttune.data import arithmetic, sources
 
 
 def test_rows_are_seeded_and_their_answers_are_right() -> None:
@@ -11,7 +11,7 @@ def test_rows_are_seeded_and_their_answers_are_right() -> None:
     assert rows == arithmetic.generate("train", seed=3, rows=500) != arithmetic.generate("train", seed=4, rows=500)
     for row in rows:
         left, right = next(line for line in row["answer"].splitlines() if "=" in line).split(" = ")
-        assert eval(left) == int(right) == int(answers.final_number(row["answer"]) or "x")
+        assert eval(left) == int(right) == int(arithmetic.final_number(row["answer"]) or "x")
 
 
 def test_parts_share_no_sum() -> None:
@@ -47,4 +47,4 @@ def test_the_quickstart_is_scored_on_sums_it_never_trains_on() -> None:
     ],
 )
 def test_final_number(text: str, number: str | None) -> None:
-    assert answers.final_number(text) == number
+    assert arithmetic.final_number(text) == number

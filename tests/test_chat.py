@@ -15,8 +15,8 @@ import pytest
 from fasttune.config import LOSSES
 from fasttune.data import chat, formats, sandbox, tokenize
 from fasttune.data.chat import Template
-from fasttune.data.files import Chunk
 from fasttune.data.formats import Conversation, Unusable
+from fasttune.data.sources import Chunk
 from fasttune.errors import DataError, ModelError
 
 MESSAGES = [
@@ -160,7 +160,7 @@ def test_labels_are_those_made_by_hand(
     twice = [{"messages": MESSAGES}, {"messages": MESSAGES}]
     block = tokenize.Encoder(recipe).encode(Chunk("rows", 1, 1.0, rows=twice))
     assert len(block.lengths) == 2
-    for ids, learned in zip(np.split(block.ids, 2), np.split(block.learned, 2), strict=True):
+    for ids, learned in zip(np.split(block.ids, 2), np.split(block.supervised, 2), strict=True):
         labels = tokenize.labels(ids, learned)
         assert tokenizer.decode(labels[labels != tokenize.IGNORE]) == "".join(getattr(family, part) for part in answers)
         assert tokenizer.decode(ids) == family.text[: family.text.rindex(family.last) + len(family.last)]

@@ -16,7 +16,7 @@ from fasttune import cli, config, hardware, metrics, report, terminal
 from fasttune.core import autoconfig, memory as memory_forecast
 from fasttune.core.memory import Choices, Shape, Workload
 from fasttune.data.batching import Batches, flat, padded
-from fasttune.data.store import Rows
+from fasttune.data.tokenize import Rows
 from fasttune.hardware import Hardware
 from fasttune.metrics import Memory, Range
 from fasttune.tools import estimate, plan

@@ -12,7 +12,7 @@ from typing import Any
 import pytest
 
 from fasttune import cli, report
-from fasttune.data import answers
+from fasttune.data import arithmetic
 from fasttune.errors import DataError, FasttuneError
 from fasttune.tools import evaluate, tasks
 from fasttune.tools.trained_model import open_run
@@ -149,7 +149,7 @@ def test_a_run_that_held_out_its_own_rows_is_told_what_to_give(finished_run: Pat
 def test_the_harness_generates_what_the_model_generates(tmp_path: Path, harness: Any, tiny_tokenizer: Any) -> None:
     """Prompts are those of training, and batched answers of different lengths are the model's own greedy ones."""
     from fasttune.core import model as models
-    from fasttune.data import arithmetic, chat
+    from fasttune.data import chat
     from fasttune.tools import trained_model
 
     result, lines = score(tmp_path, tasks="builtin:arithmetic", limit=3, batch_rows=2, no_cache=True)
@@ -163,7 +163,7 @@ def test_the_harness_generates_what_the_model_generates(tmp_path: Path, harness:
         with models.torch.inference_mode():
             out = model.generate(**ids, max_new_tokens=128, do_sample=False, pad_token_id=tokenizer.pad_token_id)
         assert line["generation"] == tokenizer.decode(out[0, ids["input_ids"].shape[1] :], skip_special_tokens=True)
-        assert line["right"] == answers.is_right(line["generation"], row["answer"])
+        assert line["right"] == arithmetic.is_right(line["generation"], row["answer"])
     assert (result.requests, result.from_cache, result.limit) == (3, 0, 3)
 
 

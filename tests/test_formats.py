@@ -4,7 +4,7 @@ from typing import Any
 
 import pytest
 
-from fasttune.data import beside, formats
+from fasttune.data import formats
 from fasttune.data.formats import Conversation, Unusable
 from fasttune.errors import DataError
 
@@ -185,15 +185,6 @@ def test_a_row_that_teaches_nothing_says_why(row: dict[str, Any], reason: str) -
         convert(row)
 
 
-def test_tool_arguments_as_json_text_become_an_object() -> None:
-    call = {"type": "function", "function": {"name": "add", "arguments": '{"a": 1}'}}
-    row = {"messages": [{"role": "user", "content": "q"}, {"role": "assistant", "content": None, "tool_calls": [call]}]}
-    found = formats.convert(row, "messages", "x line 1")
-    assert isinstance(found, formats.Conversation)
-    assert found.messages[1]["tool_calls"][0]["function"]["arguments"] == {"a": 1}
-    assert call["function"]["arguments"] == '{"a": 1}', "the row itself is left alone"
-
-
 WRONG = {"role": "assistant", "content": "WRONG"}
 GPT = {"from": "gpt", "value": "WRONG"}
 
@@ -290,21 +281,21 @@ def test_rows_that_would_teach_something_else_are_refused_by_name(
     form: dict[str, Any], more: dict[str, Any], told: str
 ) -> None:
     with pytest.raises(DataError, match=f"^data: {PLACE} {told}") as caught:
-        beside.check(form | more, PLACE)
+        formats.check_row(form | more, PLACE)
     assert len(str(caught.value)) < 300
     empty: dict[str, Any] = {name: [] if isinstance(value, list) else None for name, value in more.items()}
-    beside.check(form | empty | {"label": True, "images": [None], "imagery": "x", "score": 0}, PLACE)
+    formats.check_row(form | empty | {"label": True, "images": [None], "imagery": "x", "score": 0}, PLACE)
 
 
 def test_chosen_answers_can_be_asked_for_by_name() -> None:
     row = {"prompt": "q", "chosen": "a", "rejected": "b", "kto_tag": True}
     with pytest.raises(DataError, match=r"set data.columns=\{completion: chosen\}"):
-        beside.check(row, PLACE)
+        formats.check_row(row, PLACE)
     renamed = formats.rename(row, {"completion": "chosen"}, PLACE)
-    beside.check(renamed, PLACE)
+    formats.check_row(renamed, PLACE)
     assert renamed == {"prompt": "q", "completion": "a", "kto_tag": True}
     with pytest.raises(DataError, match=r"set data.columns=\{messages: chosen\}"):
-        beside.check({"prompt": "q", "chosen": PAIR, "rejected": PAIR}, PLACE)
+        formats.check_row({"prompt": "q", "chosen": PAIR, "rejected": PAIR}, PLACE)
 
 
 def test_a_row_can_be_marked_as_a_whole() -> None:
@@ -349,6 +340,8 @@ def test_what_a_function_call_turn_thinks_is_kept() -> None:
     ("said", "arguments"), [("", {}), (None, {}), ('{"a": "1"}', {"a": "1"}), ("no json", "no json")]
 )
 def test_arguments_are_an_object_where_they_can_be(said: str | None, arguments: Any) -> None:
-    found = convert({"messages": [QUESTION, ANSWER | {"tool_calls": [{"function": {"name": "f", "arguments": said}}]}]})
+    call = {"function": {"name": "f", "arguments": said}}
+    found = convert({"messages": [QUESTION, ANSWER | {"tool_calls": [call]}]})
     assert isinstance(found, Conversation)
+    assert call["function"]["arguments"] == said, "the row itself is left alone"
     assert found.messages[1]["tool_calls"] == [{"type": "function", "function": {"name": "f", "arguments": arguments}}]

@@ -14,8 +14,6 @@ LEVEL = {"data": 1, "cpu": 1, "core": 2, "bench": 3, "tools": 3, "verify": 3, "c
 EXCEPTIONS = {
     ("core.prepare", "tools.estimate"),
     ("core.train", "tools.card"),
-    ("bench.run", "tools.estimate"),
-    ("verify.probe", "cli"),  # a program of its own: it watches the real command from inside
 }
 LIGHT = "errors config gpus stack cli tools.evaluate hardware terminal verify.main core.train core.prepare".split()
 LIGHT += ["tools.inspect_data", "tools.generate", "tools.merge"]
@@ -79,14 +77,11 @@ def test_model_is_the_only_door_to_unsloth() -> None:
 
 
 def test_unsloth_comes_before_what_it_patches() -> None:
-    """A file that imports what is patched at its top has imported core.model, or what imports it, above it.
-
-    bench has arms without unsloth.
-    """
+    """A file that imports what is patched at its top has imported core.model, or what imports it, above it."""
     doors = {"fasttune.core.model", "unsloth.FastLanguageModel"}
     for _ in range(3):
         doors |= {f"fasttune.{name}" for name, path in FILES.items() if imports(path, everywhere=False) & doors}
-    for name, path in ((name, path) for name, path in FILES.items() if not name.startswith("bench.")):
+    for name, path in FILES.items():
         seen: set[str] = set()
         for node in ast.parse(path.read_text()).body:
             heavy = {found.split(".")[0] for found in named(node)} & {"transformers", "trl", "peft", "lm_eval"}

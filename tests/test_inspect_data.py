@@ -11,13 +11,13 @@ from typing import Any
 
 import numpy as np
 import pytest
+from fasttune.data.store import Rows
 from hypothesis import given, strategies
 from rich.console import Console
 
 from fasttune import cli, config, hardware, terminal
 from fasttune.data import arithmetic
 from fasttune.data.batching import Batches
-from fasttune.data.store import Rows
 from fasttune.tools import estimate, inspect_data
 
 CONFIG = """
@@ -60,10 +60,10 @@ def encoded(lengths: list[int], **options: Any) -> Batches:
     rows = Rows(
         source="rows.jsonl",
         ids=np.concatenate([np.arange(length) for length in lengths]).astype(np.int32),
-        learned=np.concatenate(learned),
+        supervised=np.concatenate(learned),
         starts=np.concatenate([[0], np.cumsum(lengths)]),
         numbers=np.arange(1, len(lengths) + 1),
-        counts=Counter(rows=len(lengths), tokens=sum(lengths), learned=sum(int(mask.sum()) for mask in learned)),
+        counts=Counter(rows=len(lengths), tokens=sum(lengths), supervised=sum(int(mask.sum()) for mask in learned)),
     )
     chosen = {"batch_rows": 4, "micro_rows": 4, "max_length": 8, "eval_share": 0.0} | options
     return Batches([rows], [1.0], seed=0, packed=True, pad_id=0, **chosen)  # type: ignore[arg-type]

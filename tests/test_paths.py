@@ -11,7 +11,7 @@ from typing import Any
 import pytest
 
 from fasttune import cli, config, paths, report
-from fasttune.bench.measurements import Measurements
+from fasttune.bench.run import Measurements
 from fasttune.core import checkpoint, journal, pretrained, run_folder
 from fasttune.data import sources
 from fasttune.errors import ConfigError, DataError, ModelError, OutputError
@@ -170,7 +170,7 @@ def test_a_pipe_for_an_input_is_refused_and_not_waited_for(
     with pytest.raises(ConfigError, match="is a pipe"):
         config.load(pipe)
     with pytest.raises(DataError, match="is a pipe or a device, not a file"):
-        sources.check(str(pipe))
+        sources.check_source(str(pipe))
     with pytest.raises(OutputError, match="is a pipe or a device"):
         os.mkfifo(tmp_path / "measurements.jsonl")
         Measurements(tmp_path, {}, "2026-01-01")

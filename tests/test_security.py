@@ -393,7 +393,7 @@ def test_a_command_in_a_setting_is_text(tmp_path: Path, monkeypatch: pytest.Monk
         read = config.load("run.yaml", [f"model.name={value}", f"data.train={value}"])
         assert (read.model.name, read.data.train) == (value, value)
         with pytest.raises(DataError, match="no file"):
-            sources.check(value)
+            sources.check_source(value)
     assert [path.name for path in tmp_path.iterdir()] == ["run.yaml"]
 
 

@@ -28,7 +28,7 @@ from fasttune import hardware, stack
 stack.STACK_DIR = Path({stacks!r})
 stack.CPU_INDEX = "http://127.0.0.1:9/whl/cpu"  # nobody answers there
 stack.DISK_NEEDED_GIB = {{"cpu": {disk_gib}}}
-setup_env.detect = lambda path: hardware.Hardware("linux", "x86_64", "2.35", "3.12", "cpu", 2, 24.0, 64.0)
+setup_env.detect = lambda path, hidden_too: hardware.Hardware("linux", "x86_64", "2.35", "3.12", "cpu", 2, 24.0, 64.0)
 setup_env.Setup.install_package = lambda self: self.shell.pip_step("fasttune", "--no-deps", "fasttune")
 setup_env.Setup.verify = lambda self, quick: print(f"VERIFY quick={{quick}}") or 0
 if {stack_only}:

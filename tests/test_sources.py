@@ -1,13 +1,16 @@
 """Files → rows: every kind and compression gives the same rows; every bad file is one line that names the place."""
 
 import csv
+import functools
 import gzip
+import http.server
 import io
 import json
 import os
 import subprocess
 import sys
-from collections.abc import Callable
+import threading
+from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import Any
 
@@ -15,7 +18,7 @@ import pyarrow
 import pyarrow.parquet
 import pytest
 
-from fasttune.data import arithmetic, files, sources
+from fasttune.data import arithmetic, sources
 from fasttune.errors import DataError
 
 ROWS = [*arithmetic.generate("train", rows=4), {"question": 'a "b", c\nd', "answer": "é 😀 #### 3"}]
@@ -44,7 +47,7 @@ def as_parquet(rows: list[dict[str, Any]]) -> bytes:
 
 
 def write(path: Path, content: bytes) -> str:
-    compression = files.COMPRESSIONS.get(path.suffix)
+    compression = sources.COMPRESSIONS.get(path.suffix)
     if compression is None:
         path.write_bytes(content)
     else:
@@ -112,7 +115,7 @@ def test_keys_that_only_the_column_type_brings_are_left_out(tmp_path: Path, monk
     import datasets
 
     monkeypatch.setattr(datasets, "load_dataset", lambda *_, **__: datasets.Dataset.from_list(rows))
-    assert [row for chunk in sources._hub("owner/name", "train", False, ()) for row in chunk.rows or []] == rows
+    assert [row for chunk in sources._hub("owner/name", "train", False, ()) for row in chunk.rows] == rows
 
 
 def test_hand_compressed_gzip_of_two_members_is_read_whole(tmp_path: Path) -> None:
@@ -147,17 +150,17 @@ def test_row_numbers_and_max_rows_across_chunks(tmp_path: Path, rows: int) -> No
 def test_a_chunk_stays_small_however_long_the_file(tmp_path: Path) -> None:
     row = {"text": "x" * 1000}
     source = write(tmp_path / "rows.jsonl", jsonl([row]) * 5000)
-    chunks = list(files.read(source, Path(source)))
-    sizes = [sum(map(len, chunk.lines or [])) for chunk in chunks]
+    chunks = list(sources.read(source, "train"))
+    sizes = [sum(map(len, chunk.rows)) for chunk in chunks]
     assert sum(map(len, chunks)) == 5000
-    assert max(sizes) <= files.BLOCK_BYTES + 1100
+    assert max(sizes) <= sources.BLOCK_BYTES + 1100
     done = [chunk.done for chunk in chunks]
     assert done == sorted(done)
     assert (0 < done[0] < 0.3, done[-1]) == (True, 1.0)
     many = write(tmp_path / "rows.csv", as_csv([{"text": "x"}] * 2500))
-    assert [len(chunk) for chunk in files.read(many, Path(many))] == [1000, 1000, 500]
+    assert [len(chunk) for chunk in sources.read(many, "train")] == [1000, 1000, 500]
     table = write(tmp_path / "rows.parquet", as_parquet([{"text": "x"}] * 2500))
-    assert [len(chunk) for chunk in files.read(table, Path(table))] == [1000, 1000, 500]
+    assert [len(chunk) for chunk in sources.read(table, "train")] == [1000, 1000, 500]
 
 
 def test_a_line_of_10_mb_is_read(tmp_path: Path) -> None:
@@ -167,7 +170,7 @@ def test_a_line_of_10_mb_is_read(tmp_path: Path) -> None:
 
 
 def test_a_line_without_end_is_refused(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(files, "MAX_LINE_BYTES", 3 << 20)
+    monkeypatch.setattr(sources, "MAX_LINE_BYTES", 3 << 20)
     source = write(tmp_path / "rows.jsonl", jsonl([ROWS[0]]) + b"x" * (5 << 20))
     assert "line 2 is over 3 MiB: is it JSONL?" in refused(source)
 
@@ -268,7 +271,7 @@ def test_a_file_that_is_not_what_its_name_says(tmp_path: Path, ending: str) -> N
 )
 def test_a_source_that_cannot_be_is_refused_early(source: str, told: str) -> None:
     with pytest.raises(DataError, match=told):
-        sources.check(source)
+        sources.check_source(source)
 
 
 @pytest.mark.parametrize("name", ["rows.txt", "rows.gz", "rows.parquet.gz", "rows.jsonl.xz", "rows"])
@@ -285,7 +288,7 @@ def test_an_empty_file_is_refused(tmp_path: Path, ending: str) -> None:
 
 def test_a_split_of_a_file_would_be_ignored(tmp_path: Path) -> None:
     with pytest.raises(DataError, match="would be ignored"):
-        sources.check(write(tmp_path / "rows.jsonl", jsonl(ROWS)), split="test")
+        sources.check_source(write(tmp_path / "rows.jsonl", jsonl(ROWS)), split="test")
 
 
 def test_the_fingerprint_is_of_the_content(tmp_path: Path) -> None:
@@ -379,7 +382,7 @@ def test_values_of_unused_columns_are_not_read(tmp_path: Path) -> None:
 def test_a_source_says_how_far_it_is_read(tmp_path: Path) -> None:
     for ending, content in (("csv", as_csv), ("json", as_json), ("csv.gz", as_csv)):
         source = write(tmp_path / f"rows.{ending}", content([{"text": "x" * 50}] * 2000))
-        first, last = (chunk.done for chunk in files.read(source, Path(source)))
+        first, last = (chunk.done for chunk in sources.read(source, "train"))
         assert 0 < first <= last == 1, ending
 
 
@@ -393,11 +396,47 @@ def test_a_folder_that_cannot_be_entered_is_named(tmp_path: Path) -> None:
         if me == 0:
             os.seteuid(65534)  # root may enter any folder
         with pytest.raises(DataError, match="rows.jsonl cannot be reached: a folder on its way cannot be entered"):
-            sources.check(source)
+            sources.check_source(source)
     finally:
         os.seteuid(me)
         closed.chmod(0o700)
     with pytest.raises(DataError, match="no file"):
-        sources.check("~nobody-of-that-name/rows.jsonl")
+        sources.check_source("~nobody-of-that-name/rows.jsonl")
     with pytest.raises(DataError, match="no file"):
-        sources.check("x" * 300 + ".jsonl")
+        sources.check_source("x" * 300 + ".jsonl")
+
+
+@pytest.fixture
+def served(tmp_path: Path) -> Iterator[str]:
+    """The URL of a folder, while it is served from this machine."""
+    handler = functools.partial(http.server.SimpleHTTPRequestHandler, directory=str(tmp_path))
+    with http.server.ThreadingHTTPServer(("127.0.0.1", 0), handler) as server:
+        threading.Thread(target=server.serve_forever, daemon=True).start()
+        yield f"http://127.0.0.1:{server.server_port}"
+        server.shutdown()
+
+
+def test_a_file_behind_a_url_is_read_as_here(tmp_path: Path, served: str) -> None:
+    for name, content in (
+        ("rows.jsonl.gz", jsonl(ROWS)),
+        ("rows.parquet", as_parquet(ROWS)),
+        ("rows.csv", as_csv(ROWS)),
+    ):
+        here = write(tmp_path / name, content)
+        assert read(f"{served}/{name}") == read(here) == ROWS
+        there = sources.fingerprint(f"{served}/{name}", "train", "train")
+        assert there == sources.fingerprint(here, "train", "train")
+    assert "cannot be downloaded (FileNotFoundError" in refused(f"{served}/none.jsonl")
+    with pytest.raises(DataError, match="unknown ending"):
+        sources.check_source(f"{served}/rows.txt")
+    for secret in ("https://me:word@host/rows.jsonl", "https://host/rows.jsonl?token=word"):
+        with pytest.raises(DataError, match="URL of host holds a password or a .query") as caught:
+            sources.check_source(secret)
+        assert "word@" not in str(caught.value) and "token" not in str(caught.value)
+
+
+def test_what_s3_needs_is_named_with_its_version(monkeypatch: pytest.MonkeyPatch) -> None:
+    import fsspec
+
+    monkeypatch.setitem(sys.modules, "s3fs", None)
+    assert f"pip install s3fs=={fsspec.__version__}" in refused("s3://bucket/rows.jsonl")

@@ -49,7 +49,7 @@ def reference(folder: Path) -> tuple[float, float, int]:
     block = encoder.encode(chunk)
     loss, right, count, at = 0.0, 0, 0, 0
     for length in block.lengths:
-        ids, learned = block.ids[at : at + length], block.learned[at : at + length]
+        ids, learned = block.ids[at : at + length], block.supervised[at : at + length]
         at += length
         with torch.no_grad():
             logits = tuned(torch.tensor(ids[None], dtype=torch.int64)).logits[0].double()

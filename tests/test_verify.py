@@ -17,7 +17,7 @@ from rich.console import Console
 
 from fasttune import stack
 from fasttune.hardware import Gpu, Hardware
-from fasttune.verify import Result, error_hints, facts, main, parity, runner, table
+from fasttune.verify import PIP, Result, error_hints, facts, main, parity, runner
 from fasttune.verify.version_rules import RULES
 
 ROOT = Path(__file__).resolve().parents[1]
@@ -42,9 +42,7 @@ def command(*arguments: str, **environment: str) -> subprocess.CompletedProcess[
 def test_quick_names_facts_pins_and_rules_without_torch() -> None:
     code = "import sys; from fasttune.verify.main import main; main(['--quick', '--json'])"
     code += "; print('torch' in sys.modules)"
-    start = time.perf_counter()
     done = subprocess.run([sys.executable, "-c", code], cwd=ROOT, capture_output=True, text=True, check=True)
-    assert time.perf_counter() - start < 3
     document, torch_imported = done.stdout.splitlines()
     seen = json.loads(document)
     names = {check["name"] for check in seen["checks"]}
@@ -127,10 +125,8 @@ def test_a_dead_child_is_a_result_and_the_rest_goes_on(tmp_path: Path, monkeypat
     monkeypatch.syspath_prepend(tmp_path)
     monkeypatch.setattr("tempfile.tempdir", str(tmp_path / "tmp"))
     names = ("crash", "leave", "symbol", "prints", "hang", "fine")
-    start = time.perf_counter()
     job = runner.Job("broken_checks", names, limit_s=3)
     results = {result.name: result for result in runner.run_jobs((job,), lambda text: None)}
-    assert time.perf_counter() - start < 20
     assert {name: result.status for name, result in results.items()} == {
         "crash-first-half": "pass",
         "crash": "fail",
@@ -150,35 +146,23 @@ def test_a_dead_child_is_a_result_and_the_rest_goes_on(tmp_path: Path, monkeypat
 
 @pytest.mark.parametrize(
     ("text", "meaning", "fix"),
-    [
+    [  # where the order of the hints, or what they take from the text, decides
         ("flash_attn_2_cuda.so: undefined symbol: _ZN2at4_ops5zeros4callE", "flash-attn was compiled", "uninstall -y"),
-        ("torchao/_C.abi3.so: undefined symbol: aoti_torch", "built against another version", "torch=="),
-        ("libcuda.so.1: cannot open shared object file: No such file", "driver is not visible", "nvidia-smi"),
-        ("ImportError: libcudart.so.11.0: cannot open shared object file", "another CUDA version", "torch=="),
-        ("libGL.so.1: cannot open shared object file", "libGL.so.1 is missing", "apt-file search libGL.so.1"),
-        ("/lib/libc.so.6: version `GLIBC_2.32' not found (required by x.so)", "needs GLIBC_2.32", "newer system image"),
-        ("A module that was compiled using NumPy 1.x cannot be run in NumPy 2.0.0", "NumPy generation", "numpy=="),
-        ("ImportError: numpy.core.multiarray failed to import", "NumPy generation", "numpy=="),
-        ("ValueError: numpy.dtype size changed, may indicate binary incompatibility", "NumPy generation", "numpy=="),
-        ("RuntimeError: operator torchvision::nms does not exist", "released as pairs", "torch=="),
-        ("`rope_scaling` must be a dictionary with two fields", "predates Llama 3.1", "transformers=="),
-        ("tokenizers>=0.19,<0.20 is required for a normal functioning of this module, but found tokenizers==0.23.3.\n"
-         "Try:", "refuses tokenizers==0.23.3", "tokenizers=="),
-        ("CUDA error: no kernel image is available for execution on the device", "this GPU's architecture", "torch=="),
-        ("The NVIDIA driver on your system is too old (found version 11040)", "missing or too old", "580"),
-        ("This flash attention build does not support backward.", "cannot train", "uninstall -y flash-attn-3"),
         ("/x/libcusparse.so.12: undefined symbol: __nvJitLinkComplete_12_4, version libnvJitLink.so.12",
          "CUDA libraries of two installations", "unset LD_LIBRARY_PATH"),
+        ("torchao/_C.abi3.so: undefined symbol: aoti_torch", "built against another version", "torch=="),
+        ("ImportError: libcudart.so.11.0: cannot open shared object file", "another CUDA version", "torch=="),
         ("x/libbitsandbytes_cuda130.so: cannot open shared object file", "no binary for the CUDA", "torch=="),
-        ("RuntimeError: Failed to find C compiler. Please specify via CC", "with a C compiler", "install -y gcc"),
-        ("main.c:1:10: fatal error: Python.h: No such file or directory", "Python's headers", "-dev"),
-        ("ImportError: cannot import name '_Ink' from 'PIL._typing' (/x)", "PIL._typing has no _Ink", "pillow=="),
+        ("libGL.so.1: cannot open shared object file", "libGL.so.1 is missing", "apt-file search libGL.so.1"),
+        ("ModuleNotFoundError: No module named 'numpy._core.multiarray'", "NumPy generation", "numpy=="),
         ("ModuleNotFoundError: No module named 'peft.tuners'", "peft.tuners is missing", "peft=="),
-        ("ImportError: cannot import name 'Foo' from 'trl.trainer' (/x)", "trl.trainer has no Foo", "trl=="),
+        ("tokenizers>=0.19,<0.20 is required for a normal functioning of this module, but found tokenizers==0.23.3.\n"
+         "Try:", "refuses tokenizers==0.23.3", "tokenizers=="),
+        ("ImportError: cannot import name '_Ink' from 'PIL._typing' (/x)", "PIL._typing has no _Ink", "pillow=="),
     ],
 )  # fmt: skip
 def test_loader_errors_are_explained(text: str, meaning: str, fix: str) -> None:
-    known = error_hints.explain(text, "")
+    known = error_hints.explain(text)
     assert known is not None
     assert meaning in known.meaning
     assert fix in known.fix
@@ -199,8 +183,8 @@ def test_the_cause_of_an_error_is_read_too() -> None:
 
 
 def status_of(hardware: Hardware) -> dict[str, str]:
-    results = [facts.operating_system(hardware), *facts.gpu(hardware), facts.memory(hardware), facts.disk(hardware)]
-    return {result.name: result.status for result in results}
+    checks = [facts.operating_system, facts.driver, facts.gpu, facts.memory, facts.disk]
+    return {result.name: result.status for result in (check(hardware) for check in checks)}
 
 
 def test_facts_fail_where_the_machine_cannot_do_it() -> None:
@@ -218,12 +202,12 @@ def test_facts_fail_where_the_machine_cannot_do_it() -> None:
 
 
 def test_a_gpu_that_is_hidden_or_held_back_is_said() -> None:
-    hidden = {result.name: result for result in facts.gpu(dataclasses.replace(H100, gpus=()))}
-    assert (hidden["driver"].status, hidden["gpu"].status) == ("pass", "skip")
-    assert "CUDA_VISIBLE_DEVICES hides it: everything runs on the CPU" in hidden["gpu"].detail
+    hidden = dataclasses.replace(H100, gpus=())
+    assert facts.driver(hidden).status == "pass" and facts.gpu(hidden).status == "skip"
+    assert "CUDA_VISIBLE_DEVICES hides it: everything runs on the CPU" in facts.gpu(hidden).detail
     capped = dataclasses.replace(H100.gpus[0], power_limit_w=500.0, default_power_limit_w=700.0)
-    said = {result.name: result for result in facts.gpu(dataclasses.replace(H100, gpus=(capped,)))}
-    assert said["gpu"].status == "pass" and "power cap 500 W of 700 W" in said["gpu"].detail
+    said = facts.gpu(dataclasses.replace(H100, gpus=(capped,)))
+    assert said.status == "pass" and "power cap 500 W of 700 W" in said.detail
 
 
 def test_a_wrong_or_missing_package_fails_with_the_command_that_pins_it(monkeypatch: pytest.MonkeyPatch) -> None:
@@ -241,10 +225,19 @@ def test_a_wrong_or_missing_package_fails_with_the_command_that_pins_it(monkeypa
     assert "https://download.pytorch.org/whl/cpu" in torch_fix
 
 
-def test_an_unexplained_failure_points_at_the_pins_first() -> None:
-    results = [Result("pins", "fail", "", "mend the pins"), Result("x", "fail", ""), Result("y", "fail", "", "own fix")]
-    main.point_at_pins(results)
-    assert [result.fix for result in results] == ["mend the pins", "mend the pins", "own fix"]
+def test_an_unexplained_failure_points_at_the_pins_and_pip_comes_after_what_it_cannot_fix() -> None:
+    def fixes(site_packages: str) -> list[str]:
+        results = [
+            Result("site-packages", "fail" if site_packages else "pass", "", site_packages),
+            Result("pins", "fail", "", f"{PIP} install pins"),
+            Result("no cause known", "fail", ""),
+            Result("own fix", "fail", "", "reboot"),
+        ]
+        main.complete_fixes(results)
+        return [result.fix for result in results[1:]]
+
+    assert fixes("") == [f"{PIP} install pins", f"{PIP} install pins", "reboot"]
+    assert fixes("unset PYTHONPATH") == ["unset PYTHONPATH", "unset PYTHONPATH", "reboot"]
 
 
 @pytest.mark.parametrize("width", [80, 100])
@@ -252,7 +245,7 @@ def test_the_table_fits_and_a_fix_is_one_line_after_all_else(width: int) -> None
     fix = "python -m pip install " + "package==1.0 " * 20
     results = [Result("pins", "fail", "bad " * 60, fix), Result("gpu", "skip", "none"), Result("rule:a", "pass", "why")]
     out = io.StringIO()
-    table.show(results, "cpu", Console(file=out, width=width))
+    main.show_table(results, "cpu", Console(file=out, width=width))
     lines = out.getvalue().splitlines()
     assert f"  {fix.strip()}" in [line.rstrip() for line in lines]
     assert all(len(line) <= width for line in lines if fix.strip() not in line)
@@ -273,7 +266,7 @@ def attention() -> Any:
 
 def test_right_attention_passes(attention: Any) -> None:
     for lengths in (None, attention.PACKED):
-        assert attention.measure(lambda q, k, v, n: (attention.reference(q, k, v, n), ""), lengths).ok
+        assert attention.measure(attention.reference, lengths).ok
 
 
 @pytest.mark.parametrize("fault", ["full", "layout", "heads", "shifted", "scale", "leak", "one value"])
@@ -281,33 +274,33 @@ def test_wrong_attention_is_caught(attention: Any, fault: str) -> None:
     import torch
     import torch.nn.functional as F
 
-    def wrong(q: Any, k: Any, v: Any, lengths: Any) -> tuple[Any, str]:
+    def wrong(q: Any, k: Any, v: Any, lengths: Any) -> Any:
         group = q.shape[2] // k.shape[2]
         if fault == "leak":  # sequences of a packed row see each other
-            return attention.reference(q, k, v, None), ""
+            return attention.reference(q, k, v, None)
         if fault == "scale":
-            return attention.reference(q * 1.001, k, v, lengths), ""
+            return attention.reference(q * 1.001, k, v, lengths)
         if fault == "one value":
             out = attention.reference(q, k, v, lengths)
             bump = torch.zeros_like(out)
             bump[0, -1, -1, -1] = 0.05 * float(out.detach().abs().max())
-            return out + bump, ""
+            return out + bump
         if fault == "layout":  # (B, T, H, D) given where (B, H, T, D) is wanted
             keys, values = (x.repeat_interleave(group, 2) for x in (k, v))
-            return F.scaled_dot_product_attention(q, keys, values, is_causal=True), ""
+            return F.scaled_dot_product_attention(q, keys, values, is_causal=True)
         if fault == "heads":  # key/value heads tiled 0 1 0 1 instead of 0 0 1 1
-            return attention.reference(q, k.repeat(1, 1, group, 1), v.repeat(1, 1, group, 1), lengths), ""
+            return attention.reference(q, k.repeat(1, 1, group, 1), v.repeat(1, 1, group, 1), lengths)
         tokens = q.shape[1]
         mask = torch.ones(tokens, tokens, device=q.device).tril(1 if fault == "shifted" else tokens).bool()
         q, k, v = q.transpose(1, 2), *(x.repeat_interleave(group, 2).transpose(1, 2) for x in (k, v))
-        return F.scaled_dot_product_attention(q, k, v, attn_mask=mask).transpose(1, 2), ""
+        return F.scaled_dot_product_attention(q, k, v, attn_mask=mask).transpose(1, 2)
 
     assert not attention.measure(wrong, attention.PACKED if fault == "leak" else None).ok
 
 
 def test_another_kernel_than_the_one_asked_for_fails(attention: Any) -> None:
     name = "attention:sdpa-math"
-    results = list(attention.check(name, attention.BACKENDS[name][0], "flash_attention"))
+    results = list(attention.check_backend(name, attention.BACKENDS[name][0], "flash_attention"))
     assert [result.status for result in results] == ["fail", "fail"]
     assert "asked for flash_attention" in results[0].detail
 
@@ -322,33 +315,29 @@ def test_flash_attention_3_is_known_by_the_name_of_its_operator(attention: Any) 
     [("flash-attn", "uninstall -y flash-attn && bash scripts/setup_h100.sh --flash-attn auto"),
      ("flash-attn-3", "uninstall -y flash-attn-3")],
 )  # fmt: skip
-def test_a_wrong_flash_attn_is_not_mended_by_the_pins_which_have_none(attention: Any, name: str, fix: str) -> None:
-    def right(q: Any, k: Any, v: Any, lengths: Any) -> tuple[Any, str]:
-        return attention.reference(q, k, v, lengths), ""
-
-    seen = next(attention.check(f"attention:{name}", right, "a kernel that does not run"))
+def test_a_wrong_flash_attn_is_not_fixed_by_the_pins_which_have_none(attention: Any, name: str, fix: str) -> None:
+    seen = next(attention.check_backend(f"attention:{name}", attention.reference, "a kernel that does not run"))
     assert (seen.status, seen.fix) == ("fail", f"{sys.executable} -m pip {fix}")
 
 
-def test_matmul_and_rope_can_fail(unsloth: None, monkeypatch: pytest.MonkeyPatch) -> None:
-    torch = pytest.importorskip("torch")
-    from fasttune.verify import kernels
+def test_matmul_and_rope_can_fail(unsloth: None, attention: Any, monkeypatch: pytest.MonkeyPatch) -> None:
+    import torch
 
-    assert kernels.relative_error(torch.tensor([1.0, float("nan")]), torch.ones(2)) > 1e9
-    assert kernels.relative_error(torch.tensor([1.0, 1.1]), torch.ones(2)) == pytest.approx(0.1)
+    assert attention.relative_error(torch.tensor([1.0, float("nan")]), torch.ones(2)) > 1e9
+    assert attention.relative_error(torch.tensor([1.0, 1.1]), torch.ones(2)) == pytest.approx(0.1)
     right = torch.Tensor.__matmul__
 
     def worse(a: Any, b: Any) -> Any:
         return right(a, b) * (1.01 if a.dtype == torch.bfloat16 else 1)
 
     monkeypatch.setattr(torch.Tensor, "__matmul__", worse)
-    assert [result.status for result in kernels.matmul()] == ["fail"]
+    assert [result.status for result in attention.matmul()] == ["fail"]
 
-    def unscaled(head_dim: int, theta: float, scaling: dict[str, float]) -> list[float]:
-        return [theta ** (-i / head_dim) for i in range(0, head_dim, 2)]
+    def unscaled(head_dim: int) -> list[float]:
+        return [5e5 ** (-i / head_dim) for i in range(0, head_dim, 2)]
 
-    monkeypatch.setattr(kernels, "llama31_frequencies", unscaled)
-    assert [result.status for result in kernels.rope()] == ["fail"]
+    monkeypatch.setattr(attention, "llama31_frequencies", unscaled)
+    assert [result.status for result in attention.rope()] == ["fail"]
 
 
 def test_parity_can_fail() -> None:
@@ -359,16 +348,18 @@ def test_parity_can_fail() -> None:
         "adapter.a": torch.ones(2),
         "gradient.a": torch.randn(8),
     }
-    assert parity.judge(parity.compare(right, right), None, 0, 2).status == "pass"
+    assert parity.judge_parity(parity.compare(right, right), None, 0, 2).status == "pass"
     for key in ("loss", "logits", "gradient.a"):
         wrong = right | {key: right[key] * 1.001}
-        assert parity.judge(parity.compare(wrong, right), None, 0, 2).status == "fail"
+        assert parity.judge_parity(parity.compare(wrong, right), None, 0, 2).status == "fail"
     with pytest.raises(KeyError):
         parity.compare({key: right[key] for key in ("loss", "logits")}, right)
     rounding = dict.fromkeys(("loss", "logits", "gradient"), 0.01)
-    assert parity.judge(rounding, rounding, 2, 2).status == "pass"
-    assert parity.judge(rounding, rounding, 0, 2).status == "fail"  # on a GPU Unsloth must have patched every layer
-    assert parity.judge({**rounding, "gradient": 0.03}, rounding, 2, 2).status == "fail"
+    assert parity.judge_parity(rounding, rounding, 2, 2).status == "pass"
+    assert (
+        parity.judge_parity(rounding, rounding, 0, 2).status == "fail"
+    )  # on a GPU Unsloth must have patched every layer
+    assert parity.judge_parity({**rounding, "gradient": 0.03}, rounding, 2, 2).status == "fail"
 
 
 # Unsloth's own functions, read from its source (its GPU side imports on a GPU only) and run under the guard.
@@ -384,8 +375,8 @@ names = dict(functools=functools, os=os, psutil=psutil, socket=socket, torch=tor
 exec(compile(tree, sys.argv[1], "exec"), names)
 child = sys.modules["unsloth_zoo.rl_environments"] = types.ModuleType("unsloth_zoo.rl_environments")
 child.execute_with_time_limit = None
-from fasttune.verify import guard, parity
-guard.block_network(parity.connections)
+from fasttune.verify import parity, smoke_train
+smoke_train.block_network(parity.connections)
 parity.imported.append("it is there")
 for allowed in (False, True):
     os.environ.pop("UNSLOTH_DISABLE_STATISTICS", None) if allowed else os.environ.update(UNSLOTH_DISABLE_STATISTICS="1")

@@ -1,6 +1,5 @@
 """What verify says of a finished run, of leaks and of the hub: each check is shown to fail."""
 
-import dataclasses
 import http.server
 import json
 import subprocess
@@ -14,12 +13,9 @@ import numpy
 import pytest
 import safetensors.numpy
 
-from fasttune.hardware import Gpu, Hardware
 from fasttune.verify import main, runner, smoke_train
 
 ROOT = Path(__file__).resolve().parents[1]
-MACHINE = Hardware("linux", "x86_64", "2.36", "3.12.3", "cpu", 2, 23.5, 70.0)
-H100 = dataclasses.replace(MACHINE, gpus=(Gpu("NVIDIA H100", (9, 0), 80.0),), driver="580.65")
 
 
 # ---- what a run wrote
@@ -27,20 +23,20 @@ H100 = dataclasses.replace(MACHINE, gpus=(Gpu("NVIDIA H100", (9, 0), 80.0),), dr
 
 @pytest.fixture
 def finished(tmp_path: Path) -> Path:
-    """The traces of a good two-step run, as training.run leaves them."""
+    """The traces of a good two-step run, as smoke_train.run leaves them."""
     (tmp_path / "cwd").mkdir()
     adapter = tmp_path / "run/adapter"
     adapter.mkdir(parents=True)
     safetensors.numpy.save_file({"layers.0.lora_A.weight": numpy.ones(2)}, adapter / "adapter_model.safetensors")
     (tmp_path / "run/run.json").write_text(json.dumps({"status": "completed", "backend": {"library": "unsloth"}}))
     (tmp_path / "run/metrics.jsonl").write_text('{"loss": 5.5}\n{"loss": 5.4}\n')
-    write_probe(tmp_path)
+    write_seen(tmp_path)
     return tmp_path
 
 
-def write_probe(root: Path, **changes: Any) -> None:
+def write_seen(root: Path, **changes: Any) -> None:
     good = {"connections": [], "trainable": ["a"], "changed": ["a"], "parameters": 3}
-    (root / "probe.json").write_text(json.dumps(good | changes))
+    (root / "seen.json").write_text(json.dumps(good | changes))
 
 
 def test_a_good_run_passes(finished: Path) -> None:
@@ -59,19 +55,17 @@ def test_a_good_run_passes(finished: Path) -> None:
     ],
 )
 def test_wrong_changes_of_weights_fail(finished: Path, changes: dict[str, Any], complaint: str) -> None:
-    write_probe(finished, **changes)
+    write_seen(finished, **changes)
     seen = smoke_train.judge_training(finished, 0, "")
     assert (seen.status, complaint in seen.detail) == ("fail", True)
 
 
-def test_the_probe_sees_which_weights_change(unsloth: None) -> None:
+def test_which_weights_change_is_seen(unsloth: None) -> None:
     import torch
     from transformers import trainer
 
-    from fasttune.verify import probe
-
     seen: dict[str, Any] = {}
-    probe.watch(seen)
+    smoke_train.watch_weights(seen)
     watcher: Any = trainer.DEFAULT_CALLBACKS.pop()()
     model = torch.nn.Linear(2, 2)
     model.bias.requires_grad_(False)
@@ -108,13 +102,13 @@ def test_leaks_fail(finished: Path) -> None:
     assert "run/config.yaml" in smoke_train.judge_token(finished, "hf_secret", "").detail
     (finished / "cwd/unsloth_compiled_cache").mkdir()
     assert "unsloth_compiled_cache" in smoke_train.judge_current_folder(finished).detail
-    write_probe(finished, connections=["huggingface.co"])
+    write_seen(finished, connections=["huggingface.co"])
     assert "huggingface.co" in smoke_train.judge_connections(finished).detail
 
 
 GUARDED = """
 import socket, threading, urllib.request
-from fasttune.verify.guard import block_network
+from fasttune.verify.smoke_train import block_network
 attempts = []
 block_network(attempts)
 server = socket.create_server(("127.0.0.1", 0))
@@ -128,7 +122,7 @@ print(attempts)
 """
 
 
-def test_the_guard_blocks_and_records_all_but_this_machine() -> None:
+def test_connections_beyond_this_machine_are_blocked_and_recorded() -> None:
     arguments = [sys.executable, "-c", GUARDED]
     done = subprocess.run(arguments, cwd=ROOT, capture_output=True, text=True, timeout=30, check=True)
     assert done.stdout.strip() == "['example.org', '192.0.2.1']"

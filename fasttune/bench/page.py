@@ -1,6 +1,14 @@
-"""The page of `fasttune bench`, on stderr. Names and reasons are never read as markup."""
+"""A benchmark for people: one sentence, a page on the terminal, bench.html and bench.png (and bench.json).
 
+A sink: it knows the result types and nothing of how they were measured. Names and reasons are never read as markup.
+"""
+
+import io
+import textwrap
+from collections.abc import Callable
+from dataclasses import dataclass
 from pathlib import Path
+from typing import Any
 
 from rich.console import Console, Group, RenderableType
 from rich.padding import Padding
@@ -8,96 +16,295 @@ from rich.rule import Rule
 from rich.table import Table
 from rich.text import Text
 
-from fasttune import terminal
-from fasttune.bench import report
-from fasttune.bench.result import Bench
-from fasttune.report import steps_text, usd
+from fasttune import metrics, plots, report, terminal
+from fasttune.bench.stats import BASELINE, FASTEST, MIN_REPEATS, WARMUP_STEPS, Arm, Bench
+from fasttune.report import duration, percent, rate, steps_text, usd
 from fasttune.terminal import plain
 
-FIRST_COLUMNS = 5  # of the upper table, where all columns in one would be too wide
+FIRST_COLUMNS = 5  # of the upper table of a terminal, where all columns in one would be too wide
+SIZE_IN, DPI = (12.0, 6.3), 100  # of bench.png: 1200 × 630, what sites expect of a picture that stands for a page
+BAR_IN, BARS_IN = 0.6, 9.0  # from one bar to the next, and all the width, in bench.html: a phone shows it whole
+INSIDE_FROM = 0.6  # of the axis: a longer bar has its words inside
+LIMIT_IN_VIEW = 4.0  # a limit further away than so many of the longest bars would leave the bars unreadable
+
+
+@dataclass(frozen=True)
+class Cell:
+    """One value of the table, ready to print; `note` is its range or interval. `bad` values are no numbers."""
+
+    value: str
+    note: str = ""
+    bad: bool = False
+
+    def text(self) -> Text:
+        note = f"\n{self.note}" if self.note else ""
+        return Text.assemble((self.value, "bold red" if self.bad else ""), (note, "dim"))
+
+
+def write(bench: Bench, folder: Path) -> None:
+    """Write bench.json, bench.html and bench.png, each atomically. Raises OutputError where it cannot."""
+    from markupsafe import Markup
+
+    report.write_json(folder / "bench.json", bench.as_dict())
+    png, bars = picture(bench)
+    report.write_bytes(folder / "bench.png", png)
+    curves = loss_curves(bench)
+    svg = plots.line_plot(list(range(1, len(curves[0]) + 1)), curves, width_in=9.0, height_in=2.6) if curves else None
+    said = {"quote": quote(bench), "doubts": doubts(bench), "machine": machine(bench), "table": table(bench)}
+    drawn = {"bars": Markup(bars), "losses": Markup(svg) if svg else None}
+    facts = {"hardware": report.facts(bench.hardware), "versions": bench.versions.items()}
+    fixed = {"flops_formula": metrics.FLOPS_FORMULA, "warmup_steps": WARMUP_STEPS}
+    words = {"rate": rate, "difference": difference, "steps_text": steps_text}
+    page = report.fill("bench.html.j2", bench=bench, **said, **drawn, **facts, **fixed, **words)
+    report.write_text(folder / "bench.html", page)
+
+
+def quote(bench: Bench) -> str:
+    """The one sentence a person can quote, with its conditions; "not a claim" and why, where it would not be true."""
+    if reasons := reasons_against(bench):
+        return f"not a claim: {'; '.join(reasons)}"
+    arm, baseline, over = bench.arm(FASTEST), bench.arm(BASELINE), bench.over_baseline[FASTEST]
+    assert arm and baseline
+    repeats = min(len(arm.repeats), len(baseline.repeats))
+    speed = rate(arm.median("tokens_per_s") or 0)
+    parts = [
+        f"fasttune trains {bench.model} ({job(bench)}) at {speed} tokens/s on {machine(bench)}",
+        f"{over.ratio:.2f}× plain Hugging Face (95 % interval {over.low:.2f} to {over.high:.2f}, {repeats} repeats)",
+    ]
+    if share := bench.share_of_limit(arm):
+        parts.append(f"{percent(share)} of the measured matmul limit")
+    price = bench.usd_per_million(arm)
+    if price is not None and bench.usd_per_hour is not None:
+        parts.append(f"{usd(price)} per million tokens at {usd(bench.usd_per_hour)} an hour")
+    return f"{', '.join(parts)}; losses agree within {difference(over.largest_loss_difference)}"
+
+
+def reasons_against(bench: Bench) -> list[str]:
+    """Why the numbers are no claim of fasttune over the baseline; empty where they are one."""
+    return [*(f"INVALID: {reason}" for reason in bench.invalid), *doubts(bench)]
+
+
+def doubts(bench: Bench) -> list[str]:
+    """What stands against a claim beside what is INVALID."""
+    found = []
+    for name in (FASTEST, BASELINE):
+        arm = bench.arm(name)
+        if arm is None:
+            found.append(f"{name} was not measured")
+        elif not arm.repeats:
+            found.append(f"{name} failed: {arm.failure}")
+        elif len(arm.repeats) < MIN_REPEATS:
+            found.append(f"{len(arm.repeats)} repeats, fewer than {MIN_REPEATS}")
+    return list(dict.fromkeys([*found, *bench.objections]))
+
+
+def job(bench: Bench) -> str:
+    """What every arm did, e.g. "LoRA, bfloat16, max length 4,096, 8 rows a step"."""
+    rows = f"{bench.batch_rows:,} row{'' if bench.batch_rows == 1 else 's'} a step"
+    return f"{bench.method}, {bench.dtype}, max length {bench.max_length:,}, {rows}"
+
+
+def machine(bench: Bench) -> str:
+    """The hardware in a few words."""
+    facts = bench.hardware
+    if facts["gpus"]:
+        return f"{facts['gpus'][0]['name']} ({facts['gpus'][0]['memory_gib']:.0f} GiB)"
+    return f"{facts['cpu_model']} ({facts['cores']} cores, no GPU)"
+
+
+def difference(relative: float) -> str:
+    """A relative difference of losses with two digits: 0.012 %."""
+    return "under 0.0001 %" if 0 < relative < 1e-6 else f"{float(f'{100 * relative:.2g}'):g} %"
+
+
+def loss_curves(bench: Bench) -> list[list[float]]:
+    """Losses of the first repeat of every arm that ran, fasttune's last: it is drawn strong."""
+    ran = sorted((arm for arm in bench.arms if arm.repeats), key=lambda arm: arm.name == FASTEST)
+    curves = [arm.repeats[0].losses for arm in ran]
+    return curves if len({len(curve) for curve in curves}) == 1 else []
+
+
+def table(bench: Bench) -> dict[str, list[Cell]]:
+    """Heading → a cell of every arm, also of one that failed; only columns that say something about this benchmark."""
+    rows = [_row(bench, arm) for arm in bench.arms]
+    said = [heading for heading in rows[0] if any(row[heading].value != "–" for row in rows)]
+    return {heading: [row[heading] for row in rows] for heading in said}
+
+
+def _row(bench: Bench, arm: Arm) -> dict[str, Cell]:
+    def cell(value: float | None, text: Callable[[float], str], note: str = "") -> Cell:
+        return Cell("–" if value is None else text(value), note)
+
+    median, gib = arm.median, "{:,.2f}".format
+    speeds, speed = arm.values("tokens_per_s"), Cell("failed", bad=True)
+    if speeds:
+        note = f"{rate(min(speeds))}–{rate(max(speeds))}" if len(speeds) > 1 else "1 repeat"
+        speed = cell(median("tokens_per_s"), rate, note)
+    ratio = Cell("1", "baseline") if arm.name == BASELINE and speeds else Cell("–")
+    if over := bench.over_baseline.get(arm.name):
+        ratio = Cell(f"{over.ratio:.2f}", f"{over.low:.2f}–{over.high:.2f}")
+        ratio = Cell("INVALID", bad=True) if over.invalid else ratio
+    hours, price = bench.job_hours(arm), bench.usd_per_hour
+    whole = Cell("–") if hours is None or price is None else Cell(duration(3600 * hours), usd(hours * price))
+    return {
+        "tokens/s": speed,
+        f"× {BASELINE}": ratio,
+        "loss tokens/s": cell(median("loss_tokens_per_s"), rate),
+        "s a step": cell(median("step_s"), lambda s: f"{s:,.3g}" if s < 100 else f"{s:,.0f}"),
+        "padding": cell(median("padding_fraction"), percent),
+        "peak GiB": cell(median("peak_memory_gib"), gib),
+        "GiB before": cell(arm.larger_before_gib, gib),
+        "W": cell(median("power_w"), "{:,.0f}".format),
+        "s to first step": cell(median("seconds_to_first_step"), "{:,.1f}".format),
+        "of limit": cell(bench.share_of_limit(arm), percent),
+        "MFU": cell(bench.mfu(arm), percent),
+        "$ / M tokens": cell(bench.usd_per_million(arm), usd),
+        "whole job": whole,
+    }
+
+
+def picture(bench: Bench) -> tuple[bytes, str]:
+    """bench.png, which can be shown alone, and the same bars as an SVG element for the page."""
+    import matplotlib
+    from matplotlib.figure import Figure
+
+    style = {"font.size": 15, "font.family": "DejaVu Sans", "text.color": plots.INK, "text.parse_math": False}
+    with matplotlib.rc_context(style):
+        figure = Figure(SIZE_IN, DPI, facecolor=plots.PAPER)
+        axes = figure.add_axes((0.19, 0.2, 0.77, 0.61), facecolor=plots.PAPER)
+        _bars(axes, bench)
+        words = _words(figure, bench)
+        buffer = io.BytesIO()
+        figure.savefig(buffer, format="png", facecolor=plots.PAPER, metadata={"Software": None})
+        for text in words:
+            text.remove()
+        high, below = BAR_IN * (len(bench.arms) + 0.35), 0.45  # the bars, and the numbers of their axis
+        figure.set_size_inches(BARS_IN, high + below)
+        axes.set_position((0.25, below / (high + below), 0.74, high / (high + below)))
+        return buffer.getvalue(), plots.to_svg(figure)
+
+
+def _bars(axes: Any, bench: Bench) -> None:
+    """The medians as bars, the range of the repeats as interval, each repeat as a dot, the limit as a line."""
+    longest = max((value for arm in bench.arms for value in arm.values("tokens_per_s")), default=1.0)
+    limit = bench.limit.tokens_per_s if bench.limit else 0.0
+    in_view = limit <= LIMIT_IN_VIEW * longest
+    top = 1.02 * max(longest, limit if in_view else 0.0)
+    for at, arm in enumerate(bench.arms):
+        _bar(axes, at, arm, top, bench)
+    axes.set_ylim(len(bench.arms) - 0.4, -0.75)
+    axes.set_xlim(0, top)
+    axes.set_yticks(range(len(bench.arms)), [textwrap.shorten(arm.name, 20, placeholder="…") for arm in bench.arms])
+    axes.spines[["top", "right", "left"]].set_visible(False)
+    axes.spines["bottom"].set_color(plots.RULE)
+    axes.tick_params(length=0, pad=8)
+    axes.tick_params(axis="x", labelsize=12, labelcolor=plots.SOFT)
+    axes.xaxis.set_major_formatter(lambda value, _: f"{value:,.0f}")
+    axes.locator_params(axis="x", nbins=6)
+    if bench.limit:
+        if in_view:
+            axes.axvline(limit, color=plots.WARN, linewidth=2, linestyle=(0, (5, 3)))
+        label = f"measured matmul limit {rate(limit)}{' ' if in_view else ' (outside) →'}"
+        look = {"ha": "right", "va": "center", "fontsize": 13, "color": plots.WARN}
+        axes.text(limit if in_view else top, -0.62, label, **look)
+
+
+def _bar(axes: Any, at: int, arm: Arm, top: float, bench: Bench) -> None:
+    values, median, over = arm.values("tokens_per_s"), arm.median("tokens_per_s"), bench.over_baseline.get(arm.name)
+    if median is None:
+        reason = textwrap.shorten(f"failed: {arm.failure}", 85, placeholder=" …")
+        axes.text(0.012 * top, at, reason, va="center", fontsize=13, color=plots.BAD)
+        return
+    strong = arm.name == FASTEST
+    axes.barh(at, median, height=0.56, color=plots.ACCENT if strong else plots.PALE)
+    axes.plot([min(values), max(values)], [at, at], color=plots.INK, linewidth=1.4)
+    dots = {"color": plots.INK, "markerfacecolor": plots.PAPER, "markeredgewidth": 1.2, "markersize": 6}
+    axes.plot(values, [at] * len(values), "o", **dots)
+    ratio = "" if over is None else "   INVALID" if over.invalid else f"   {over.ratio:.2f}×"
+    inside = min(values) > INSIDE_FROM * top  # else the words would run over the dots
+    look = {"fontweight": "bold" if strong else "normal", "color": plots.PAPER if strong and inside else plots.INK}
+    left = 0.012 * top + (0 if inside else max(values))
+    axes.text(left, at, f"{rate(median)} tokens/s{ratio}", va="center", **look)
+
+
+def _words(figure: Any, bench: Bench) -> list[Any]:
+    """Title and conditions above the bars, the verdict below them, in red where they are no claim."""
+    title = f"Training speed of {bench.model.rpartition('/')[2]}"
+    conditions = f"{job(bench)} · {machine(bench)} · {bench.date}"
+    wide, look = 115, {"color": plots.BAD, "fontweight": "bold"}
+    verdict = quote(bench)
+    if not reasons_against(bench):
+        wide, look = 130, {"color": plots.INK}
+        verdict = (
+            f"Tokens a second without padding, median of the repeats; dots: each repeat. {BASELINE}: plain Hugging "
+            "Face, same rows in the same order; losses agree within "
+            f"{difference(bench.over_baseline[FASTEST].largest_loss_difference)}."
+        )
+    lines = "\n".join(textwrap.wrap(verdict, wide, max_lines=2, placeholder=" …"))
+    return [
+        figure.text(0.035, 0.925, textwrap.shorten(title, 68, placeholder=" …"), fontsize=23, fontweight="bold"),
+        figure.text(0.035, 0.87, textwrap.shorten(conditions, 125, placeholder=" …"), fontsize=13, color=plots.SOFT),
+        figure.text(0.035, 0.1, lines, va="top", fontsize=12.5, linespacing=1.5, **look),
+    ]
 
 
 def show(bench: Bench, folder: Path, console: Console = terminal.console) -> None:
-    """Print the page: the table, what ran, parity, objections, the quote, and where the files are."""
-    title = Text.assemble(("bench ", "bold"), plain(bench.name), (f"  {plain(report.machine(bench))}", "dim"))
+    """Print the page on stderr: the table, what ran, parity, objections, the quote, and where the files are."""
+    title = Text.assemble(("bench ", "bold"), plain(bench.name), (f"  {plain(machine(bench))}", "dim"))
     console.print(Rule(title, align="left", style="dim"))
-    console.print(Padding(Text(f"{plain(bench.model)} · {report.job(bench)}", style="dim"), (0, 2)))
-    for part in (_tables(bench, console), _failures(bench), _ran(bench), _parity(bench), _verdict(bench)):
-        if part:
-            console.print(Padding(Group(*part), (1, 2, 0, 2)))
+    console.print(Padding(Text(f"{plain(bench.model)} · {job(bench)}", style="dim"), (0, 2)))
+    failures = _red([(f"{arm.name} failed: ", arm.failure) for arm in bench.arms if arm.failure])
+    style = "bold red" if bench.invalid else "bold yellow" if doubts(bench) else "bold"
+    verdict: list[RenderableType] = [Text(plain(quote(bench)), style=style)]
+    parts = [_tables(bench, console), failures, _ran(bench), _parity(bench), verdict]
+    for part in filter(None, parts):
+        console.print(Padding(Group(*part), (1, 2, 0, 2)))
     console.print()
     for name in ("bench.html", "bench.png", "bench.json"):  # a path must stay in one piece to be copied
-        console.print(
-            Text.assemble((f"{name.partition('.')[2]:<6}", "bold"), plain(str(folder / name))), soft_wrap=True
-        )
+        line = Text.assemble((f"{name.partition('.')[2]:<6}", "bold"), plain(str(folder / name)))
+        console.print(line, soft_wrap=True)
+
+
+def _red(lines: list[tuple[str, str]]) -> list[RenderableType]:
+    return [Text.assemble((plain(red), "bold red"), plain(text)) for red, text in lines]
 
 
 def _tables(bench: Bench, console: Console) -> list[RenderableType]:
-    table = report.table(bench)
-    whole = _columns(table, range(len(table.headings)))
-    shown: list[RenderableType] = [whole]
-    if console.measure(whole).maximum > console.width - 4:
-        cut = [range(FIRST_COLUMNS), range(FIRST_COLUMNS, len(table.headings))]
-        shown = [_columns(table, cut[0]), Text(), _columns(table, cut[1])]
+    columns = list(table(bench).items())
+    shown: list[RenderableType] = [_columns(bench, columns)]
+    if console.measure(shown[0]).maximum > console.width - 4:
+        shown = [_columns(bench, columns[:FIRST_COLUMNS]), Text(), _columns(bench, columns[FIRST_COLUMNS:])]
     note = "speeds count no padding; second line: range of the repeats, 95 % interval of a ratio"
     if bench.usd_per_hour is not None:
         note += f"; whole job: {bench.job_tokens:,} tokens at {usd(bench.usd_per_hour)} per hour"
-    notes = [note, bench.limit_unknown] if bench.limit_unknown else [note]
-    return [*shown, *(Text(text, style="dim") for text in notes)]
+    return [*shown, *(Text(text, style="dim") for text in (note, bench.limit_unknown) if text)]
 
 
-def _columns(table: report.Table, which: range) -> Table:
+def _columns(bench: Bench, columns: list[tuple[str, list[Cell]]]) -> Table:
     made = Table(box=None, padding=(0, 1, 0, 0), header_style="dim", pad_edge=False)
     made.add_column("", no_wrap=True)
-    for i in which:
-        heading = table.headings[i].rsplit(" ", 1)
-        made.add_column("\n".join(heading), justify="right", vertical="top", no_wrap=True)
-    for arm, cells in table.rows:
-        values = [
-            Text.assemble((cells[i].value, "bold red" if cells[i].bad else ""), (f"\n{cells[i].note}", "dim"))
-            if cells[i].note
-            else Text(cells[i].value, style="bold red" if cells[i].bad else "")
-            for i in which
-        ]
-        made.add_row(Text(plain(arm.name), style="bold"), *values)
+    for heading, _ in columns:
+        made.add_column("\n".join(heading.rsplit(" ", 1)), justify="right", vertical="top", no_wrap=True)
+    for i, arm in enumerate(bench.arms):
+        made.add_row(Text(plain(arm.name), style="bold"), *(column[i].text() for _, column in columns))
     return made
-
-
-def _failures(bench: Bench) -> list[RenderableType]:
-    return [
-        Text.assemble((f"{plain(arm.name)} failed: ", "bold red"), plain(arm.failure))
-        for arm in bench.arms
-        if arm.failure
-    ]
 
 
 def _ran(bench: Bench) -> list[RenderableType]:
     lines = []
-    for arm in bench.arms:
-        if arm.repeats:
-            ran = arm.repeats[-1].backend
-            parts = [ran.library, f"attention {ran.attention}", ran.packing, f"{ran.patched_layers} layers patched"]
-            parts += [f"checkpointing {ran.gradient_checkpointing}", ran.dtype, ran.optimizer]
-            lines.append((arm.name, " · ".join(parts), ""))
+    for arm in filter(lambda arm: arm.repeats, bench.arms):
+        ran = arm.repeats[-1].backend
+        parts = [ran.library, f"attention {ran.attention}", ran.packing, f"{ran.patched_layers} layers patched"]
+        parts += [f"checkpointing {ran.gradient_checkpointing}", ran.dtype, ran.optimizer]
+        lines.append((arm.name, " · ".join(parts), ""))
     return [Text("what ran", style="bold underline"), terminal.grid(lines)] if lines else []
 
 
 def _parity(bench: Bench) -> list[RenderableType]:
     """One line where all agree, else one for each comparison that does not."""
-    comparisons = bench.comparisons
-    if not comparisons:
-        return []
-    if bad := [each for each in comparisons if each.invalid]:
-        return [
-            Text.assemble(("INVALID ", "bold red"), f"{plain(each.arm)} against {plain(each.over)}: {each.invalid}")
-            for each in bad
-        ]
-    largest = max(each.largest_loss_difference for each in comparisons)
-    agree = f"agree within {report.difference(largest)} over {steps_text(bench.steps)}"
-    tolerance = f"  tolerance {report.difference(comparisons[0].tolerance)}; same rows and tokens in every step"
+    if bench.invalid or not bench.comparisons:
+        return _red([("INVALID ", reason) for reason in bench.invalid])
+    largest = max(each.largest_loss_difference for each in bench.comparisons)
+    agree = f"agree within {difference(largest)} over {steps_text(bench.steps)}"
+    tolerance = f"  tolerance {difference(bench.comparisons[0].tolerance)}; same rows and tokens in every step"
     return [Text.assemble(("losses  ", "bold"), (agree, "green"), (tolerance, "dim"))]
-
-
-def _verdict(bench: Bench) -> list[RenderableType]:
-    style = "bold red" if not bench.valid else "bold yellow" if report.reasons_against(bench) else "bold"
-    return [Text(plain(report.quote(bench)), style=style)]

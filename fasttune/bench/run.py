@@ -1,47 +1,43 @@
 """`fasttune bench`: every arm once, then every arm again, each time in a fresh process, until all repeats are there.
 
-OUTPUT_DIR/  measurements.jsonl (one line as each ends; an interrupted benchmark goes on from there)
+OUTPUT_DIR/  measurements.jsonl: what it is of, with the date it was begun; then a line as each measurement ends, from
+             which an interrupted benchmark resumes
              bench.json  bench.html  bench.png
 """
 
 import json
 import os
-import shutil
 import statistics
 import subprocess
 import tempfile
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
-from dataclasses import asdict, dataclass, field
+from dataclasses import asdict
 from datetime import UTC, datetime
 from pathlib import Path
 from typing import Any
 
-from fasttune import children, config as configuration, errors, gpus, hardware, stack
+from fasttune import children, config as configuration, gpus, hardware, metrics, paths, report, stack
 from fasttune.bench.arms import PLAIN, WHAT
-from fasttune.bench.measurements import Measurements
-from fasttune.bench.result import MIN_REPEATS, WARMUP_STEPS, Bench
+from fasttune.bench.stats import MIN_REPEATS, NO_REVISION, WARMUP_STEPS, Arm, Bench, Limit, Repeat
 from fasttune.config import Config, EvalConfig
 from fasttune.core import autoconfig, prepare
-from fasttune.errors import DataError, FasttuneError, RunFailed, last_line
+from fasttune.errors import DataError, FasttuneError, OutputError, RunFailed, last_line
 from fasttune.hardware import Hardware
-from fasttune.tools import estimate
+from fasttune.metrics import Backend
 
 CPU_STEPS, GPU_STEPS = 6, 20  # of a repeat
 BUSY_LOAD = 0.25  # of the cores: what other programs may use on a CPU before the numbers are doubted
-USER_ERRORS = {  # as worker.py names them
-    each.__name__ for each in (FasttuneError, errors.ConfigError, DataError, errors.ModelError, errors.OutputError)
-}
 # The driver's names: https://docs.nvidia.com/deploy/nvidia-smi/ (--help-query-gpu)
 THROTTLED = ("hw_slowdown", "hw_thermal_slowdown", "sw_thermal_slowdown", "hw_power_brake_slowdown")
 AT_LIMIT = "sw_power_cap"  # no fault: a card at work under its own full limit says it for most of the time
-REASONS = [f"clocks_event_reasons.{name}" for name in (*THROTTLED, AT_LIMIT)]
 WORKING = 50  # percent of a second in which kernels ran: loading counts in no draw
+TOLD = 3  # differences that are named, of all
 
 Told = Callable[[str, float], None]  # what is measured now, and the share of all measurements that are done
 
 
-def check(config: Config, arms: str | None, repeats: int, steps: int | None) -> list[str]:
+def checked_arms(config: Config, arms: str | None, repeats: int, steps: int | None) -> list[str]:
     """The arms to run. Raises FasttuneError for what cannot be measured, before anything heavy is imported."""
     names = [name.strip() for name in arms.split(",")] if arms else list(WHAT)
     if unknown := [name for name in names if name not in WHAT]:
@@ -76,18 +72,24 @@ def run(
     with tempfile.TemporaryDirectory() as shared:
         facts = share(config, Path(shared), steps)
         resolved = configuration.load(Path(shared) / "config.yaml", ours=True)
-        identity = identify(resolved, steps, machine)
+        # What all measurements of a benchmark have in common: the job, the code and the kind of machine.
+        job = resolved.model_dump(mode="json", exclude={"output_dir", "overwrite"})
+        identity: dict[str, Any] = {"config": job, "steps": steps, "git": revision(), "versions": stack.versions()}
+        identity["machine"] = hardware.machine_name(machine)
         measured = Measurements(folder, identity, datetime.now(UTC).strftime("%Y-%m-%d"))
-        all_of_it = [(name, number) for number in range(repeats) for name in [*arms, "limit"]]
-        for done, (name, number) in enumerate(all_of_it):
+        everything = [(name, number) for number in range(repeats) for name in [*arms, "limit"]]
+        for done, (name, number) in enumerate(everything):
             if measured.get(name, number) is None and not measured.failed(name):
-                told(f"repeat {number + 1} of {repeats}: {name}", done / len(all_of_it))
+                told(f"repeat {number + 1} of {repeats}: {name}", done / len(everything))
                 with watched(machine) as seen:
                     result = fresh_process(name, Path(shared), steps)
-                measured.add(name, number, result | seen.power, [*beside, *seen.objections])
-    objections = measured.objections()
+                objections = [*beside, *seen.pop("objections")]
+                measured.add({"arm": name, "repeat": number, **result, **seen, "objections": objections})
+    objections = [text for line in measured.lines for text in line["objections"]]
     if repeats < MIN_REPEATS:
         objections.append(f"{repeats} repeats, fewer than {MIN_REPEATS}")
+    max_steps = config.train.max_steps
+    epochs = config.train.epochs if max_steps is None else max_steps / facts["steps_per_epoch"]
     return Bench(
         name=config.name,
         command=command,
@@ -97,7 +99,7 @@ def run(
         steps=steps,
         batch_rows=config.train.batch_rows,
         max_length=resolved.model.max_length,
-        job_tokens=job_tokens(config, facts),
+        job_tokens=round(epochs * facts["tokens_per_epoch"]),
         arms=[measured.arm(name, repeats) for name in arms],
         limit=measured.limit(repeats),
         usd_per_hour=autoconfig.price_of(config, machine)[0],
@@ -109,15 +111,14 @@ def run(
     )
 
 
-def identify(config: Config, steps: int, machine: Hardware) -> dict[str, Any]:
-    """What all measurements of a benchmark have in common: the job, the code and the kind of machine."""
-    return {
-        "config": config.model_dump(mode="json", exclude={"output_dir", "overwrite"}),
-        "steps": steps,
-        "git": _git(),
-        "versions": stack.versions(),
-        "machine": estimate.machine_name(machine),
-    }
+def revision() -> str:
+    """Of the checkout that this runs from."""
+    command = ["git", "describe", "--always", "--dirty"]
+    try:
+        done = subprocess.run(command, capture_output=True, text=True, check=False, cwd=Path(__file__).parent)
+    except OSError:
+        return NO_REVISION
+    return done.stdout.strip() or NO_REVISION
 
 
 def share(config: Config, shared: Path, steps: int) -> dict[str, Any]:
@@ -129,10 +130,9 @@ def share(config: Config, shared: Path, steps: int) -> dict[str, Any]:
     only = configuration.dump(job, exclude_unset=True)  # what was not written may be fitted to the model
     (shared / "job.yaml").write_text(only, encoding="utf-8")
     facts = fresh_process("share", shared, steps)
+    if "user_error" in facts:
+        raise FasttuneError(facts["user_error"])
     if "failure" in facts:
-        kind, _, text = facts["failure"].partition(": ")
-        if kind in USER_ERRORS:
-            raise FasttuneError(text)
         raise RunFailed(f"bench: nothing was measured, the job could not be prepared: {facts['failure']}")
     if facts["full_steps_per_epoch"] < steps:
         raise DataError(
@@ -154,11 +154,82 @@ def fresh_process(what: str, shared: Path, steps: int) -> dict[str, Any]:
         return {"failure": f"ended with code {done.returncode}: {last_line(done.stderr, 'said nothing')[:300]}"}
 
 
-def job_tokens(config: Config, facts: dict[str, Any]) -> int:
-    """Tokens of the user's whole job, all epochs."""
-    steps = config.train.max_steps
-    epochs = config.train.epochs if steps is None else steps / facts["steps_per_epoch"]
-    return round(epochs * facts["tokens_per_epoch"])
+class Measurements:
+    """measurements.jsonl in a folder. Raises OutputError for one that cannot be written, or is of another identity."""
+
+    def __init__(self, folder: Path, identity: dict[str, Any], date: str):
+        self.path = folder / "measurements.jsonl"
+        try:
+            folder.mkdir(parents=True, exist_ok=True)
+            text = paths.read_text(self.path, "replace") if self.path.exists() else ""
+        except OSError as error:
+            raise OutputError(f"output: {folder} cannot be written ({error.strerror}); name another folder") from error
+        first, *self.lines = self._read(text) or [identity | {"date": date}]
+        then, now = (dict(_leaves({key: each.get(key) for key in identity})) for each in (first, identity))
+        keys = [key for key in dict.fromkeys([*then, *now]) if then.get(key) != now.get(key)]
+        if keys:
+            differ = [f"{key.removeprefix('config.')} was {then.get(key)}, is {now.get(key)}" for key in keys[:TOLD]]
+            more = f" and {len(keys) - TOLD} more" if len(keys) > TOLD else ""
+            raise OutputError(
+                f"output: {folder} holds measurements of another job: {', '.join(differ)}{more}; "
+                "name another folder with --output, or remove this one"
+            )
+        self.date: str = first["date"]
+        whole = "".join(json.dumps(line) + "\n" for line in [first, *self.lines])
+        if whole != text:
+            report.write_bytes(self.path, whole.encode())
+
+    def _read(self, text: str) -> list[dict[str, Any]]:
+        """All lines; the last one only if it is whole: the end of a process, or of a machine, may have torn it."""
+        found, lines = [], text.splitlines()
+        for number, line in enumerate(lines, 1):
+            try:
+                found.append(json.loads(line))
+            except ValueError:
+                if number < len(lines):
+                    raise OutputError(
+                        f"output: {self.path} line {number} is no valid JSON; name another folder with --output"
+                    ) from None
+        return found
+
+    def get(self, arm: str, number: int) -> dict[str, Any] | None:
+        return next((line for line in self.lines if (line["arm"], line["repeat"]) == (arm, number)), None)
+
+    def failed(self, arm: str) -> str | None:
+        """Why an arm cannot do the job: it is not tried again in the same benchmark."""
+        return next((line["failure"] for line in self.lines if line["arm"] == arm and "failure" in line), None)
+
+    def add(self, line: dict[str, Any]) -> None:
+        self.lines.append(line)
+        with paths.open_text(self.path, "a") as file:
+            file.write(json.dumps(line) + "\n")
+            file.flush()
+            os.fsync(file.fileno())
+
+    def measured(self, name: str, repeats: int) -> list[dict[str, Any]]:
+        found = [self.get(name, number) for number in range(repeats)]
+        return [line for line in found if line is not None and "failure" not in line]
+
+    def arm(self, name: str, repeats: int) -> Arm:
+        lines = [line | {"backend": Backend(**line["backend"])} for line in self.measured(name, repeats)]
+        known = Repeat.__dataclass_fields__
+        made = [Repeat(**{key: value for key, value in line.items() if key in known}) for line in lines]
+        return Arm(name, WHAT[name], made, self.failed(name))
+
+    def limit(self, repeats: int) -> Limit | None:
+        """The best of the measured matmul rates: other work on the machine only ever lowers it."""
+        best = max(self.measured("limit", repeats), key=lambda line: line["tflops"], default=None)
+        # The most of any arm: one that computes a shared beginning once has less to do.
+        counted = max((known for line in self.lines if (known := line.get("flops_per_token"))), default=None)
+        if best is None or counted is None:
+            return None
+        return Limit(best["tflops"], counted, best["tflops"] * 1e12 / counted, metrics.FLOPS_FORMULA, best["shapes"])
+
+
+def _leaves(tree: dict[str, Any], path: str = "") -> Iterator[tuple[str, Any]]:
+    """(dotted name, value) of all that is no dict."""
+    for key, value in tree.items():
+        yield from _leaves(value, f"{path}{key}.") if isinstance(value, dict) else [(path + key, value)]
 
 
 def busy(machine: Hardware) -> list[str]:
@@ -176,22 +247,16 @@ def busy(machine: Hardware) -> list[str]:
     return list(filter(None, [gpus.capped(gpu)]))
 
 
-@dataclass
-class Watch:
-    """What the driver said while something was measured; `power` are fields of Repeat."""
-
-    objections: list[str] = field(default_factory=list)
-    power: dict[str, float] = field(default_factory=dict)
-
-
 @contextmanager
-def watched(machine: Hardware) -> Iterator[Watch]:
-    """What slows the GPU down meanwhile, and what it draws, as the driver says every second; filled at the end."""
-    found = Watch()
+def watched(machine: Hardware) -> Iterator[dict[str, Any]]:
+    """`objections` of what slows the GPU down meanwhile, and fields of Repeat on what it draws, as the driver says
+    every second; filled at the end."""
+    found: dict[str, Any] = {"objections": []}
     if not machine.gpus:
         yield found
         return
-    query = f"--query-gpu={','.join([*REASONS, 'power.draw', 'utilization.gpu'])}"
+    reasons = [f"clocks_event_reasons.{name}" for name in (*THROTTLED, AT_LIMIT)]
+    query = f"--query-gpu={','.join([*reasons, 'power.draw', 'utilization.gpu'])}"
     command = ["nvidia-smi", query, "--format=csv,noheader,nounits", "--loop=1", "-i", machine.gpus[0].card]
     with tempfile.TemporaryFile("w+", encoding="utf-8") as said:
         watch = subprocess.Popen(command, stdout=said, stderr=subprocess.DEVNULL)
@@ -202,21 +267,11 @@ def watched(machine: Hardware) -> Iterator[Watch]:
             watch.wait()
             said.seek(0)
             seen = [[value.strip() for value in line.split(",")] for line in said]
-    known = [values for values in seen if len(values) == len(REASONS) + 2 and {*values} & {"Active", "Not Active"}]
+    known = [values for values in seen if len(values) == len(reasons) + 2 and {*values} & {"Active", "Not Active"}]
     active = [name for i, name in enumerate(THROTTLED) if any(values[i] == "Active" for values in known)]
-    found.objections += [f"the GPU was throttled ({name})" for name in active]
-    found.objections += [] if known else ["nvidia-smi does not say whether the GPU was throttled"]
+    found["objections"] += [f"the GPU was throttled ({name})" for name in active]
+    found["objections"] += [] if known else ["nvidia-smi does not say whether the GPU was throttled"]
     working = [values for values in known if (gpus.number(values[-1]) or 0) >= WORKING]
     if draws := [draw for values in working if (draw := gpus.number(values[-2])) is not None]:
-        found.power["power_w"] = statistics.mean(draws)
-        at_limit = [values[len(THROTTLED)] == "Active" for values in working]
-        found.power["at_power_limit"] = statistics.mean(at_limit)
-
-
-def _git() -> str:
-    """The revision of the checkout this runs from; an installed package has none."""
-    if shutil.which("git") is None:
-        return "not a checkout"
-    command = ["git", "describe", "--always", "--dirty"]
-    done = subprocess.run(command, capture_output=True, text=True, check=False, cwd=Path(__file__).parent)
-    return done.stdout.strip() or "not a checkout"
+        found["power_w"] = statistics.mean(draws)
+        found["at_power_limit"] = statistics.mean(values[len(THROTTLED)] == "Active" for values in working)

@@ -57,7 +57,7 @@ def check(config: Config) -> None:
     splits |= {config.data.eval: config.data.held_out_split} if config.data.eval else {}
     columns, unused = config.data.columns, not any(map(looks_like_hub, splits))
     for source, split in splits.items():
-        sources.check(source, split)
+        sources.check_source(source, split)
         if not looks_like_hub(source):
             unused = not load.form_of(config, source, split)[1] and unused
     if columns and unused:

@@ -6,7 +6,7 @@ from typing import Any
 
 from fasttune.core import decoding, model as models  # model first: it imports unsloth
 from fasttune.config import Config
-from fasttune.data import answers, beside, chat, formats, load, sources
+from fasttune.data import arithmetic, chat, formats, load, sources
 from fasttune.data.batching import Batches
 from fasttune.data.formats import Row
 from fasttune.errors import DataError
@@ -44,10 +44,10 @@ def read(config: Config, tokenizer: Any, batches: Batches, warn: Callable[[str],
             prompt = template.prompt(messages[:last], conversation.tools)
         except formats.Unusable:
             continue
-        beside.check_text(prompt, place)
+        formats.check_text(prompt, place)
         question, reference = (messages[at]["content"] or "" for at in (last - 1, last))
         scored = len(problems) < config.eval.problems
-        if scored and answers.final_number(reference) is None:
+        if scored and arithmetic.final_number(reference) is None:
             raise DataError(
                 f"eval.problems: {place}: its answer holds no `#### N`, so none can be checked; set eval.problems=0"
             )
@@ -107,7 +107,7 @@ def answer(model: Any, tokenizer: Any, problems: list[Problem], checkpointing: s
 def exact_match(model: Any, tokenizer: Any, problems: list[Problem], checkpointing: str) -> float | None:
     """Share of the problems that the model answers rightly now; None for none."""
     texts = answer(model, tokenizer, problems, checkpointing)
-    return answers.accuracy(texts, [problem.reference for problem in problems])
+    return arithmetic.accuracy(texts, [problem.reference for problem in problems])
 
 
 def compare(
@@ -122,5 +122,5 @@ def compare(
     if not count:
         return shown, None
     references = [problem.reference for problem in problems[:count]]
-    then, now = (answers.accuracy(texts[:count], references) for texts in (before, after))
+    then, now = (arithmetic.accuracy(texts[:count], references) for texts in (before, after))
     return shown, ExactMatch(count, then or 0.0, now or 0.0)

@@ -1,4 +1,4 @@
-"""Steps of a run: seeded order → which rows each step learns from → micro-batches as arrays. A step depends on the seed
+"""Steps of a run: seeded order → the rows of each step → micro-batches as arrays. A step depends on the seed
 and its number alone, so any step can be made at any time, by any process.
 
 A step is always the same rows, packed or padded: packing decides only how they lie in memory.
@@ -6,17 +6,17 @@ A step is always the same rows, packed or padded: packing decides only how they 
 
 import math
 from bisect import bisect_left, insort
+from collections.abc import Iterable
 from dataclasses import dataclass
 from functools import cached_property
 from typing import Any
 
 import numpy as np
 
-from fasttune.data.store import Rows
-from fasttune.data.tokenize import IGNORE, labels
+from fasttune.data.tokenize import IGNORE, Rows, labels
 
 MicroBatch = dict[str, Any]  # arrays by the names a transformers model takes them
-Encoded = tuple[np.ndarray, np.ndarray]  # ids and whether each is learned, both (T,)
+Encoded = tuple[np.ndarray, np.ndarray]  # ids and whether each is supervised, both (T,)
 ON_HOST = ("packed_seq_lengths", "shared_prefix")  # where Unsloth and RowsAttention read them: not moved to a GPU
 MIN_PREFIX = 8  # tokens; fewer cost more in small matmuls than they save
 HOLD_OUT_STREAM = 1 << 32  # keeps the hold-out draw apart from the epochs' shuffles
@@ -85,11 +85,9 @@ class Batches:
         if epoch != getattr(self, "_epoch", None):
             self._epoch, self._order = epoch, epoch_order(self.sizes, self.weights, self.seed, epoch)
         chosen = self._order[within * self.batch_rows : (within + 1) * self.batch_rows]
-        ends = np.cumsum(self.sizes)
-        parts = np.searchsorted(ends, chosen, side="right")
-        return [
-            (int(p), int(self.split[p][0][i - (ends[p] - self.sizes[p])])) for p, i in zip(parts, chosen, strict=True)
-        ]
+        firsts = np.cumsum([0, *self.sizes])
+        parts = np.searchsorted(firsts, chosen, side="right") - 1
+        return [(int(p), int(self.split[p][0][i - firsts[p]])) for p, i in zip(parts, chosen, strict=True)]
 
     def describe(self, step: int) -> str:
         """The rows of a step as a person finds them: rows 12, 40 of rows.jsonl."""
@@ -105,6 +103,32 @@ class Batches:
             groups = best_fit([len(ids) for ids, _ in rows], self.micro_rows * self.max_length)
             return [pack([rows[i] for i in group], self.share_prefix) for group in groups]
         return [padded(rows[at : at + self.micro_rows], self.pad_id) for at in range(0, len(rows), self.micro_rows)]
+
+    def overlap(self, held_out: Iterable[Encoded]) -> str | None:
+        """How many of the held-out rows have their prompt, and how many prompt and answer too, among the rows that are
+        trained on; None if none. Compared are tokens, so the form of the files does not matter, nor what was cut off.
+        """
+        held = [_hashes(*row) for row in held_out]
+        wanted = {key for keys in held for key in keys} - {None}
+        seen = set[int | None]()
+        for rows, (trained, _) in zip(self.parts, self.split, strict=True) if wanted else ():
+            ids, supervised = np.asarray(rows.ids), np.asarray(rows.supervised)  # a slice of a memory map takes longer
+            for start, end in zip(rows.starts[trained], rows.starts[trained + 1], strict=True):
+                seen.update(key for key in _hashes(ids[start:end], supervised[start:end]) if key in wanted)
+        same = sum(whole in seen for whole, _ in held)
+        asked = sum(not seen.isdisjoint(keys) for keys in held)
+        if not asked:
+            return None
+        return (
+            f"of {len(held):,} held-out rows {asked:,} have a prompt that is trained on, {same:,} of them with the "
+            "same answer: what is measured on them says little about new rows; remove them from one of the two"
+        )
+
+
+def _hashes(ids: np.ndarray, supervised: np.ndarray) -> tuple[int, int | None]:
+    """Of a whole row and of its prompt, what comes before its first supervised token; plain text has none."""
+    answer = supervised.argmax()
+    return hash(ids.tobytes()), hash(b"prompt" + ids[:answer].tobytes()) if answer else None
 
 
 def epoch_order(sizes: list[int], weights: list[float], seed: int, epoch: int) -> np.ndarray:
@@ -157,38 +181,35 @@ def pack(rows: list[Encoded], share_prefix: bool = False) -> MicroBatch:
 def flat(rows: list[Encoded], share_prefix: bool = False) -> MicroBatch:
     """Rows end to end, nothing padded: input_ids, labels, position_ids (1, T) and packed_seq_lengths (rows,).
 
-    Positions restart with each row, and no row's first token is learned, so that rows never see each other.
+    Positions restart with each row, and no row's first token is supervised, so that rows never see each other.
     With a shared prefix of P tokens, they lie first and once, `packed_seq_lengths` is (P, the rest of each row …), the
-    rests' positions go on from P, and `shared_prefix` is P.
+    rests' positions continue from P, and `shared_prefix` is P.
     """
     prefix = common_prefix(rows) if share_prefix else 0
     starts = [prefix] * len(rows)
     if prefix:
-        (ids, learned), starts = rows[0], [0, *starts]
-        rows = [(ids[:prefix], learned[:prefix]), *rows]
-    ends = [len(ids) for ids, _ in rows]
+        (ids, supervised), starts = rows[0], [0, *starts]
+        rows = [(ids[:prefix], supervised[:prefix]), *rows]
+    pieces = [(row, slice(start, len(row[0]))) for start, row in zip(starts, rows, strict=True)]
     batch = {
-        "input_ids": np.concatenate([ids[at:] for at, (ids, _) in zip(starts, rows, strict=True)]).astype(np.int64)[
-            None
-        ],
-        "labels": np.concatenate([labels(*row)[at:] for at, row in zip(starts, rows, strict=True)])[None],
-        "position_ids": np.concatenate([np.arange(at, end) for at, end in zip(starts, ends, strict=True)])[None],
-        "packed_seq_lengths": np.array([end - at for at, end in zip(starts, ends, strict=True)], np.int32),
+        "input_ids": np.concatenate([ids[piece] for (ids, _), piece in pieces]).astype(np.int64)[None],
+        "labels": np.concatenate([labels(*row)[piece] for row, piece in pieces])[None],
+        "position_ids": np.concatenate([np.arange(piece.start, piece.stop) for _, piece in pieces])[None],
+        "packed_seq_lengths": np.array([piece.stop - piece.start for _, piece in pieces], np.int32),
     }
     return batch | ({"shared_prefix": np.array(prefix)} if prefix else {})
 
 
 def common_prefix(rows: list[Encoded]) -> int:
-    """How many tokens all rows begin with, up to the last that predicts no learned one; 0 if it is not worth it."""
+    """How many tokens all rows begin with, up to the last that predicts no supervised one; 0 if it is not worth it."""
     if len(rows) < 2:
         return 0
     shortest = min(len(ids) for ids, _ in rows)
     ids = np.stack([ids[:shortest] for ids, _ in rows])
-    learned = np.stack([learned[:shortest] for _, learned in rows])
+    supervised = np.stack([supervised[:shortest] for _, supervised in rows])[:, 1:].any(0)
     differs = (ids != ids[0]).any(0)
     same = int(differs.argmax()) if differs.any() else shortest
-    before_learned = int(learned[:, 1:].any(0).argmax()) if learned[:, 1:].any() else shortest - 1
-    prefix = min(same, before_learned)
+    prefix = min(same, int(supervised.argmax()) if supervised.any() else shortest - 1)
     return prefix if prefix >= MIN_PREFIX else 0
 
 
@@ -200,8 +221,8 @@ def padded(rows: list[Encoded], pad_id: int) -> MicroBatch:
         "labels": np.full(shape, IGNORE, np.int64),
         "attention_mask": np.zeros(shape, np.int64),
     }
-    for at, (ids, learned) in enumerate(rows):
+    for at, (ids, supervised) in enumerate(rows):
         batch["input_ids"][at, : len(ids)] = ids
-        batch["labels"][at, : len(ids)] = labels(ids, learned)
+        batch["labels"][at, : len(ids)] = labels(ids, supervised)
         batch["attention_mask"][at, : len(ids)] = 1
     return batch

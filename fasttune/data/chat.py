@@ -1,18 +1,21 @@
-"""Conversations → text with its learned spans, from the structure of the conversation: the chat template is rendered
-up to each answer and past it, and what lies between is learned. No marker is ever searched for.
+"""Conversations → text with its supervised spans, from the structure of the conversation: the chat template is rendered
+up to each answer and past it, and what lies between is supervised. No marker is ever searched for.
 
 Imports neither torch nor the tokenizer classes of transformers, so that workers start quickly.
 """
 
+import re
+from bisect import bisect_left
 from collections import Counter
 from collections.abc import Collection
+from contextlib import suppress
 from dataclasses import dataclass, replace
 from functools import cached_property
 from typing import Any
 
-from fasttune.data import calls, lost, sandbox
-from fasttune.data.formats import Conversation, Message, Refused, Unusable
-from fasttune.data.lost import Shown
+from fasttune.data import calls, sandbox
+from fasttune.data.calls import Message, Shown
+from fasttune.data.formats import Conversation, Refused, Unusable
 from fasttune.errors import DataError, ModelError
 
 # For base models that come without a template: role headings, the answer closed by EOS.
@@ -24,9 +27,10 @@ PLAIN_TEMPLATE = (
     "{% if add_generation_prompt %}### Assistant:\n{% endif %}"
 )
 BOS_FIRST = "{{ bos_token }}"
-USED = ("default", "tool_use")  # of several named templates
 PROBE_ANSWER = "Certainly, 1.2.3"
 PROBE = [{"role": "user", "content": "Hello, 4.5.6"}, {"role": "assistant", "content": PROBE_ANSWER}]
+
+MARK = "\ue000"  # of Unicode's private use; put into a control token, it travels through the template
 
 Span = tuple[int, int]  # characters [start, end)
 
@@ -80,31 +84,34 @@ class Template:
         allow_lost: Collection[str] = (),
         notes: Counter[str] | None = None,
     ) -> tuple[str, list[Span]]:
-        """Text and learned spans of a row. `train_on`: assistant (every answer), last, or all.
+        """Text and supervised spans of a row. `train_on`: assistant (every answer), last, or all.
 
-        `notes` counts what the template left out: what is learned only if `allow_lost` has its name (lost.WORDS).
-        Raises DataError for other losses and when the template does not render prefixes consistently (a later turn
-        changes earlier text), since then no label could be trusted; Unusable when there is no answer to learn.
+        `notes` counts what the template left out. Raises DataError where that may not be (only if `allow_lost` has its
+        name, of calls.LOSSES), and where a later turn changes earlier text, since then no label could be trusted;
+        Unusable where the template refuses the row.
         """
         if isinstance(conversation, str):
             text = self.bos + conversation + self.eos
             return text, [(0, len(text))]
+        tools = conversation.tools
+        answers = conversation.answers[-1:] if train_on == "last" else conversation.answers
+        spans, gaps = list[Span](), list[int]()
         with sandbox.bounded():
-            messages, whole = self._fitting(conversation.messages, conversation.tools)
-            answers = conversation.answers[-1:] if train_on == "last" else conversation.answers
-            spans, gaps = [], []
+            messages, whole = self._fitting(conversation.messages, tools)
             for index in answers if train_on != "all" or self.closing == "" else []:
-                start, end = self._answer(whole, messages, index, conversation.tools, place)
+                start, end = self._answer(whole, messages, index, tools, place)
                 closed, end = _end_of_turn(whole[start:end], messages[index]["content"], start)
                 spans.append((start, end))
                 gaps += [] if closed else [end]
         everything = dict.fromkeys(range(len(messages)), (0, len(whole)))
-        learned = everything if train_on == "all" else dict(zip(answers, spans, strict=True))
-        names = self._check(whole, messages, conversation.tools, learned, place, allow_lost)
+        supervised = everything if train_on == "all" else dict(zip(answers, spans, strict=True))
+        lost = self._check_losses(whole, messages, tools, supervised, place, allow_lost)
         if notes is not None:
-            notes.update(names)
-        text, spans = _insert(whole, spans, gaps, self.eos)
-        return text, [(0, len(text))] if train_on == "all" else spans
+            notes.update(f"lost: {name}" for name in lost)
+        for gap in reversed(gaps):  # the end of a span, which EOS is supervised with
+            whole = whole[:gap] + self.eos + whole[gap:]
+            spans = [(a + len(self.eos) * (a >= gap), b + len(self.eos) * (b >= gap)) for a, b in spans]
+        return whole, [(0, len(whole))] if train_on == "all" else spans
 
     def _render(self, messages: list[Message], tools: list[Any] | None, ask: bool = False) -> str:
         try:
@@ -120,11 +127,11 @@ class Template:
             raise Refused(f"refused by the chat template ({said[:120]})") from error
 
     def _fitting(self, messages: list[Message], tools: Any, ask: bool = False) -> tuple[list[Message], str]:
-        """The turns in the first of calls.ways that loses nothing (else the first that renders), and their text."""
+        """The turns in the first of the ways that loses nothing (else the first that renders), and their text."""
         if all(len(turn) == 2 for turn in messages):
             return messages, self._render(messages, tools, ask)
-        found: list[tuple[int, list[Message], str]] = []
-        refused = None
+        best: tuple[int, list[Message], str] | None = None
+        refused: Unusable | None = None
         for way in calls.ways(messages):
             try:
                 whole = self._render(way, tools, ask)
@@ -133,44 +140,51 @@ class Template:
                 continue
             shown = Shown(whole)
             last = next((turn for turn in reversed(way) if any(key in turn for key in calls.REASONING)), None)
-            parts = [lost.of_turn(turn, shown) - ({"reasoning"} if turn is not last else set()) for turn in way]
-            flaws = 2 * any(parts) + calls.spoiled(way, whole)
-            found.append((flaws, way, whole))
+            parts = [calls.lost_of_turn(turn, shown) - ({"reasoning"} if turn is not last else set()) for turn in way]
+            flaws = 2 * any(parts) + calls.is_python(way, whole)
+            if best is None or flaws < best[0]:
+                best = flaws, way, whole
             if not flaws:
                 break
-        if not found:
+        if best is None:
             assert refused is not None
             raise refused
-        return min(found, key=lambda each: each[0])[1:]
+        return best[1:]
 
-    def _check(
+    def _check_losses(
         self,
         whole: str,
-        messages: list[Message],
+        turns: list[Message],
         tools: Any,
-        learned: dict[int, Span],
+        supervised: dict[int, Span],
         place: str,
-        allow_lost: Collection[str],
+        allowed: Collection[str],
     ) -> set[str]:
-        """What is not in the text of what the turns have, that of a learned turn in its span. Raises DataError."""
-        all_of_it, names = Shown(whole), set[str]()
-        for index, turn in enumerate(messages):
-            span = learned.get(index)
+        """What is not in the text of what the turns have; of a supervised turn in its span. Raises DataError."""
+
+        def refuse(kind: str, where: str) -> None:
+            raise DataError(
+                f"data: {place}: the chat template leaves out {calls.LOSSES[kind]}{where}: use a model whose template "
+                f"has a place for it, or train without: data.allow_lost=[{kind}]"
+            )
+
+        all_of_it, names, source = Shown(whole), set[str](), self.source_for(tools)
+        for index, turn in enumerate(turns):
+            span = supervised.get(index)
             part = whole[span[0] : span[1]] if span else whole
             if len(turn) == 2 and turn["content"] in part:
                 continue  # most turns
-            asked = any(later["role"] == "user" for later in messages[index:])
-            for kind in lost.of_turn(turn, Shown(part) if span else all_of_it):
+            asked = any(later["role"] == "user" for later in turns[index:])
+            for kind in sorted(calls.lost_of_turn(turn, Shown(part) if span else all_of_it)):
                 dropped_by_design = kind == "reasoning" and asked and len(part) == len(whole)
-                if kind not in allow_lost and (kind == "tool_turns" or (span and not dropped_by_design)):
-                    raise _leaves_out(kind, place, f" (turn {index + 1})")
+                if kind not in allowed and (kind == "tool_turns" or (span and not dropped_by_design)):
+                    refuse(kind, f" (turn {index + 1})")
                 names.add(kind if span or kind == "tool_turns" else f"{kind} of a turn that is only read")
-            if len(turn) > 2:
-                names |= {f"{key}, a key of a turn" for key in lost.unread(turn, self.source_for(tools))}
-        missing = lost.of_tools(tools or [], all_of_it)
-        if "tools" in missing - set(allow_lost):
-            raise _leaves_out("tools", place, "")
-        return {f"lost: {name}" for name in names | missing}
+            names |= {f"{key}, a key of a turn" for key in turn.keys() - calls.KEYS if key not in source}
+        missing = calls.lost_of_tools(tools or [], all_of_it)
+        if "tools" in missing - set(allowed):
+            refuse("tools", "")
+        return names | missing
 
     def _answer(self, whole: str, messages: list[Message], index: int, tools: Any, place: str) -> Span:
         before = self._render(messages[:index], tools, ask=True)
@@ -178,19 +192,12 @@ class Template:
         if not whole.startswith(after) and self.eos:
             after = after.removesuffix(self.eos)  # some templates (Phi 3) close every rendering with EOS
         if not (whole.startswith(before) and whole.startswith(after) and len(before) < len(after)):
-            remedy = "" if index == len(messages) - 1 else "learn only the last answer (data.train_on=last), or "
+            remedy = "" if index == len(messages) - 1 else "train on the last answer only (data.train_on=last), or "
             raise DataError(
                 f"data: {place}: the chat template does not render prefixes consistently (around turn {index + 1}), so "
                 f"labels cannot be placed: {remedy}use another template"
             )
         return len(before), len(after)
-
-
-def _leaves_out(kind: str, place: str, where: str) -> DataError:
-    return DataError(
-        f"data: {place}: the chat template leaves out {lost.WORDS[kind]}{where}: use a model whose template has a "
-        f"place for it, or train without: data.allow_lost=[{kind}]"
-    )
 
 
 def complete(tokenizer: Any) -> list[tuple[str, str]]:
@@ -209,22 +216,17 @@ def complete(tokenizer: Any) -> list[tuple[str, str]]:
     if several:
         also = ", tool_use for rows with tools" if template.tool_use else ""
         changes.append((f"default{also}", f"the tokenizer brings {', '.join(named)}"))
-    fit = named | {name: _with_bos(replace(template, source=named[name])) for name in USED if name in named}
+    fit = dict(named)
+    for name in named.keys() & {"default", "tool_use"}:
+        with suppress(Unusable):  # its rows will be refused one by one, plain texts are none of its business
+            if not replace(template, source=named[name]).render(PROBE).startswith(template.bos):
+                fit[name] = BOS_FIRST + named[name]
     if fit != named:
         tokenizer.chat_template = fit if several else fit["default"]
         changes.append(("BOS put in front", "the tokenizer adds it to every text, the template does not"))
     if template.eos and template.closing == "":
-        changes.append(("EOS put after each answer", "the template never closes one, so the end would not be learned"))
+        changes.append(("EOS put after each answer", "the template closes none, so the model would not learn to end"))
     return changes
-
-
-def _with_bos(template: Template) -> str:
-    """The source, with BOS in front where the tokenizer itself would add it and the template does not."""
-    try:
-        text = template.render(PROBE)
-    except Unusable:
-        return template.source  # its rows will be refused one by one, plain texts are none of its business
-    return BOS_FIRST + template.source if template.bos and not text.startswith(template.bos) else template.source
 
 
 def template_of(tokenizer: Any) -> Template:
@@ -244,7 +246,7 @@ def template_of(tokenizer: Any) -> Template:
 
 
 def _end_of_turn(answer: str, content: str | None, start: int) -> tuple[bool, int]:
-    """Where learning ends: with the end-of-turn token, not with the line break that usually follows it.
+    """Where supervision ends: with the end-of-turn token, not with the line break that usually follows it.
 
     False when nothing but blanks follows the content: the template does not close the turn.
     """
@@ -254,9 +256,54 @@ def _end_of_turn(answer: str, content: str | None, start: int) -> tuple[bool, in
     return closed, start + (len(stripped) if closed else stripped.rindex(content) + len(content))
 
 
-def _insert(text: str, spans: list[Span], gaps: list[int], eos: str) -> tuple[str, list[Span]]:
-    """`eos` into `text` at every gap, which is the end of a span and is learned with it."""
-    for gap in reversed(gaps):
-        text = text[:gap] + eos + text[gap:]
-        spans = [(s + len(eos) * (s >= gap), e + len(eos) * (e >= gap)) for s, e in spans]
-    return text, spans
+class ControlTokens:
+    """Control tokens (`<|im_end|>`) that stand in a row's own texts: found, and kept apart from those of the template.
+
+    Only the special ones of a plain `tokenizers` tokenizer: others, as <think>, are meant to be written in texts.
+    """
+
+    def __init__(self, tokenizer: Any):
+        known = tokenizer.get_added_tokens_decoder().values()
+        names = sorted((token.content for token in known if token.special and len(token.content) > 1), key=len)
+        self.pattern = re.compile("|".join(map(re.escape, reversed(names))))
+        self.beginnings = {name[0] for name in names}  # looked for first: most texts have none of them
+
+    def in_row(self, row: Conversation | str) -> set[str]:
+        """The control tokens in what its turns say."""
+        texts = [row] if isinstance(row, str) else [text for turn in row.messages for text in turn.values()]
+        found = set[str]()
+        for text in texts:
+            for beginning in self.beginnings if isinstance(text, str) else ():
+                if beginning in text:
+                    found.update(self.pattern.findall(text))
+                    break
+        return found
+
+    def marked(self, row: Conversation | str) -> Conversation | str:
+        """The row with a MARK in each of them. Raises Unusable for one that has the mark already."""
+        if isinstance(row, str):
+            return self._marked(row)
+        said = ("content", *calls.REASONING)
+        messages = [
+            {key: self._marked(part) if key in said and isinstance(part, str) else part for key, part in turn.items()}
+            for turn in row.messages
+        ]
+        return replace(row, messages=messages)
+
+    def _marked(self, text: str) -> str:
+        if MARK in text:
+            raise Unusable("control tokens beside U+E000, which would mark them")
+        return self.pattern.sub(lambda found: found[0][0] + MARK + found[0][1:], text)
+
+    def unmarked(self, text: str, spans: list[Span]) -> tuple[str, list[Span], list[Span]]:
+        """(text, spans, where the control tokens of the row are) without the marks. Raises Unusable."""
+        if "\\ue000" in text:
+            raise Unusable("control tokens that the chat template writes as JSON escapes")
+        marks = [at for at, character in enumerate(text) if character == MARK]
+        text = text.replace(MARK, "")
+
+        def before(at: int) -> int:
+            return at - bisect_left(marks, at)
+
+        found = [self.pattern.match(text, before(mark) - 1) for mark in marks]
+        return text, [(before(a), before(b)) for a, b in spans], [match.span() for match in found if match]

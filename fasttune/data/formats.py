@@ -9,18 +9,21 @@ alpaca              instruction, output, with an optional input
 text                continued pretraining: every token is trained
 
 Beside all but text: system (a system turn), history ([question, answer] pairs before the turns), tools. A turn may say
-that it is not to be trained on (beside.FLAGS).
+that it is not to be trained on (FLAGS).
+
+Nothing that a row has is ignored silently: it is followed, refused by its name, or named as not used.
 """
 
 import re
-from dataclasses import dataclass, field
+from dataclasses import dataclass
+from functools import lru_cache
 from typing import Any
 
-from fasttune.data import beside, calls
+from fasttune.data import calls
+from fasttune.data.calls import Message
 from fasttune.errors import DataError, short
 
 Row = dict[str, Any]
-Message = dict[str, Any]
 
 COLUMNS = {  # by the names of config.FORMATS
     "messages": ("messages",),
@@ -31,21 +34,21 @@ COLUMNS = {  # by the names of config.FORMATS
     "alpaca": ("instruction", "output"),
     "text": ("text",),
 }
+BESIDE = ("system", "history", "tools", "functions")  # beside every form but text
+QUESTIONS = {"prompt": "completion", "question": "answer", "query": "response", "instruction": "output"}
 ROLES = ("system", "developer", "user", "assistant", "tool", "function")
-SHAREGPT_ROLES = {
-    "human": "user",
-    "gpt": "assistant",
-    "chatgpt": "assistant",
-    "bing": "assistant",
-    "bard": "assistant",
-    "function_call": "assistant",
-    "observation": "tool",
-}
-
-
-def is_read(name: str) -> bool:
-    """Whether a column means something by its name, in any form; no other one is read where that can be chosen."""
-    return any(name in columns for columns in COLUMNS.values()) or beside.is_read(name)
+SHAREGPT_ROLES = {"human": "user", **dict.fromkeys(("gpt", "chatgpt", "bing", "bard", "function_call"), "assistant")}
+SHAREGPT_ROLES["observation"] = "tool"
+FLAGS = ("weight", "loss_weight", "train", "loss", "masked")  # of a turn, or of a whole row; `masked` is torchtune's
+LIKE_FLAGS = ("train", "loss", "weight", "mask", "learn")  # what a part of the name of another flag begins with
+FLAG_VALUES = {"0": False, "0.0": False, "false": False, "1": True, "1.0": True, "true": True}
+LABELS = ("label", "kto_tag")  # false: the answer is a bad one
+PREFERENCE = re.compile(r"(chosen|rejected).*")
+MEDIA = re.compile(r"(image|picture|audio|sound|video)s?(_(path|url|file)s?)?")
+USED = {form: {*own, *LABELS, *(BESIDE if form != "text" else ())} for form, own in COLUMNS.items()}
+USED["alpaca"].add("input")
+MEDIA_MARKS = ("<image>", "<audio>", "<video>")  # in a text alone they may as well be markup
+NAME_CHARACTERS = 60
 
 
 class Unusable(Exception):
@@ -58,12 +61,18 @@ class Refused(Unusable):
 
 @dataclass(frozen=True)
 class Conversation:
-    """Turns as a chat template takes them; `answers` are the indexes of the assistant's turns that may be learned."""
+    """Turns as a chat template takes them; `answers`: indexes of the assistant's turns to train on."""
 
     messages: list[Message]
     answers: list[int]
-    tools: list[Any] | None = field(default=None)
+    tools: list[Any] | None = None
     left_out: bool = False  # whether a flag keeps an answer from being trained on
+
+
+def is_read(name: str) -> bool:
+    """Whether a column means something by its name, in any form; no other one is read where that can be chosen."""
+    known = {*(column for columns in COLUMNS.values() for column in columns), *BESIDE, *FLAGS, *LABELS}
+    return name in known | {"input", "options"} or bool(PREFERENCE.fullmatch(name) or MEDIA.fullmatch(name))
 
 
 def detect(row: Row, place: str) -> str:
@@ -88,8 +97,8 @@ def rename(row: Row, columns: dict[str, str], place: str) -> Row:
     taken = set(columns.values())
     if missing := [name for name in columns.values() if name not in row]:
         raise DataError(f"data.columns: {place} has no {', '.join(missing)}; it has {_names(row)}")
-    if any(map(beside.PREFERENCE.fullmatch, taken)):
-        taken |= set(filter(beside.PREFERENCE.fullmatch, row))
+    if any(map(PREFERENCE.fullmatch, taken)):
+        taken |= set(filter(PREFERENCE.fullmatch, row))
     left = {name: value for name, value in row.items() if name not in taken}
     return left | {canonical: row[name] for canonical, name in columns.items()}
 
@@ -97,6 +106,73 @@ def rename(row: Row, columns: dict[str, str], place: str) -> Row:
 def applying(columns: dict[str, str], row: Row) -> dict[str, str]:
     """`data.columns` for one of several sources; {} where its rows have none of the names: its own are meant."""
     return columns if any(name in row for name in columns.values()) else {}
+
+
+def check_row(row: Row, place: str) -> None:
+    """Raise DataError for rows that show which answer is the better one, and for those about pictures or sound."""
+    compared = [name for name, value in row.items() if PREFERENCE.fullmatch(name) and value]
+    if compared:
+        raise DataError(
+            f"data: {place} is preference data ({', '.join(compared)[:60]}), which would be trained on as if all of it "
+            f"were good; to train on the good answers alone {_without_bad(row)}"
+        )
+    for name in LABELS:
+        if name in row and str(row[name]).lower() == "false":
+            raise DataError(
+                f"data: {place} is preference data: {name} is false, so its answer is a bad one; keep the rows where "
+                "it is true"
+            )
+    check_media(row, place)
+
+
+def check_media(row: Row, place: str) -> None:
+    """Raise DataError for a row about pictures, sound or video."""
+    for name, value in row.items():
+        if MEDIA.fullmatch(name) and value and value != [None]:
+            raise DataError(
+                f"data: {place} has {name}: pictures, sound and video cannot be used; remove such rows, or the column "
+                "if the text says all"
+            )
+
+
+def check_text(text: str, place: str) -> None:
+    """Raise DataError for half a character (a lone surrogate), which JSON can write and no tokenizer takes."""
+    try:
+        text.encode()
+    except UnicodeEncodeError as error:
+        half = f"\\u{ord(text[error.start]):04x}"
+        raise DataError(
+            f"data: {place} holds half a character, {half} after {text[: error.start][-20:]!r}: a text was cut there; "
+            "write the whole one, or leave it out"
+        ) from None
+
+
+def _without_bad(row: Row) -> str:
+    """What to do so that the good answers are trained on: where they are the chosen ones, to name their column."""
+    if "chosen" not in row:
+        return "remove such columns"
+    chosen = row["chosen"]
+    answer = next((QUESTIONS[name] for name in QUESTIONS if name in row), "text")
+    if isinstance(chosen, list) and chosen and isinstance(chosen[0], dict):
+        whole = "prompt" not in row or chosen[0].get("role") in ("system", "user")
+        answer = "messages" if whole else answer
+    return f"set data.columns={{{answer}: chosen}}"
+
+
+def not_used(row: Row, form: str) -> set[str]:
+    """Names, cut to a readable length, of what says something in a row and is not used."""
+    used = USED[form]
+    found = {f"column {key}" for key, value in row.items() if key not in used and value not in (None, "", [])}
+    turns: Any = row.get(COLUMNS[form][0])
+    for number, turn in enumerate(turns if isinstance(turns, list) else ()):
+        role = turn.get("role", turn.get("from"))
+        if "from" in turn:
+            found |= {f"{key} of a turn" for key in turn if key not in ("from", "value", *FLAGS) and turn[key]}
+        if role in ("user", "human"):
+            found |= {f"{key}: true of a {role} turn" for key in ("train", "loss") if turn.get(key) is True}
+        if number == 0 and role == "system" and row.get("system") not in (None, "", *turn.values()):
+            found.add("column system beside a system turn")
+    return {name[:NAME_CHARACTERS] for name in found} if found else found
 
 
 def convert(row: Row, form: str, place: str) -> Conversation | str:
@@ -107,70 +183,116 @@ def convert(row: Row, form: str, place: str) -> Conversation | str:
             f"data: {place} has no {' and no '.join(missing)} (it has {_names(row)}), but the format is {form}: "
             "one format a file; set data.format or data.columns if the first row misled"
         )
-    if beside.is_left_out(row):
+    if any(FLAG_VALUES.get(str(row[key]).strip().lower()) is False for key in FLAGS[:-1] if key in row):
         raise Unusable("marked as not to be trained on")
     if form == "text":
         return _filled(row, "text", place)
     only_read = 0  # first turns
-    if form == "messages":
-        turns = _messages(row["messages"], place)
-    elif form == "conversations":
-        turns = _sharegpt(row["conversations"], place)
+    if form in ("messages", "conversations"):
+        turns = _turns(row[form], place, _openai if form == "messages" else _sharegpt)
     elif form == "prompt_completion" and isinstance(row["prompt"], list):
-        turns = _messages(row["prompt"], place)
+        turns = _turns(row["prompt"], place, _openai)
         only_read = len(turns)
-        turns += _messages(row["completion"], place)
+        turns += _turns(row["completion"], place, _openai)
     else:
         question, answer = COLUMNS[form]
         asked = _filled(row, question, place)
-        if form == "alpaca" and (extra := _optional(row, "input", place)):
+        if form == "alpaca" and (extra := _filled(row, "input", place, optional=True)):
             asked += "\n\n" + extra
         turns = [_turn("user", asked), _turn("assistant", _filled(row, answer, place))]
-    whole = _with_beginning(row, turns, place)
-    return _checked(whole, calls.tools_of(row, place), only_read and only_read + len(whole) - len(turns))
+    before = _system_and_history(row, turns, place)
+    only_read = only_read and only_read + len(before)
+    if turns[0]["role"] in ("system", "developer"):
+        before = [turns.pop(0), *before]
+    return _conversation([*before, *turns], calls.tools_of(row, place), only_read)
 
 
-def _with_beginning(row: Row, turns: list[Message], place: str) -> list[Message]:
-    """The turns with the columns `system`, unless they begin with a system turn, and `history` before them."""
-    system, rest = turns[:1], turns[1:]
-    if system[0]["role"] not in ("system", "developer"):
-        text = _optional(row, "system", place)
-        system, rest = [_turn("system", text)] if text else [], turns
+def _system_and_history(row: Row, turns: list[Message], place: str) -> list[Message]:
+    """The turns of the columns `system`, which a system turn overrules, and `history`."""
+    system = "" if turns[0]["role"] in ("system", "developer") else _filled(row, "system", place, optional=True)
     history = calls.from_json(row.get("history"), "history", place) or []
-    if not isinstance(history, list) or not all(map(_is_pair, history)):
+    pairs = isinstance(history, list) and all(isinstance(pair, list) and len(pair) == 2 for pair in history)
+    if not pairs or not all(isinstance(text, str) for pair in history for text in pair):
         raise DataError(f"data: {place}: history is {short(history)}, expected [question, answer] pairs")
-    earlier = [_turn(role, text) for pair in history for role, text in zip(("user", "assistant"), pair, strict=True)]
-    return [*system, *earlier, *rest]
+    earlier = [turn for asked, said in history for turn in (_turn("user", asked), _turn("assistant", said))]
+    return [_turn("system", system), *earlier] if system else earlier
 
 
-def _checked(messages: list[Message], tools: Any = None, context: int = 0) -> Conversation:
-    """`context`: how many first turns are only read. `weight: 0` marks an answer that is only read, too."""
+def _conversation(messages: list[Message], tools: Any, only_read: int) -> Conversation:
+    """`only_read`: how many first turns are only read. `weight: 0` marks an answer that is only read, too."""
     spoken = [m["role"] for m in messages if m["role"] not in ("system", "developer")]
     if "assistant" not in spoken:
         raise Unusable("no assistant turn")
     if spoken[0] == "assistant":
         raise Unusable("begins with the assistant")
-    answers = [i for i, m in enumerate(messages) if m["role"] == "assistant" and i >= context and m.get("weight") != 0]
-    if any(not (messages[i].get("content") or "").strip() and not messages[i].get("tool_calls") for i in answers):
+    said = [i for i, m in enumerate(messages) if m["role"] == "assistant"]
+    answers = [i for i in said if i >= only_read and "weight" not in messages[i]]
+    if any(not (messages[i]["content"] or "").strip() and not messages[i].get("tool_calls") for i in answers):
         raise Unusable("empty answer")
-    left_out = any(m["role"] == "assistant" and "weight" in m for m in messages)
-    plain = [{k: v for k, v in m.items() if k != "weight"} for m in messages]
-    return Conversation(plain, answers, tools or None, left_out)
+    left_out = any("weight" in messages[i] for i in said)
+    plain = [{key: part for key, part in m.items() if key != "weight"} for m in messages]
+    return Conversation(plain, answers, tools, left_out)
 
 
-def _messages(value: Any, place: str) -> list[Message]:
+def _turns(value: Any, place: str, convert_turn: Any) -> list[Message]:
     if not isinstance(value, list) or not value:
         raise DataError(f"data: {place}: expected a list of turns, found {short(value)}")
-    turns = []
-    for turn in value:
-        if not isinstance(turn, dict) or turn.get("role") not in ROLES:
-            raise DataError(f"data: {place}: a turn needs a role ({', '.join(ROLES)}), found {short(turn)}")
-        # Parquet fills absent keys with null
-        kept = {key: part for key, part in turn.items() if part is not None and key not in beside.FLAGS}
-        kept = calls.of_turn(kept, place) | beside.weight(turn, place)
-        wordless = "tool_calls" in kept and turn.get("content") is None  # some templates ask whether it is null
-        turns.append({**kept, "content": None if wordless else _text_of(turn.get("content"), place)})
-    return turns
+    return [convert_turn(turn, place) | _weight(turn, place) for turn in value]
+
+
+def _openai(turn: Any, place: str) -> Message:
+    if not isinstance(turn, dict) or turn.get("role") not in ROLES:
+        raise DataError(f"data: {place}: a turn needs a role ({', '.join(ROLES)}), found {short(turn)}")
+    # Parquet fills absent keys with null
+    left_out = ("tool_calls", "function_call", *FLAGS)
+    kept = {key: part for key, part in turn.items() if part is not None and key not in left_out}
+    if kept["role"] == "function":
+        kept["role"] = "tool"
+    called = calls.from_json(turn.get("tool_calls"), "tool_calls", place) or turn.get("function_call")
+    if called:
+        kept["tool_calls"] = [calls.in_form(call, place) for call in (called if isinstance(called, list) else [called])]
+    wordless = called and turn.get("content") is None  # some templates ask whether it is null
+    return {**kept, "content": None if wordless else _text_of(turn.get("content"), place)}
+
+
+def _sharegpt(turn: Any, place: str) -> Message:
+    speaker = str(turn.get("from")) if isinstance(turn, dict) else ""
+    role = SHAREGPT_ROLES.get(speaker, speaker)
+    if role not in ROLES or not isinstance(turn.get("value"), str):
+        raise DataError(
+            f"data: {place}: a turn needs `from` ({', '.join(SHAREGPT_ROLES)}) and a text `value`, found {short(turn)}"
+        )
+    if speaker == "function_call":
+        if (turn := calls.of_text(turn["value"])) is None:
+            raise Unusable("a function_call turn that is no JSON of name and arguments")
+        return turn
+    return _turn("tool" if role == "function" else role, turn["value"])
+
+
+def _weight(marked: Row, place: str) -> dict[str, int]:
+    """{"weight": 0} for a turn or a part of one that its flags say not to train on, else {}.
+
+    Raises DataError for a flag that is not known or says something else.
+    """
+    trained = True
+    for key, value in marked.items():
+        if value is None:
+            continue
+        if key in FLAGS:
+            said = FLAG_VALUES.get(str(value).strip().lower())
+            if said is None:
+                raise DataError(f"data: {place}: {key} is {short(value)}; it can be 1 or true, 0 or false")
+            trained = trained and said is not (key == "masked")
+        elif value and _is_like_a_flag(key):
+            raise DataError(
+                f"data: {place}: a turn has {key[:60]}, which is not known; whole turns are left out with weight: 0"
+            )
+    return {} if trained else {"weight": 0}
+
+
+@lru_cache
+def _is_like_a_flag(key: str) -> bool:
+    return any(part.startswith(LIKE_FLAGS) for part in key.lower().split("_"))
 
 
 def _text_of(content: Any, place: str) -> str:
@@ -184,14 +306,14 @@ def _text_of(content: Any, place: str) -> str:
 
 def _text_of_part(part: Any, place: str) -> str:
     kind = part.get("type") if isinstance(part, dict) else None
-    if not isinstance(kind, str) or kind not in ("text", "input_text", "output_text"):
+    if kind not in ("text", "input_text", "output_text"):
         why = "expected {type: text, text: …}"
-        if isinstance(kind, str) and re.search("image|picture|audio|sound|video", kind):
+        if re.search("image|picture|audio|sound|video", str(kind)):
             why = "pictures, sound and video cannot be used"
         elif kind in ("reasoning", "thinking"):
             why = "write its text as reasoning_content of the turn"
         raise DataError(f"data: {place}: a part of a turn is {short(part)}; {why}")
-    if beside.weight(part, place):
+    if _weight(part, place):
         raise DataError(f"data: {place}: a part of a turn has weight 0; only whole turns can be left out")
     text = next((part[key] for key in ("text", "value", "content") if part.get(key) is not None), "")
     if not isinstance(text, str) or (len(part) > 1 and not {"text", "value", "content"} & set(part)):
@@ -199,53 +321,20 @@ def _text_of_part(part: Any, place: str) -> str:
     return text
 
 
-def _sharegpt(value: Any, place: str) -> list[Message]:
-    if not isinstance(value, list) or not value:
-        raise DataError(f"data: {place}: expected a list of turns, found {short(value)}")
-    turns = []
-    for turn in value:
-        speaker = str(turn.get("from")) if isinstance(turn, dict) else ""
-        role = SHAREGPT_ROLES.get(speaker, speaker)
-        if role not in ROLES or not isinstance(turn.get("value"), str):
-            raise DataError(
-                f"data: {place}: a turn needs `from` ({', '.join(SHAREGPT_ROLES)}) and a text `value`, "
-                f"found {short(turn)}"
-            )
-        turns.append(
-            _spoken(speaker, "tool" if role == "function" else role, turn["value"]) | beside.weight(turn, place)
-        )
-    return turns
-
-
-def _spoken(speaker: str, role: str, value: str) -> Message:
-    if speaker != "function_call":
-        return _turn(role, value)
-    if (turn := calls.of_text(value)) is None:
-        raise Unusable("a function_call turn that is no JSON of name and arguments")
-    return turn
-
-
-def _is_pair(value: Any) -> bool:
-    return isinstance(value, list) and len(value) == 2 and all(isinstance(text, str) for text in value)
-
-
 def _turn(role: str, content: str) -> Message:
     return {"role": role, "content": content}
 
 
-def _filled(row: Row, key: str, place: str) -> str:
-    value = row[key]
+def _filled(row: Row, key: str, place: str, optional: bool = False) -> str:
+    """A text of a row; an optional one may be missing, null or blank."""
+    value = row.get(key)
     if value is None or (isinstance(value, str) and not value.strip()):
-        raise Unusable("empty answer" if key in ("answer", "response", "completion", "output") else f"empty {key}")
+        if optional:
+            return ""
+        raise Unusable("empty answer" if key in QUESTIONS.values() else f"empty {key}")
     if not isinstance(value, str):
         raise DataError(f"data: {place}: {key} is {short(value)}, expected text")
     return value
-
-
-def _optional(row: Row, key: str, place: str) -> str:
-    """A text that may be missing, null or blank."""
-    blank = row.get(key) is None or not str(row[key]).strip()
-    return "" if blank else _filled(row, key, place)
 
 
 def _names(row: Row) -> str:

@@ -1,34 +1,62 @@
-"""Config and tokenizer → Batches: every data set recognised, encoded (or taken from the cache) and split."""
+"""Config and tokenizer → Batches: every data set is recognised, encoded and split.
 
-from collections.abc import Callable, Iterable, Iterator, Sequence
+Tokens are made once for each content (file, template, tokenizer, settings), in memory that does not grow with the data:
+
+    <cache>/data/<key>/   ids.i32 (tokens) · learned.bool (tokens: whether supervised) · lengths.i32 (rows)
+                          numbers.i64 (rows) · manifest.json: CRC of each file, counts
+
+Each core has a process that renders and tokenises. The tokenizer's own threads would not do: a quarter of the work is
+Python, so that on 16 cores they would give a third of the speed.
+"""
+
+import hashlib
+import json
+import multiprocessing
+import os
+import signal
+import zlib
+from collections import Counter, deque
+from collections.abc import Callable, Iterator, Sequence
+from concurrent.futures import Future, ProcessPoolExecutor
+from concurrent.futures.process import BrokenProcessPool
+from contextlib import ExitStack
+from dataclasses import astuple
+from itertools import chain, islice
 from pathlib import Path
 from typing import Any
 
+import numpy as np
+
+from fasttune import cache
 from fasttune.config import Config
-from fasttune.data import beside, formats, overlap, sources, store, tokenize
+from fasttune.data import formats, sources, tokenize
 from fasttune.data.arithmetic import Part
 from fasttune.data.batching import Batches, Encoded
-from fasttune.data.files import Chunk
 from fasttune.data.formats import Row
-from fasttune.data.store import Rows
+from fasttune.data.sources import Chunk
+from fasttune.data.tokenize import Block, Encoder, Recipe, Rows
 from fasttune.errors import DataError
+
+VERSION = 3  # raise it when the same recipe gives other tokens or counts
+ARRAYS = {"ids.i32": np.int32, "learned.bool": np.bool_, "lengths.i32": np.int32, "numbers.i64": np.int64}
+MAX_UNUSABLE_SHARE = 0.05
+POOL_FROM_CHUNKS = 24  # about 24 MB of JSONL: below, starting workers costs more than they save
+CHUNKS_IN_FLIGHT = 2  # per worker
+STALLED_S = 600.0  # a chunk (1 MB) takes a second or two
 
 Progress = Callable[[str, float], None]  # what is being done, and the share of it that is
 
 
 def encode(config: Config, tokenizer: Any, packed: bool, progress: Progress) -> Batches:
     """All data sets as steps to train on, from the cache where they are there already. Raises DataError."""
-    data = config.data
-    parts = [_encode_one(config, source, tokenizer, progress) for source in data.sources]
+    data, train = config.data, config.train
     batches = Batches(
-        parts=parts,
+        parts=[_encode_one(config, source, tokenizer, progress) for source in data.sources],
         weights=list(data.sources.values()),
         seed=config.seed,
         eval_share=data.eval_share,
-        batch_rows=config.train.batch_rows,
-        micro_rows=config.train.micro_batch_rows
-        if config.train.micro_batch_rows != "auto"
-        else config.train.batch_rows,
+        batch_rows=train.batch_rows,
+        micro_rows=train.batch_rows if train.micro_batch_rows == "auto" else train.micro_batch_rows,
         max_length=config.model.max_length,
         packed=packed,
         pad_id=tokenizer.pad_token_id or 0,
@@ -44,20 +72,20 @@ def held_out(config: Config, tokenizer: Any, batches: Batches, progress: Progres
     Of all rows that something is measured on or shown of, those that are trained on too are counted.
     """
     count = config.eval.rows if config.eval.every != "never" else 0
-    held: Iterable[Encoded]
     if config.data.eval is not None:
         most = max(count, config.samples, config.eval.problems)
-        rows = _encode_one(config, config.data.eval, tokenizer, progress, "test", most) if most else None
-        held = [rows.row(i) for i in range(len(rows))] if rows else []
-        measured = held[:count]
+        if not most:
+            return [], []
+        rows = _encode_one(config, config.data.eval, tokenizer, progress, "test", most)
+        places = [(rows, index) for index in range(len(rows))]
+        measured = places[:count]
     else:
         split = zip(batches.parts, batches.split, strict=True)
-        places = [(rows, i) for rows, (_, indexes) in split for i in indexes]
+        places = [(rows, index) for rows, (_, indexes) in split for index in indexes]
         count = min(len(places), count)
-        measured = [rows.row(i) for rows, i in (places[at * len(places) // count] for at in range(count))]
-        held = (rows.row(i) for rows, i in places)
-    found = overlap.warning(batches, held)
-    return measured, [found] if found else []
+        measured = [places[at * len(places) // count] for at in range(count)]
+    overlap = batches.overlap(rows.row(index) for rows, index in places)
+    return [rows.row(index) for rows, index in measured], [overlap] if overlap else []
 
 
 def texts(batches: Batches, held_out: Sequence[Encoded] = ()) -> Iterator[tuple[str, Any]]:
@@ -69,12 +97,7 @@ def texts(batches: Batches, held_out: Sequence[Encoded] = ()) -> Iterator[tuple[
 
 
 def _encode_one(
-    config: Config,
-    source: str,
-    tokenizer: Any,
-    progress: Progress,
-    part: Part = "train",
-    max_rows: int | None = None,
+    config: Config, source: str, tokenizer: Any, progress: Progress, part: Part = "train", max_rows: int | None = None
 ) -> Rows:
     data = config.data
     split = data.split if part == "train" else data.held_out_split
@@ -82,22 +105,14 @@ def _encode_one(
     what = f"reading and tokenising {source}"
     progress(what, 0.0)
     form, columns = form_of(config, source, split)
-    recipe = tokenize.recipe_of(
-        tokenizer,
-        form,
-        columns,
-        data.train_on,
-        config.model.max_length,
-        data.too_long,
-        data.allow_lost,
-        data.control_tokens,
-    )
-    content = sources.fingerprint(source, part, split)
+    settings = data.train_on, config.model.max_length, data.too_long, data.allow_lost, data.control_tokens
+    recipe = tokenize.recipe_of(tokenizer, form, columns, *settings)
+    key = f"{sources.fingerprint(source, part, split)} {max_rows}"
 
     def chunks() -> Iterator[Chunk]:
         return sources.read(source, part, split, max_rows, data.streaming, data.columns.values())
 
-    rows = store.load(source, f"{content} {max_rows}", recipe, chunks, lambda share: progress(what, share))
+    rows = stored(source, key, recipe, chunks, lambda share: progress(what, share))
     progress(what, 1.0)
     return rows
 
@@ -105,8 +120,8 @@ def _encode_one(
 def form_of(config: Config, source: str, split: str | None = None) -> tuple[str, dict[str, str]]:
     """(format, columns to rename) of a source, by its first row. Raises DataError."""
     data = config.data
-    given = data.columns.values()
-    for _, place, row in sources.first_rows(source, "train", split or data.split, 1, data.streaming, given):
+    rows = sources.first_rows(source, "train", split or data.split, 1, data.streaming, data.columns.values())
+    for _, place, row in rows:
         return form_by(config, source, row, place)
     raise DataError(f"data: {source} holds no rows")
 
@@ -120,7 +135,7 @@ def form_by(config: Config, source: str, row: Row, place: str) -> tuple[str, dic
     data = config.data
     columns = data.columns if list(data.sources) == [source] else formats.applying(data.columns, row)
     row = formats.rename(row, columns, place)
-    beside.check(row, place)
+    formats.check_row(row, place)
     own = data.format != "auto" and all(column in row for column in formats.COLUMNS[data.format])
     if own or (data.format != "auto" and source in data.sources):
         return data.format, columns
@@ -138,21 +153,150 @@ def with_format(config: Config) -> Config:
 
 
 def describe(data: Batches) -> list[str]:
-    """One line a data set: what is learned from it, and what was cut, split or dropped and why."""
+    """One line a data set: what is trained on of it, and what was cut, split or dropped and why."""
     found = []
     for rows, weight, (_, held_out) in zip(data.parts, data.weights, data.split, strict=True):
-        counts = rows.counts
-        mean = counts["tokens"] / len(rows)
-        text = f"{rows.source}: {len(rows):,} rows, {counts['tokens']:,} tokens ({mean:.0f} a row), "
-        text += f"{counts['learned']:,} learned"
-        text += f"; {weight:g} × an epoch" if weight != 1 else ""
-        text += f"; {len(held_out):,} held out" if len(held_out) else ""
-        for name in sorted(counts):
-            if name in ("truncated", "split", "dropped_too_long"):
-                text += f"; {counts[name]:,} {name.replace('dropped_too_long', 'dropped: too long')}"
-            elif name.startswith(("dropped: ", "lost: ", "control token: ", "only text: ")):
-                text += f"; {counts[name]:,} {name}"
+        counts, tokens = rows.counts, rows.counts["tokens"]
+        parts = [f"{rows.source}: {len(rows):,} rows, {tokens:,} tokens ({tokens / len(rows):.0f} a row)"]
+        parts[0] += f", {counts['supervised']:,} supervised"
+        parts += [f"{weight:g} × an epoch"] if weight != 1 else []
+        parts += [f"{len(held_out):,} held out"] if len(held_out) else []
+        parts += [
+            f"{counts[name]:,} {name.replace('dropped_too_long', 'dropped: too long')}"
+            for name in sorted(counts)
+            if name.startswith(("truncated", "split", "dropped", "lost: ", "control token: ", "only text: "))
+        ]
         unused = sorted(name.removeprefix("not used: ") for name in counts if name.startswith("not used: "))
-        text += f"; not used: {', '.join(unused[:8])}{' …' * (len(unused) > 8)}" if unused else ""
-        found.append(text)
+        parts += [f"not used: {', '.join(unused[:8])}{' …' * (len(unused) > 8)}"] if unused else []
+        found.append("; ".join(parts))
     return found
+
+
+def stored(
+    source: str, key: str, recipe: Recipe, chunks: Callable[[], Iterator[Chunk]], progress: Callable[[float], None]
+) -> Rows:
+    """The rows of a source, from the cache or made now. `key` is the hash of its content; `progress` takes the share of
+    it that is encoded, 0 to 1.
+
+    Raises DataError for a row of a wrong form, for no row left, and when over MAX_UNUSABLE_SHARE of the rows teach
+    nothing (one is shown).
+    """
+    name = hashlib.sha256(json.dumps([VERSION, key, *astuple(recipe)], default=str).encode()).hexdigest()[:32]
+    folder = cache.root() / "data" / name
+    if rows := _open(folder, source):
+        return rows
+    cache.discard(folder, lambda found: _open(found, source) is not None)  # torn or changed: never used, made again
+    made = _open(cache.folder(f"data/{name}", lambda made: _make(made, source, recipe, chunks(), progress)), source)
+    assert made is not None
+    return made
+
+
+def _open(folder: Path, source: str) -> Rows | None:
+    """An entry of the cache, every byte of it checked; None where it is not there or not whole."""
+    try:
+        manifest = json.loads((folder / "manifest.json").read_text(encoding="utf-8"))
+        files: list[Any] = [np.memmap(folder / name, dtype, mode="r") for name, dtype in ARRAYS.items()]
+        if any(zlib.crc32(file) != manifest["crc32"][name] for name, file in zip(ARRAYS, files, strict=True)):
+            return None
+        ids, supervised, lengths, numbers = files
+        starts = np.concatenate([[0], np.cumsum(lengths, dtype=np.int64)])
+        checksum = f"{zlib.crc32(json.dumps(manifest['crc32'], sort_keys=True).encode()):08x}"
+        return Rows(source, ids, supervised, starts, numbers, Counter(manifest["counts"]), checksum)
+    except (OSError, ValueError, KeyError, TypeError):
+        return None
+
+
+def _make(
+    folder: Path, source: str, recipe: Recipe, chunks: Iterator[Chunk], progress: Callable[[float], None]
+) -> None:
+    counts, examples, checks = Counter[str](), dict[str, str](), dict.fromkeys(ARRAYS, 0)
+    with ExitStack() as stack:
+        out = {name: stack.enter_context((folder / name).open("wb")) for name in ARRAYS}
+        for block, done in _blocks(recipe, chunks):
+            for name, each in zip(ARRAYS, (block.ids, block.supervised, block.lengths, block.numbers), strict=True):
+                data = each.tobytes()
+                checks[name] = zlib.crc32(data, checks[name])
+                out[name].write(data)
+            counts.update(block.counts)
+            counts["kept"] += len(block.lengths)
+            counts["tokens"] += len(block.ids)
+            counts["supervised"] += int(block.supervised.sum())
+            examples = block.examples | examples
+            progress(done)
+    _check_enough_left(source, counts, examples, recipe.max_length)
+    (folder / "manifest.json").write_text(json.dumps({"crc32": checks, "counts": counts}), encoding="utf-8")
+
+
+def _check_enough_left(source: str, counts: Counter[str], examples: dict[str, str], max_length: int) -> None:
+    reasons = {name.removeprefix("dropped: "): n for name, n in counts.items() if name.startswith("dropped: ")}
+    unusable = sum(reasons.values())
+    if not counts["rows"]:
+        raise DataError(f"data: {source} holds no rows")
+    if unusable > MAX_UNUSABLE_SHARE * counts["rows"]:
+        listed = ", ".join(f"{n:,} {reason}" for reason, n in sorted(reasons.items(), key=lambda item: -item[1]))
+        worst = max(reasons, key=lambda reason: reasons[reason])
+        raise DataError(
+            f"data: {unusable:,} of {counts['rows']:,} rows of {source} teach nothing ({listed}): fix or remove them. "
+            f"One of them: {examples[worst]!r}"
+        )
+    if not counts["kept"]:
+        raise DataError(
+            f"data: no row of {source} is left; all {counts['rows']:,} are longer than model.max_length={max_length}: "
+            "raise it, or set data.too_long=truncate"
+        )
+
+
+def _blocks(recipe: Recipe, chunks: Iterator[Chunk]) -> Iterator[tuple[Block, float]]:
+    """(block, share of the source that is done) in the order of the chunks; few are encoded in this process."""
+    first = list(islice(chunks, POOL_FROM_CHUNKS))
+    workers = len(os.sched_getaffinity(0))
+    if len(first) < POOL_FROM_CHUNKS or workers == 1:
+        encoder = Encoder(recipe)
+        for chunk in chain(first, chunks):
+            os.environ["TOKENIZERS_PARALLELISM"] = "true"  # the tokenizer's own threads, and only for this
+            block = encoder.encode(chunk)
+            os.environ["TOKENIZERS_PARALLELISM"] = "false"
+            yield block, chunk.done
+        return
+    waiting: deque[tuple[Future[Block], Chunk]] = deque()
+    context = multiprocessing.get_context("spawn")  # a fork of a process with threads (torch) may hang
+    with ProcessPoolExecutor(workers, context, _start_worker, (recipe,)) as pool:
+        try:
+            for chunk in chain(first, chunks):
+                waiting.append((pool.submit(_encode_in_worker, chunk), chunk))
+                if len(waiting) > CHUNKS_IN_FLIGHT * workers:
+                    yield _finished(*waiting.popleft())
+            while waiting:
+                yield _finished(*waiting.popleft())
+        except BrokenProcessPool as error:
+            raise DataError(
+                "data: a process that tokenises was ended from outside, most likely for memory: free some and run again"
+            ) from error
+        finally:
+            pool.shutdown(cancel_futures=True)  # waits for the chunks in work: no process is left behind
+
+
+def _finished(future: Future[Block], chunk: Chunk) -> tuple[Block, float]:
+    try:
+        return future.result(timeout=STALLED_S), chunk.done
+    except TimeoutError as error:
+        for worker in multiprocessing.active_children():
+            worker.kill()
+        raise DataError(
+            f"data: tokenising stalled: no answer within {STALLED_S:.0f} s for {len(chunk):,} rows of {chunk.source} "
+            f"from {chunk.first:,} on; look whether one of them is enormous or the machine out of memory, and run again"
+        ) from error
+
+
+_encoder: Encoder  # of this worker process
+
+
+def _start_worker(recipe: Recipe) -> None:
+    global _encoder
+    signal.signal(signal.SIGINT, signal.SIG_IGN)  # Ctrl-C is the parent's to handle
+    os.environ["TOKENIZERS_PARALLELISM"] = "false"  # every core has a worker already
+    _encoder = Encoder(recipe)
+
+
+def _encode_in_worker(chunk: Chunk) -> Block:
+    return _encoder.encode(chunk)

@@ -40,12 +40,17 @@ def bounded() -> Iterator[None]:
         yield
         return
     soft, hard = resource.getrlimit(resource.RLIMIT_AS)
-    has = int(Path("/proc/self/statm").read_text().split()[0]) * resource.getpagesize()
-    most = has + MOST_BYTES if soft == resource.RLIM_INFINITY else min(soft, has + MOST_BYTES)
+    most = int(Path("/proc/self/statm").read_text().split()[0]) * resource.getpagesize() + MOST_BYTES
     timed = threading.current_thread() is threading.main_thread()
-    before = signal.signal(signal.SIGPROF, _watch()) if timed else None
+    began = time.thread_time()
+
+    def look(*_: Any) -> None:  # the timer counts all threads, this clock only ours
+        if time.thread_time() - began > MOST_SECONDS + MEAN_SECONDS * (_began - 1):
+            raise _TooLong
+
+    before = signal.signal(signal.SIGPROF, look) if timed else None
     try:
-        resource.setrlimit(resource.RLIMIT_AS, (most, hard))
+        resource.setrlimit(resource.RLIMIT_AS, (most if soft == resource.RLIM_INFINITY else min(soft, most), hard))
         if timed:
             signal.setitimer(signal.ITIMER_PROF, LOOK_S, LOOK_S)
         yield
@@ -61,16 +66,6 @@ def bounded() -> Iterator[None]:
             signal.signal(signal.SIGPROF, before)
         resource.setrlimit(resource.RLIMIT_AS, (soft, hard))
         _began = 0
-
-
-def _watch() -> Any:
-    began = time.thread_time()
-
-    def look(*_: Any) -> None:  # the timer counts all threads, this clock only ours
-        if time.thread_time() - began > MOST_SECONDS + MEAN_SECONDS * (_began - 1):
-            raise _TooLong
-
-    return look
 
 
 class Bounded:

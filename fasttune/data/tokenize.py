@@ -1,28 +1,33 @@
-"""Texts with learned spans → token ids and labels. A token is learned when its first character lies in a learned span.
+"""Texts with supervised spans → token ids and labels. A token is supervised when its first character lies in a
+supervised span.
 
 Works on a plain `tokenizers` tokenizer, so that worker processes need neither torch nor transformers' classes.
 """
 
-from bisect import bisect_left
+from array import array
+from bisect import bisect_left, bisect_right
 from collections import Counter
 from collections.abc import Sequence
 from dataclasses import dataclass, field
-from itertools import pairwise
+from itertools import chain, pairwise
 from typing import Any
 
 import numpy as np
 
-from fasttune.data import beside, chat, formats, long_texts, sandbox
-from fasttune.data.chat import Span, Template
-from fasttune.data.control import ControlTokens
-from fasttune.data.files import Chunk
+from fasttune.data import chat, formats, sandbox
+from fasttune.data.chat import ControlTokens, Span, Template
 from fasttune.data.formats import Conversation, Row
+from fasttune.data.sources import Chunk
 from fasttune.errors import DataError
 
-IGNORE = -100  # label of a token that is read, but not learned
+IGNORE = -100  # label of a token that is read, but not supervised
 MOST_COUNTS = 100  # of a chunk; rows whose every column has a name of its own fill no memory
 SHOWN_CHARACTERS = 160  # of a row in an error
 HOPELESS_ROWS = 100  # a template that refuses so many from the first on is not asked again
+TOO_LONG = {"drop": "dropped_too_long", "truncate": "truncated", "split": "split"}  # as they are counted
+WINDOW = 1 << 18  # characters; longer texts are encoded in windows
+OVERLAP = 1 << 12
+AGREE = 8  # tokens
 
 
 @dataclass(frozen=True)
@@ -42,18 +47,67 @@ class Recipe:
 
 @dataclass
 class Block:
-    """Encoded rows, laid end to end. ids: int32 (tokens,); learned: bool (tokens,); lengths, numbers: (rows,).
+    """Encoded rows, laid end to end. ids: int32 (tokens,); supervised: bool (tokens,); lengths, numbers: (rows,).
 
     numbers: the line or row of the source each row came from. counts: what happened to which rows, by name; examples:
     the start of one row for each reason to drop it.
     """
 
     ids: np.ndarray
-    learned: np.ndarray
+    supervised: np.ndarray
     lengths: np.ndarray
     numbers: np.ndarray
-    counts: Counter[str]
+    counts: Counter[str] = field(default_factory=Counter)
     examples: dict[str, str] = field(default_factory=dict)
+
+
+@dataclass
+class Rows:
+    """Encoded rows of one source. ids, supervised: (tokens,) on disk; starts: (rows + 1,); numbers: (rows,)."""
+
+    source: str
+    ids: np.ndarray
+    supervised: np.ndarray
+    starts: np.ndarray
+    numbers: np.ndarray
+    counts: Counter[str]
+    checksum: str = ""  # of all arrays: the same rows have the same
+
+    def __len__(self) -> int:
+        return len(self.starts) - 1
+
+    @property
+    def lengths(self) -> np.ndarray:
+        """Tokens of each row: (rows,)."""
+        return np.diff(self.starts)
+
+    def row(self, index: int) -> tuple[np.ndarray, np.ndarray]:
+        """(ids, supervised) of a row, both (length,)."""
+        inside = slice(self.starts[index], self.starts[index + 1])
+        return self.ids[inside], self.supervised[inside]
+
+
+def recipe_of(
+    tokenizer: Any,
+    form: str,
+    columns: dict[str, str],
+    train_on: str,
+    max_length: int,
+    too_long: str,
+    allow_lost: Sequence[str] = (),
+    control_tokens: str = "keep",
+) -> Recipe:
+    """The Recipe of a transformers fast tokenizer, whose template is `chat.complete`."""
+    text, template, renamed = tokenizer.backend_tokenizer.to_str(), chat.template_of(tokenizer), sorted(columns.items())
+    settings = train_on, max_length, too_long, tuple(allow_lost), control_tokens
+    return Recipe(text, template, form, tuple(renamed), *settings)
+
+
+def labels(ids: np.ndarray, supervised: np.ndarray) -> np.ndarray:
+    """int64 labels of one row: its ids where supervised, else IGNORE; never its first token, which nothing predicts."""
+    out = np.where(supervised, ids, IGNORE).astype(np.int64)
+    out[:1] = IGNORE
+    return out
 
 
 class Encoder:
@@ -68,93 +122,88 @@ class Encoder:
         self.tokenizer.no_truncation()
         self.control = ControlTokens(self.tokenizer)
         self.refused = 0  # rows, by the chat template
-        self.as_text: dict[int, list[Span]] = {}  # number of a row → where it has control tokens that are text
 
     def encode(self, chunk: Chunk) -> Block:
         """All rows of a chunk; one that teaches nothing is dropped and counted. Raises DataError for a wrong form."""
-        counts: Counter[str] = Counter()
-        examples: dict[str, str] = {}
-        texts, spans, numbers = self._texts(chunk, counts, examples)
-        ids: list[int] = []
-        lengths: list[int] = []
-        kept: list[int] = []
-        learned: list[Span] = []  # of tokens, in `ids`
-        limit = self.recipe.max_length + 1  # tokens; a row that has them is too long
-        encodings = long_texts.encode_batch(self.tokenizer, texts, None if self.recipe.too_long == "split" else limit)
-        for encoding, text, row_spans, number in zip(encodings, texts, spans, numbers, strict=True):
-            row, token_spans = encoding.ids, _token_spans(encoding, len(encoding.ids), len(text), row_spans)
-            if number in self.as_text:
-                row, token_spans = self._in_pieces(text, row_spans, self.as_text.pop(number))
-            token_spans = [span for span in token_spans if span[0] < span[1]]
-            pieces = self._fit(len(row), token_spans, counts)
-            for start, end, inside in pieces:
-                learned += [(len(ids) + a, len(ids) + b) for a, b in inside]
-                ids += row[start:end] if (start, end) != (0, len(row)) else row
-                lengths.append(end - start)
-                kept.append(number)
-            if not pieces and len(row) <= self.recipe.max_length:
-                _drop("no learned token", text, counts, examples)
-            elif not pieces and self.recipe.too_long != "drop":
-                _drop(f"no learned token within model.max_length={self.recipe.max_length}", text, counts, examples)
-        mask = np.zeros(len(ids), bool)
-        for start, end in learned:
-            mask[start:end] = True
-        return Block(
-            np.array(ids, np.int32), mask, np.array(lengths, np.int32), np.array(kept, np.int64), counts, examples
-        )
+        recipe, counts, examples = self.recipe, Counter[str](), dict[str, str]()
 
-    def _texts(
-        self, chunk: Chunk, counts: Counter[str], examples: dict[str, str]
-    ) -> tuple[list[str], list[list[Span]], list[int]]:
-        texts, spans, numbers = [], [], []
-        rows = list(chunk.numbered())
+        def drop(reason: str, text: str) -> None:
+            counts[f"dropped: {reason}"] += 1
+            examples.setdefault(reason, text if len(text) <= SHOWN_CHARACTERS else text[:SHOWN_CHARACTERS] + "…")
+
+        rows = []
+        numbered = list(chunk.numbered())
         with sandbox.bounded():
-            for number, place, row in rows:
-                if (found := self._text(number, place, row, counts, examples)) is not None:
-                    texts.append(found[0])
-                    spans.append(found[1])
-                    numbers.append(number)
-        return texts, spans, numbers
-
-    def _text(
-        self, number: int, place: str, row: Row, counts: Counter[str], examples: dict[str, str]
-    ) -> tuple[str, list[Span]] | None:
-        """Text and learned spans of a row; None for one that teaches nothing, which is counted."""
-        recipe, columns = self.recipe, dict(self.recipe.columns)
-        counts["rows"] += 1
-        row = formats.rename(row, columns, place)
-        beside.check(row, place)
-        try:
-            conversation = formats.convert(row, recipe.form, place)
-            if recipe.train_on == "all" and isinstance(conversation, Conversation) and conversation.left_out:
-                raise DataError(
-                    f"data: {place} has turns not to be trained on, which data.train_on=all would ignore: set "
-                    "data.train_on=assistant, or remove the flags"
-                )
-            control = self.control.in_row(conversation)
-            as_text = control and recipe.control_tokens == "text"
-            conversation = self.control.marked(conversation) if as_text else conversation
-            text, learned = recipe.template.text(conversation, recipe.train_on, place, recipe.allow_lost, counts)
+            for number, place, row in numbered:
+                counts["rows"] += 1
+                try:
+                    rows.append((number, *self._text(number, place, row, counts)))
+                except formats.Unusable as reason:
+                    drop(str(reason), str(row))
+        ids: list[int] = []
+        supervised: list[Span] = []  # of tokens, in `ids`
+        kept: list[tuple[int, int]] = []  # length and number of each row
+        enough = None if recipe.too_long == "split" else recipe.max_length + 1  # tokens; with these a row is too long
+        encodings = encode_batch(self.tokenizer, [text for _, text, _, _ in rows], enough)
+        for encoding, (number, text, spans, as_text) in zip(encodings, rows, strict=True):
             if as_text:
-                text, learned, self.as_text[number] = self.control.unmarked(text, learned)
-        except formats.Unusable as reason:
-            self.refused += isinstance(reason, formats.Refused)
+                row_ids, tokens = self._in_pieces(text, spans, as_text)
+            else:
+                row_ids, tokens = encoding.ids, _token_spans(encoding, len(text), spans)
+            pieces = self._pieces(len(row_ids), [span for span in tokens if span[0] < span[1]], counts)
+            for start, end, inside in pieces:
+                supervised += [(len(ids) + a, len(ids) + b) for a, b in inside]
+                ids += row_ids[start:end] if (start, end) != (0, len(row_ids)) else row_ids
+                kept.append((end - start, number))
+            if not pieces and len(row_ids) <= recipe.max_length:
+                drop("no supervised token", text)
+            elif not pieces and recipe.too_long != "drop":
+                drop(f"no supervised token within model.max_length={recipe.max_length}", text)
+        mask = np.zeros(len(ids), bool)
+        for start, end in supervised:
+            mask[start:end] = True
+        lengths, numbers = np.array(kept, np.int64).reshape(-1, 2).T
+        return Block(np.array(ids, np.int32), mask, lengths.astype(np.int32), numbers.copy(), counts, examples)
+
+    def _text(self, number: int, place: str, row: Row, counts: Counter[str]) -> tuple[str, list[Span], list[Span]]:
+        """(text, its supervised spans, where it has control tokens that are text) of a row.
+
+        Raises Unusable for one that teaches nothing, DataError for a wrong one.
+        """
+        recipe = self.recipe
+        row = formats.rename(row, dict(recipe.columns), place)
+        formats.check_row(row, place)
+        as_text: list[Span] = []
+        conversation = formats.convert(row, recipe.form, place)
+        if recipe.train_on == "all" and isinstance(conversation, Conversation) and conversation.left_out:
+            raise DataError(
+                f"data: {place} has turns not to be trained on, which data.train_on=all would ignore: set "
+                "data.train_on=assistant, or remove the flags"
+            )
+        control = self.control.in_row(conversation)
+        if apart := bool(control) and recipe.control_tokens == "text":
+            conversation = self.control.marked(conversation)
+        try:
+            text, spans = recipe.template.text(conversation, recipe.train_on, place, recipe.allow_lost, counts)
+        except formats.Refused as reason:
+            self.refused += 1
             if self.refused == number == HOPELESS_ROWS:
                 raise DataError(
                     f"data: {place}: this row and all {HOPELESS_ROWS - 1} before it are {reason}: fix the rows, "
                     "or use a model with another template"
                 ) from reason
-            _drop(str(reason), str(row), counts, examples)
-            return None
-        beside.check_text(text, place)
+            raise
+        if apart:
+            text, spans, as_text = self.control.unmarked(text, spans)
+        formats.check_text(text, place)
         counts.update(f"control token: {name}" for name in control)
         if len(counts) < MOST_COUNTS:
-            counts.update(f"not used: {name}" for name in beside.not_used(row, formats.COLUMNS[recipe.form]))
-        counts.update(f"only text: {mark}" for mark in beside.MEDIA_MARKS if mark in text)
-        return text, learned
+            counts.update(f"not used: {name}" for name in formats.not_used(row, recipe.form))
+        counts.update(f"only text: {mark}" for mark in formats.MEDIA_MARKS if mark in text)
+        return text, spans, as_text
 
     def _in_pieces(self, text: str, spans: list[Span], as_text: list[Span]) -> tuple[list[int], list[Span]]:
-        """Ids and learned spans of tokens, of a text of which some places hold no control tokens, whatever they say."""
+        """Ids and supervised tokens of a text of which some places hold no control tokens, whatever they say."""
         edges = [0, *(at for span in as_text for at in span), len(text)]
         ids: list[int] = []
         found: list[Span] = []
@@ -162,91 +211,95 @@ class Encoder:
             self.tokenizer.encode_special_tokens = number % 2 == 1
             encoding = self.tokenizer.encode(text[start:end], add_special_tokens=False)
             inside = [(max(a, start) - start, min(b, end) - start) for a, b in spans if a < end and b > start]
-            tokens = _token_spans(encoding, len(encoding.ids), end - start, inside)
-            found += [(len(ids) + a, len(ids) + b) for a, b in tokens]
+            found += [(len(ids) + a, len(ids) + b) for a, b in _token_spans(encoding, end - start, inside)]
             ids += encoding.ids
         self.tokenizer.encode_special_tokens = False
         return ids, found
 
-    def _fit(self, length: int, learned: list[Span], counts: Counter[str]) -> list[tuple[int, int, list[Span]]]:
-        """Pieces (start, end, learned spans inside, relative to start) of a row of `length` tokens.
+    def _pieces(self, length: int, spans: list[Span], counts: Counter[str]) -> list[tuple[int, int, list[Span]]]:
+        """Pieces (start, end, supervised spans inside, relative to start) of a row of `length` tokens.
 
-        What follows the last learned token teaches nothing and is cut off. A split row's pieces overlap by one token,
-        because the first token of a piece cannot be learned: there is nothing to predict it from.
+        What follows the last supervised token teaches nothing and is cut off. A split row's pieces overlap by one
+        token, because nothing predicts the first token of a piece.
         """
-        limit = self.recipe.max_length
-        if length <= limit:
-            return _pieces([(0, length)], learned)
-        counts[{"drop": "dropped_too_long", "truncate": "truncated", "split": "split"}[self.recipe.too_long]] += 1
-        if self.recipe.too_long == "drop":
-            return []
-        if self.recipe.too_long == "truncate":
-            return _pieces([(0, limit)], learned)
-        return _pieces([(start, min(start + limit, length)) for start in range(0, length - 1, limit - 1)], learned)
+        limit, too_long = self.recipe.max_length, self.recipe.too_long
+        ranges = [(0, length)]
+        if length > limit:
+            counts[TOO_LONG[too_long]] += 1
+            ranges = [] if too_long == "drop" else [(0, limit)]
+            if too_long == "split":
+                ranges = [(start, min(start + limit, length)) for start in range(0, length - 1, limit - 1)]
+        pieces = []
+        for start, end in ranges:
+            inside = [(max(a, start + 1) - start, min(b, end) - start) for a, b in spans if a < end and b > start + 1]
+            if inside:
+                pieces.append((start, start + inside[-1][1], inside))
+        return pieces
 
 
-def recipe_of(
-    tokenizer: Any,
-    form: str,
-    columns: dict[str, str],
-    train_on: str,
-    max_length: int,
-    too_long: str,
-    allow_lost: Sequence[str] = (),
-    control_tokens: str = "keep",
-) -> Recipe:
-    """The Recipe of a transformers fast tokenizer, whose template is `chat.complete`."""
-    return Recipe(
-        tokenizer.backend_tokenizer.to_str(),
-        chat.template_of(tokenizer),
-        form,
-        tuple(sorted(columns.items())),
-        train_on,
-        max_length,
-        too_long,
-        tuple(allow_lost),
-        control_tokens,
-    )
-
-
-def labels(ids: np.ndarray, learned: np.ndarray) -> np.ndarray:
-    """int64 labels of one row: its ids where learned, else IGNORE; never its first token, which nothing predicts."""
-    out = np.where(learned, ids, IGNORE).astype(np.int64)
-    out[:1] = IGNORE
-    return out
-
-
-def _pieces(ranges: list[Span], learned: list[Span]) -> list[tuple[int, int, list[Span]]]:
-    pieces = []
-    for start, end in ranges:
-        # nothing predicts the first token of a piece
-        inside = [(max(a, start + 1) - start, min(b, end) - start) for a, b in learned if a < end and b > start + 1]
-        if inside:
-            pieces.append((start, start + inside[-1][1], inside))
-    return pieces
-
-
-def _token_spans(encoding: Any, tokens: int, characters: int, spans: list[Span]) -> list[Span]:
+def _token_spans(encoding: Any, characters: int, spans: list[Span]) -> list[Span]:
     """Character spans → spans of the tokens whose first character lies in them."""
+    tokens = len(encoding.ids)
     if spans == [(0, characters)]:
         return [(0, tokens)]
-    bounds = [_first_token_from(encoding, tokens, characters, at) for span in spans for at in span]
-    if None in bounds:  # a character no token covers, e.g. a blank trimmed from the offsets
-        starts = [start for start, _ in encoding.offsets]
-        return [(bisect_left(starts, start), bisect_left(starts, end)) for start, end in spans]
-    return list(zip(bounds[::2], bounds[1::2], strict=True))  # type: ignore[arg-type]
+    bounds = []
+    for at in chain.from_iterable(spans):
+        token = tokens if at == characters else encoding.char_to_token(at)
+        if token is None:  # a character no token covers, e.g. a blank trimmed from the offsets
+            starts = [start for start, _ in encoding.offsets]
+            return [(bisect_left(starts, start), bisect_left(starts, end)) for start, end in spans]
+        bounds.append(token + (at < characters and encoding.token_to_chars(token)[0] < at))
+    return list(zip(bounds[::2], bounds[1::2], strict=True))
 
 
-def _first_token_from(encoding: Any, tokens: int, characters: int, at: int) -> int | None:
-    """Index of the first token that begins at character `at` or later; None if that takes the full list of offsets."""
-    if at == characters:
-        return tokens
-    token = encoding.char_to_token(at)
-    if token is None:
-        return None
-    return token if encoding.token_to_chars(token)[0] >= at else token + 1
+class Joined:
+    """What an Encoding of a long text would say. starts: the first character of each token.
+
+    A tokenizer takes 200 to 300 times the size of a text at once, so a long one is encoded in windows that overlap.
+    Two are joined where they agree on AGREE tokens in a row: there the beginning of a window is forgotten, so the
+    tokens are those of the whole text.
+    """
+
+    def __init__(self) -> None:
+        self.ids, self.starts = array("i"), array("q")
+
+    @property
+    def offsets(self) -> list[Span]:
+        return [(start, start) for start in self.starts]
+
+    def char_to_token(self, at: int) -> int:
+        last = max(0, bisect_right(self.starts, at) - 1)
+        return bisect_left(self.starts, self.starts[last])  # the first token of a character that has several
+
+    def token_to_chars(self, token: int) -> Span:
+        return self.starts[token], self.starts[token]
+
+    def add(self, ids: "array[int]", starts: "array[int]") -> None:
+        """The tokens of the next window."""
+        old, new = 0, 0
+        if self.ids:
+            old, new = len(self.ids), bisect_left(starts, self.starts[-1] + 1)  # where they agree nowhere
+            for at in range(bisect_left(starts, starts[0] + OVERLAP // 4), len(ids)):
+                was = bisect_left(self.starts, starts[at])
+                if self.starts[was : was + AGREE] == starts[at : at + AGREE] and (
+                    self.ids[was : was + AGREE] == ids[at : at + AGREE]
+                ):
+                    old, new = was, at
+                    break
+        self.ids[old:], self.starts[old:] = ids[new:], starts[new:]
 
 
-def _drop(reason: str, text: str, counts: Counter[str], examples: dict[str, str]) -> None:
-    counts[f"dropped: {reason}"] += 1
-    examples.setdefault(reason, text if len(text) <= SHOWN_CHARACTERS else text[:SHOWN_CHARACTERS] + "…")
+def encode_batch(tokenizer: Any, texts: list[str], enough: int | None) -> list[Any]:
+    """As tokenizer.encode_batch without special tokens. Of a long text only `enough` tokens are wanted (None: all)."""
+    short = iter(tokenizer.encode_batch([text for text in texts if len(text) <= WINDOW], add_special_tokens=False))
+    return [next(short) if len(text) <= WINDOW else _joined(tokenizer, text, enough) for text in texts]
+
+
+def _joined(tokenizer: Any, text: str, enough: int | None) -> Joined:
+    joined = Joined()
+    for at in range(0, len(text), WINDOW - OVERLAP):
+        encoding = tokenizer.encode(text[at : at + WINDOW], add_special_tokens=False)
+        joined.add(array("i", encoding.ids), array("q", [at + start for start, _ in encoding.offsets]))
+        if enough is not None and len(joined.ids) >= enough + OVERLAP:
+            break  # the last tokens of a window are not yet sure
+    return joined

@@ -60,7 +60,7 @@ def of_run(
     low, high = MEMORY_ERROR["cpu" if on_cpu else "gpu"]
     peak = Range(low * memory.total, memory.total, high * memory.total)
     rate, source = rate_tflops(config, chosen, machine)
-    name = machine_name(machine)
+    name = hardware.machine_name(machine)
     groups = roofline.of_step(config, chosen, sample, memory, name)
     if rate is None:
         return Forecast(memory, peak, largest.tokens, steps, tokens, None, None, None, source, False, groups)
@@ -130,7 +130,7 @@ def rate_tflops(config: Config, chosen: Plan, machine: Hardware) -> tuple[Range 
     """(TFLOP/s to count on, where that comes from); the first is None where nothing can be said, and the last why."""
     if chosen.shape.parameters < SMALLEST:
         return None, "a model this small is bound by overhead, which is not forecast"
-    name = machine_name(machine)
+    name = hardware.machine_name(machine)
     here = _measured(chosen, name)
     if not machine.gpus:
         return _of_cpu(chosen, name, here)
@@ -178,11 +178,6 @@ def on_file() -> list[dict[str, Any]]:
     """
     found: list[dict[str, Any]] = json.loads((Path(__file__).parent / "rates.json").read_text(encoding="utf-8"))
     return found
-
-
-def machine_name(machine: Hardware) -> str:
-    """The kind of machine, as rates.json calls it."""
-    return machine.gpus[0].name if machine.gpus else f"{machine.cpu_model}, {machine.cores} cores"
 
 
 def step_flops(config: Config, chosen: Plan, sample: Sample) -> float:

@@ -22,7 +22,7 @@ from rich.text import Text
 
 from fasttune import cache, hardware, report, stack, terminal
 from fasttune.core.run_folder import EVAL_FILES
-from fasttune.data import answers, chat, sources
+from fasttune.data import arithmetic, chat, sources
 from fasttune.errors import FasttuneError, OutputError, RunFailed, in_one_line
 from fasttune.quiet import library_log, take_over_loggers
 from fasttune.tools import card, tasks as own, trained_model
@@ -108,7 +108,7 @@ def choose(tasks: str | None, data: str | None, trained: TrainedModel) -> tuple[
     held_out, share = (settings.eval, settings.eval_share) if settings else (None, 0)
     names = [name.strip() for name in (tasks or "").split(",") if name.strip()]
     if data is not None:
-        sources.check(data)
+        sources.check_source(data)
     if not names and (source := data or held_out):
         why = "by the rows of --data" if data else "the held-out rows of the run"
         return [own.of_rows(source, *trained.reading(source))], source, why
@@ -150,8 +150,8 @@ def problem(task: str, sample: dict[str, Any]) -> dict[str, Any]:
         generation, reference = sample["resps"][0][0], sample["target"]
         return line | {
             "generation": generation,
-            "extracted": answers.final_number(generation),
-            "expected": answers.final_number(reference),
+            "extracted": arithmetic.final_number(generation),
+            "expected": arithmetic.final_number(reference),
             "reference": reference,
             "right": metrics["exact_match"] > 0,
         }

@@ -92,7 +92,7 @@ def run(options: argparse.Namespace) -> dict[str, Any]:
 def check_options(options: argparse.Namespace) -> None:
     """Everything that can be refused before torch is imported. Raises FasttuneError."""
     if options.file is not None:
-        sources.check(options.file)
+        sources.check_source(options.file)
     for flag, given in (("--out", options.out), ("--batch-rows", options.batch_rows)):
         if options.file is None and given is not None:
             raise FasttuneError(f"{flag} would be ignored: it is for --file")

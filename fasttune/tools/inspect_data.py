@@ -25,10 +25,9 @@ from fasttune import hardware, terminal
 from fasttune.config import Config
 from fasttune.core import autoconfig, prepare, pretrained
 from fasttune.core.memory import Shape
-from fasttune.data import chat, files, load
+from fasttune.data import chat, load, sources
 from fasttune.data.batching import Batches
-from fasttune.data.store import Rows
-from fasttune.data.tokenize import IGNORE, labels
+from fasttune.data.tokenize import IGNORE, Rows, labels
 from fasttune.quiet import library_log
 from fasttune.report import steps_text
 from fasttune.tools.estimate import lay_out
@@ -201,7 +200,7 @@ def _data_set(rows: Rows, weight: float, held_out: int) -> DataSet:
         rows_lost=of("lost: "),
         rows_with_control_tokens=of("control token: "),
         tokens=counts["tokens"],
-        learned_tokens=counts["learned"],
+        learned_tokens=counts["supervised"],
     )
 
 
@@ -270,7 +269,7 @@ def show(figures: Figures, console: Console = terminal.console) -> None:
     marks = "" if colour else " stands between these marks; all else is"
     indented(Text.assemble(supervised, marks, "  " if colour else " ", read))
     for row in figures.shown:
-        unit = "line" if files.kind(Path(row.source)) == "jsonl" else "row"
+        unit = "line" if sources.kind(row.source) == "jsonl" else "row"
         place = f"{unit} {row.number:,} of {Path(row.source).name}"
         counts = f" · {row.tokens:,} tokens, {row.learned_tokens:,} supervised"
         text = Text.assemble(*(_marked(_clip(piece), supervised, colour) for piece, supervised in row.pieces))

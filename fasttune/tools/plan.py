@@ -78,7 +78,7 @@ def look(config: Config, gpu: str | None, reporter: terminal.Reporter) -> Figure
     packing = autoconfig.packing(chosen.packed, "where the live model proves to be exact")
     return Figures(
         name=config.name,
-        machine=estimate.machine_name(machine),
+        machine=hardware.machine_name(machine),
         usable_gib=usable_gib,
         fits=fits,
         settings=[*chosen.settings, packing, _attention(machine, chosen.packed), *filter(None, [price])],

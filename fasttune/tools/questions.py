@@ -14,7 +14,7 @@ from pathlib import Path
 from typing import IO, Any
 
 from fasttune import paths, report
-from fasttune.data import beside, formats, sources
+from fasttune.data import formats, sources
 from fasttune.data.formats import Conversation, Row, Unusable
 from fasttune.errors import DataError, OutputError, in_one_line
 from fasttune.tools.trained_model import TrainedModel
@@ -35,7 +35,7 @@ def read(
     for chunk in sources.read(source, "test", split, also=columns.values()):
         for number, place, row in chunk.numbered():
             row = formats.rename(row, columns, place) if all(name in row for name in columns.values()) else row
-            beside.check_media(row, place)
+            formats.check_media(row, place)
             row = _answered(row)
             form = formats.detect(row, place)
             if form == "text":
@@ -60,7 +60,7 @@ def _answered(row: Row) -> Row:
             last = str(said[-1].get(speaker))
             over = formats.SHAREGPT_ROLES.get(last, last) != "assistant"
             return {**row, turns: [*said, {speaker: assistant, text: NONE_YET}]} if over else row
-    for question, answer in beside.QUESTIONS.items():
+    for question, answer in formats.QUESTIONS.items():
         if question in row and not row.get(answer):
             turns_of = isinstance(row[question], list)
             return {**row, answer: [{"role": "assistant", "content": NONE_YET}] if turns_of else NONE_YET}

@@ -1,4 +1,7 @@
-"""Facts of this machine, every installed package against the stack's pins, and the version rules. Imports no torch."""
+"""Facts of this machine, every installed package against the stack's pins, the version rules; with --online the hub.
+
+The facts are read in verify's own process: the standard library only, no torch.
+"""
 
 import os
 import sys
@@ -8,8 +11,7 @@ from pathlib import Path
 
 from fasttune import gpus, hardware as machines, stack
 from fasttune.hardware import Hardware
-from fasttune.verify import Result, Status
-from fasttune.verify.version_rules import PIP, RULES
+from fasttune.verify import PIP, Result, judged, version_rules
 
 # SmolLM2-135M in float32 peaks at 2.9 to 3.4 GiB, 1.8 with recomputation (benchmarks/results/smollm2-135m-gsm8k.jsonl,
 # forecast-error.jsonl); the system needs some, too.
@@ -18,13 +20,16 @@ LEAST_DISK_GIB = 2
 WANTED_DISK_GIB = 20  # one 8B model in bf16 is 15 GiB
 LEAST_CAPABILITY = (8, 0)  # bf16 and Flash Attention 2
 SHOWN_MISMATCHES = 6
+GATED = "meta-llama/Llama-3.1-8B"  # what the H100 configs train
+TIMEOUT_S = 10
 
 
-def check(hardware: Hardware, stack_name: str) -> Iterator[Result]:
+def read(hardware: Hardware, stack_name: str) -> Iterator[Result]:
     """All facts, in the order of the table."""
     yield python()
     yield operating_system(hardware)
-    yield from gpu(hardware)
+    yield driver(hardware)
+    yield gpu(hardware)
     yield compiler(hardware)
     installed = stack.installed()
     yield flash_attention_3(hardware, installed)
@@ -32,7 +37,7 @@ def check(hardware: Hardware, stack_name: str) -> Iterator[Result]:
     yield disk(hardware)
     yield site_packages(stack_name)
     yield pins(stack_name, installed)
-    yield from rules(stack_name, installed, hardware)
+    yield from version_rules.results(stack_name, installed, hardware)
 
 
 def python() -> Result:
@@ -47,39 +52,44 @@ def python() -> Result:
 
 
 def operating_system(hardware: Hardware) -> Result:
-    detail = (
-        f"{hardware.os} {hardware.arch}, glibc {hardware.glibc or 'none'}, {hardware.cores} cores, {hardware.cpu_model}"
-    )
+    system = f"{hardware.os} {hardware.arch}, glibc {hardware.glibc or 'none'}"
     glibc = tuple(int(part) for part in (hardware.glibc or "0").split(".")[:2])
-    if hardware.os.lower() != "linux" or hardware.arch != "x86_64" or glibc < (2, 28):
-        fix = "use 64-bit x86 Linux with glibc 2.28 or newer (Ubuntu 20.04, Debian 11 or later)"
-        return Result("os", "fail", detail, fix)
-    return Result("os", "pass", detail)
+    ok = hardware.os.lower() == "linux" and hardware.arch == "x86_64" and glibc >= (2, 28)
+    fix = "use 64-bit x86 Linux with glibc 2.28 or newer (Ubuntu 20.04, Debian 11 or later)"
+    return judged("os", ok, f"{system}, {hardware.cores} cores, {hardware.cpu_model}", fix)
 
 
-def gpu(hardware: Hardware) -> Iterator[Result]:
-    """`driver` and `gpu`; without a GPU both are skipped with the reason."""
-    if hardware.driver is None:
-        yield silent_driver(hardware)
-    elif (hardware.driver_major or 0) < stack.OLDEST_DRIVER:
+def driver(hardware: Hardware) -> Result:
+    """Where none answers: there is no GPU, its driver is not installed or not in this container, or it is broken."""
+    if hardware.driver is not None:
+        ok = (hardware.driver_major or 0) >= stack.OLDEST_DRIVER
         fix = f"update it to 580 or newer ({stack.DRIVERS_URL}), then: bash scripts/setup_h100.sh"
-        yield Result("driver", "fail", f"{hardware.driver}, {stack.OLDEST_DRIVER} is needed", fix)
-    else:
-        yield Result("driver", "pass", hardware.driver)
+        detail = hardware.driver if ok else f"{hardware.driver}, {stack.OLDEST_DRIVER} is needed"
+        return judged("driver", ok, detail, fix)
+    said = machines.nvidia_smi_error()
+    fix = "install NVIDIA driver 580 or newer (in a container: start it with --gpus all), then: nvidia-smi"
+    if "version mismatch" in said:  # the driver was upgraded, the kernel still runs the old one
+        fix = "reboot, so that the upgraded driver is loaded (in a container: the host), then: nvidia-smi"
+    if hardware.silent_gpu:
+        what = f"says: {said[:150]}" if said else "does not answer"
+        return Result("driver", "fail", f"an NVIDIA chip is on the PCI bus, but nvidia-smi {what}", fix)
+    if said:
+        return Result("driver", "warn", f"no GPU can be used, nvidia-smi says: {said[:150]}", fix)
+    return Result("driver", "skip", "no NVIDIA driver answers (nvidia-smi)")
+
+
+def gpu(hardware: Hardware) -> Result:
     if not hardware.gpus:
         why = "none" if hardware.driver is None else f"{gpus.VISIBLE} hides it"
-        yield Result("gpu", "skip", f"{why}: everything runs on the CPU, in float32 and slowly")
-        return
+        return Result("gpu", "skip", f"{why}: everything runs on the CPU, in float32 and slowly")
     names = ", ".join(
         f"{gpu.name} ({gpu.memory_gib:.0f} GiB, compute capability {'.'.join(map(str, gpu.compute_capability))})"
         for gpu in hardware.gpus
     )
     if any(gpu.compute_capability < LEAST_CAPABILITY for gpu in hardware.gpus):
-        yield Result(
-            "gpu", "fail", f"{names}; bf16 and Flash Attention need 8.0", "use an Ampere or newer GPU (A100, H100 …)"
-        )
-    else:
-        yield Result("gpu", "pass", "; ".join([names, *filter(None, map(gpus.capped, hardware.gpus))]))
+        fix = "use an Ampere or newer GPU (A100, H100 …)"
+        return Result("gpu", "fail", f"{names}; bf16 and Flash Attention need 8.0", fix)
+    return Result("gpu", "pass", "; ".join([names, *filter(None, map(gpus.capped, hardware.gpus))]))
 
 
 def compiler(hardware: Hardware) -> Result:
@@ -97,27 +107,13 @@ def flash_attention_3(hardware: Hardware, installed: Mapping[str, str]) -> Resul
         if find_spec("flash_attn_3") is None:
             return Result(name, "skip", "not installed: packs run the Flash Attention 2 inside PyTorch")
         said = "flash_attn_3 is there, but not flash_attn_interface, by which Unsloth finds it"
-        return Result(name, "warn", said, "install it anew, as docs/compatibility.md says")
+        return Result(name, "warn", said, "reinstall it, as docs/compatibility.md says")
     if not any(gpu.compute_capability[0] == 9 for gpu in hardware.gpus):
         return Result(name, "skip", "installed, and used on an H100 or H200 only")
     if "flash-attn" in installed:
         said = f"installed, but Unsloth takes flash-attn {installed['flash-attn']} first"
         return Result(name, "warn", said, f"{PIP} uninstall -y flash-attn")
     return Result(name, "pass", "Unsloth takes it for packs, in models of hidden size 2,048 and more")
-
-
-def silent_driver(hardware: Hardware) -> Result:
-    """No GPU to be used: there is none, its driver is not installed or not in this container, or it is broken."""
-    said = machines.nvidia_smi_error()
-    fix = "install NVIDIA driver 580 or newer (in a container: start it with --gpus all), then: nvidia-smi"
-    if "version mismatch" in said:  # the driver was upgraded, the kernel still runs the old one
-        fix = "reboot, so that the upgraded driver is loaded (in a container: the host), then: nvidia-smi"
-    if hardware.silent_gpu:
-        what = f"says: {said[:150]}" if said else "does not answer"
-        return Result("driver", "fail", f"an NVIDIA chip is on the PCI bus, but nvidia-smi {what}", fix)
-    if said:
-        return Result("driver", "warn", f"no GPU can be used, nvidia-smi says: {said[:150]}", fix)
-    return Result("driver", "skip", "no NVIDIA driver answers (nvidia-smi)")
 
 
 def memory(hardware: Hardware) -> Result:
@@ -130,18 +126,15 @@ def memory(hardware: Hardware) -> Result:
 
 def disk(hardware: Hardware) -> Result:
     detail = f"{hardware.disk_free_gib:.1f} GiB free in the current folder"
-    if hardware.disk_free_gib < LEAST_DISK_GIB:
-        return Result(
-            "disk", "fail", detail, f"free at least {LEAST_DISK_GIB} GiB: du -xh --max-depth=1 . | sort -h | tail"
-        )
-    if hardware.disk_free_gib < WANTED_DISK_GIB:
+    if LEAST_DISK_GIB <= hardware.disk_free_gib < WANTED_DISK_GIB:
         fix = "free some space, or set HF_HOME and output_dir to a larger disk"
         return Result("disk", "warn", f"{detail}; an 8B model in bf16 and its run take {WANTED_DISK_GIB} GiB", fix)
-    return Result("disk", "pass", detail)
+    fix = f"free at least {LEAST_DISK_GIB} GiB: du -xh --max-depth=1 . | sort -h | tail"
+    return judged("disk", hardware.disk_free_gib >= WANTED_DISK_GIB, detail, fix)
 
 
 def site_packages(stack_name: str) -> Result:
-    """Every pinned package is there once, whole, and in this environment: what pip cannot mend."""
+    """Every pinned package is there once, whole, and in this environment: what pip cannot fix."""
     wanted, seen = stack.read_pins(stack_name), dict[str, tuple[str, Path]]()
     damaged, outside = list[str](), list[str]()
     on_pythonpath = {Path(place).resolve() for place in os.environ.get("PYTHONPATH", "").split(os.pathsep) if place}
@@ -154,19 +147,20 @@ def site_packages(stack_name: str) -> Result:
                 damaged.append(f"{name} is there twice, {seen[name][0]} and {version}")
             continue
         seen[name] = (version, folder.parent)
-        differs = bool(stack.compare({name: wanted[name]}, {name: version}))
-        if differs and folder.parent.resolve() in on_pythonpath:
+        if not stack.compare({name: wanted[name]}, {name: version}):
+            continue
+        if folder.parent.resolve() in on_pythonpath:
             outside.append(f"{name} {version} comes from {folder.parent} (PYTHONPATH)")
-        elif differs and folder.suffix == ".dist-info" and not (folder / "RECORD").is_file():
+        elif folder.suffix == ".dist-info" and not (folder / "RECORD").is_file():
             damaged.append(f"{name} {version} has lost its RECORD, so pip cannot replace it")
     if outside:
         return Result("site-packages", "fail", "; ".join(outside[:3]), "unset PYTHONPATH, then run verify again")
     if damaged:
-        return Result("site-packages", "fail", "; ".join(damaged[:3]), "bash scripts/setup_h100.sh --recreate")
+        return Result("site-packages", "fail", "; ".join(damaged[:3]), version_rules.RECREATE)
     return Result("site-packages", "pass", "every package is there once, and in this environment")
 
 
-def pins(stack_name: str, installed: dict[str, str]) -> Result:
+def pins(stack_name: str, installed: Mapping[str, str]) -> Result:
     """Every package of the stack file against what is installed, by exact version."""
     wanted = stack.read_pins(stack_name)
     wrong = stack.compare(wanted, installed)
@@ -178,18 +172,39 @@ def pins(stack_name: str, installed: dict[str, str]) -> Result:
     return Result("pins", "fail", f"{len(wrong)} of {len(wanted)} differ: {', '.join(shown)}{more}", fix)
 
 
-def rules(stack_name: str, installed: dict[str, str], hardware: Hardware) -> Iterator[Result]:
-    """The rules of stack.py, for those who come with versions of their own."""
-    for rule in RULES:
-        name = f"rule:{rule.name}"
-        try:
-            wrong = rule.check(installed, hardware)
-        except ImportError as error:  # `packaging` reads what packages declare to need
-            fix = stack.mend_command(["packaging"], stack_name)
-            yield Result(name, "fail", f"cannot be judged: {error}", fix)
-            continue
-        if wrong is None:
-            yield Result(name, "pass", rule.reason)
-        else:
-            status: Status = "warn" if rule.severity == "warn" else "fail"
-            yield Result(name, status, f"{wrong}: {rule.reason} ({rule.source})", rule.fix(stack_name))
+# -- only with --online, in a child process: is the hub there, is the token good, may it read Llama
+
+
+def online() -> Iterator[Result]:
+    """The token itself is never printed."""
+    import httpx
+    from huggingface_hub import HfApi, constants, get_token
+    from huggingface_hub.errors import HfHubHTTPError
+
+    fix = f"curl -I {constants.ENDPOINT}  # then: proxy (HTTPS_PROXY), DNS, firewall"
+    try:
+        answer = httpx.head(constants.ENDPOINT, timeout=TIMEOUT_S, follow_redirects=True)
+        said = f"{constants.ENDPOINT} answers {answer.status_code} in {answer.elapsed.total_seconds():.1f} s"
+        yield judged("online:hub", answer.status_code < 400, said, fix)
+    except httpx.HTTPError as error:
+        yield Result("online:hub", "fail", f"{constants.ENDPOINT} cannot be reached: {type(error).__name__}", fix)
+    if not get_token():
+        yield Result("online:token", "warn", "no token: gated models such as Llama cannot be loaded", "hf auth login")
+        return
+    where = "HF_TOKEN" if os.environ.get("HF_TOKEN") else "`hf auth login`"
+    try:
+        name = HfApi().whoami()["name"]
+    except HfHubHTTPError as error:
+        fix = "unset HF_TOKEN; hf auth login  # with a new token of your account"
+        yield Result("online:token", "fail", f"the token of {where} is refused ({error.response.status_code})", fix)
+        return
+    yield Result("online:token", "pass", f"the token of {where} is valid (user {name})")
+    try:
+        HfApi().auth_check(GATED)
+        yield Result("online:llama", "pass", f"{name} may read {GATED}")
+    except HfHubHTTPError as error:
+        fix = f"accept its licence on https://huggingface.co/{GATED}"
+        yield Result("online:llama", "warn", f"{name} may not read {GATED} ({error.response.status_code})", fix)
+
+
+CHECKS = {"online:token": online}

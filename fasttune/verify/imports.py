@@ -7,7 +7,7 @@ from collections.abc import Iterator
 from functools import partial
 
 from fasttune import stack
-from fasttune.verify import Result, install_command
+from fasttune.verify import Result, judged
 
 # module → something in it that a lazy package would otherwise leave unloaded; the slow ones first, as they are run.
 # unsloth and unsloth_zoo: see parity.py.
@@ -28,22 +28,19 @@ MODULES = {
 }
 
 
-def _load(module_name: str) -> Iterator[Result]:
-    name, distribution = f"import:{module_name}", stack.canonical(module_name)
+def import_alone(module_name: str) -> Iterator[Result]:
+    name, distribution, part = f"import:{module_name}", stack.canonical(module_name), MODULES[module_name]
     if importlib.util.find_spec(module_name) is None:
         stack_name = stack.active_stack()
         if distribution in stack.read_pins(stack_name):
-            yield Result(name, "fail", "is not installed", install_command(distribution))
+            yield judged(name, False, "is not installed", reinstall=(distribution,))
         else:
             yield Result(name, "skip", f"not in stack {stack_name}")
         return
     module = importlib.import_module(module_name)
-    found: object = module
-    for part in MODULES[module_name].split("."):
-        if not hasattr(found, part):
-            importlib.import_module(f"{found.__name__}.{part}")  # type: ignore[attr-defined]
-        found = getattr(found, part)
+    if not hasattr(module, part):
+        importlib.import_module(f"{module_name}.{part}")
     yield Result(name, "pass", str(getattr(module, "__version__", importlib.metadata.version(distribution))))
 
 
-CHECKS = {f"import:{module_name}": partial(_load, module_name) for module_name in MODULES}
+CHECKS = {f"import:{module_name}": partial(import_alone, module_name) for module_name in MODULES}

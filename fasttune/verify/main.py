@@ -1,4 +1,4 @@
-"""`python -m fasttune.verify [--json] [--quick] [--online]`: does this environment really work; if not, what mends it.
+"""`python -m fasttune.verify [--json] [--quick] [--online]`: does this environment really work; if not, what fixes it.
 
 Facts, pins and version rules are read here; everything that runs a binary runs in child processes, two at a time, each
 with a time limit, because one broken library can take its process down. Exit 0, or 1 if a check failed.
@@ -8,35 +8,31 @@ import dataclasses
 import json
 import signal
 import sys
+from collections import Counter
 from collections.abc import Callable
+from typing import TYPE_CHECKING
 
 from fasttune import children, gpus, hardware as machines, stack, text as texts
 from fasttune.errors import FasttuneError
-from fasttune.verify import Result, facts, imports
+from fasttune.verify import PIP, Result, Status, facts, imports
 from fasttune.verify.runner import Job, run_jobs
 
+if TYPE_CHECKING:
+    from rich.console import Console
+
+BACKENDS = ("sdpa-math", "sdpa-flash", "sdpa-efficient", "sdpa-cudnn", "torch-varlen", "flash-attn", "flash-attn-3")
+ARITHMETIC = (*(f"attention:{name}" for name in BACKENDS), "matmul-bf16", "rope-llama31")
 # The long ones first, so that two cores are busy until the end.
 JOBS = (
     Job("fasttune.verify.smoke_train", ("train-two-steps",), 420, "unset"),
     Job("fasttune.verify.parity", ("import:unsloth", "unsloth-parity", "privacy-statistics"), 420, "unset"),
-    Job(
-        "fasttune.verify.attention",
-        (
-            "attention:sdpa-math",
-            "attention:sdpa-flash",
-            "attention:sdpa-efficient",
-            "attention:sdpa-cudnn",
-            "attention:torch-varlen",
-            "attention:flash-attn",
-            "attention:flash-attn-3",
-        ),
-    ),
-    Job("fasttune.verify.kernels", ("matmul-bf16", "rope-llama31")),
+    Job("fasttune.verify.attention", ARITHMETIC, 240),
     *(Job("fasttune.verify.imports", (name,)) for name in imports.CHECKS),
 )
+ONLINE = (Job("fasttune.verify.facts", ("online:token",), 60, "open"),)
 TINY_RUN = "train configs/quickstart.yaml --debug model.name=builtin:tiny train.max_steps=2 output_dir=runs/verify"
 REPRODUCE = {"train-two-steps": f"{sys.executable} -m fasttune.cli {TINY_RUN}"}
-ONLINE = (Job("fasttune.verify.online", ("online:hub", "online:token"), 60, "open"),)
+STYLES: dict[Status, str] = {"skip": "dim", "pass": "green", "warn": "yellow", "fail": "bold red"}  # as they are shown
 
 
 def main(argv: list[str] | None = None) -> int:
@@ -44,13 +40,13 @@ def main(argv: list[str] | None = None) -> int:
     if argv is None:
         children.leave_current_folder()
     options = parser().parse_args(argv)
-    stop: list[int] = []  # signals are noted, and obeyed between two steps, so that no child is left without an owner
+    stop: list[int] = []  # signals are noted, and obeyed by the threads that own the children
     for number in (signal.SIGINT, signal.SIGTERM):
         signal.signal(number, lambda received, _: stop.append(received))
     try:
         gpus.pin()
         hardware, stack_name = machines.detect(), stack.active_stack()
-        results = list(facts.check(hardware, stack_name))
+        results = list(facts.read(hardware, stack_name))
         if not options.quick:
             results += run_jobs(JOBS + (ONLINE if options.online else ()), progress(), stop)
     except FasttuneError as error:
@@ -59,8 +55,7 @@ def main(argv: list[str] | None = None) -> int:
     except KeyboardInterrupt:
         print("fasttune verify: interrupted, nothing is left running", file=sys.stderr)
         return 130
-    point_at_pins(results)
-    mend_first(results)
+    complete_fixes(results)
     ok = not any(result.status == "fail" for result in results)
     if options.json:
         checks = [dataclasses.asdict(result) for result in results]
@@ -78,32 +73,19 @@ def parser() -> texts.Parser:
     return parser
 
 
-def point_at_pins(results: list[Result]) -> None:
-    """A failure without a known cause: mend the pins first; if they are right, show the error in full."""
-    pins = next(result for result in results if result.name == "pins")
+def complete_fixes(results: list[Result]) -> None:
+    """A failure without a known cause: fix the pins first; where they are right, show the error in full.
+
+    pip cannot fix packages from elsewhere or half-removed ones, and would break others' work in a system's Python: what
+    helps against those comes first.
+    """
+    named = {result.name: result for result in results}
+    before_pip = named["site-packages"].fix or (sys.prefix == sys.base_prefix and named["python"].fix)
     for result in results:
         if result.status == "fail" and not result.fix:
-            result.fix = pins.fix or REPRODUCE.get(result.name, "bash scripts/setup_h100.sh --recreate")
-
-
-def mend_first(results: list[Result]) -> None:
-    """pip cannot mend packages from elsewhere or half-removed ones, and in a system's Python it breaks others' work."""
-    named = {result.name: result for result in results}
-    first = named["site-packages"].fix or (sys.prefix == sys.base_prefix and named["python"].fix)
-    for result in results:
-        if first and result.fix.startswith(f"{sys.executable} -m pip"):
-            result.fix = first
-
-
-def show(results: list[Result], stack_name: str) -> None:
-    """The table; plain lines where rich itself is what is missing."""
-    try:
-        from fasttune.verify import table
-    except ImportError:
-        for result in results:
-            print(f"{result.status}  {result.name}  {result.detail}" + (f"\n      {result.fix}" if result.fix else ""))
-    else:
-        table.show(results, stack_name, table.Console())
+            result.fix = named["pins"].fix or REPRODUCE.get(result.name, "bash scripts/setup_h100.sh --recreate")
+        if before_pip and result.fix.startswith(PIP):
+            result.fix = before_pip
 
 
 def progress() -> Callable[[str], None]:
@@ -111,6 +93,47 @@ def progress() -> Callable[[str], None]:
     if not sys.stderr.isatty():
         return lambda text: None
     return lambda text: print(f"\r\033[K{text}", end="", file=sys.stderr, flush=True)
+
+
+def show(results: list[Result], stack_name: str) -> None:
+    """The table; plain lines where rich itself is what is missing."""
+    try:
+        from rich.console import Console
+    except ImportError:
+        for result in results:
+            print(f"{result.status}  {result.name}  {result.detail}" + (f"\n      {result.fix}" if result.fix else ""))
+    else:
+        show_table(results, stack_name, Console())
+
+
+def show_table(results: list[Result], stack_name: str, console: "Console") -> None:
+    """A table that fits the terminal, failures last; below it every fix in full, unwrapped, to be copied."""
+    from rich.table import Table
+    from rich.text import Text
+
+    order = list(STYLES)
+    results = sorted(results, key=lambda result: order.index(result.status))
+    rules = [result for result in results if result.name.startswith("rule:") and result.status == "pass"]
+    rows = [result for result in results if result not in rules]
+    rows += [Result("rules", "pass", f"{len(rules)} version rules hold")] if rules else []
+    table = Table.grid(padding=(0, 2, 0, 0))
+    table.add_column(no_wrap=True)
+    table.add_column(no_wrap=True)
+    table.add_column(overflow="fold")
+    table.add_column(no_wrap=True, justify="right")
+    for row in sorted(rows, key=lambda row: order.index(row.status)):
+        took = f"{row.seconds:.1f} s" if row.seconds >= 0.05 else ""
+        table.add_row(Text(row.status, STYLES[row.status]), Text(row.name), Text(row.detail), Text(took, "dim"))
+    console.print(table)
+    for result in results:
+        if result.fix and result.status in ("warn", "fail"):
+            console.print(Text.assemble("\n", (f"{result.status} {result.name}: ", STYLES[result.status]), "fix it by"))
+            console.print(Text(f"  {result.fix}"), soft_wrap=True)
+    count = Counter(result.status for result in results)
+    summary = ", ".join(f"{count[status]} {status}" for status in reversed(order) if count[status])
+    ok = not count["fail"]
+    verdict = ("This environment works" if ok else "This environment is broken", "bold green" if ok else "bold red")
+    console.print(Text.assemble("\n", verdict, f" (stack {stack_name}): {summary}"))
 
 
 if __name__ == "__main__":

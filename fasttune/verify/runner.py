@@ -1,7 +1,11 @@
-"""Runs jobs of checks in child processes, two at a time, with time limits; a dead child is a result, not an end."""
+"""Runs jobs of checks in child processes, two at a time, with time limits; a dead child is a result, not an end.
+
+This module is also the child: `python -m fasttune.verify.runner MODULE REPORT NAME…` runs named checks of MODULE.
+"""
 
 import contextlib
 import dataclasses
+import importlib
 import json
 import os
 import signal
@@ -9,21 +13,24 @@ import subprocess
 import sys
 import tempfile
 import time
-from collections.abc import Callable, Sequence
-from dataclasses import dataclass, field
+from collections.abc import Callable, Iterator, Sequence
+from concurrent.futures import ThreadPoolExecutor
+from dataclasses import dataclass
 from pathlib import Path
 from typing import Literal
 
 from fasttune import children, hardware
 from fasttune.verify import Result
-from fasttune.verify.error_hints import from_exit
+from fasttune.verify.error_hints import explain, from_exception, from_exit
 
 PARALLEL = 2
+OFFLINE = ("HF_HUB_OFFLINE", "TRANSFORMERS_OFFLINE", "HF_DATASETS_OFFLINE")
+PROXIES = ("http_proxy", "https_proxy", "all_proxy")
 
 
 @dataclass(frozen=True)
 class Job:
-    """Checks of one module (its CHECKS) that share a process; should it die, the rest goes on in a new one."""
+    """Checks of one module (its CHECKS) that share a process."""
 
     module: str
     names: tuple[str, ...]
@@ -31,119 +38,140 @@ class Job:
     hub: Literal["offline", "unset", "open"] = "offline"  # unset: offline is not said, the check blocks the network
 
 
-@dataclass
-class Child:
-    """A running job: its process, its report of results and the file that holds what it printed."""
-
-    job: Job
-    process: subprocess.Popen[bytes]
-    folder: tempfile.TemporaryDirectory[str]
-    started_s: float = field(default_factory=time.monotonic)
-
-    def kill(self) -> None:
-        with contextlib.suppress(ProcessLookupError):
-            os.killpg(self.process.pid, signal.SIGKILL)  # its own session: grandchildren too
-        self.process.wait()
-        self.folder.cleanup()
-
-
-def run_jobs(jobs: tuple[Job, ...], announce: Callable[[str], None], stop: Sequence[int] = ()) -> list[Result]:
+def run_jobs(jobs: Sequence[Job], announce: Callable[[str], None], stop: Sequence[int] = ()) -> list[Result]:
     """Every job in processes of its own, PARALLEL at a time; the results in the order of `jobs`.
 
     Once `stop` holds something all children are killed; raises KeyboardInterrupt.
     """
-    waiting, running = list(jobs), list[Child]()
-    results: dict[str, list[Result]] = {name: [] for job in jobs for name in job.names}
-    try:
-        while waiting or running:
-            if stop:
-                raise KeyboardInterrupt
-            while waiting and len(running) < PARALLEL:
-                running.append(start(waiting.pop(0)))
-                announce(
-                    f"{sum(map(bool, results.values()))}/{len(results)}: {', '.join(c.job.names[0] for c in running)}"
-                )
-            time.sleep(0.02)
-            for child in list(running):
-                late = time.monotonic() - child.started_s > child.job.limit_s
-                if child.process.poll() is None and not late:
-                    continue
-                running.remove(child)
-                found, rest = collect(child, late)
-                for name, result in found:
-                    results[name].append(result)
-                if rest:
-                    waiting.insert(0, dataclasses.replace(child.job, names=rest))
-    finally:
-        announce("")
-        for child in running:
-            child.kill()
-    return [result for group in results.values() for result in group]
+
+    def results_of(job: Job) -> list[Result]:
+        announce(f"running {job.names[0]} …")
+        return list(run_job(job, stop))
+
+    with ThreadPoolExecutor(PARALLEL) as pool:
+        found = list(pool.map(results_of, jobs))
+    announce("")
+    if stop:
+        raise KeyboardInterrupt
+    return [result for results in found for result in results]
 
 
-def start(job: Job) -> Child:
-    folder = tempfile.TemporaryDirectory(prefix="fasttune-verify-", ignore_cleanup_errors=True)
-    command = children.command("fasttune.verify.child", job.module, f"{folder.name}/report", *job.names)
-    with open(f"{folder.name}/printed", "w+b") as printed:
+def run_job(job: Job, stop: Sequence[int]) -> Iterator[Result]:
+    """The results of a job. Should its process die, the check that ran has failed; the others run in a new process."""
+    names = list(job.names)
+    while names and not stop:
+        start_s = time.monotonic()
+        with tempfile.TemporaryDirectory(prefix="fasttune-verify-", ignore_cleanup_errors=True) as temporary:
+            folder = Path(temporary)
+            returncode = run_child(job, names, folder, stop)
+            printed = (folder / "printed").read_text(encoding="utf-8", errors="replace")
+            report = folder / "report"
+            lines = report.read_text(encoding="utf-8").splitlines() if report.is_file() else []
+        for line in map(json.loads, lines):
+            if line is None:  # the check has ended
+                names.pop(0)
+            else:
+                yield Result(**line)
+        if names:
+            name = names.pop(0)
+            if returncode is None:
+                detail = f"no answer within {job.limit_s:.0f} s, so its process was ended"
+                broken = Result(name, "fail", detail, f"{sys.executable} -X faulthandler -m fasttune.verify --json")
+            else:
+                broken = from_exit(name, returncode, printed, suspect_of(name))
+            yield timed(broken, start_s)
+
+
+def run_child(job: Job, names: list[str], folder: Path, stop: Sequence[int]) -> int | None:
+    """The exit code of a process that runs these checks, None where it was late; nothing of it is left running."""
+    with (folder / "printed").open("w+b") as printed:
         process = subprocess.Popen(
-            command,
+            children.command("fasttune.verify.runner", job.module, str(folder / "report"), *names),
             stdin=subprocess.DEVNULL,
             stdout=printed,
             stderr=printed,
-            cwd=folder.name,
-            env=environment(job, Path(folder.name)),
+            cwd=folder,
+            env=environment(job, folder),
             start_new_session=True,
         )
-    return Child(job, process, folder)
+    deadline_s = time.monotonic() + job.limit_s
+    while process.poll() is None and not stop and time.monotonic() < deadline_s:
+        time.sleep(0.02)
+    returncode = process.poll()
+    with contextlib.suppress(ProcessLookupError):
+        os.killpg(process.pid, signal.SIGKILL)  # its own session: grandchildren too
+    process.wait()
+    return returncode
 
 
 def environment(job: Job, folder: Path) -> dict[str, str]:
     """The child's environment: all temporary files and caches in `folder`."""
     env = children.environment()
     if job.hub != "open":
-        for name in [name for name in env if name.lower() in ("http_proxy", "https_proxy", "all_proxy")]:
-            del env[name]
-    if job.hub == "offline":
-        env |= {"HF_HUB_OFFLINE": "1", "TRANSFORMERS_OFFLINE": "1", "HF_DATASETS_OFFLINE": "1"}
-    else:  # whether the package is silent by itself is what these checks look at
-        for name in ("HF_HUB_OFFLINE", "TRANSFORMERS_OFFLINE", "HF_DATASETS_OFFLINE", "UNSLOTH_DISABLE_STATISTICS"):
+        env = {name: value for name, value in env.items() if name.lower() not in PROXIES}
+    for name in (*OFFLINE, "UNSLOTH_DISABLE_STATISTICS"):
+        if job.hub != "offline":  # whether the package is silent by itself is what these checks look at
             env.pop(name, None)
-    temporary = folder / "tmp"
-    temporary.mkdir()
-    env |= {
+        elif name in OFFLINE:
+            env[name] = "1"
+    (folder / "tmp").mkdir()
+    return env | {
         "HF_HUB_DISABLE_TELEMETRY": "1",
         "FASTTUNE_CACHE": str(folder / "cache"),
-        "TMPDIR": str(temporary),
+        "TMPDIR": str(folder / "tmp"),
         "PYTHONUNBUFFERED": "1",
         "OMP_NUM_THREADS": str(max(1, hardware.usable_cores() // PARALLEL)),
     }
-    return env
 
 
-def collect(child: Child, late: bool) -> tuple[list[tuple[str, Result]], tuple[str, ...]]:
-    """(check name, result) of everything the child reported, and the checks that it died before."""
-    if late:
-        with contextlib.suppress(ProcessLookupError):
-            os.killpg(child.process.pid, signal.SIGKILL)
-    returncode = child.process.wait()
-    folder, names = Path(child.folder.name), list(child.job.names)
-    printed = (folder / "printed").read_text(encoding="utf-8", errors="replace")
-    report = folder / "report"
-    lines = [json.loads(line) for line in report.read_text(encoding="utf-8").splitlines()] if report.is_file() else []
-    child.kill()
-    found: list[tuple[str, Result]] = []
-    for line in lines:
-        if "done" in line:
-            names.remove(line["done"])
-        else:
-            found.append((names[0], Result(**line)))
-    if names:
-        suspect = names[0].removeprefix("import:") if names[0].startswith("import:") else ""
-        if late:
-            detail = f"no answer within {child.job.limit_s:.0f} s, so its process was ended"
-            broken = Result(names[0], "fail", detail, f"{sys.executable} -X faulthandler -m fasttune.verify --json")
-        else:
-            broken = from_exit(names[0], returncode, printed, suspect)
-        broken.seconds = round(time.monotonic() - child.started_s, 2)
-        found.append((names[0], broken))
-    return found, tuple(names[1:])
+def suspect_of(name: str) -> str:
+    """The module under test, where a check has one."""
+    return name.removeprefix("import:") if name.startswith("import:") else ""
+
+
+def timed(result: Result, start_s: float) -> Result:
+    return dataclasses.replace(result, seconds=round(time.monotonic() - start_s, 2))
+
+
+# -- the child
+
+
+def child(module: str, report: str, *names: str) -> None:
+    """A result goes to `report` (JSON lines) the moment it is known, so that a crash loses only the check that crashed.
+
+    null ends a check. stdout and stderr are one regular file: what a check printed is read back from it.
+    """
+
+    def write(document: object) -> None:
+        with open(report, "a", encoding="utf-8") as file:
+            file.write(json.dumps(document) + "\n")
+
+    for name in names:
+        start_s, printed_before = time.monotonic(), os.fstat(1).st_size
+        try:
+            for result in importlib.import_module(module).CHECKS[name]():
+                write(dataclasses.asdict(timed(with_printed(result, printed_before, suspect_of(name)), start_s)))
+                start_s = time.monotonic()
+        except Exception as error:
+            write(dataclasses.asdict(timed(from_exception(name, error, suspect_of(name)), start_s)))
+        write(None)
+
+
+def with_printed(result: Result, printed_before: int, suspect: str) -> Result:
+    """A check that passed while a loader complained did not pass: some libraries continue without their kernels."""
+    if result.status != "pass":
+        return result
+    sys.stdout.flush()
+    sys.stderr.flush()
+    printed = os.pread(1, os.fstat(1).st_size - printed_before, printed_before).decode(errors="replace")
+    known = explain(printed, suspect)
+    if known is None or not known.fatal:
+        return result
+    return Result(result.name, "fail", f"{result.detail}; but {known.meaning}", known.fix)
+
+
+if __name__ == "__main__":
+    child(*sys.argv[1:])
+    sys.stdout.flush()
+    sys.stderr.flush()
+    os._exit(0)  # libraries with threads of their own may hang or crash at interpreter exit; the results are out

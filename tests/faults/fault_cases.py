@@ -29,7 +29,7 @@ class Case:
     remedy: str = ""
     pins_of: str = ""  # default: the stack of the environment
     leads_to: str = ""  # the stack that the set-up named by the remedy chooses
-    mended: Mapping[str, Any] = field(default_factory=dict)  # the case after its remedy in words
+    fixed: Mapping[str, Any] = field(default_factory=dict)  # the case after its remedy in words
     after: str = ""  # the check that must pass after the fix, where it is another one
     # the environment: the pins of `stack`, changed
     stack: str = "cpu"
@@ -44,6 +44,7 @@ class Case:
     only_python: str = ""  # the one Python on PATH
     real: bool = False  # the tests' own packages behind the stubs
     applied: bool = True  # False: another case applies the same fix
+    nightly: bool = False  # applied at night only
 
 
 # What the pinned packages declare of each other (a test compares it with the installed ones).
@@ -129,37 +130,37 @@ PYTHON = (
          files=at_start(PYTHON_IS.format(minor=9))),
     Case("python-3.14-verify", "an environment of Python 3.14", "pins that do not install", "python",
          "made for 3.11 to 3.13", remedy="bash scripts/setup_h100.sh --recreate --python python3.12",
-         files=at_start(PYTHON_IS.format(minor=14)), mended={"files": {}}),
+         files=at_start(PYTHON_IS.format(minor=14)), fixed={"files": {}}),
 )  # fmt: skip
 MACHINE = (
     Case("no-disk-setup", "too little disk for the stack", "pip dies half way: \"No space left on device\"", "setup",
          "the stack cpu needs 4 GiB", remedy="name a folder on another disk with --venv", files=NO_DISK,
-         mended={"files": {}}),
+         fixed={"files": {}}),
     Case("no-disk", "a full disk", "the run dies at its first checkpoint", "disk", "GiB free",
-         remedy="free at least 2 GiB", files=NO_DISK, mended={"files": {}}),
+         remedy="free at least 2 GiB", files=NO_DISK, fixed={"files": {}}),
     Case("gpu-too-old", "a T4 or another GPU before Ampere", "no bf16, no Flash Attention", "gpu",
          "bf16 and Flash Attention need 8.0", remedy="use an Ampere or newer GPU",
-         gpus=("Tesla T4, 7.5, 15360, 580.65.06",), mended={"gpus": (H200,)}),
+         gpus=("Tesla T4, 7.5, 15360, 580.65.06",), fixed={"gpus": (H200,)}),
     Case("no-such-gpu", "CUDA_VISIBLE_DEVICES of another machine", "all runs on the CPU", "stderr",
          "CUDA_VISIBLE_DEVICES=4: names no GPU of this machine", remedy="unset CUDA_VISIBLE_DEVICES", gpus=(H200, H200),
-         environ={"CUDA_VISIBLE_DEVICES": "4"}, mended={"environ": {"CUDA_VISIBLE_DEVICES": "1"}}, after="gpu"),
+         environ={"CUDA_VISIBLE_DEVICES": "4"}, fixed={"environ": {"CUDA_VISIBLE_DEVICES": "1"}}, after="gpu"),
     Case("no-compiler-setup", "a GPU machine without gcc", "Triton fails at the first step", "setup",
          "needs a C compiler", remedy="apt-get install -y gcc", compiler=False, gpus=(H200,),
-         mended={"compiler": True}),
+         fixed={"compiler": True}),
     Case("no-compiler", "the same, set up elsewhere", "the same", "compiler", "needs a C compiler",
-         remedy="apt-get install -y gcc", compiler=False, mended={"compiler": True}, **ON_GPU),
+         remedy="apt-get install -y gcc", compiler=False, fixed={"compiler": True}, **ON_GPU),
     Case("no-headers", "a Python without its headers", "Triton's compiler: \"Python.h: No such file\"", "compiler",
-         "Python's headers (/nowhere/Python.h)", remedy=f"apt-get install -y {PYTHON_DEV}", mended={"files": {}},
+         "Python's headers (/nowhere/Python.h)", remedy=f"apt-get install -y {PYTHON_DEV}", fixed={"files": {}},
          **ON_GPU | {"files": at_start(NO_HEADERS)}),
     Case("driver-upgraded", "a driver upgraded under the running kernel", "no GPU until the next boot", "driver",
          "Driver/library version mismatch", "warn", remedy="reboot",
-         nvidia_smi="Failed to initialize NVML: Driver/library version mismatch", mended={"gpus": (H200,)}),
+         nvidia_smi="Failed to initialize NVML: Driver/library version mismatch", fixed={"gpus": (H200,)}),
     Case("no-gpu-in-container", "a container without --gpus", "nvidia-smi finds nothing, all runs on the CPU", "driver",
          "No devices were found", "warn", remedy="start it with --gpus all", nvidia_smi="No devices were found",
-         mended={"gpus": (H200,)}),
+         fixed={"gpus": (H200,)}),
     Case("driver-470", "a driver before 525", "`torch.cuda.is_available()` is False", "driver",
          "470.223.02, 525 is needed", remedy="update it to 580 or newer",
-         mended={"gpus": (H200,)}, **ON_GPU | {"gpus": ("NVIDIA H100, 9.0, 81559, 470.223.02",)}),
+         fixed={"gpus": (H200,)}, **ON_GPU | {"gpus": ("NVIDIA H100, 9.0, 81559, 470.223.02",)}),
     Case("driver-550", "a driver 525 to 579 with a CUDA 13 build of torch", "`torch.cuda.is_available()` is False",
          "rule:driver-cuda-13", "needs driver 580, 550.54.15", pinned=("torch", "torchvision"), pins_of="cu12",
          **ON_GPU | {"gpus": ("NVIDIA H100, 9.0, 81559, 550.54.15",)}),
@@ -172,10 +173,10 @@ MACHINE = (
 VERSIONS = (
     Case("transformers-too-old", "transformers < 4.43", "Llama 3.1: \"`rope_scaling` must be a dictionary with two"
          " fields\"", "rule:llama-3.1-transformers", "4.41.0 is older than 4.43", pinned=("transformers", "tokenizers"),
-         versions=OLD_TRANSFORMERS, requires={"transformers": ("tokenizers<0.20,>=0.19",)}),
+         nightly=True, versions=OLD_TRANSFORMERS, requires={"transformers": ("tokenizers<0.20,>=0.19",)}),
     Case("trl-too-new", "trl newer than unsloth knows (torch, transformers and peft have limits, too)",
          "errors deep inside a trainer", "rule:unsloth-limits",
-         "1.16.0 is installed", pinned=("trl",), versions={"trl": "1.16.0"}),
+         "1.16.0 is installed", nightly=True, pinned=("trl",), versions={"trl": "1.16.0"}),
     Case("datasets-4.4", "datasets 4.4", "recursion errors, for which unsloth excludes it", "rule:unsloth-limits",
          "4.4.0 is installed", pinned=("datasets",), versions={"datasets": "4.4.0"}, applied=False),
     Case("tokenizers-of-another-time", "tokenizers or huggingface-hub of another time than transformers",
@@ -190,18 +191,18 @@ VERSIONS = (
     Case("pin-list-of-2024", "a pin list of 2024 (transformers 4.43.3, trl 0.8, numpy 1.26, unsloth 2024.7)",
          "each of these packages refuses another one", "pins", "10 of", pinned=tuple(OLD_LIST), versions=OLD_LIST),
     Case("numpy-1", "numpy 1.26 with packages that need 2", "an ImportError in pandas", "rule:numpy-abi",
-         "pandas {pandas} needs numpy>=2.0.2, 1.26.4", pinned=("numpy",), versions={"numpy": "1.26.4"}),
+         "pandas {pandas} needs numpy>=2.0.2, 1.26.4", nightly=True, pinned=("numpy",), versions={"numpy": "1.26.4"}),
     Case("pandas-for-numpy-1", "pandas, pyarrow … built for numpy 1", "\"numpy.dtype size changed\"", "import:datasets",
          "another NumPy generation", pinned=("pandas",), applied=False, versions={"pandas": "2.1.4"}, files={
              "datasets/__init__.py": "import pandas\nDataset = object\n", "pandas/__init__.py": fails(
                  "numpy.dtype size changed, may indicate binary incompatibility. Expected 96 from C header, got 88 from"
                  " PyObject", "ValueError")}),
     Case("pandas-built-wrongly", "the right versions, one of them built from source against another numpy", "the same",
-         "import:datasets", "another NumPy generation", pinned=("numpy", "pandas"), files={
+         "import:datasets", "another NumPy generation", nightly=True, pinned=("numpy", "pandas"), files={
              "datasets/__init__.py": "import pandas\nDataset = object\n", "pandas/__init__.py": fails(
                  "numpy.core.multiarray failed to import")}),
     Case("torch-for-numpy-1", "torch before 2.3 with numpy 2", "\"A module that was compiled using NumPy 1.x cannot be"
-         " run in NumPy 2\", and it goes on without", "import:torch", "another NumPy generation", pinned=("torch",),
+         " run in NumPy 2\", and it continues without", "import:torch", "another NumPy generation", pinned=("torch",),
          applied=False, versions={"torch": "2.2.2"}, files={"torch/__init__.py": "import sys\n"
          "nn = __version__ = '2.2.2'\nprint('A module that was compiled using NumPy 1.x cannot be run in NumPy 2.4.6',"
          " file=sys.stderr)\n"}),
@@ -224,7 +225,7 @@ VERSIONS = (
          "rule:triton-torch", "needs triton==3.6.0, 3.5.0", pinned=("triton",), applied=False,
          **ON_GPU | {"versions": {"triton": "3.5.0"}}),
     Case("torchao-of-colab", "torchao 0.10 of a Colab image", "peft refuses to put an adapter on", "import:peft",
-         "torchao 0.10.0 is too old here", pinned=("torchao",), versions={"torchao": "0.10.0"}, files={
+         "torchao 0.10.0 is too old here", nightly=True, pinned=("torchao",), versions={"torchao": "0.10.0"}, files={
              "peft/__init__.py": only_beside("torchao", "0.10.0") + fails("Found an incompatible version of torchao. "
              "Found version 0.10.0, but only versions above 0.16.0 are supported") + "LoraConfig = object\n"}),
     Case("pillow-of-colab", "an old Pillow under a newer package", "\"cannot import name … from 'PIL…'\"", "import:trl",
@@ -239,22 +240,22 @@ VERSIONS = (
 )  # fmt: skip
 BINARIES = (
     Case("flash-attn-symbol", "flash-attn built for another torch, CUDA or ABI", "\"undefined symbol\" at import",
-         "import:flash_attn", "flash-attn was compiled for another torch", uninstalled=("flash-attn",),
+         "import:flash_attn", "flash-attn was compiled for another torch", nightly=True, uninstalled=("flash-attn",),
          **ON_GPU | {"versions": {"flash-attn": "2.8.3"}, "files": {"flash_attn/__init__.py": fails(
              f"{SITE}/flash_attn_2_cuda.cpython-311-x86_64-linux-gnu.so: undefined symbol: _ZN3c105ErrorC2ENS_14Source"
              "LocationESs")}}),
     Case("flash-attn-wheel", "a wheel of flash-attn whose name says another torch", "the same, when it is imported",
          "rule:flash-attn-torch", "built for torch 2.8, torch 2.11.0+cu130", remedy="-m pip uninstall -y flash-attn &&"
-         " bash scripts/setup_h100.sh --flash-attn auto", mended={"versions": {}},
+         " bash scripts/setup_h100.sh --flash-attn auto", fixed={"versions": {}},
          **ON_GPU | {"versions": {"flash-attn": "2.8.3+cu12torch2.8cxx11abitrue"}}),
     Case("flash-attn-3-behind-2", "FlashAttention 3 beside flash-attn 2", "Unsloth takes flash-attn 2",
-         "flash-attention-3", "takes flash-attn 2.8.3 first", "warn", uninstalled=("flash-attn",),
+         "flash-attention-3", "takes flash-attn 2.8.3 first", "warn", nightly=True, uninstalled=("flash-attn",),
          **ON_GPU | {"versions": {"flash-attn": "2.8.3"}, "files": {"flash_attn_interface.py": ""}}),
     Case("flash-attn-3-half", "FlashAttention 3 without its interface", "Unsloth does not find it", "flash-attention-3",
-         "not flash_attn_interface", "warn", remedy="install it anew, as docs/compatibility.md says",
-         mended={"files": {"flash_attn_3/__init__.py": "", "flash_attn_interface.py": ""}},
+         "not flash_attn_interface", "warn", remedy="reinstall it, as docs/compatibility.md says",
+         fixed={"files": {"flash_attn_3/__init__.py": "", "flash_attn_interface.py": ""}},
          **ON_GPU | {"files": {"flash_attn_3/__init__.py": ""}}),
-    Case("bitsandbytes-no-binary", "bitsandbytes without a binary for this CUDA", "it says so and goes on, 4-bit"
+    Case("bitsandbytes-no-binary", "bitsandbytes without a binary for this CUDA", "it says so and continues, 4-bit"
          " fails later", "import:bitsandbytes", "no binary for the CUDA version", pinned=("bitsandbytes",),
          applied=False, **ON_GPU | {"versions": {"bitsandbytes": "0.45.5"}, "files": {
          "bitsandbytes/__init__.py": "import sys\nfunctional = 0\nprint('bitsandbytes library load error: Configured"
@@ -265,17 +266,17 @@ BINARIES = (
              "bitsandbytes/__init__.py": "import os, signal\nos.kill(os.getpid(), signal.SIGSEGV)\n"}}),
     Case("ld-library-path", "LD_LIBRARY_PATH with another CUDA", "\"undefined symbol: __nvJitLink…\"",
          "import:torch", "CUDA libraries of two installations are mixed", remedy="unset LD_LIBRARY_PATH",
-         environ={"LD_LIBRARY_PATH": "/usr/local/cuda-12.1/lib64"}, mended={"environ": {}}, **ON_GPU | {"files": {
+         environ={"LD_LIBRARY_PATH": "/usr/local/cuda-12.1/lib64"}, fixed={"environ": {}}, **ON_GPU | {"files": {
              "torch/__init__.py": "import os\nnn = __version__ = '2.11.0'\nif 'LD_LIBRARY_PATH' in os.environ:\n    "
              + fails(f"{SITE}/torch/lib/../../nvidia/cusparse/lib/libcusparse.so.12: undefined symbol: "
                      "__nvJitLinkComplete_12_4, version libnvJitLink.so.12")}}),
     Case("old-libstdc++", "an old system, or a conda whose C++ library comes first", "\"version `GLIBCXX…' not found\"",
-         "import:datasets", "needs GLIBCXX_3.4.32", remedy="use a newer system image", mended={"files": {}}, files={
+         "import:datasets", "needs GLIBCXX_3.4.32", remedy="use a newer system image", fixed={"files": {}}, files={
              "datasets/__init__.py": fails("/opt/conda/lib/libstdc++.so.6: version `GLIBCXX_3.4.32' not found (required"
              " by libarrow.so)")}),
     Case("no-libcuda", "a CUDA package in a container without --gpus", "\"libcuda.so.1: cannot open shared object\"",
          "import:triton", "the NVIDIA driver is not visible here", remedy="start the container with --gpus all",
-         mended={"files": {}}, stack="cu130", files={"triton/__init__.py": fails(
+         fixed={"files": {}}, stack="cu130", files={"triton/__init__.py": fails(
              "libcuda.so.1: cannot open shared object file: No such file or directory")}),
 )  # fmt: skip
 INSTALLATION = (
@@ -295,13 +296,13 @@ INSTALLATION = (
     Case("installed-twice", "two versions of one package in one folder", "pip and Python may each see another one",
          "site-packages", "transformers is there twice", remedy="bash scripts/setup_h100.sh --recreate", leads_to="cpu",
          files={"transformers-4.41.0.dist-info/METADATA": metadata("transformers", "4.41.0")}),
-    Case("left-by-pip", "`~ransformers-….dist-info` of a killed pip", "nothing: it is passed over, as pip does", "pins",
+    Case("left-by-pip", "`~ransformers-….dist-info` of a killed pip", "nothing: it is skipped, as pip does", "pins",
          "as stacks/cpu.txt pins them", "pass", remedy="",
          files={f"~{name[1:]}-0.1.dist-info/METADATA": metadata(name, "0.1")
                 for name in ("transformers", "trl", "peft", "numpy", "datasets", "tokenizers")}),
     Case("pythonpath", "PYTHONPATH with packages of its own (cluster modules, ROS …)", "they win over the environment,"
          " whatever pip installs", "site-packages", "(PYTHONPATH)", remedy="unset PYTHONPATH",
-         environ={"PYTHONPATH": "{site}/pile"}, mended={"environ": {}},
+         environ={"PYTHONPATH": "{site}/pile"}, fixed={"environ": {}},
          files={"pile/transformers-4.41.0.dist-info/METADATA": metadata("transformers", "4.41.0")}),
     Case("colab", "a pile of preinstalled packages (Colab, NGC images)", "they fight any pinned stack", "pins",
          "differ", remedy="bash scripts/setup_h100.sh", leads_to="cpu", versions=COLAB,

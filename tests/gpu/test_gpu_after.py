@@ -79,7 +79,7 @@ def test_held_out_loss_is_that_of_plain_transformers(finished: tuple[Path, Any])
     (chunk,) = sources.read("builtin:arithmetic", "test", max_rows=20)
     block, at, rows = encoder.encode(chunk), 0, []
     for length in block.lengths:
-        ids, learned = block.ids[at : at + length], block.learned[at : at + length]
+        ids, learned = block.ids[at : at + length], block.supervised[at : at + length]
         rows.append((ids.tolist(), tokenize.labels(ids, learned).tolist()))
         at += length
     base = str(pretrained.builtin("builtin:tiny"))

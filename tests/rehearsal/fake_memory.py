@@ -27,7 +27,7 @@ from transformers.initialization import no_init_weights
 from transformers.integrations.sdpa_attention import repeat_kv
 from transformers.masking_utils import AttentionMaskInterface
 
-from fasttune.bench.arms import _plain_lora
+from fasttune.bench.arms import plain_lora
 from fasttune.config import Config, parse
 
 FUSED = "fake_fused"
@@ -148,7 +148,7 @@ def fake_model(sizes: dict[str, Any], config: Config, tuned: bool) -> Iterator[A
         finally:
             torch.set_default_dtype(before)
         model.config._attn_implementation = FUSED
-        whole = _plain_lora(model, config) if config.train.method == "lora" else model
+        whole = plain_lora(model, config) if config.train.method == "lora" else model
     with FakeTensorMode():
         for module in whole.modules():
             kind = type(module).__name__

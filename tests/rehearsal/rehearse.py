@@ -65,7 +65,7 @@ def spies(watch: Watch) -> Iterator[dict[str, list[Any]]]:
             lengths = context.seq_info[0] if context.seq_info is not None else None
             found = {"backend": config.backend, "shape": list(tensors["Q"].shape)}
             found |= {"mask": context.attention_mask is not None or context.causal_mask is not None}
-            found["lengths"] = None if lengths is None else lengths.tolist()
+            found["lengths"] = None if lengths is None else [str(lengths.dtype), *lengths.tolist()]
             seen["attention"].append(found)
             seen["positions"].append(training[-1])
             watch.events.append("used")

@@ -45,7 +45,7 @@ class Job:
 
     def __init__(self, config: Config, names: list[str], steps: int) -> None:
         self.config, self.arms, self.steps = config, names, steps
-        self.at_once = arms.micro(config)[0]
+        self.at_once = arms.rows_at_once(config)
         self.shape = Shape.of(pretrained.read_architecture(config.model))
         tokenizer = pretrained.read_tokenizer(config.model)
         self.data = load.encode(config, tokenizer, config.train.packing is not False, lambda *_: None)
@@ -101,7 +101,9 @@ def jobs(places: dict[str, str]) -> dict[str, Job]:
         _, command = stage.command.format(**places, stage=stage.name).split("fasttune.cli ")
         options, rest = cli.parser().parse_known_args(command.split())
         asked = configuration.load(ROOT / options.config, [*options.overrides, *rest])
-        found[stage.name] = Job(asked, run.check(asked, options.arms, options.repeats, options.steps), options.steps)
+        found[stage.name] = Job(
+            asked, run.checked_arms(asked, options.arms, options.repeats, options.steps), options.steps
+        )
     return found
 
 

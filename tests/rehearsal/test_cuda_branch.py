@@ -138,7 +138,7 @@ def test_dropout_has_a_gradient_of_its_own(seen: dict[str, Any]) -> None:
 
 ALONE, PACK, RECTANGLE = (
     {"backend": "sdpa", "mask": False, "lengths": lengths, "shape": [rows, 4, tokens, 16]}
-    for lengths, rows, tokens in ((None, 1, 18), ([14, 10], 1, 24), (None, 2, 11))
+    for lengths, rows, tokens in ((None, 1, 18), (["torch.int32", 14, 10], 1, 24), (None, 2, 11))
 )
 
 

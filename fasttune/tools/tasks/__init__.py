@@ -7,7 +7,7 @@ from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
-from fasttune.data import answers, beside, formats, sources
+from fasttune.data import arithmetic, formats, sources
 from fasttune.data.formats import Row
 from fasttune.errors import DataError
 
@@ -20,12 +20,12 @@ Columns = dict[str, str] | None
 def of_rows(source: str, split: str = "train", columns: Columns = None) -> str:
     """The task that fits a data set, by the keys of its first row. Raises DataError."""
     if source.startswith("builtin:"):
-        sources.check(source)
+        sources.check_source(source)
         return "builtin:arithmetic"
     place, row = next(_rows(source, split, columns), (source, {}))
     if "options" in row:
         return "multiple_choice_jsonl"
-    if "question" in row and answers.final_number(str(row.get("answer"))) is not None:
+    if "question" in row and arithmetic.final_number(str(row.get("answer"))) is not None:
         return "gsm8k_jsonl"
     raise DataError(
         f"--data {source}: {place} has the columns {', '.join(row) or 'none'}; expected question, answer and options, "
@@ -38,7 +38,7 @@ def gsm8k(data: str, split: str = "train", columns: Columns = None, **_: Any) ->
     found = []
     for place, row in _rows(data, split, columns):
         _check(row, place, "question", "answer")
-        if answers.final_number(str(row["answer"])) is None:
+        if arithmetic.final_number(str(row["answer"])) is None:
             raise DataError(f"--data: {place}: its answer holds no `#### N`, so no answer to it can be checked")
         found.append({"question": row["question"], "answer": row["answer"]})
     return _test_split(found, data)
@@ -59,7 +59,7 @@ def multiple_choice(data: str, split: str = "train", columns: Columns = None, **
 
 def score(doc: Row, results: list[str]) -> dict[str, float]:
     """Exact match on the number after `####`."""
-    return {"exact_match": float(answers.is_right(results[0], doc["answer"]))}
+    return {"exact_match": float(arithmetic.is_right(results[0], doc["answer"]))}
 
 
 def _rows(source: str, split: str, columns: Columns) -> Iterator[tuple[str, Row]]:
@@ -67,7 +67,7 @@ def _rows(source: str, split: str, columns: Columns) -> Iterator[tuple[str, Row]
     for chunk in sources.read(source, "test", split, also=(columns or {}).values()):
         for _, place, row in chunk.numbered():
             row = formats.rename(row, formats.applying(columns or {}, row), place)
-            beside.check_media(row, place)
+            formats.check_media(row, place)
             yield place, row
 
 

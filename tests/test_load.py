@@ -16,9 +16,9 @@ from typing import Any
 import pytest
 
 from fasttune import cache as caches, config, terminal
-from fasttune.data import arithmetic, files, load, sources, store
-from fasttune.data.files import Chunk
-from fasttune.data.tokenize import Recipe
+from fasttune.data import arithmetic, load, sources
+from fasttune.data.sources import Chunk
+from fasttune.data.tokenize import Recipe, Rows
 from fasttune.errors import DataError, FasttuneError
 from fasttune.tools import inspect_data, plan
 
@@ -42,13 +42,13 @@ def cache(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
 def encoded(monkeypatch: pytest.MonkeyPatch) -> list[int]:
     """Rows of every chunk that is encoded in this process."""
     seen: list[int] = []
-    encode = store.Encoder.encode
+    encode = load.Encoder.encode
 
     def counting(self: Any, chunk: Chunk) -> Any:
         seen.append(len(chunk))
         return encode(self, chunk)
 
-    monkeypatch.setattr(store.Encoder, "encode", counting)
+    monkeypatch.setattr(load.Encoder, "encode", counting)
     return seen
 
 
@@ -57,13 +57,13 @@ def write(path: Path, rows: list[dict[str, Any]]) -> str:
     return str(path)
 
 
-def stored(recipe: Recipe, source: str) -> store.Rows:
+def stored(recipe: Recipe, source: str) -> Rows:
     key = sources.fingerprint(source, "train", "train")
-    return store.load(source, key, recipe, lambda: sources.read(source, "train"), lambda share: None)
+    return load.stored(source, key, recipe, lambda: sources.read(source, "train"), lambda share: None)
 
 
-def contents(rows: store.Rows) -> tuple[list[int], ...]:
-    return tuple(array.tolist() for array in (rows.ids, rows.learned, rows.starts, rows.numbers))
+def contents(rows: Rows) -> tuple[list[int], ...]:
+    return tuple(array.tolist() for array in (rows.ids, rows.supervised, rows.starts, rows.numbers))
 
 
 def entries(cache: Path) -> list[str]:
@@ -74,20 +74,20 @@ def test_rows_come_back_as_they_were_encoded(tmp_path: Path, cache: Path, recipe
     rows = arithmetic.generate("train", rows=50)
     source = write(tmp_path / "rows.jsonl", [*rows[:20], EMPTY, *rows[20:]])
     found = stored(recipe, source)
-    block = store.Encoder(recipe).encode(Chunk(source, 1, 1.0, rows=[*rows[:20], EMPTY, *rows[20:]]))
+    block = load.Encoder(recipe).encode(Chunk(source, 1, 1.0, rows=[*rows[:20], EMPTY, *rows[20:]]))
     assert len(found) == 50
     assert found.lengths.tolist() == block.lengths.tolist()
-    assert (found.ids.tolist(), found.learned.tolist()) == (block.ids.tolist(), block.learned.tolist())
+    assert (found.ids.tolist(), found.supervised.tolist()) == (block.ids.tolist(), block.supervised.tolist())
     assert found.numbers.tolist() == [*range(1, 21), *range(22, 52)]
     start = int(block.lengths[:3].sum())
     ids, learned = found.row(3)
     assert (ids == block.ids[start : start + block.lengths[3]]).all()
-    assert (learned == block.learned[start : start + block.lengths[3]]).all()
+    assert (learned == block.supervised[start : start + block.lengths[3]]).all()
     assert found.counts == {
         "rows": 51,
         "kept": 50,
         "tokens": len(block.ids),
-        "learned": int(block.learned.sum()),
+        "supervised": int(block.supervised.sum()),
         "dropped: empty answer": 1,
     }
 
@@ -142,7 +142,7 @@ def shorten(path: Path) -> None:
     path.write_bytes(path.read_bytes()[:-4])
 
 
-@pytest.mark.parametrize("name", [*store.ARRAYS, "manifest.json"])
+@pytest.mark.parametrize("name", [*load.ARRAYS, "manifest.json"])
 @pytest.mark.parametrize("tear", [flip, shorten, Path.unlink, lambda path: path.write_bytes(b"")])
 def test_a_torn_entry_is_made_again(
     tmp_path: Path, cache: Path, recipe: Recipe, encoded: list[int], name: str, tear: Callable[[Path], None]
@@ -177,7 +177,7 @@ def test_an_interrupted_build_leaves_nothing(tmp_path: Path, cache: Path, recipe
         raise KeyboardInterrupt
 
     with pytest.raises(KeyboardInterrupt):
-        store.load(source, "key", recipe, interrupted, lambda share: None)
+        load.stored(source, "key", recipe, interrupted, lambda share: None)
     assert entries(cache) == []
 
 
@@ -218,10 +218,10 @@ def test_an_entry_that_another_process_has_made_again_stays(tmp_path: Path, cach
     """Both found it torn: what the first one has put there, and is reading, is not removed by the second one."""
     stored(recipe, write(tmp_path / "rows.jsonl", [GOOD]))
     (entry,) = cache.iterdir()
-    caches.discard(entry, store._is_whole)
-    assert store._is_whole(entry) and list(cache.iterdir()) == [entry]
+    caches.discard(entry, lambda found: load._open(found, "") is not None)
+    assert load._open(entry, "") and list(cache.iterdir()) == [entry]
     (entry / "ids.i32").write_bytes(b"torn")
-    caches.discard(entry, store._is_whole)
+    caches.discard(entry, lambda found: load._open(found, "") is not None)
     assert not list(cache.iterdir())
 
 
@@ -252,10 +252,10 @@ def _blank(tmp_path: Path) -> str:
 def test_progress_rises_to_the_end(
     tmp_path: Path, cache: Path, recipe: Recipe, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    monkeypatch.setattr(files, "BLOCK_BYTES", 4000)
+    monkeypatch.setattr(sources, "BLOCK_BYTES", 4000)
     source = write(tmp_path / "rows.jsonl", arithmetic.generate("train", rows=200))
     shares: list[float] = []
-    store.load(source, "key", recipe, lambda: sources.read(source, "train"), shares.append)
+    load.stored(source, "key", recipe, lambda: sources.read(source, "train"), shares.append)
     assert len(shares) > 5
     assert shares == sorted(shares)
     assert shares[-1] == 1.0
@@ -264,13 +264,13 @@ def test_progress_rises_to_the_end(
 def test_workers_give_the_same_bytes_as_one_process(
     tmp_path: Path, cache: Path, recipe: Recipe, encoded: list[int], monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    monkeypatch.setattr(files, "BLOCK_BYTES", 4000)
+    monkeypatch.setattr(sources, "BLOCK_BYTES", 4000)
     source = write(tmp_path / "rows.jsonl", [*arithmetic.generate("train", rows=300), EMPTY])
     alone = contents(stored(recipe, source))
     assert sum(encoded) == 301
     encoded.clear()
     monkeypatch.setenv("FASTTUNE_CACHE", str(tmp_path / "other"))
-    monkeypatch.setattr(store, "POOL_FROM_CHUNKS", 2)
+    monkeypatch.setattr(load, "POOL_FROM_CHUNKS", 2)
     monkeypatch.setattr(os, "sched_getaffinity", lambda _: {0, 1})
     assert contents(stored(recipe, source)) == alone
     assert encoded == []  # not here
@@ -283,7 +283,7 @@ def test_workers_give_the_same_bytes_as_one_process(
 def test_a_killed_worker_is_a_clear_error(
     tmp_path: Path, cache: Path, recipe: Recipe, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    monkeypatch.setattr(store, "POOL_FROM_CHUNKS", 2)
+    monkeypatch.setattr(load, "POOL_FROM_CHUNKS", 2)
     monkeypatch.setattr(os, "sched_getaffinity", lambda _: {0, 1})
 
     def chunks() -> Iterator[Chunk]:
@@ -295,7 +295,7 @@ def test_a_killed_worker_is_a_clear_error(
             yield Chunk("rows.jsonl", number, 0.5, rows=[GOOD])
 
     with pytest.raises(DataError, match="ended from outside, most likely for memory"):
-        store.load("rows.jsonl", "key", recipe, chunks, lambda share: None)
+        load.stored("rows.jsonl", "key", recipe, chunks, lambda share: None)
     assert entries(cache) == []
     assert multiprocessing.active_children() == []
 
@@ -303,8 +303,8 @@ def test_a_killed_worker_is_a_clear_error(
 def test_a_stalled_worker_is_named_and_leaves_no_process(
     tmp_path: Path, cache: Path, recipe: Recipe, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    monkeypatch.setattr(store, "POOL_FROM_CHUNKS", 2)
-    monkeypatch.setattr(store, "STALLED_S", 1.0)
+    monkeypatch.setattr(load, "POOL_FROM_CHUNKS", 2)
+    monkeypatch.setattr(load, "STALLED_S", 1.0)
     monkeypatch.setattr(os, "sched_getaffinity", lambda _: {0, 1})
 
     def chunks() -> Iterator[Chunk]:
@@ -314,7 +314,7 @@ def test_a_stalled_worker_is_named_and_leaves_no_process(
             yield Chunk("rows.jsonl", number, 0.5, rows=[GOOD])
 
     with pytest.raises(DataError, match="stalled: no answer within 1 s for 1 rows of rows.jsonl from 1 on"):
-        store.load("rows.jsonl", "key", recipe, chunks, lambda share: None)
+        load.stored("rows.jsonl", "key", recipe, chunks, lambda share: None)
     assert entries(cache) == []
     assert multiprocessing.active_children() == []
 

@@ -22,8 +22,7 @@ BOOTSTRAP_DRAWS = 10_000
 # Largest relative difference of a step's loss between two arms. fp32 arms differ by the order of their sums (1e-5 was
 # seen between two cross entropies alone); bf16 keeps 8 bits. A wrong label or learning rate shows as percents.
 LOSS_TOLERANCE = {"float32": 1e-3, "bfloat16": 2e-2}
-
-
+NO_REVISION = "not a checkout"  # of an installed package
 # What bench.json has the median and range of.
 SPREADS = ("tokens_per_s", "loss_tokens_per_s", "step_s", "peak_memory_gib", "seconds_to_first_step", "power_w")
 
@@ -33,7 +32,7 @@ class Repeat:
     """One arm, once. Lists have one entry a step. Tokens count no padding; seconds are device-synchronised.
 
     rows_digest: hash of every step's rows, read from the tensors that were trained on.
-    weights_digest: of the live model before the first step, see live.weights_digest; "" in older files.
+    weights_digest: of the live model before the first step, see what_ran.weights_digest; "" in older files.
     peak_memory_gib: of a GPU in the steps, peak_before_gib before them; of a CPU of all the process.
     power_w: mean of the seconds in which the GPU worked; at_power_limit: the share of them in which its clocks were
     lower for its power limit. None where it is not known, as on a CPU.
@@ -47,7 +46,7 @@ class Repeat:
     rows_digest: str
     peak_memory_gib: float
     seconds_to_first_step: float
-    flops_per_token: float | None  # see live.count_flops
+    flops_per_token: float | None  # see what_ran.count_flops
     backend: Backend
     weights_digest: str = ""
     peak_before_gib: float | None = None
@@ -56,13 +55,11 @@ class Repeat:
 
     @property
     def tokens_per_s(self) -> float:
-        """Median over the steady steps."""
-        return statistics.median(n / s for n, s in list(zip(self.tokens, self.seconds, strict=True))[WARMUP_STEPS:])
+        return self._rate(self.tokens)
 
     @property
     def loss_tokens_per_s(self) -> float:
-        pairs = list(zip(self.loss_tokens, self.seconds, strict=True))[WARMUP_STEPS:]
-        return statistics.median(n / s for n, s in pairs)
+        return self._rate(self.loss_tokens)
 
     @property
     def step_s(self) -> float:
@@ -71,6 +68,11 @@ class Repeat:
     @property
     def padding_fraction(self) -> float:
         return sum(self.padding_tokens) / max(sum(self.tokens) + sum(self.padding_tokens), 1)
+
+    def _rate(self, counts: list[int]) -> float:
+        """Median over the steady steps."""
+        pairs = list(zip(counts, self.seconds, strict=True))[WARMUP_STEPS:]
+        return statistics.median(count / seconds for count, seconds in pairs)
 
 
 @dataclass
@@ -91,6 +93,12 @@ class Arm:
         return statistics.median(values) if values else None
 
     @property
+    def tflops(self) -> float | None:
+        """Median of the model TFLOP/s of its repeats; None where there are none, or their FLOPs are not known."""
+        rates = [repeat.tokens_per_s * repeat.flops_per_token for repeat in self.repeats if repeat.flops_per_token]
+        return statistics.median(rates) / 1e12 if rates else None
+
+    @property
     def larger_before_gib(self) -> float | None:
         """The most memory before the first step, where that is more than in the steps: it decides what fits."""
         before = max(self.values("peak_before_gib"), default=0.0)
@@ -101,7 +109,7 @@ class Arm:
 class Comparison:
     """One arm over another: ratio of the medians of tokens/s with a bootstrap 95 % interval.
 
-    invalid: why the two cannot be compared (they did not learn the same); None if they can.
+    invalid: why the two cannot be compared (they did not do the same work); None if they can.
     """
 
     arm: str
@@ -162,14 +170,23 @@ class Bench:
         ]
 
     @property
+    def over_baseline(self) -> dict[str, Comparison]:
+        """By the arm's name."""
+        return {each.arm: each for each in self.comparisons if each.over == BASELINE}
+
+    @property
+    def invalid(self) -> list[str]:
+        """Which arms cannot be compared, and why."""
+        return [f"{each.arm} against {each.over}: {each.invalid}" for each in self.comparisons if each.invalid]
+
+    @property
     def valid(self) -> bool:
-        return all(comparison.invalid is None for comparison in self.comparisons)
+        return not self.invalid
 
     @property
     def limit_unknown(self) -> str | None:
         """Why there is no share of a limit and no MFU, where the model is the reason."""
-        repeats = [repeat for arm in self.arms for repeat in arm.repeats]
-        if not repeats or any(repeat.flops_per_token is not None for repeat in repeats):
+        if not any(arm.repeats for arm in self.arms) or any(arm.tflops is not None for arm in self.arms):
             return None
         return "the FLOPs of quantised weights and of a mixture of experts are not counted: no share of a limit, no MFU"
 
@@ -178,36 +195,37 @@ class Bench:
 
         None for another dtype, quantised weights, a mixture of experts or an unknown chip.
         """
-        done = _tflops(arm)
-        if done is None or self.dtype != "bfloat16" or not self.hardware["gpus"]:
+        if arm.tflops is None or self.dtype != "bfloat16" or not self.hardware["gpus"]:
             return None
         peak = hardware.peak_bf16_tflops(self.hardware["gpus"][0]["name"])
         if not peak or re.search("int|float8", arm.repeats[-1].backend.dtype):  # integers: quantised
             return None
-        return done / peak
+        return arm.tflops / peak
 
     def share_of_limit(self, arm: Arm) -> float | None:
         """Model FLOPs over the matmul rate that was measured in the same run."""
-        done = _tflops(arm)
-        return done / self.limit.tflops if done is not None and self.limit else None
+        return arm.tflops / self.limit.tflops if arm.tflops is not None and self.limit else None
+
+    def usd_per_million(self, arm: Arm) -> float | None:
+        speed = arm.median("tokens_per_s")
+        return self.usd_per_hour / 3600 / speed * 1e6 if speed and self.usd_per_hour is not None else None
+
+    def job_hours(self, arm: Arm) -> float | None:
+        speed = arm.median("tokens_per_s")
+        return self.job_tokens / speed / 3600 if speed else None
 
     def as_dict(self) -> dict[str, Any]:
         """bench.json."""
         document = asdict(self)
+        cost: dict[str, Any] = {}
         for arm, plain in zip(self.arms, document["arms"], strict=True):
-            for name in SPREADS:
-                plain[name] = spread(arm.values(name))
+            plain |= {name: spread(arm.values(name)) for name in SPREADS}
             plain["padding_fraction"] = arm.median("padding_fraction")
             plain["losses"] = arm.repeats[0].losses if arm.repeats else []
             plain["backend"] = asdict(arm.repeats[-1].backend) if arm.repeats else None
-            speed = arm.median("tokens_per_s")
-            plain["mfu"] = self.mfu(arm)
-            plain["share_of_limit"] = self.share_of_limit(arm)
-            plain["usd_per_million_tokens"] = usd_per_million(speed, self.usd_per_hour)
-            plain["job_hours"] = self.job_tokens / speed / 3600 if speed else None
-        cost = {
-            arm["name"]: {key: arm[key] for key in ("usd_per_million_tokens", "job_hours")} for arm in document["arms"]
-        }
+            plain |= {"mfu": self.mfu(arm), "share_of_limit": self.share_of_limit(arm)}
+            cost[arm.name] = {"usd_per_million_tokens": self.usd_per_million(arm), "job_hours": self.job_hours(arm)}
+            plain |= cost[arm.name]
         document["cost"] = {"usd_per_hour": self.usd_per_hour, "job_tokens": self.job_tokens, "arms": cost}
         return document | {"comparisons": [asdict(c) for c in self.comparisons], "valid": self.valid}
 
@@ -217,7 +235,7 @@ def compare(arm: Arm, over: Arm, tolerance: float) -> Comparison:
     low, high = bootstrap_ratio(arm.values("tokens_per_s"), over.values("tokens_per_s"))
     ratio = (arm.median("tokens_per_s") or 0) / (over.median("tokens_per_s") or 1)
     pairs = [(a, b) for a in arm.repeats for b in over.repeats]
-    finite = all(math.isfinite(loss) for pair in pairs for repeat in pair for loss in repeat.losses)
+    finite = all(math.isfinite(loss) for repeat in (*arm.repeats, *over.repeats) for loss in repeat.losses)
     losses = [both for a, b in pairs for both in zip(a.losses, b.losses, strict=False)]
     difference = max(abs(x - y) / max(abs(y), 1e-12) for x, y in losses) if finite else math.inf
     invalid = None
@@ -227,7 +245,7 @@ def compare(arm: Arm, over: Arm, tolerance: float) -> Comparison:
         invalid = "they began with different weights"
     elif any(a.tokens != b.tokens or a.loss_tokens != b.loss_tokens for a, b in pairs):
         invalid = "they count tokens differently"
-    elif len({len(repeat.losses) for pair in pairs for repeat in pair}) > 1:
+    elif any(len(a.losses) != len(b.losses) for a, b in pairs):
         invalid = "they logged different numbers of losses"
     elif not finite:
         invalid = "a loss is not finite"
@@ -236,12 +254,12 @@ def compare(arm: Arm, over: Arm, tolerance: float) -> Comparison:
     return Comparison(arm.name, over.name, ratio, low, high, difference, tolerance, invalid)
 
 
-def bootstrap_ratio(numerator: list[float], denominator: list[float], seed: int = 0) -> tuple[float, float]:
-    """95 % percentile interval of the ratio of medians, repeats drawn with replacement within each arm.
+def bootstrap_ratio(numerator: list[float], denominator: list[float]) -> tuple[float, float]:
+    """95 % percentile interval of the ratio of medians, repeats drawn with replacement within each arm; seeded.
 
     Source: Efron and Tibshirani, An Introduction to the Bootstrap, chapter 13.
     """
-    rng = random.Random(seed)
+    rng = random.Random(0)
     ratios = sorted(
         statistics.median(rng.choices(numerator, k=len(numerator)))
         / statistics.median(rng.choices(denominator, k=len(denominator)))
@@ -250,18 +268,8 @@ def bootstrap_ratio(numerator: list[float], denominator: list[float], seed: int 
     return ratios[round(0.025 * BOOTSTRAP_DRAWS)], ratios[round(0.975 * BOOTSTRAP_DRAWS) - 1]
 
 
-def _tflops(arm: Arm) -> float | None:
-    """Median of the model TFLOP/s of its repeats; None where there are none, or their FLOPs are not known."""
-    rates = [repeat.tokens_per_s * repeat.flops_per_token for repeat in arm.repeats if repeat.flops_per_token]
-    return statistics.median(rates) / 1e12 if rates else None
-
-
 def spread(values: list[float]) -> dict[str, Any]:
     """All values with their median and range."""
     if not values:
         return {"values": [], "median": None, "min": None, "max": None}
     return {"values": values, "median": statistics.median(values), "min": min(values), "max": max(values)}
-
-
-def usd_per_million(tokens_per_s: float | None, usd_per_hour: float | None) -> float | None:
-    return usd_per_hour / 3600 / tokens_per_s * 1e6 if tokens_per_s and usd_per_hour is not None else None

@@ -1,15 +1,18 @@
 """Text and spans → ids and labels: exactly the learned characters, whatever the tokenizer and the length limit."""
 
+import random
 from dataclasses import replace
 from typing import Any
 
 import numpy as np
 import pytest
+import tokenizers
 from hypothesis import given, strategies as st
+from tokenizers import decoders, models, pre_tokenizers, processors, trainers
 
 from fasttune.data import tokenize
 from fasttune.data.chat import Template
-from fasttune.data.files import Chunk
+from fasttune.data.sources import Chunk
 from fasttune.data.tokenize import IGNORE, Block, Encoder, Recipe
 from fasttune.errors import DataError
 
@@ -29,7 +32,7 @@ def encode(recipe: Recipe, rows: list[dict[str, Any]]) -> Block:
 def pieces(block: Block) -> list[tuple[np.ndarray, np.ndarray]]:
     """(ids, labels) of each row."""
     ends = np.cumsum(block.lengths)[:-1]
-    pairs = zip(np.split(block.ids, ends), np.split(block.learned, ends), strict=True)
+    pairs = zip(np.split(block.ids, ends), np.split(block.supervised, ends), strict=True)
     return [(ids, tokenize.labels(ids, learned)) for ids, learned in pairs]
 
 
@@ -71,7 +74,7 @@ def test_rows_of_a_chunk_do_not_mix(tiny_recipe: Recipe, rows: list[list[tuple[s
     together = encode(tiny_recipe, [chat(*turns) for turns in rows])
     alone = [encode(tiny_recipe, [chat(*turns)]) for turns in rows]
     assert (together.ids == np.concatenate([block.ids for block in alone])).all()
-    assert (together.learned == np.concatenate([block.learned for block in alone])).all()
+    assert (together.supervised == np.concatenate([block.supervised for block in alone])).all()
     assert together.lengths.tolist() == [int(block.lengths[0]) for block in alone]
     assert together.numbers.tolist() == list(range(1, len(rows) + 1))
 
@@ -87,7 +90,7 @@ def test_split_learns_every_label_exactly_once(tiny_recipe: Recipe, turns: list[
     assert all(len(row) for row in learned)
     assert set(split.numbers.tolist()) == {1}
     assert split.counts["split"] == (_tokens(tiny_recipe, turns) > limit)
-    assert split.learned.sum() == whole.learned.sum()
+    assert split.supervised.sum() == whole.supervised.sum()
 
 
 def _tokens(recipe: Recipe, turns: list[tuple[str, str]]) -> int:
@@ -102,9 +105,9 @@ def test_truncate_learns_what_fits(tiny_recipe: Recipe, turns: list[tuple[str, s
     kept = [index for index, label in enumerate(labels[:limit]) if label != IGNORE]
     assert cut.lengths.tolist() == ([kept[-1] + 1] if kept else [])
     assert cut.ids.tolist() == ids[: kept[-1] + 1 if kept else 0].tolist()
-    assert cut.learned.nonzero()[0].tolist() == kept
+    assert cut.supervised.nonzero()[0].tolist() == kept
     assert cut.counts["truncated"] == (_tokens(tiny_recipe, turns) > limit)
-    assert bool(cut.counts[f"dropped: no learned token within model.max_length={limit}"]) == (not kept)
+    assert bool(cut.counts[f"dropped: no supervised token within model.max_length={limit}"]) == (not kept)
 
 
 def test_drop_leaves_the_long_ones_out_and_counts_them(tiny_recipe: Recipe) -> None:
@@ -127,7 +130,7 @@ def test_a_row_of_exactly_the_limit_fits(tiny_recipe: Recipe) -> None:
 def test_what_follows_the_last_learned_token_is_cut_off(tiny_recipe: Recipe) -> None:
     row = {"messages": [*chat(("q", "a"))["messages"], {"role": "user", "content": "thanks, that is all"}]}
     assert encode(tiny_recipe, [row]).ids.tolist() == encode(tiny_recipe, [chat(("q", "a"))]).ids.tolist()
-    assert encode(tiny_recipe, [row]).learned[-1]
+    assert encode(tiny_recipe, [row]).supervised[-1]
 
 
 def test_plain_text_is_learned_whole_and_ends(tiny_recipe: Recipe) -> None:
@@ -136,7 +139,7 @@ def test_plain_text_is_learned_whole_and_ends(tiny_recipe: Recipe) -> None:
     assert learned_text(recipe, block) == ["nce upon" + END]  # nothing predicts the first token
     split = encode(replace(recipe, max_length=9, too_long="split"), [{"text": "abcdefghijklmnopqrstuvwxyz"}])
     assert "".join(learned_text(recipe, split)) == "bcdefghijklmnopqrstuvwxyz" + END
-    assert split.learned.sum() == 26
+    assert split.supervised.sum() == 26
 
 
 def test_rows_that_teach_nothing_are_counted_and_one_of_each_is_kept_to_show(tiny_recipe: Recipe) -> None:
@@ -147,9 +150,9 @@ def test_rows_that_teach_nothing_are_counted_and_one_of_each_is_kept_to_show(tin
         "rows": 5,
         "dropped: no assistant turn": 1,
         "dropped: empty answer": 2,
-        "dropped: no learned token": 1,
+        "dropped: no supervised token": 1,
     }
-    assert set(block.examples) == {"no assistant turn", "empty answer", "no learned token"}
+    assert set(block.examples) == {"no assistant turn", "empty answer", "no supervised token"}
     assert "qqq" in block.examples["no assistant turn"]
     assert max(map(len, block.examples.values())) <= tokenize.SHOWN_CHARACTERS + 1
     assert block.numbers.tolist() == [4]
@@ -157,8 +160,8 @@ def test_rows_that_teach_nothing_are_counted_and_one_of_each_is_kept_to_show(tin
 
 def test_a_chunk_without_any_usable_row(tiny_recipe: Recipe) -> None:
     block = encode(tiny_recipe, [chat(("q", ""))])
-    assert [len(array) for array in (block.ids, block.learned, block.lengths, block.numbers)] == [0] * 4
-    assert (block.ids.dtype, block.lengths.dtype, block.learned.dtype) == (np.int32, np.int32, bool)
+    assert [len(array) for array in (block.ids, block.supervised, block.lengths, block.numbers)] == [0] * 4
+    assert (block.ids.dtype, block.lengths.dtype, block.supervised.dtype) == (np.int32, np.int32, bool)
 
 
 def test_columns_and_form_are_the_recipes(tiny_recipe: Recipe) -> None:
@@ -176,7 +179,7 @@ def test_a_character_of_several_tokens_is_learned_whole(tiny_recipe: Recipe, ans
 
 def _byte_level(trim: bool) -> Any:
     """Bytes and two merges: ` a` is one token; with `trim`, its offsets leave the blank out, as GPT-2's do."""
-    from tokenizers import Tokenizer, decoders, models, pre_tokenizers, processors
+    from tokenizers import Tokenizer
 
     vocabulary = [*sorted(pre_tokenizers.ByteLevel.alphabet()), "Ġa", "ĠĠ", "Ċa"]
     merges = [("Ġ", "a"), ("Ġ", "Ġ"), ("Ċ", "a")]
@@ -213,7 +216,7 @@ def test_labels_are_the_ids_where_learned_but_never_the_first() -> None:
 
 def test_a_sentencepiece_like_tokenizer_keeps_its_first_word() -> None:
     """Metaspace prefixes words with `▁`, whose offset is the blank before; a leading blank belongs to the answer."""
-    from tokenizers import Tokenizer, decoders, models, pre_tokenizers
+    from tokenizers import Tokenizer
 
     vocabulary = ["<unk>", "▁Hi", "▁Hello", "▁you", "▁", *(chr(code) for code in range(33, 127)), "\n"]
     raw = Tokenizer(models.Unigram([(token, -1.0 * len(token)) for token in vocabulary], 0))
@@ -265,10 +268,13 @@ def test_a_row_longer_than_a_window_is_cut_as_any_other(
     recipe = replace(tiny_recipe, too_long=too_long, max_length=200)
     rows = [chat(("q" * 90, "été " * 300), ("r", "b" * 700)), chat(("q", "a"))]
     at_once = encode(recipe, rows)
-    monkeypatch.setattr(tokenize.long_texts, "WINDOW", 400)
-    monkeypatch.setattr(tokenize.long_texts, "OVERLAP", 80)
+    monkeypatch.setattr(tokenize, "WINDOW", 400)
+    monkeypatch.setattr(tokenize, "OVERLAP", 80)
     in_windows = encode(recipe, rows)
-    assert (in_windows.ids.tolist(), in_windows.learned.tolist()) == (at_once.ids.tolist(), at_once.learned.tolist())
+    assert (in_windows.ids.tolist(), in_windows.supervised.tolist()) == (
+        at_once.ids.tolist(),
+        at_once.supervised.tolist(),
+    )
     assert (in_windows.lengths.tolist(), in_windows.counts) == (at_once.lengths.tolist(), at_once.counts)
 
 
@@ -322,3 +328,67 @@ def test_what_the_template_leaves_out_is_counted_where_that_is_allowed(tiny_reci
         encode(tiny_recipe, [row])
     block = encode(replace(tiny_recipe, allow_lost=("reasoning",)), [row, chat(("q", "a"))])
     assert (block.counts["lost: reasoning"], len(block.lengths)) == (1, 2)
+
+
+LONG_WORDS = ["the", "of", "river", "lake", "été", "日本語", "😀", "  ", "\n\n", "x" * 40, "1234567", "don't", "Tagus,"]
+
+
+def long_text(words: int) -> str:
+    chosen = random.Random(0)
+    return " ".join(chosen.choice(LONG_WORDS) for _ in range(words))
+
+
+@pytest.fixture(params=["byte level", "metaspace"])
+def tokenizer(request: pytest.FixtureRequest) -> Any:
+    made = tokenizers.Tokenizer(models.BPE())
+    alphabet = pre_tokenizers.ByteLevel.alphabet() if request.param == "byte level" else []
+    made.pre_tokenizer = (
+        pre_tokenizers.ByteLevel(add_prefix_space=False)
+        if request.param == "byte level"
+        else pre_tokenizers.Metaspace(prepend_scheme="first", split=False)
+    )
+    made.decoder = decoders.ByteLevel()
+    trainer = trainers.BpeTrainer(vocab_size=400, initial_alphabet=alphabet, show_progress=False)
+    made.train_from_iterator([long_text(40)] * 3, trainer)
+    return made
+
+
+class Watched:
+    """Remembers how long the texts are that a tokenizer is given."""
+
+    def __init__(self, tokenizer: Any) -> None:
+        self.tokenizer, self.lengths = tokenizer, list[int]()
+
+    def encode(self, text: str, **options: Any) -> Any:
+        self.lengths.append(len(text))
+        return self.tokenizer.encode(text, **options)
+
+    def encode_batch(self, texts: list[str], **options: Any) -> Any:
+        self.lengths += map(len, texts)
+        return self.tokenizer.encode_batch(texts, **options)
+
+
+def test_windows_give_the_tokens_of_the_whole(tokenizer: Any, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(tokenize, "WINDOW", 1500)
+    monkeypatch.setattr(tokenize, "OVERLAP", 300)
+    long, short = long_text(3000), "the river"
+    watched = Watched(tokenizer)
+    first, whole, last = tokenize.encode_batch(watched, [short, long, short], enough=None)
+    expected = tokenizer.encode(long, add_special_tokens=False)
+    assert whole.ids.tolist() == expected.ids
+    assert whole.starts.tolist() == [start for start, _ in expected.offsets]
+    assert first.ids == last.ids == tokenizer.encode(short).ids
+    assert max(watched.lengths) <= 1500
+    for at in (0, 1, 777, len(long) - 1):
+        token = whole.char_to_token(at)
+        assert whole.token_to_chars(token)[0] <= at
+        assert token + 1 == len(whole.ids) or whole.token_to_chars(token + 1)[0] >= at
+
+
+def test_what_is_cut_off_is_not_encoded(tokenizer: Any, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(tokenize, "WINDOW", 1500)
+    monkeypatch.setattr(tokenize, "OVERLAP", 300)
+    watched, long = Watched(tokenizer), long_text(30_000)
+    (cut,) = tokenize.encode_batch(watched, [long], enough=100)
+    assert cut.ids[:100].tolist() == tokenizer.encode(long, add_special_tokens=False).ids[:100]
+    assert sum(watched.lengths) < len(long) / 10
