@@ -11,13 +11,13 @@ from typing import Any
 
 import numpy as np
 import pytest
-from fasttune.data.store import Rows
 from hypothesis import given, strategies
 from rich.console import Console
 
 from fasttune import cli, config, hardware, terminal
 from fasttune.data import arithmetic
 from fasttune.data.batching import Batches
+from fasttune.data.tokenize import Rows
 from fasttune.tools import estimate, inspect_data
 
 CONFIG = """
