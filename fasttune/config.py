@@ -326,6 +326,17 @@ def parse(tree: dict[str, Any], problems: list[str] | None = None) -> Config:
     return config
 
 
+def changed(config: Config, **sections: Any) -> Config:
+    """The config with other values, checked like any other: changed(config, train={"packing": False}).
+
+    Raises ConfigError.
+    """
+    tree = config.model_dump(exclude_unset=True)
+    for name, value in sections.items():
+        tree[name] = tree.get(name, {}) | value if name in SECTIONS else value
+    return parse(tree)
+
+
 def dump(config: Config, header: str = "", exclude_unset: bool = False) -> str:
     """YAML that `load` reads back to the same Config; `exclude_unset`: without what nobody wrote."""
     unused = {"lora"} if config.train.method == "full" else None

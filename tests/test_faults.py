@@ -109,16 +109,16 @@ def test_two_runs_cannot_share_a_folder(tmp_path: Path) -> None:
 def test_a_step_that_is_not_finite_changes_nothing(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     import torch
 
-    from fasttune.core import state, trainer as trainers
+    from fasttune.core import trainer as trainers
 
     weights: dict[int, dict[str, Any]] = {}
     step_of = trainers.MeasuredTrainer.training_step
 
     def poisoned(self: Any, model: Any, inputs: Any, learned: Any = None) -> Any:
         loss = step_of(self, model, inputs, learned)
-        weights[self.state.global_step] = {name: p.detach().clone() for name, p in state.trained(model).items()}
+        weights[self.state.global_step] = {name: p.detach().clone() for name, p in checkpoint.trained(model).items()}
         if self.state.global_step == 3:
-            next(iter(state.trained(model).values())).grad[0, 0] = float("inf")
+            next(iter(checkpoint.trained(model).values())).grad[0, 0] = float("inf")
         return loss
 
     monkeypatch.setattr(trainers.MeasuredTrainer, "training_step", poisoned)
@@ -133,8 +133,7 @@ def test_a_step_that_is_not_finite_changes_nothing(tmp_path: Path, monkeypatch: 
 
 
 def test_too_many_of_them_end_the_run(tmp_path: Path) -> None:
-    changes = {"train": {"learning_rate": 1e30, "max_grad_norm": 1e30, "max_bad_steps": 2}}
-    result = run(tmp_path / "run", changes)
+    result = run(tmp_path / "run", {"train": {"max_grad_norm": 1e30, "max_bad_steps": 2}}, diverges=True)
     assert result.status == "failed" and result.steps < STEPS
     assert "3 steps in a row could not be applied" in (result.error or "") and "of builtin:arithmetic" in result.error
     assert not (tmp_path / "run" / "adapter").exists()
@@ -143,8 +142,8 @@ def test_too_many_of_them_end_the_run(tmp_path: Path) -> None:
 @pytest.mark.parametrize("steps", [1, 2])
 def test_a_diverged_run_is_failed_and_saves_nothing(tmp_path: Path, steps: int) -> None:
     """The loss of the last step is still that of good weights where there is one step only."""
-    changes = {"train": {"learning_rate": 1e30, "max_grad_norm": 1e30, "max_steps": steps}}
-    result = run(tmp_path / "run", changes | {"checkpoint": {"every": "1 steps"}})
+    changes = {"train": {"max_grad_norm": 1e30, "max_steps": steps}, "checkpoint": {"every": "1 steps"}}
+    result = run(tmp_path / "run", changes, diverges=True)
     assert result.status == "failed" and (result.error or "").startswith("the weights have diverged: ")
     assert result.error.endswith("; there is no checkpoint") and result.resume_command is None
     assert not (tmp_path / "run" / "adapter").exists() and not checkpoint.steps(tmp_path / "run")
@@ -153,14 +152,14 @@ def test_a_diverged_run_is_failed_and_saves_nothing(tmp_path: Path, steps: int) 
 def test_a_diverged_run_names_the_last_good_checkpoint(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     import torch
 
-    from fasttune.core import state, trainer as trainers
+    from fasttune.core import trainer as trainers
 
     step_of = trainers.MeasuredTrainer.training_step
 
     def poisoned(self: Any, model: Any, inputs: Any, learned: Any = None) -> Any:
         if self.state.global_step == 4:
             with torch.no_grad():
-                next(iter(state.trained(model).values())).fill_(1e30)
+                next(iter(checkpoint.trained(model).values())).fill_(1e30)
         return step_of(self, model, inputs, learned)
 
     monkeypatch.setattr(trainers.MeasuredTrainer, "training_step", poisoned)
@@ -214,9 +213,9 @@ def test_what_cannot_be_halved_names_the_settings_in_order(tmp_path: Path, littl
 
 
 def test_what_fails_after_training_costs_a_warning(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    from fasttune.core import samples
+    from fasttune.core import evaluation
 
-    answer, file = samples.answer, tmp_path / "run" / "run.json"
+    answer, file = evaluation.answer, tmp_path / "run" / "run.json"
     written: list[float] = []
 
     def failing(*arguments: Any) -> list[str]:
@@ -226,7 +225,7 @@ def test_what_fails_after_training_costs_a_warning(tmp_path: Path, monkeypatch: 
             raise RuntimeError("CUDA out of memory\nand a lot more")
         return answer(*arguments)
 
-    monkeypatch.setattr(samples, "answer", failing)
+    monkeypatch.setattr(evaluation, "answer", failing)
     changes = {"data": {"eval": "builtin:arithmetic"}, "samples": 1, "usd_per_hour": 3.6}
     result = run(tmp_path / "run", changes | {"train": {"max_steps": 2}})
     assert (result.status, result.samples) == ("completed", [])
@@ -251,8 +250,6 @@ def test_the_state_of_8_bit_optimizers_is_kept_flat() -> None:
     """bitsandbytes 0.50.2 nests it: https://github.com/bitsandbytes-foundation/bitsandbytes, optim/optimizer.py"""
     import torch
 
-    from fasttune.core import state
-
     nested = {"step": 3, "__bnb_optimizer_quant_state__": {"state1": torch.ones(2), "qmap1": torch.zeros(2)}}
-    flat = state._flat(nested)
+    flat = checkpoint.flat(nested)
     assert set(flat) == {"step", "state1", "qmap1"} and torch.is_tensor(flat["state1"])

@@ -15,8 +15,6 @@ EXCEPTIONS = {
     ("cpu.fused_lora", "core.memory"),
     ("cpu.fused_lora", "core.model"),
     ("cpu.rows_attention", "core.memory"),
-    ("core.prepare", "tools.estimate"),
-    ("core.train", "tools.card"),
     ("bench.run", "tools.estimate"),
     ("verify.probe", "cli"),  # a program of its own: it watches the real command from inside
 }

@@ -38,17 +38,18 @@ ENDINGS: dict[str, tuple[list[str], int]] = {
 SEVERAL = """
 import json, os, sys
 import fasttune.core.trainer
-from fasttune import cli, config
-load = config.load
-def diverging(*arguments):
-    settings = load(*arguments)
-    settings.train.learning_rate = 1e30  # which no config may ask for
-    return settings
+from fasttune import cli
+from fasttune.core import trainer
+build = trainer.build
+def diverging(*arguments, **more):
+    built = build(*arguments, **more)
+    built.args.learning_rate = 1e30  # which no config may ask for
+    return built
 for folder, arguments in json.loads(sys.argv[1]).items():
     child = os.fork()
     if not child:
         os.chdir(folder)
-        config.load = diverging if folder == "failed" else load
+        trainer.build = diverging if folder == "failed" else build
         for number, name in ((1, "stdout"), (2, "stderr")):
             os.dup2(os.open(name, os.O_WRONLY | os.O_CREAT), number)
         sys.exit(cli.main(["train", "../run.yaml", "output_dir=out", *arguments]))

@@ -130,7 +130,7 @@ def test_the_backend_is_what_ran(run: Path) -> None:
     backend = json.loads((run / "run.json").read_text())["backend"]
     assert backend["attention"] == "RowsAttention"
     assert backend["gradient_checkpointing"] == "none"
-    assert backend["packing"] == "packed: 8 rows in 1 micro-batches (last step)"
+    assert backend["packing"] == "packed: 8 rows in 1 micro-batch (last step)"
 
 
 def test_its_resolved_config_reproduces_the_run(run: Path, tmp_path: Path) -> None:
@@ -311,18 +311,6 @@ def test_what_is_not_counted_gives_no_share(tmp_path: Path, monkeypatch: pytest.
     assert result.tokens_per_s and (result.mfu, result.fraction_of_measured_matmul) == (None, None)
     notes = {figure.label: figure.note for figure in report.key_figures(result)}
     assert all("no mixture of experts" in notes[name] for name in ("MFU", "matmul share"))
-
-
-def test_a_loss_that_is_not_finite_fails_the_run(tmp_path: Path) -> None:
-    from fasttune.core import train as training
-
-    changes = {"max_grad_norm": 1e30, "max_bad_steps": 0}
-    settings = config.parse(tree(output_dir=str(tmp_path / "run"), train=changes))
-    settings.train.learning_rate = 1e30  # which no config may ask for
-    result = training.run(settings, Silent())
-    assert result.status == "failed" and "learning_rate" in (result.error or "")
-    assert not (tmp_path / "run" / "adapter").exists()
-    assert json.loads((tmp_path / "run" / "run.json").read_text())["status"] == "failed"
 
 
 def test_a_signal_ends_the_run_in_order(tmp_path: Path) -> None:

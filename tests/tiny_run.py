@@ -5,7 +5,10 @@ from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
+import pytest
+
 from fasttune import config
+from fasttune.tools import card, estimate
 
 STEPS = 8
 TREE: dict[str, Any] = {
@@ -43,17 +46,27 @@ def settings(folder: Path, changes: dict[str, Any] | None = None) -> config.Conf
         tree[section] = tree.get(section, {}) | values if isinstance(values, dict) else values
     if tree["train"].get("method") == "full":
         del tree["lora"]
-    rate = tree["train"]["learning_rate"]
-    made = config.parse(tree | {"train": tree["train"] | {"learning_rate": min(rate, 1.0)}, "output_dir": str(folder)})
-    made.train.learning_rate = rate  # of a run that shall diverge it is more than a config may ask for
-    return made
+    return config.parse(tree | {"output_dir": str(folder)})
 
 
-def run(folder: Path, changes: dict[str, Any] | None = None, resume: bool = False, **reporter: Any) -> Any:
-    from fasttune.core import train
+def run(
+    folder: Path, changes: dict[str, Any] | None = None, resume: bool = False, diverges: bool = False, **reporter: Any
+) -> Any:
+    """As `fasttune train` runs it. `diverges`: at a learning rate that no config may ask for."""
+    from fasttune.core import train, trainer
 
-    told = Reporter(**reporter)
-    result = train.run(settings(folder, changes), told, folder if resume else None)
+    build, told = trainer.build, Reporter(**reporter)
+
+    def diverging(*arguments: Any, **keywords: Any) -> Any:
+        made = build(*arguments, **keywords)
+        made.args.learning_rate = 1e30
+        return made
+
+    with pytest.MonkeyPatch.context() as patch:
+        if diverges:
+            patch.setattr(trainer, "build", diverging)
+        settled = settings(folder, changes)
+        result = train.run(settled, told, folder if resume else None, estimate.add_to, card.of_run)
     result.told = told.told
     return result
 
