@@ -18,7 +18,7 @@ import trl
 from datasets import Dataset
 
 from fasttune.core import precision, what_ran
-from fasttune.core.what_ran import Watched, count_tokens, dtypes, optimizer, round_by_chance, rows_of, synchronize
+from fasttune.core.what_ran import Watched, count_tokens, dtypes, optimizer, round_by_chance, synchronize
 from fasttune.cpu import fused_lora
 from fasttune.data.batching import ON_HOST, Batches
 from fasttune.errors import RunFailed
@@ -39,9 +39,7 @@ class MeasuredTrainer(Watched, trl.SFTTrainer):
     """
 
     counts: dict[str, int]
-    rows_seen: int = 0  # of the last step, and in how many micro-batches
-    micro_batches_seen: int = 0
-    packed_seen: bool = False
+    layout: str = "not seen"  # how the rows of the last step lay
     started: float = 0.0  # of the present step
     step_loss: float = 0.0
     rows_at_once: int | None = None  # fewer than planned, since memory ran out
@@ -57,13 +55,14 @@ class MeasuredTrainer(Watched, trl.SFTTrainer):
         self.started = time.perf_counter()
         steps = [step for _, step in zip(range(num_batches), epoch_iterator, strict=False)]
         micro_batches = [batch for step in steps for batch in step]
-        if micro_batches:
-            self.counts = count_tokens(micro_batches)
-            self.packed_seen = all("attention_mask" not in batch for batch in micro_batches)
-            self.micro_batches_seen = len(micro_batches)
-            self.rows_seen = sum(rows_of(batch) for batch in micro_batches)
-            return steps, torch.tensor(self.counts["loss_tokens"], device=device)
-        return steps, None
+        if not micro_batches:
+            return steps, None
+        self._look_at(micro_batches)
+        return steps, torch.tensor(self.counts["loss_tokens"], device=device)
+
+    def _look_at(self, micro_batches: list[dict[str, Any]]) -> None:
+        self.counts = count_tokens(micro_batches)
+        self.layout = what_ran.layout(micro_batches, self.counts["shared_tokens"])
 
     def training_step(self, model: Any, inputs: list[dict[str, Any]], num_items_in_batch: Any = None) -> torch.Tensor:
         """Forward and backward of every micro-batch of a step; returns their summed loss.
@@ -99,7 +98,7 @@ class MeasuredTrainer(Watched, trl.SFTTrainer):
 
     def _made_again(self) -> list[dict[str, Any]]:
         micro_batches = self.data_collator([{"step": self.state.global_step}])
-        self.counts, self.micro_batches_seen = count_tokens(micro_batches), len(micro_batches)
+        self._look_at(micro_batches)
         return micro_batches
 
     def _prepare_inputs(self, inputs: dict[str, torch.Tensor]) -> dict[str, torch.Tensor]:
@@ -281,7 +280,7 @@ def backend(trainer: MeasuredTrainer) -> Backend:
     return Backend(
         library=_library(model),
         attention=trainer.attention_seen or "not seen",
-        packing=_packing(trainer),
+        packing=f"{trainer.layout} (last step)",
         **fasttune_model.patched_layers(model),
         gradient_checkpointing=trainer.recomputation_seen or "not seen",
         dtype=dtypes(model, trainer.args.bf16),
@@ -294,12 +293,3 @@ def _library(model: Any) -> str:
         return "unsloth + trl"
     fused = fused_lora.live_layers(model)
     return "unsloth (CPU backend) + trl" + (f", LoRA fused in {fused} layers" if fused else "")
-
-
-def _packing(trainer: MeasuredTrainer) -> str:
-    rows, parts = trainer.rows_seen, trainer.micro_batches_seen
-    text = f"{'packed' if trainer.packed_seen else 'padded'}: {rows} {'row' if rows == 1 else 'rows'} in "
-    text += f"{parts} {'micro-batch' if parts == 1 else 'micro-batches'}"
-    if rows and (shared := trainer.counts["shared_tokens"]):
-        text += f", {shared:,} tokens of a shared beginning computed only once"
-    return f"{text} (last step)"

@@ -124,6 +124,15 @@ def count_tokens(batches: list[dict[str, torch.Tensor]]) -> dict[str, int]:
     }
 
 
+def layout(batches: list[dict[str, torch.Tensor]], shared: int) -> str:
+    """How the rows of the micro-batches of a step lie: "packed: 8 rows in 1 micro-batch". shared: see count_tokens."""
+    form = "padded" if any("attention_mask" in batch for batch in batches) else "packed"
+    rows = sum(map(rows_of, batches))
+    parts = "1 micro-batch" if len(batches) == 1 else f"{len(batches)} micro-batches"
+    text = f"{form}: {rows} {'row' if rows == 1 else 'rows'} in {parts}"
+    return text + (f", {shared:,} tokens of a shared beginning computed only once" if shared else "")
+
+
 def rows_of(batch: dict[str, torch.Tensor]) -> int:
     """How many rows a micro-batch holds (see data.batches)."""
     return len(batch.get("packed_seq_lengths", batch["input_ids"])) - ("shared_prefix" in batch)
