@@ -114,11 +114,11 @@ class Keeper:
 
     def bring_back_best(self, step: int) -> int:
         """After the last step: with eval.keep_best the weights of the best one. Returns the step they are of."""
-        from fasttune.core import resume
-
         best = self.validator.best
         if not self.job.config.eval.keep_best or best is None or best.step == step:
             return step
+        from fasttune.core import resume
+
         path = self.job.folder / FOLDER / f"step-{best.step}"
         try:
             found = read(path)
