@@ -212,6 +212,8 @@ def train(options: argparse.Namespace) -> Done:
     from fasttune import config, terminal
     from fasttune.core import run_folder, train as training
     from fasttune.errors import OutputError
+    from fasttune.metrics import Stopped
+    from fasttune.tools import card, estimate
 
     if options.resume and "=" in options.resume:  # argparse takes the setting behind a bare --resume for its value
         options.overrides, options.resume = [*options.overrides, options.resume], ""
@@ -226,10 +228,10 @@ def train(options: argparse.Namespace) -> Done:
     settings = config.load(options.config, options.overrides)
     resume = None if options.resume is None else run_folder.to_resume(settings, options.resume)
     reporter = terminal.Reporter()
-    result = training.run(settings, reporter, resume)
+    result = training.run(settings, reporter, resume, when_ready=estimate.add_to, when_saved=card.of_run)
     reporter.finish(result)
     if result.status == "interrupted":
-        by_hand = result.error is not None and ("SIGINT" in result.error or "second signal" in result.error)
+        by_hand = result.error in (Stopped.SIGINT, Stopped.AT_ONCE)
         return 128 + (signal.SIGINT if by_hand else signal.SIGTERM), result
     return 0 if result.status == "completed" else 1, result
 

@@ -5,6 +5,7 @@ Shapes: B rows of a micro-batch, T tokens of a row.
 
 import statistics
 from dataclasses import asdict, dataclass, field
+from enum import StrEnum
 from typing import Any, Literal
 
 WARMUP_STEPS = 3  # left out of the median: allocator, thread pools and kernels warm up in the first steps
@@ -176,6 +177,15 @@ class Forecast:
 
 
 Status = Literal["running", "completed", "interrupted", "failed"]
+
+
+class Stopped(StrEnum):
+    """What ended a run that is `interrupted`: its `error`."""
+
+    SIGINT = "stopped by SIGINT"
+    SIGTERM = "stopped by SIGTERM"
+    MAX_HOURS = "stopped by checkpoint.max_hours"
+    AT_ONCE = "stopped at once by a second signal"
 
 
 @dataclass

@@ -40,11 +40,11 @@ def pytest_unconfigure() -> None:
 def matmuls_measured_once() -> Iterator[None]:
     """A run measures this machine's matmuls for a second before and after: no test looks at the rate of a real one."""
     from fasttune import hardware
-    from fasttune.core import summary
+    from fasttune.core import train
 
     with pytest.MonkeyPatch.context() as patch:
         patch.setattr(hardware, "cpu_matmul_tflops", functools.cache(hardware.cpu_matmul_tflops))
-        patch.setattr(summary, "MATMUL_SECONDS", 0.01)
+        patch.setattr(train, "MATMUL_SECONDS", 0.01)
         yield
 
 
@@ -110,6 +110,7 @@ def finished_run(unsloth: None, tmp_path_factory: pytest.TempPathFactory) -> Any
 
     from fasttune import config, terminal
     from fasttune.core import train
+    from fasttune.tools import card, estimate
 
     tree = {
         "name": "tiny",
@@ -119,7 +120,8 @@ def finished_run(unsloth: None, tmp_path_factory: pytest.TempPathFactory) -> Any
         "train": {"batch_rows": 8, "max_steps": 2},
     }
     folder = tmp_path_factory.mktemp("finished") / "run"
-    result = train.run(config.parse({**tree, "output_dir": str(folder)}), terminal.Reporter(quiet=True))
+    settings, reporter = config.parse({**tree, "output_dir": str(folder)}), terminal.Reporter(quiet=True)
+    result = train.run(settings, reporter, when_ready=estimate.add_to, when_saved=card.of_run)
     assert result.status == "completed"
     path, random = folder / "adapter" / "adapter_model.safetensors", torch.Generator().manual_seed(0)
     noise = {

@@ -189,8 +189,11 @@ def run_of(asked: config.Config, policy: str) -> metrics.Forecast:
     chosen, data = autoconfig.resolve(asked, CPU, LLAMA_8B), forty_rows()
     chosen = replace(chosen, gradient_checkpointing=policy)
     expected = estimate.of_run(asked, chosen, data, CPU, None)
-    job = SimpleNamespace(config=asked, plan=replace(chosen, packed=False), data=data, machine=CPU, usd_per_hour=None)
-    assert estimate.of_job(job) == expected  # packed as its data is, whatever was planned
+    job: Any = SimpleNamespace(config=asked, data=data, machine=CPU, usd_per_hour=None, settings=[])
+    job.plan = replace(chosen, packed=False)
+    estimate.add_to(job)
+    assert job.forecast == expected  # packed as its data is, whatever was planned
+    assert [setting.name for setting in job.settings] == ["forecast"]
     return expected
 
 

@@ -109,16 +109,16 @@ def test_two_runs_cannot_share_a_folder(tmp_path: Path) -> None:
 def test_a_step_that_is_not_finite_changes_nothing(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     import torch
 
-    from fasttune.core import state, trainer as trainers
+    from fasttune.core import trainer as trainers
 
     weights: dict[int, dict[str, Any]] = {}
     step_of = trainers.MeasuredTrainer.training_step
 
     def poisoned(self: Any, model: Any, inputs: Any, learned: Any = None) -> Any:
         loss = step_of(self, model, inputs, learned)
-        weights[self.state.global_step] = {name: p.detach().clone() for name, p in state.trained(model).items()}
+        weights[self.state.global_step] = {name: p.detach().clone() for name, p in checkpoint.trained(model).items()}
         if self.state.global_step == 3:
-            next(iter(state.trained(model).values())).grad[0, 0] = float("inf")
+            next(iter(checkpoint.trained(model).values())).grad[0, 0] = float("inf")
         return loss
 
     monkeypatch.setattr(trainers.MeasuredTrainer, "training_step", poisoned)
@@ -152,14 +152,14 @@ def test_a_diverged_run_is_failed_and_saves_nothing(tmp_path: Path, steps: int) 
 def test_a_diverged_run_names_the_last_good_checkpoint(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     import torch
 
-    from fasttune.core import state, trainer as trainers
+    from fasttune.core import trainer as trainers
 
     step_of = trainers.MeasuredTrainer.training_step
 
     def poisoned(self: Any, model: Any, inputs: Any, learned: Any = None) -> Any:
         if self.state.global_step == 4:
             with torch.no_grad():
-                next(iter(state.trained(model).values())).fill_(1e30)
+                next(iter(checkpoint.trained(model).values())).fill_(1e30)
         return step_of(self, model, inputs, learned)
 
     monkeypatch.setattr(trainers.MeasuredTrainer, "training_step", poisoned)
@@ -213,9 +213,9 @@ def test_what_cannot_be_halved_names_the_settings_in_order(tmp_path: Path, littl
 
 
 def test_what_fails_after_training_costs_a_warning(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    from fasttune.core import samples
+    from fasttune.core import evaluation
 
-    answer, file = samples.answer, tmp_path / "run" / "run.json"
+    answer, file = evaluation.answer, tmp_path / "run" / "run.json"
     written: list[float] = []
 
     def failing(*arguments: Any) -> list[str]:
@@ -225,7 +225,7 @@ def test_what_fails_after_training_costs_a_warning(tmp_path: Path, monkeypatch: 
             raise RuntimeError("CUDA out of memory\nand a lot more")
         return answer(*arguments)
 
-    monkeypatch.setattr(samples, "answer", failing)
+    monkeypatch.setattr(evaluation, "answer", failing)
     changes = {"data": {"eval": "builtin:arithmetic"}, "samples": 1, "usd_per_hour": 3.6}
     result = run(tmp_path / "run", changes | {"train": {"max_steps": 2}})
     assert (result.status, result.samples) == ("completed", [])
@@ -250,8 +250,6 @@ def test_the_state_of_8_bit_optimizers_is_kept_flat() -> None:
     """bitsandbytes 0.50.2 nests it: https://github.com/bitsandbytes-foundation/bitsandbytes, optim/optimizer.py"""
     import torch
 
-    from fasttune.core import state
-
     nested = {"step": 3, "__bnb_optimizer_quant_state__": {"state1": torch.ones(2), "qmap1": torch.zeros(2)}}
-    flat = state._flat(nested)
+    flat = checkpoint.flat(nested)
     assert set(flat) == {"step", "state1", "qmap1"} and torch.is_tensor(flat["state1"])

@@ -392,11 +392,13 @@ def test_each_source_has_its_own_form_and_columns(tmp_path: Path, cache: Path, t
         assert not copies or warnings[0].startswith(
             f"of {same} held-out rows {same} have a prompt that is trained on, {same}"
         )
-        from fasttune.core import samples
+        from fasttune.core import evaluation
 
         resolved.samples = 2
         made = load.encode(resolved, tiny_tokenizer, True, lambda what, share: None)
-        assert [problem.reference for problem in samples.read(resolved, tiny_tokenizer, made, print)][:1] != []
+        assert [problem.reference for problem in evaluation.problems_of(resolved, tiny_tokenizer, made, print)][
+            :1
+        ] != []
 
 
 def test_problems_that_are_asked_are_compared_too(tmp_path: Path, cache: Path, tiny_tokenizer: Any) -> None:
@@ -447,10 +449,10 @@ def test_a_hub_set_is_streamed_where_that_is_asked_for(
     asked = settings("owner/name", streaming=streaming, eval_share=0.5)
     made = encode(tiny_tokenizer, "owner/name", streaming=streaming, eval_share=0.5)
     assert load.with_format(asked).data.format == "question_answer"
-    from fasttune.core import samples
+    from fasttune.core import evaluation
 
     asked.samples = 2
-    assert len(samples.read(asked, tiny_tokenizer, made, print)) == 2
+    assert len(evaluation.problems_of(asked, tiny_tokenizer, made, print)) == 2
     assert set(hub.streamed) == {streaming} and len(hub.streamed) == 4
 
 

@@ -12,7 +12,7 @@ import pytest
 
 from fasttune import cli, config, paths, report
 from fasttune.bench.run import Measurements
-from fasttune.core import checkpoint, journal, pretrained, run_folder
+from fasttune.core import checkpoint, pretrained, run_folder
 from fasttune.data import sources
 from fasttune.errors import ConfigError, DataError, ModelError, OutputError
 from fasttune.tools import trained_model
@@ -184,7 +184,7 @@ def test_a_pipe_for_an_input_is_refused_and_not_waited_for(
     for name in ("metrics.jsonl", "run.json", "eval.json"):
         (run / name).unlink(missing_ok=True)
         os.mkfifo(run / name)
-    assert journal.read_metrics(run, 3, print) == []
+    assert run_folder.read_metrics(run, 3, print) == []
     assert trained_model.open_run(str(run)).result is None
     from fasttune.tools import card
 

@@ -1,5 +1,6 @@
 """Nothing lost: a run that was ended anywhere goes on to the very bits of one that was not."""
 
+import functools
 import hashlib
 import json
 import os
@@ -39,30 +40,55 @@ KINDS: dict[str, dict[str, Any]] = {
 }
 
 
+@pytest.fixture(scope="module")
+def whole(unsloth: None, tmp_path_factory: pytest.TempPathFactory) -> Callable[..., Path]:
+    """The folder of a run of a kind that nothing interrupted: made once."""
+
+    @functools.cache
+    def of(kind: str = "lora") -> Path:
+        folder = tmp_path_factory.mktemp("whole") / "run"
+        result = run(folder, KINDS[kind] | {"checkpoint": {"every": "never"}})
+        assert result.status == "completed" and result.resumed_from_step is None
+        assert not (folder / "checkpoints").exists()
+        return folder
+
+    return of
+
+
 @pytest.mark.parametrize("kind", KINDS)
-def test_a_resumed_run_ends_bit_identical(tmp_path: Path, kind: str) -> None:
-    """Broken off in the second epoch, two steps after a checkpoint; then once more in the third."""
-    whole = run(tmp_path / "whole", KINDS[kind] | {"checkpoint": {"every": "never"}})
-    assert whole.status == "completed" and whole.resumed_from_step is None
-    assert not (tmp_path / "whole" / "checkpoints").exists()
+def test_a_resumed_run_ends_bit_identical(tmp_path: Path, whole: Any, kind: str) -> None:
+    """Broken off in the second epoch, a step after a checkpoint."""
     folder = tmp_path / "run"
     first = run(folder, KINDS[kind], after=break_off_after(5))
     assert (first.status, first.steps) == ("failed", 5) and "--resume" in (first.resume_command or "")
-    second = run(folder, KINDS[kind], resume=True, after=break_off_after(7))
-    assert second.resumed_from_step == 4 and f"going on from {folder}/checkpoints/step-4, step 4" in second.told
-    third = run(folder, KINDS[kind], resume=True)
-    assert (third.status, third.steps, third.resumed_from_step, third.resume_command) == ("completed", STEPS, 6, None)
-    assert third.wall_s > second.wall_s / 2
-    assert losses(folder) == losses(tmp_path / "whole")
-    assert learned(folder) == learned(tmp_path / "whole") and learned(folder)
+    second = run(folder, KINDS[kind], resume=True)
+    assert (second.status, second.steps, second.resumed_from_step, second.resume_command) == (
+        "completed",
+        STEPS,
+        4,
+        None,
+    )
+    assert f"resuming from {folder}/checkpoints/step-4, step 4" in second.told
+    assert losses(folder) == losses(whole(kind))
+    assert learned(folder) == learned(whole(kind)) and learned(folder)
     assert [step for step, _ in checkpoint.steps(folder)] == [6, 4]
 
 
-def test_a_pissa_run_goes_on_where_the_svd_comes_out_otherwise(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_a_run_is_resumed_more_than_once(copy: Path, whole: Any) -> None:
+    """Its time is that of all its processes."""
+    second = run(copy, resume=True, after=break_off_after(7))
+    third = run(copy, resume=True)
+    assert (third.status, third.resumed_from_step) == ("completed", 6) and third.wall_s > second.wall_s / 2
+    assert (losses(copy), learned(copy)) == (losses(whole()), learned(whole()))
+
+
+def test_a_pissa_run_resumes_where_the_svd_comes_out_otherwise(
+    tmp_path: Path, whole: Any, monkeypatch: pytest.MonkeyPatch
+) -> None:
     """As on another card or by another driver: what it began with is kept, and splits the base weights again."""
     import torch
 
-    run(tmp_path / "whole", KINDS["pissa"])
+    unbroken = whole("pissa")
     run(tmp_path / "run", KINDS["pissa"], after=break_off_after(3))
     assert (tmp_path / "run" / "checkpoints" / checkpoint.START).is_file()
     svd = torch.linalg.svd
@@ -73,7 +99,7 @@ def test_a_pissa_run_goes_on_where_the_svd_comes_out_otherwise(tmp_path: Path, m
 
     monkeypatch.setattr(torch.linalg, "svd", otherwise)
     assert run(tmp_path / "run", KINDS["pissa"], resume=True).resumed_from_step == 2
-    assert learned(tmp_path / "run") == learned(tmp_path / "whole") and learned(tmp_path / "run")
+    assert learned(tmp_path / "run") == learned(unbroken) and learned(tmp_path / "run")
     assert not (tmp_path / "run" / "checkpoints" / checkpoint.START).exists()
 
 
@@ -93,16 +119,17 @@ def test_without_its_start_or_with_another_a_pissa_run_is_refused(
         run(tmp_path / "run", KINDS["pissa"], resume=True)
 
 
-def test_without_the_random_states_dropout_would_differ(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_without_the_random_states_dropout_would_differ(
+    tmp_path: Path, whole: Any, monkeypatch: pytest.MonkeyPatch
+) -> None:
     """The comparison above can fail."""
     from fasttune.core import resume
 
-    run(tmp_path / "whole", KINDS["dropout"])
     run(tmp_path / "run", KINDS["dropout"], after=break_off_after(5))
     monkeypatch.setattr(resume, "restore_random", lambda checkpoint: None)
     run(tmp_path / "run", KINDS["dropout"], resume=True)
-    assert losses(tmp_path / "run")[:4] == losses(tmp_path / "whole")[:4]
-    assert losses(tmp_path / "run") != losses(tmp_path / "whole")
+    assert losses(tmp_path / "run")[:4] == losses(whole("dropout"))[:4]
+    assert losses(tmp_path / "run") != losses(whole("dropout"))
 
 
 @pytest.fixture(scope="module")
@@ -138,14 +165,14 @@ def flip(path: Path) -> None:
         (lambda path: (path / "manifest.json").write_text('{"../x": {}}'), "manifest.json names a file outside"),
     ],
 )
-def test_a_checkpoint_that_does_not_hold_is_passed_over(copy: Path, damage: Any, told: str) -> None:
+def test_a_checkpoint_that_does_not_hold_is_skipped(copy: Path, damage: Any, told: str) -> None:
     damage(copy / "checkpoints" / "step-4")
-    found, passed_over = checkpoint.newest(copy)
+    found, skipped = checkpoint.newest(copy)
     assert found is not None and found.state["step"] == 2
-    assert len(passed_over) == 1 and f"step-4: {told}" in passed_over[0]
+    assert len(skipped) == 1 and f"step-4: {told}" in skipped[0]
 
 
-def test_a_pipe_in_place_of_a_file_is_passed_over(copy: Path) -> None:
+def test_a_pipe_in_place_of_a_file_is_skipped(copy: Path) -> None:
     for name in ("random.safetensors", "manifest.json"):
         path = copy / "checkpoints" / "step-4" / name
         path.unlink()
@@ -161,7 +188,7 @@ def forge(path: Path, name: str, content: bytes) -> None:
     (path / "manifest.json").write_text(json.dumps(files))
 
 
-def test_what_does_not_fit_the_run_is_passed_over(copy: Path) -> None:
+def test_what_does_not_fit_the_run_is_skipped(copy: Path) -> None:
     """Whole by its manifest; copied into the parameters all the same, a row would fill every matrix."""
     import safetensors.torch
 
@@ -171,7 +198,7 @@ def test_what_does_not_fit_the_run_is_passed_over(copy: Path) -> None:
     forge(path, "weights.safetensors", safetensors.torch.save(weights | {name: weights[name][:1].clone()}))
     result = run(copy, resume=True)
     assert result.status == "completed" and result.resumed_from_step == 2
-    assert any(f"passed over step-4: weights.safetensors: {name} is float32 1×" in text for text in result.told)
+    assert any(f"skipped step-4: weights.safetensors: {name} is float32 1×" in text for text in result.told)
 
 
 def test_moments_of_other_shapes_end_the_run_in_one_line(copy: Path) -> None:
@@ -182,7 +209,7 @@ def test_moments_of_other_shapes_end_the_run_in_one_line(copy: Path) -> None:
     forge(path, "optimizer.safetensors", safetensors.torch.save({k: v.flatten()[:1] for k, v in moments.items()}))
     result = run(copy, resume=True)
     assert result.status == "failed" and not (copy / "adapter").exists()
-    assert "step-4 cannot be gone on from (ValueError: " in result.error and "remove it" in result.error
+    assert "step-4 cannot be resumed from (ValueError: " in result.error and "remove it" in result.error
 
 
 @pytest.mark.parametrize(
@@ -195,14 +222,14 @@ def test_moments_of_other_shapes_end_the_run_in_one_line(copy: Path) -> None:
         (lambda state: state.update(step=2), "state.json is that of step 2"),
     ],
 )
-def test_a_state_with_missing_fields_is_passed_over(copy: Path, change: Any, told: str) -> None:
-    from fasttune.core import state
+def test_a_state_with_missing_fields_is_skipped(copy: Path, change: Any, told: str) -> None:
+    from fasttune.core import resume
 
     path = copy / "checkpoints" / "step-4"
     values = json.loads((path / "state.json").read_text())
     change(values)
     forge(path, "state.json", json.dumps(values).encode())
-    assert (state.misfit(checkpoint.read(path), None) or "").startswith(told)
+    assert (resume.misfit(checkpoint.read(path), None) or "").startswith(told)
 
 
 def test_a_checkpoint_killed_while_it_is_removed_is_none(copy: Path, monkeypatch: pytest.MonkeyPatch) -> None:
@@ -218,14 +245,13 @@ def test_a_checkpoint_killed_while_it_is_removed_is_none(copy: Path, monkeypatch
     assert not half_written(copy)
 
 
-def test_steps_whose_lines_are_damaged_are_said(copy: Path, tmp_path: Path) -> None:
-    run(tmp_path / "whole")
+def test_steps_whose_lines_are_damaged_are_said(copy: Path, whole: Any) -> None:
     lines = (copy / "metrics.jsonl").read_text().splitlines()
     lines[1], lines[2] = lines[1][:40], lines[2].replace('"tokens": ', '"tokens": null, "was": ', 1)
     (copy / "metrics.jsonl").write_text("\n".join(lines))
     result = run(copy, resume=True)
-    assert (result.status, result.steps, learned(copy)) == ("completed", STEPS, learned(tmp_path / "whole"))
-    assert losses(copy) == [loss for i, loss in enumerate(losses(tmp_path / "whole")) if i not in (1, 2)]
+    assert (result.status, result.steps, learned(copy)) == ("completed", STEPS, learned(whole()))
+    assert losses(copy) == [loss for i, loss in enumerate(losses(whole())) if i not in (1, 2)]
     (warning,) = result.warnings
     assert warning.startswith("metrics.jsonl: the lines of 2 of the 4 steps before the checkpoint cannot be read")
 
@@ -259,17 +285,17 @@ def test_killed_after_the_last_step_nothing_is_trained_again(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch, moment: str, every: str
 ) -> None:
     from fasttune import report
-    from fasttune.core import model, samples
+    from fasttune.core import evaluation, model
     from fasttune.tools import card
 
-    folder, changes, answer = tmp_path / "run", AT_THE_END | {"checkpoint": {"every": every}}, samples.answer
+    folder, changes, answer = tmp_path / "run", AT_THE_END | {"checkpoint": {"every": every}}, evaluation.answer
 
     def killed(*arguments: Any) -> Any:
         if moment == "answer" and not folder.exists():
             return answer(*arguments)  # those before training
         raise Killed
 
-    where: dict[str, tuple[Any, str]] = {"save": (model, "save"), "answer": (samples, "answer")}
+    where: dict[str, tuple[Any, str]] = {"save": (model, "save"), "answer": (evaluation, "answer")}
     where |= {"report": (report, "write_html"), "card": (card, "of_run")}
     with monkeypatch.context() as patch, pytest.raises(Killed):
         patch.setattr(*where[moment], killed)
@@ -316,12 +342,11 @@ def test_signals_after_the_last_step(tmp_path: Path, monkeypatch: pytest.MonkeyP
     assert (again.status, again.resumed_from_step, len(again.samples)) == ("completed", 2, 1)
 
 
-def test_a_run_goes_on_from_the_one_before_it(copy: Path, tmp_path: Path) -> None:
-    run(tmp_path / "whole")
+def test_a_run_resumes_from_the_one_before_it(copy: Path, whole: Any) -> None:
     flip(copy / "checkpoints" / "step-4" / "weights.safetensors")
     result = run(copy, resume=True)
-    assert result.resumed_from_step == 2 and any("passed over step-4: weights" in text for text in result.told)
-    assert learned(copy) == learned(tmp_path / "whole")
+    assert result.resumed_from_step == 2 and any("skipped step-4: weights" in text for text in result.told)
+    assert learned(copy) == learned(whole())
     assert checkpoint.newest(copy)[1] == [], "the one that did not hold was written again, or is gone"
 
 
@@ -329,11 +354,9 @@ def test_a_run_goes_on_from_the_one_before_it(copy: Path, tmp_path: Path) -> Non
     ("changes", "told"),
     [
         ({"train": {"learning_rate": 5e-3}}, "train.learning_rate was 0.01, is 0.005"),
-        ({"train": {"batch_rows": 4}}, "train.batch_rows was 8, is 4"),
         ({"train": {"max_steps": 20}}, "steps of the whole run was 8, is 20"),
         ({"data": {"max_rows": 23}}, "rows of data set 1 was 24 rows × 1"),
         ({"lora": {"rank": 8}}, "lora.rank was 4, is 8"),
-        ({"model": {"max_length": 128}}, "model.max_length was 256, is 128"),
     ],
 )
 def test_another_run_is_refused_by_name(copy: Path, changes: dict[str, Any], told: str) -> None:
@@ -429,16 +452,14 @@ def test_the_folder_to_resume(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -
         run_folder.to_resume(unnamed, "runs/other")
 
 
-def test_max_hours_saves_and_says_how_to_go_on(tmp_path: Path) -> None:
-    run(tmp_path / "whole")
+def test_max_hours_saves_and_says_how_to_resume(tmp_path: Path, whole: Any) -> None:
     result = run(tmp_path / "run", {"checkpoint": {"every": "never", "max_hours": 1e-9}})
     assert (result.status, result.steps, result.error) == ("interrupted", 1, "stopped by checkpoint.max_hours")
     assert result.resume_command == f"fasttune train {tmp_path}/run/config.yaml --resume {tmp_path}/run"
     assert run(tmp_path / "run", resume=True).status == "completed"
-    assert learned(tmp_path / "run") == learned(tmp_path / "whole")
+    assert learned(tmp_path / "run") == learned(whole())
 
 
-KILLS = 50
 VICTIM = """
 import json, os, sys
 os.environ["OMP_NUM_THREADS"] = "1"  # no thread pool: this process forks
@@ -474,8 +495,10 @@ def half_written(run: Path) -> list[Path]:
 
 
 @pytest.mark.slow
-@pytest.mark.parametrize("seed", [0, *(pytest.param(seed, marks=pytest.mark.nightly) for seed in (1, 2, 3))])
-def test_fifty_kills_lose_nothing(tmp_path: Path, seed: int) -> None:
+@pytest.mark.parametrize(
+    ("seed", "most"), [(0, 12), *(pytest.param(seed, 50, marks=pytest.mark.nightly) for seed in (1, 2, 3))]
+)
+def test_kills_lose_nothing(tmp_path: Path, seed: int, most: int) -> None:
     """SIGKILL at seeded random moments of a run that saves after every step; every other one while it is saving."""
     command = [sys.executable, "-c", VICTIM, str(tmp_path), str(Path(__file__).parent)]
     folder, kills, torn, rng = tmp_path / "run", 0, 0, random.Random(seed)
@@ -498,7 +521,7 @@ def test_fifty_kills_lose_nothing(tmp_path: Path, seed: int) -> None:
             return int(nursery.stdout.readline())
 
         assert attempt("whole", False, None) == 0
-        while kills < KILLS:
+        while kills < most:
             before = written(folder)
             saving = (lambda: bool(half_written(folder)), rng.uniform(0, 0.01))
             running = (lambda before=before: written(folder) not in (before, None), rng.uniform(0, 0.4))
@@ -511,7 +534,7 @@ def test_fifty_kills_lose_nothing(tmp_path: Path, seed: int) -> None:
                 assert checkpoint.broken(path) is None, "a torn checkpoint has the name of a whole one"
         assert attempt("run", True, None) == 0
         nursery.stdin.close()
-    assert kills == KILLS and torn >= 5, f"{kills} kills, {torn} of them while a checkpoint was being written"
+    assert kills == most and torn >= most / 10, f"{kills} kills, {torn} of them while a checkpoint was being written"
     assert losses(folder) == losses(tmp_path / "whole")
     assert learned(folder) == learned(tmp_path / "whole")
     assert not half_written(folder), "what the killed ones left is swept away"

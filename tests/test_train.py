@@ -130,7 +130,7 @@ def test_the_backend_is_what_ran(run: Path) -> None:
     backend = json.loads((run / "run.json").read_text())["backend"]
     assert backend["attention"] == "RowsAttention"
     assert backend["gradient_checkpointing"] == "none"
-    assert backend["packing"] == "packed: 8 rows in 1 micro-batches (last step)"
+    assert backend["packing"] == "packed: 8 rows in 1 micro-batch (last step)"
 
 
 def test_its_resolved_config_reproduces_the_run(run: Path, tmp_path: Path) -> None:

@@ -85,9 +85,9 @@ def test_loss_and_accuracy_are_those_of_plain_transformers(
 
 def test_training_does_not_notice(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     """Not even with dropout, which draws random numbers."""
-    from fasttune.core import samples
+    from fasttune.core import evaluation
 
-    monkeypatch.setattr(samples, "MOST_NEW_TOKENS", 8)
+    monkeypatch.setattr(evaluation, "MOST_NEW_TOKENS", 8)
     dropout = {"lora": {"dropout": 0.1}, "samples": 1}
     run(tmp_path / "never", changed(eval={"every": "never"}) | dropout)
     run(tmp_path / "often", changed(eval={"problems": 2}) | dropout)

@@ -8,6 +8,7 @@ from typing import Any
 import pytest
 
 from fasttune import config
+from fasttune.tools import card, estimate
 
 STEPS = 8
 TREE: dict[str, Any] = {
@@ -64,7 +65,8 @@ def run(
     with pytest.MonkeyPatch.context() as patch:
         if diverges:
             patch.setattr(trainer, "build", diverging)
-        result = train.run(settings(folder, changes), told, folder if resume else None)
+        settled = settings(folder, changes)
+        result = train.run(settled, told, folder if resume else None, estimate.add_to, card.of_run)
     result.told = told.told
     return result
 

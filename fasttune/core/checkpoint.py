@@ -1,30 +1,56 @@
-"""Checkpoints on disk: whole or not there, checked before they are believed, never pickled.
+"""Checkpoints: what is in one, when the next one is due, and its files: whole or not there, checked, never pickled.
 
-RUN/checkpoints/step-N/   weights, optimizer, random .safetensors · state.json
+RUN/checkpoints/step-N/   weights, optimizer, random .safetensors · state.json: plain values, and what it belongs to
                           manifest.json: size and SHA-256 of each of them, written last
 RUN/checkpoints/pissa.safetensors   the adapter that a PiSSA run began with
+
+The position in the data is the step alone. resume.py puts a run back where a checkpoint left off.
 """
 
 import hashlib
 import json
+import math
 import os
+import random
 import re
 import secrets
 import shutil
 import stat
 import tempfile
+import time
 from collections.abc import Callable
 from contextlib import suppress
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 from fasttune import paths
+
+if TYPE_CHECKING:
+    from fasttune.core.evaluation import Validator
+    from fasttune.core.prepare import Job
+    from fasttune.core.run_folder import Journal
+    from fasttune.core.trainer import MeasuredTrainer
 
 FOLDER = "checkpoints"
 MANIFEST = "manifest.json"
 STATE = "state.json"
 START = "pissa.safetensors"
+# What may differ between a checkpoint and the run that resumes from it: how a step is computed, not what it learns.
+# The length of the run and the model are compared as what they came to: steps, and a probe of the weights.
+FREE = {
+    "model.name",
+    "model.revision",
+    "train.epochs",
+    "train.gradient_checkpointing",
+    "train.max_bad_steps",
+    "train.max_steps",
+    "train.micro_batch_rows",
+    "train.packing",
+    "train.report_to",
+}
+SECTIONS = ("seed", "model", "lora", "train")
+WHOLE = "steps of the whole run"
 
 Tensors = dict[str, Any]  # name → torch.Tensor
 
@@ -35,19 +61,154 @@ class Broken(Exception):
 
 @dataclass(frozen=True)
 class Checkpoint:
-    """One that holds. tensors: by the name of their file; state: plain values (see state.py)."""
+    """One that holds. tensors: by the name of their file; state: plain values (resume.State)."""
 
     path: Path
     tensors: dict[str, Tensors]
     state: dict[str, Any]
 
 
+class Keeper:
+    """Writes a checkpoint when one is due. A disk that cannot take it is a warning, and is tried again later."""
+
+    def __init__(
+        self, journal: "Journal", trainer: "MeasuredTrainer", validator: "Validator", identity: dict[str, str]
+    ):
+        self.job, self.journal, self.warn = journal.job, journal, journal.warn
+        self.trainer, self.validator, self.identity = trainer, validator, identity
+        self._last_s = time.perf_counter()
+
+    def due(self, step: int) -> bool:
+        """Whether one is to be written after `step`."""
+        every, best = self.job.config.checkpoint, self.validator.best
+        if step == self.job.total_steps:
+            return True  # what comes after it may be ended too, and is then finished by --resume
+        if best and best.step == step and (self.job.config.eval.keep_best or every.every != "never"):
+            return True
+        if every.every_steps is not None:
+            return step % every.every_steps == 0
+        return every.every_s is not None and time.perf_counter() - self._last_s >= every.every_s
+
+    def write(self, step: int) -> None:
+        """Write one now, between two steps, unless the weights have diverged; remove those that are too many."""
+        if not self.sound():
+            self.warn(f"step {step}: no checkpoint, for its weights have diverged; {self.journal.kept}")
+            return
+        tensors, state = collect(self.trainer)
+        state |= {"identity": self.identity, "wall_s": self.journal.wall_s, "held_out": self.validator.state()}
+        self._last_s = time.perf_counter()
+        try:
+            self.journal.checkpoint = save(self.job.folder, step, tensors, state)
+        except OSError as error:
+            self.warn(f"step {step}: no checkpoint could be written ({error.strerror or error}); {self.journal.kept}")
+            return
+        if step < self.job.total_steps:  # that of the last step is there only until the run is completed
+            best = self.validator.best
+            prune(self.job.folder, self.job.config.checkpoint.keep, best.step if best else None)
+
+    def sound(self) -> bool:
+        """Whether the weights as they are now have not diverged: tried on a row of the last step that had a loss."""
+        good = next((step.step for step in reversed(self.journal.steps) if math.isfinite(step.loss)), 1)
+        part, row = self.job.data.rows_of(good - 1)[0]
+        return self.validator.sound(self.job.data.parts[part].row(row))
+
+    def bring_back_best(self, step: int) -> int:
+        """After the last step: with eval.keep_best the weights of the best one. Returns the step they are of."""
+        best = self.validator.best
+        if not self.job.config.eval.keep_best or best is None or best.step == step:
+            return step
+        from fasttune.core import resume
+
+        path = self.job.folder / FOLDER / f"step-{best.step}"
+        try:
+            found = read(path)
+            if problem := resume.misfit(found, self.trainer.model):
+                raise Broken(problem)
+        except Broken as error:
+            self.warn(f"eval.keep_best: {path.name} does not hold ({error}): the weights of the last step are saved")
+            return step
+        resume.restore_weights(self.trainer.model, found)
+        return best.step
+
+
+def identity(job: "Job") -> dict[str, str]:
+    """What a checkpoint belongs to; a run does not resume from one of something else. Before the first step only.
+
+    Settings that change what is learned, the rows themselves, and a probe of every weight.
+    """
+    from fasttune.core import what_ran
+
+    found: dict[str, str] = {}
+    settings = job.config.model_dump(mode="json")
+    for section in SECTIONS:
+        values = settings[section] if isinstance(settings[section], dict) else {"": settings[section]}
+        found |= {f"{section}.{key}".rstrip("."): str(value) for key, value in values.items()}
+    found = {key: value for key, value in found.items() if key not in FREE}
+    found[WHOLE] = str(job.total_steps)
+    found["data.eval_share"] = str(job.config.data.eval_share)
+    for number, (rows, weight) in enumerate(zip(job.data.parts, job.data.weights, strict=True), 1):
+        found[f"rows of data set {number}"] = f"{len(rows)} rows × {weight:g} ({rows.checksum})"
+    found["weights of the base model"] = job.base_probe
+    if job.config.lora.init == "pissa":  # not the residual weights: their last bits differ by machine
+        found["start of the adapter"] = what_ran.probe(trained(job.model).values())
+    return found
+
+
+def trained(model: Any) -> Tensors:
+    """The parameters that are trained, by name."""
+    return {name: parameter for name, parameter in model.named_parameters() if parameter.requires_grad}
+
+
+def collect(trainer: Any) -> tuple[dict[str, Tensors], dict[str, Any]]:
+    """(tensors by file, plain values) of a trainer between two steps; after the last one without the moments."""
+    import numpy as np
+    import torch
+
+    optimizer = trainer.optimizer.state_dict()
+    if trainer.state.global_step == trainer.state.max_steps:
+        optimizer["state"] = {}
+    moments: Tensors = {}
+    plain: dict[str, Any] = {}
+    for index, entries in optimizer["state"].items():
+        for name, value in flat(entries).items():
+            (moments if torch.is_tensor(value) else plain)[f"{index}.{name}"] = value
+    cuda = torch.cuda.get_rng_state_all() if torch.cuda.is_available() else []
+    generators = {"torch": torch.get_rng_state()} | {f"cuda.{i}": state for i, state in enumerate(cuda)}
+    kind, keys, *rest = np.random.get_state(legacy=True)
+    state = {
+        "step": trainer.state.global_step,
+        "optimizer": {"groups": _numbers(optimizer["param_groups"]), "plain": plain},
+        "scheduler": _numbers(trainer.lr_scheduler.state_dict()),
+        "random": {"python": random.getstate(), "numpy": [kind, np.asarray(keys).tolist(), *rest]},
+    }
+    return {"weights": trained(trainer.model), "optimizer": moments, "random": generators}, state
+
+
+def flat(entries: dict[str, Any]) -> dict[str, Any]:
+    """The state of one parameter without nesting. bitsandbytes' 8-bit optimizers keep a dict in it, and load it as well
+    without; torchao's moments are made of several tensors.
+    """
+    found: dict[str, Any] = {}
+    for name, value in entries.items():
+        if hasattr(value, "__tensor_flatten__"):
+            found |= {f"{name}:{part}": getattr(value, part) for part in value.__tensor_flatten__()[0]}
+        else:
+            found |= value if isinstance(value, dict) else {name: value}
+    return found
+
+
+def _numbers(value: Any) -> Any:
+    """torchao keeps a learning rate as a tensor, which JSON cannot."""
+    if isinstance(value, dict):
+        return {name: _numbers(each) for name, each in value.items()}
+    if isinstance(value, (list, tuple)):
+        return [_numbers(each) for each in value]
+    return value.item() if hasattr(value, "item") else value
+
+
 def save(run: Path, step: int, tensors: dict[str, Tensors], state: dict[str, Any]) -> Path:
     """Write `checkpoints/step-N/`, which appears complete or not at all. Raises OSError, and leaves nothing behind."""
-    root = run / FOLDER
-    if root.is_symlink():
-        raise OSError(f"{root} is a link, and nothing is written through one")
-    root.mkdir(parents=True, exist_ok=True)
+    root = _root(run)
     made = Path(tempfile.mkdtemp(prefix=f".step-{step}-", dir=root))
     try:
         for name, group in tensors.items():
@@ -59,7 +220,7 @@ def save(run: Path, step: int, tensors: dict[str, Tensors], state: dict[str, Any
         for path in (*made.iterdir(), made):
             _to_disk(path)
         final = root / f"step-{step}"
-        if final.exists():  # one that did not hold, passed over by the run that now comes past it again
+        if final.exists():  # one that did not hold and was skipped, written again by the resumed run
             remove(final)
         made.rename(final)
         _to_disk(root)
@@ -71,13 +232,18 @@ def save(run: Path, step: int, tensors: dict[str, Tensors], state: dict[str, Any
 
 def keep_start(run: Path, adapter: Path) -> None:
     """Beside the checkpoints, what the base weights of a PiSSA run were split by. Raises OSError."""
+    root = _root(run)
+    made = root / f".step-{START}"  # swept away as what is left of a checkpoint
+    shutil.copyfile(adapter, made)
+    made.rename(root / START)
+
+
+def _root(run: Path) -> Path:
     root = run / FOLDER
     if root.is_symlink():
         raise OSError(f"{root} is a link, and nothing is written through one")
     root.mkdir(parents=True, exist_ok=True)
-    made = root / f".step-{START}"  # swept away as what is left of a checkpoint
-    shutil.copyfile(adapter, made)
-    made.rename(root / START)
+    return root
 
 
 def steps(run: Path) -> list[tuple[int, Path]]:
@@ -89,17 +255,32 @@ def steps(run: Path) -> list[tuple[int, Path]]:
 def newest(
     run: Path, misfit: Callable[[Checkpoint], str | None] = lambda found: None
 ) -> tuple[Checkpoint | None, list[str]]:
-    """The newest checkpoint that holds and is no `misfit`, and why newer ones were passed over."""
-    passed_over: list[str] = []
+    """The newest checkpoint that holds and is no `misfit`, and why newer ones were skipped."""
+    skipped: list[str] = []
     for _, path in steps(run):
         try:
             found = read(path)
             if (problem := misfit(found)) is None:
-                return found, passed_over
+                return found, skipped
         except Broken as error:
             problem = str(error)
-        passed_over.append(f"{path.name}: {problem}")
-    return None, passed_over
+        skipped.append(f"{path.name}: {problem}")
+    return None, skipped
+
+
+def read(path: Path) -> Checkpoint:
+    """A checkpoint whose files are what its manifest says. Raises Broken."""
+    from safetensors import SafetensorError
+    from safetensors.torch import load_file
+
+    if problem := broken(path):
+        raise Broken(problem)
+    try:
+        files = [path / name for name in json.loads((path / MANIFEST).read_text(encoding="utf-8"))]
+        tensors = {file.stem: load_file(file) for file in files if file.suffix == ".safetensors"}
+        return Checkpoint(path, tensors, json.loads((path / STATE).read_text(encoding="utf-8")))
+    except (OSError, ValueError, RecursionError, SafetensorError) as error:
+        raise Broken(f"its files cannot be read ({type(error).__name__})") from error
 
 
 def broken(path: Path) -> str | None:
@@ -142,21 +323,6 @@ def sweep(run: Path) -> None:
     """Remove what a process that was killed while saving has left. Only under the run's lock."""
     for path in (run / FOLDER).glob(".step-*"):
         shutil.rmtree(path, ignore_errors=True) if path.is_dir() else path.unlink()
-
-
-def read(path: Path) -> Checkpoint:
-    """A checkpoint whose files are what its manifest says. Raises Broken."""
-    from safetensors import SafetensorError
-    from safetensors.torch import load_file
-
-    if problem := broken(path):
-        raise Broken(problem)
-    try:
-        files = [path / name for name in json.loads((path / MANIFEST).read_text(encoding="utf-8"))]
-        tensors = {file.stem: load_file(file) for file in files if file.suffix == ".safetensors"}
-        return Checkpoint(path, tensors, json.loads((path / STATE).read_text(encoding="utf-8")))
-    except (OSError, ValueError, RecursionError, SafetensorError) as error:
-        raise Broken(f"its files cannot be read ({type(error).__name__})") from error
 
 
 def _regular(path: Path) -> Path:

@@ -1,32 +1,39 @@
-"""Loss, token accuracy and right answers on held-out rows, beside a training that does not notice."""
+"""Held-out rows, beside a training that does not notice: their loss and token accuracy, and answers to problems."""
 
 import math
-from dataclasses import asdict
-from typing import Any
+from collections.abc import Callable, Iterator
+from dataclasses import asdict, dataclass
+from typing import TYPE_CHECKING, Any
 
-from fasttune.core import model as fasttune_model  # noqa: F401  first: it imports unsloth
+from fasttune.core import model as models  # first: it imports unsloth
 
 import numpy as np
 import torch
 
-from fasttune.data.batching import Encoded, MicroBatch, best_fit, flat
+from fasttune.config import Config
+from fasttune.core import decoding
+from fasttune.data import arithmetic, chat, formats, load, sources
+from fasttune.data.batching import Batches, Encoded, MicroBatch, best_fit, flat
+from fasttune.data.formats import Row
 from fasttune.data.tokenize import IGNORE
-from fasttune.metrics import Evaluation, HeldOut
-from fasttune.core import samples
-from fasttune.core.prepare import Job
+from fasttune.errors import DataError
+from fasttune.metrics import Evaluation, ExactMatch, HeldOut, Sample
 
-AT_ONCE = 256  # learned tokens whose logits are raised to float32 at a time
+if TYPE_CHECKING:
+    from fasttune.core.prepare import Job
+
+AT_ONCE = 256  # supervised tokens whose logits are raised to float32 at a time
 SOUND_TOKENS = 128  # of the end of a row
 LARGEST_WEIGHT = 1e6  # those of models that work are below 1,000
+ROWS_AT_ONCE = 40  # problems
+LEAST_NEW_TOKENS, MOST_NEW_TOKENS = 64, 512
 
 
 class Validator:
     """Measures the model on the job's held-out rows when that is due, and remembers what it saw."""
 
-    def __init__(self, job: Job, model: Any, autocast: bool):
-        self.model, self.autocast, self._job = model, autocast, job
-        self.every, self.total_steps = job.config.eval.every_steps, job.total_steps
-        self.rows = len(job.held_out)
+    def __init__(self, job: "Job", autocast: bool):
+        self.job, self.model, self.autocast = job, job.model, autocast
         self._batches = _in_packs(job) if job.data.packed else [_alone(flat([row])) for row in job.held_out]
         self.before: Evaluation | None = None
         self.last: Evaluation | None = None
@@ -34,8 +41,12 @@ class Validator:
 
     def due(self, step: int) -> bool:
         """After which steps: 0 is before the first one."""
-        on_the_way = self.every is not None and step % self.every == 0
-        return self.rows > 0 and (step in (0, self.total_steps) or on_the_way)
+        every = self.job.config.eval.every_steps
+        on_the_way = every is not None and step % every == 0
+        return len(self.job.held_out) > 0 and (self._at_an_end(step) or on_the_way)
+
+    def _at_an_end(self, step: int) -> bool:
+        return step in (0, self.job.total_steps)
 
     def missing(self, step: int) -> bool:
         """Whether it is due after `step` and was not done."""
@@ -44,11 +55,16 @@ class Validator:
     def measure(self, step: int) -> Evaluation:
         """Evaluate now, as the model after `step`."""
         loss, right, count = self._sums_of(self._batches)
-        self.last = Evaluation(step, float(loss / count), float(right / count), self._answered(step))
+        match = None if self._at_an_end(step) else self._exact_match()  # there all are answered, for the samples
+        self.last = Evaluation(step, float(loss / count), float(right / count), match)
         self.before = self.last if step == 0 else self.before
         if step and math.isfinite(self.last.loss) and (self.best is None or self.last.loss < self.best.loss):
             self.best = self.last
         return self.last
+
+    def _exact_match(self) -> float | None:
+        problems = self.job.problems[: self.job.config.eval.problems]
+        return arithmetic.accuracy(answer(self.job, problems), [problem.reference for problem in problems])
 
     def sound(self, row: Encoded) -> bool:
         """Whether the weights as they are now are those of a model: no diverged ones, and a loss on this row."""
@@ -57,7 +73,23 @@ class Validator:
             return False
         ids = row[0][-SOUND_TOKENS:]
         batch = flat([(ids, np.ones(len(ids), np.bool_))])
-        return bool(self._sums_of([batch if self._job.data.packed else _alone(batch)])[0].isfinite())
+        return bool(self._sums_of([batch if self.job.data.packed else _alone(batch)])[0].isfinite())
+
+    def state(self) -> dict[str, Any]:
+        """Plain values for a checkpoint, which `restore` takes."""
+        seen = {"before": self.before, "last": self.last, "best": self.best}
+        return {name: each and asdict(each) for name, each in seen.items()}
+
+    def restore(self, state: dict[str, Any]) -> None:
+        for name, values in state.items():
+            setattr(self, name, Evaluation(**values) if values else None)
+
+    def result(self, saved_step: int | None) -> HeldOut | None:
+        """For run.json; None if nothing was measured."""
+        if self.last is None:
+            return None
+        loss_tokens = sum(int((batch["labels"] != IGNORE).sum()) for batch in self._batches)
+        return HeldOut(len(self.job.held_out), loss_tokens, self.before, self.last, self.best, saved_step)
 
     def _sums_of(self, batches: list[MicroBatch]) -> torch.Tensor:
         was_training = self.model.training
@@ -67,34 +99,9 @@ class Validator:
         finally:
             self.model.train(was_training)
 
-    def _answered(self, step: int) -> float | None:
-        if step in (0, self.total_steps):
-            return None  # all of them are answered there, for the samples
-        job = self._job
-        problems = job.problems[: job.config.eval.problems]
-        return samples.exact_match(self.model, job.tokenizer, problems, job.plan.gradient_checkpointing)
-
-    def state(self) -> dict[str, Any]:
-        """Plain values for a checkpoint, which `restore` takes."""
-        return {name: seen and asdict(seen) for name, seen in self._seen().items()}
-
-    def restore(self, state: dict[str, Any]) -> None:
-        for name in self._seen():
-            setattr(self, name, Evaluation(**state[name]) if state.get(name) else None)
-
-    def _seen(self) -> dict[str, Evaluation | None]:
-        return {"before": self.before, "last": self.last, "best": self.best}
-
-    def result(self, saved_step: int | None) -> HeldOut | None:
-        """For run.json; None if nothing was measured."""
-        if self.last is None:
-            return None
-        loss_tokens = sum(int((batch["labels"] != IGNORE).sum()) for batch in self._batches)
-        return HeldOut(self.rows, loss_tokens, self.before, self.last, self.best, saved_step)
-
     @torch.no_grad()
     def _sums(self, batch: MicroBatch) -> tuple[float, float, int]:
-        """Summed loss, tokens guessed right, and tokens, of the learned ones of (1, T)."""
+        """Summed loss, tokens guessed right, and tokens, of the supervised ones of (1, T)."""
         given = {name: torch.from_numpy(array).to(self.model.device) for name, array in batch.items()}
         labels = given.pop("labels")[0, 1:]  # position t predicts token t + 1
         positions = (labels != IGNORE).nonzero()[:, 0]
@@ -111,7 +118,7 @@ class Validator:
         return loss, right, len(positions)
 
 
-def _in_packs(job: Job) -> list[MicroBatch]:
+def _in_packs(job: "Job") -> list[MicroBatch]:
     """Packs of one full row at most: a GPU computes the logits of every token of them."""
     groups = best_fit([len(ids) for ids, _ in job.held_out], job.config.model.max_length)
     return [flat([job.held_out[i] for i in group], job.data.share_prefix) for group in groups]
@@ -119,3 +126,98 @@ def _in_packs(job: Job) -> list[MicroBatch]:
 
 def _alone(batch: MicroBatch) -> MicroBatch:
     return {name: array for name, array in batch.items() if name != "packed_seq_lengths"}
+
+
+@dataclass(frozen=True)
+class Problem:
+    """What is asked (as a person reads it), the rendered prompt, and the answer of the data set."""
+
+    question: str
+    prompt: str
+    reference: str
+
+
+def problems_of(config: Config, tokenizer: Any, batches: Batches, warn: Callable[[str], None]) -> list[Problem]:
+    """The first held-out conversations, as many as are shown or scored; plain text rows have no question and are left
+    out, and with a warning those whose question alone is longer than `model.max_length`. Raises DataError where one is
+    to be scored and its reference holds no `#### N`.
+    """
+    template, problems, too_long = chat.template_of(tokenizer), list[Problem](), 0
+    source, rows = _held_out(config, batches)
+    form, columns = "", dict[str, str]()
+    for place, row in rows:
+        if not form:
+            form, columns = load.form_by(config, source, row, place)
+        try:
+            conversation = formats.convert(formats.rename(row, columns, place), form, place)
+            if isinstance(conversation, str) or not conversation.answers:
+                continue
+            messages, last = conversation.messages, conversation.answers[-1]
+            prompt = template.prompt(messages[:last], conversation.tools)
+        except formats.Unusable:
+            continue
+        formats.check_text(prompt, place)
+        question, reference = (messages[at]["content"] or "" for at in (last - 1, last))
+        if len(problems) < config.eval.problems and arithmetic.final_number(reference) is None:
+            raise DataError(
+                f"eval.problems: {place}: its answer holds no `#### N`, so none can be checked; set eval.problems=0"
+            )
+        if len(tokenizer(prompt, add_special_tokens=False).input_ids) > config.model.max_length:
+            too_long += 1
+            continue
+        problems.append(Problem(question, prompt, reference))
+    if too_long:
+        most = f"model.max_length={config.model.max_length}"
+        warn(f"{too_long} of the held-out problems are not asked: longer than {most}")
+    return problems
+
+
+def _held_out(config: Config, batches: Batches) -> tuple[str, Iterator[tuple[str, Row]]]:
+    """(source, (place, row) …): the first of data.eval, or of what data.eval_share holds out of the first data set."""
+    data, count = config.data, max(config.samples, config.eval.problems)
+    if not count:
+        return "", iter(())
+    more = (data.streaming, data.columns.values())
+    if data.eval is not None:
+        rows = sources.first_rows(data.eval, "test", data.held_out_split, count, *more)
+        return data.eval, ((place, row) for _, place, row in rows)
+    part, held_out = batches.parts[0], batches.split[0][1]
+    wanted = set(part.numbers[held_out[:count]].tolist())
+    rows = sources.first_rows(part.source, "train", data.split, max(wanted, default=0), *more)
+    return part.source, ((place, row) for number, place, row in rows if number in wanted)
+
+
+def answer(job: "Job", problems: list[Problem]) -> list[str]:
+    """The model's greedy answers, each at most half as long again as the longest reference (and 16 tokens more).
+
+    The model is left ready for training.
+    """
+    if not problems:
+        return []
+    model, tokenizer = job.model, job.tokenizer
+    longest = max(map(len, tokenizer([problem.reference for problem in problems]).input_ids))
+    room = min(max(longest + longest // 2 + 16, LEAST_NEW_TOKENS), MOST_NEW_TOKENS)
+    models.for_inference(model)
+    texts, stops = [], decoding.stop_ids(model, tokenizer)
+    for start in range(0, len(problems), ROWS_AT_ONCE):
+        prompts = [problem.prompt for problem in problems[start : start + ROWS_AT_ONCE]]
+        ids = decoding.generate(model, tokenizer, prompts, stops, room)
+        texts += tokenizer.batch_decode(ids, skip_special_tokens=True)
+    models.for_training(model, job.plan.gradient_checkpointing)
+    return texts
+
+
+def compare(
+    config: Config, problems: list[Problem], before: list[str], after: list[str]
+) -> tuple[list[Sample], ExactMatch | None]:
+    """(the samples to show, the exact match on the first `eval.problems`; None where none were asked for)."""
+    shown = [
+        Sample(problem.question, problem.reference, old, new)
+        for problem, old, new in zip(problems, before, after, strict=True)
+    ][: config.samples]
+    count = min(config.eval.problems, len(problems))
+    if not count:
+        return shown, None
+    references = [problem.reference for problem in problems[:count]]
+    then, now = (arithmetic.accuracy(texts[:count], references) for texts in (before, after))
+    return shown, ExactMatch(count, then or 0.0, now or 0.0)

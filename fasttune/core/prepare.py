@@ -4,11 +4,11 @@ Unsloth and torch are imported inside `prepare`: bad input must fail in a second
 """
 
 from collections.abc import Callable
-from dataclasses import dataclass, replace
+from dataclasses import dataclass
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
-from fasttune import gpus, hardware
+from fasttune import config as configuration, gpus, hardware
 from fasttune.config import Config, looks_like_hub
 from fasttune.core import autoconfig, pretrained, run_folder
 from fasttune.core.autoconfig import Plan
@@ -20,7 +20,9 @@ from fasttune.hardware import Hardware
 from fasttune.metrics import Forecast, Setting
 from fasttune.quiet import take_over_loggers
 from fasttune.terminal import Reporter
-from fasttune.tools import estimate
+
+if TYPE_CHECKING:
+    from fasttune.core.evaluation import Problem
 
 
 @dataclass
@@ -31,17 +33,17 @@ class Job:
     folder: Path
     machine: Hardware
     plan: Plan
-    model: Any
+    model: Any  # of transformers, wrapped by PEFT where an adapter is trained
     base_probe: str  # of the weights before an adapter came
     tokenizer: Any
     data: Batches
     held_out: list[Encoded]
-    problems: list[Any]
+    problems: "list[Problem]"
     total_steps: int
     usd_per_hour: float | None
     settings: list[Setting]
     warnings: list[str]
-    forecast: Forecast
+    forecast: Forecast | None = None  # for run.json, from whoever makes one before the first step
 
 
 def preflight(config: Config, resume: Path | None = None) -> Path:
@@ -71,35 +73,36 @@ def prepare(config: Config, folder: Path, reporter: Reporter, start: Path | None
     if machine.gpus and (lacks := hardware.triton_lacks()):
         raise FasttuneError(f"Triton compiles kernels for the GPU at the first step and needs {lacks[0]} ({lacks[1]})")
     reporter.note("importing unsloth and torch …")
-    from fasttune.core import model as models, packing, samples, what_ran
+    from fasttune.core import evaluation, model as models, packing, what_ran
     from fasttune.cpu import fused_lora
 
     take_over_loggers()
-    warnings: list[str] = []
     machine = hardware.as_torch_sees(machine)
-    warnings += filter(None, map(gpus.capped, machine.gpus))
+    warnings = list(filter(None, map(gpus.capped, machine.gpus)))
     config, architecture = fitted(config, warnings.append)
-    chosen = autoconfig.resolve(config, machine, Shape.of(architecture))
-    config = chosen.apply(config)
-    if not chosen.fits:
+    plan = autoconfig.resolve(config, machine, Shape.of(architecture))
+    config, settings = plan.apply(config), list(plan.settings)
+    if not plan.fits:
         warnings.append("the forecast does not fit into memory: `fasttune plan` says what to change")
-    if chosen.shape.experts > 1:
+    if plan.shape.experts > 1:
         warnings.append(f"{autoconfig.EXPERTS_UNCHECKED}: it may not fit even where it is said to")
+
     reporter.note(f"loading {config.model.name} …")
-    policy, full = chosen.gradient_checkpointing, config.train.method == "full"
-    model, tokenizer = models.load(config.model, chosen.dtype, policy, full, config.seed, chosen.fp32_masters)
+    policy, full = plan.gradient_checkpointing, config.train.method == "full"
+    model, tokenizer = models.load(config.model, plan.dtype, policy, full, config.seed, plan.fp32_masters)
     base_probe = what_ran.probe(model.parameters(), what_ran.PROBED)
-    model = model if full else models.add_lora(model, config.lora, policy, config.seed, start)
-    settings = list(chosen.settings)
-    if not full and not machine.gpus and (fused := fused_lora.enable(model)):
-        settings.append(Setting("LoRA", f"fused in {fused} layers", "no GPU for Unsloth's own fused kernels"))
+    if not full:
+        model = models.add_lora(model, config.lora, policy, config.seed, start)
+        if not machine.gpus and (fused := fused_lora.enable(model)):
+            settings.append(Setting("LoRA", f"fused in {fused} layers", "no GPU for Unsloth's own fused kernels"))
     packed = config.train.packing is not False
     if packed and (reason := packing.enable(model, config.model.max_length)):
         packed = False
-        config = config.model_copy(update={"train": config.train.model_copy(update={"packing": False})})
+        config = configuration.changed(config, train={"packing": False})
         warnings.append(f"rows are padded, not packed: {reason}")
     settings.append(autoconfig.packing(packed, "proved on this model: rows in a pack do not see each other"))
     settings += [Setting("chat template", what, why) for what, why in chat.complete(tokenizer)]
+
     config = load.with_format(config)
     data = load.encode(config, tokenizer, packed, reporter.progress)
     data.share_prefix = packed and packing.shares_prefix()
@@ -112,24 +115,21 @@ def prepare(config: Config, folder: Path, reporter: Reporter, start: Path | None
     run_folder.check_space(folder, needed_gib(config, models.trained_gib(model)))
     usd_per_hour, price = autoconfig.price_of(config, machine)
     settings += [price] if price else []
-    expected = estimate.of_run(config, replace(chosen, packed=packed), data, machine, usd_per_hour)
-    settings.append(Setting("forecast", estimate.in_words(expected), f"speed: {expected.rate}"))
     return Job(
         config=config,
         folder=folder,
         machine=machine,
-        plan=chosen,
+        plan=plan,
         model=model,
         base_probe=base_probe,
         tokenizer=tokenizer,
         data=data,
         held_out=held_out,
-        problems=samples.read(config, tokenizer, data, warnings.append),
+        problems=evaluation.problems_of(config, tokenizer, data, warnings.append),
         total_steps=data.total_steps(config.train.epochs, config.train.max_steps),
         usd_per_hour=usd_per_hour,
         settings=settings,
         warnings=warnings,
-        forecast=expected,
     )
 
 
@@ -142,11 +142,11 @@ def fitted(config: Config, warn: Callable[[str], None]) -> tuple[Config, Any]:
     most, asked = pretrained.positions(architecture), config.model.max_length
     if not most or asked <= most:
         return config, architecture
-    said = f"model.max_length={asked:,} is more than the {most:,} positions of {config.model.name[:100]}"
+    told = f"model.max_length={asked:,} is more than the {most:,} positions of {config.model.name[:100]}"
     if "max_length" in config.model.model_fields_set:
-        raise ConfigError([f"{said}: set it to {most} or less"])
-    warn(f"{said}: {most:,} are used (set model.max_length to choose)")
-    return config.model_copy(update={"model": config.model.model_copy(update={"max_length": most})}), architecture
+        raise ConfigError([f"{told}: set it to {most} or less"])
+    warn(f"{told}: {most:,} are used (set model.max_length to choose)")
+    return configuration.changed(config, model={"max_length": most}), architecture
 
 
 def needed_gib(config: Config, trained_gib: float) -> float:

@@ -1,22 +1,51 @@
-"""Between a run and its checkpoints: what it may go on from, and when the next one is due."""
+"""With --resume: which checkpoint a run resumes from, and the trainer put where it left off. Loaded only then."""
 
-import math
-import time
+import random
 from collections.abc import Callable
+from dataclasses import dataclass, field
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
-from fasttune.core import checkpoint as checkpoints
-from fasttune.core import model as models, state  # model first: it imports unsloth
+from fasttune.core import model as models  # first: it imports unsloth
 
+import numpy as np
+import pydantic
+import torch
 import transformers
 
-from fasttune.core.checkpoint import Checkpoint
+from fasttune.core import checkpoint as checkpoints
+from fasttune.core.checkpoint import WHOLE, Checkpoint, trained
+from fasttune.core.what_ran import MOMENTS
 from fasttune.errors import OutputError, RunFailed, kind_and_line
-from fasttune.core.prepare import Job
-from fasttune.core.state import restore_optimizer, restore_random
-from fasttune.core.summary import Outcome
-from fasttune.core.evaluation import Validator
+from fasttune.metrics import Evaluation
+
+if TYPE_CHECKING:
+    from fasttune.core.trainer import MeasuredTrainer
+
+
+@dataclass
+class Optimizer:
+    groups: list[dict[str, Any]]
+    plain: dict[str, Any]
+
+
+@dataclass
+class Random:
+    python: list[Any]
+    numpy: list[Any]
+
+
+@dataclass
+class State:
+    """What a checkpoint's state.json holds. It may come from another machine, and is checked before it is used."""
+
+    step: int
+    optimizer: Optimizer
+    scheduler: dict[str, Any]
+    random: Random
+    identity: dict[str, str]
+    wall_s: float
+    held_out: dict[str, Evaluation | None] = field(default_factory=dict)
 
 
 def find(run: Path, model: Any, identity: dict[str, str], note: Callable[[str], None]) -> Checkpoint | None:
@@ -24,29 +53,58 @@ def find(run: Path, model: Any, identity: dict[str, str], note: Callable[[str], 
 
     Raises OutputError if none holds, or if it belongs to another model, rows or settings. Under the run's lock.
     """
-    found, passed_over = checkpoints.newest(run, lambda found: state.misfit(found, model, identity))
-    for reason in passed_over:
-        note(f"passed over {reason}")
-    if found is None and passed_over:
-        raise OutputError(
-            f"--resume: no checkpoint of {run} holds ({'; '.join(passed_over)}); begin anew with overwrite=true"
-        )
+    found, skipped = checkpoints.newest(run, lambda found: misfit(found, model, identity))
+    for reason in skipped:
+        note(f"skipped {reason}")
+    if found is None and skipped:
+        raise OutputError(f"--resume: no checkpoint of {run} holds ({'; '.join(skipped)}); start over: overwrite=true")
     if found is None:
         note(f"{run} has no checkpoint yet: beginning with step 1")
         return None
-    if changed := state.differences(found.state["identity"], identity):
+    then = found.state["identity"]
+    if changed := [key for key in {**then, **identity} if then.get(key) != identity.get(key)]:
+        told = "; ".join(f"{key} was {then.get(key)}, is {identity.get(key)}" for key in changed)
         raise OutputError(
-            f"--resume: {found.path} belongs to another run: {'; '.join(changed)}. "
-            "Set that back, or begin anew in another output_dir"
+            f"--resume: {found.path} belongs to another run: {told}. Set that back, or start over in another output_dir"
         )
-    note(f"going on from {found.path}, step {found.state['step']:,}")
+    note(f"resuming from {found.path}, step {found.state['step']:,}")
     return found
+
+
+def misfit(checkpoint: Checkpoint, model: Any, identity: dict[str, str] | None = None) -> str | None:
+    """Why a run cannot resume from a checkpoint whose files hold, or None.
+
+    One of another identity is no misfit: what differs is named to the person.
+    """
+    try:
+        state = pydantic.TypeAdapter(State).validate_python(checkpoint.state)
+    except pydantic.ValidationError as error:
+        first = error.errors()[0]
+        return f"state.json: {'.'.join(map(str, first['loc'])) or 'all of it'}: {first['msg']}"
+    if checkpoint.path.name != f"step-{state.step}":
+        return f"state.json is that of step {state.step}"
+    if missing := {"weights", "optimizer", "random"} - set(checkpoint.tensors):
+        return f"{sorted(missing)[0]}.safetensors is missing"
+    if identity is not None and state.identity != identity:
+        return None
+    if identity is not None and not 0 < state.step <= int(identity[WHOLE]):
+        return f"state.json: step {state.step} is none of this run"
+    now, saved = trained(model), checkpoint.tensors["weights"]
+    for name in {**now, **saved}:
+        here, there = (_kind(found[name]) if name in found else "not there" for found in (now, saved))
+        if here != there:  # copied all the same, a row would fill a whole matrix
+            return f"weights.safetensors: {name} is {there}, not {here}"
+    return None
+
+
+def _kind(tensor: torch.Tensor) -> str:
+    return f"{str(tensor.dtype).removeprefix('torch.')} {'×'.join(map(str, tensor.shape))}"
 
 
 class Resumed(transformers.TrainerCallback):
     """Puts a new trainer where a checkpoint left off: optimizer and counters at once, random states at its step."""
 
-    def __init__(self, trainer: Any, checkpoint: Checkpoint):
+    def __init__(self, trainer: "MeasuredTrainer", checkpoint: Checkpoint):
         self.trainer, self.checkpoint = trainer, checkpoint
         self.done = checkpoint.state["step"]
 
@@ -63,81 +121,58 @@ class Resumed(transformers.TrainerCallback):
             restore()
         except (KeyError, ValueError, TypeError, IndexError, AttributeError, RuntimeError, AssertionError) as error:
             raise RunFailed(
-                f"{self.checkpoint.path} cannot be gone on from ({kind_and_line(error)}); "
-                "remove it, and go on from the one before it with --resume"
+                f"{self.checkpoint.path} cannot be resumed from ({kind_and_line(error)}); "
+                "remove it, and --resume takes the one before it"
             ) from error
 
 
-class Keeper:
-    """Writes a checkpoint when one is due. A disk that cannot take it is a warning: the run goes on and tries again."""
+def restore_weights(model: Any, checkpoint: Checkpoint) -> None:
+    """The trained parameters as they were. The checkpoint gives them away: a second copy would fill the host."""
+    now, saved = trained(model), checkpoint.tensors.pop("weights")
+    with torch.no_grad():
+        for name, parameter in now.items():
+            parameter.copy_(saved[name])
 
-    def __init__(
-        self,
-        job: Job,
-        trainer: Any,
-        validator: Validator,
-        identity: dict[str, str],
-        started: float,
-        outcome: Outcome,
-        warn: Callable[[str], None],
-    ):
-        self.job, self.trainer, self.validator, self.identity = job, trainer, validator, identity
-        self.started = started  # perf_counter() when the run, resumed ones included, would have begun
-        self.outcome = outcome
-        self.warn = warn
-        self._last_s = time.perf_counter()
 
-    def after_step(self, step: int, stopping: bool) -> None:
-        """Called between two steps; `stopping`: this one is the last before the process ends."""
-        if stopping or self._due(step):
-            self.write(step)
+def restore_optimizer(trainer: Any, checkpoint: Checkpoint) -> None:
+    """Optimizer and scheduler as they were. The checkpoint gives the moments away, as it does the weights."""
+    saved, scheduler = checkpoint.state["optimizer"], checkpoint.state["scheduler"]
+    entries: dict[int, dict[str, Any]] = {}
+    for name, value in [*checkpoint.tensors.pop("optimizer").items(), *saved["plain"].items()]:
+        index, _, key = name.partition(".")
+        entries.setdefault(int(index), {})[key] = value
+    parameters = [parameter for group in trainer.optimizer.param_groups for parameter in group["params"]]
+    for index, values in entries.items():
+        _put_together(values, parameters[index])
+        for key in MOMENTS & set(values):
+            if values[key].shape != parameters[index].shape:
+                raise ValueError(f"{index}.{key} has another shape than its parameter")
+    if torch.is_tensor(trainer.optimizer.param_groups[0]["lr"]):
+        for group in saved["groups"]:
+            group |= {key: torch.tensor(group[key]) for key in ("lr", "initial_lr")}
+        scheduler |= {key: [torch.tensor(rate) for rate in scheduler[key]] for key in ("base_lrs", "_last_lr")}
+    trainer.optimizer.load_state_dict({"state": entries, "param_groups": saved["groups"]})
+    trainer.lr_scheduler.load_state_dict(scheduler)
 
-    def write(self, step: int) -> None:
-        if not self.sound():
-            self.warn(f"step {step}: no checkpoint, for its weights have diverged; {self.outcome.kept}")
-            return
-        tensors, values = state.collect(self.trainer)
-        values |= {"identity": self.identity, "wall_s": time.perf_counter() - self.started}
-        values["held_out"] = self.validator.state()
-        self._last_s = time.perf_counter()
-        try:
-            self.outcome.checkpoint = checkpoints.save(self.job.folder, step, tensors, values)
-        except OSError as error:
-            self.warn(f"step {step}: no checkpoint could be written ({error.strerror or error}); {self.outcome.kept}")
-            return
-        if step < self.job.total_steps:  # that of the last step is there only until the run is completed
-            best = self.validator.best
-            checkpoints.prune(self.job.folder, self.job.config.checkpoint.keep, best.step if best else None)
 
-    def sound(self) -> bool:
-        """Whether the weights as they are now have not diverged: tried on a row of the last step that had a loss."""
-        good = next((step.step for step in reversed(self.outcome.steps) if math.isfinite(step.loss)), 1)
-        part, row = self.job.data.rows_of(good - 1)[0]
-        return self.validator.sound(self.job.data.parts[part].row(row))
+def _put_together(entries: dict[str, Any], parameter: torch.Tensor) -> None:
+    """What checkpoint.flat has taken apart of torchao's moments."""
+    for name in {key.partition(":")[0] for key in entries if ":" in key}:
+        from torchao.optim.subclass_8bit import OptimState8bit
 
-    def bring_back_best(self, step: int) -> int:
-        """After the last step: with eval.keep_best the weights of the best one. Returns the step they are of."""
-        best = self.validator.best
-        if not self.job.config.eval.keep_best or best is None or best.step == step:
-            return step
-        path = self.job.folder / checkpoints.FOLDER / f"step-{best.step}"
-        try:
-            found = checkpoints.read(path)
-            if problem := state.misfit(found, self.trainer.model):
-                raise checkpoints.Broken(problem)
-        except checkpoints.Broken as error:
-            self.warn(f"eval.keep_best: {path.name} does not hold ({error}): the weights of the last step are saved")
-            return step
-        state.restore_weights(self.trainer.model, found)
-        return best.step
+        parts = {part: entries.pop(f"{name}:{part}").to(parameter.device) for part in OptimState8bit.tensor_attrs}
+        entries[name] = OptimState8bit(**parts, signed=name == "exp_avg", dtype=parameter.dtype)
 
-    def _due(self, step: int) -> bool:
-        every = self.job.config.checkpoint
-        if step == self.job.total_steps:
-            return True  # what comes after it may be ended too, and is then finished by --resume
-        best = self.validator.best
-        if best and best.step == step and (self.job.config.eval.keep_best or every.every != "never"):
-            return True
-        if every.every_steps is not None:
-            return step % every.every_steps == 0
-        return every.every_s is not None and time.perf_counter() - self._last_s >= every.every_s
+
+def restore_random(checkpoint: Checkpoint) -> None:
+    """Python's, numpy's, torch's and every GPU's generator as they were."""
+    values, tensors = checkpoint.state["random"], checkpoint.tensors["random"]
+    version, numbers, gauss = values["python"]
+    random.setstate((version, tuple(numbers), gauss))
+    kind, keys, *rest = values["numpy"]
+    np.random.set_state((kind, np.array(keys, np.uint32), *rest))
+    torch.set_rng_state(tensors["torch"])
+    if torch.cuda.is_available():
+        for i in range(torch.cuda.device_count()):
+            if f"cuda.{i}" in tensors:  # the machine may have had fewer
+                torch.cuda.set_rng_state(tensors[f"cuda.{i}"], i)

@@ -1,34 +1,52 @@
-"""The folder of a run: its name, whether it may be used, and whether the disk can take what will be written."""
+"""The folder of a run: its name, whether it may be used, its lock; and what is written there while the run trains:
+config.yaml, and metrics.jsonl step by step.
+"""
 
 import fcntl
 import json
+import math
 import os
 import platform
 import re
+import shlex
 import shutil
-from contextlib import suppress
+import time
+from collections.abc import Callable
+from contextlib import AbstractContextManager, suppress
 from datetime import datetime
 from pathlib import Path
-from typing import IO
+from typing import IO, TYPE_CHECKING
 
-from fasttune import hardware, paths
-from fasttune.config import Config
+import pydantic
+
+from fasttune import config as configuration, hardware, paths, report
+from fasttune.config import TRUST, Config
 from fasttune.core import checkpoint
-from fasttune.errors import OutputError
+from fasttune.core.checkpoint import Checkpoint
+from fasttune.errors import OutputError, in_one_line
+from fasttune.metrics import Status, StepMetrics
+from fasttune.quiet import LibraryLog
+from fasttune.terminal import Reporter
 
-RUN_FILES = ("run.json", "config.yaml", "metrics.jsonl", "adapter", "model", "checkpoints")
+if TYPE_CHECKING:
+    from fasttune.core.prepare import Job
+    from fasttune.core.trackers import Tracker
+
+CONFIG, METRICS, LOG = "config.yaml", "metrics.jsonl", "library.log"
+RUN_FILES = (CONFIG, METRICS, "run.json", "report.html", LOG, "adapter", "model", checkpoint.FOLDER)
 EVAL_FILES = ("eval.json", "eval_samples.jsonl")
 TRACKERS = ("tensorboard", "wandb")  # folders of train.report_to
+LOCK = ".lock"
+WRITTEN = (*RUN_FILES, *EVAL_FILES, *TRACKERS, LOCK)
 LEFTOVERS = (".adapter-*", ".model-*", ".run.json.*", ".report.html.*", ".config.yaml.*", ".metrics.jsonl*")
 MARK = "# Resolved by fasttune"  # how the config.yaml of a run begins
-LOCK = ".lock"
-WRITTEN = (*RUN_FILES, *EVAL_FILES, LOCK, "library.log", "report.html", "tensorboard", "wandb")
 SLACK_GIB = 0.1  # metrics, report, tokenizer
 
 
 def choose(config: Config, resume: Path | None = None) -> Path:
-    """The folder this run will write, checked but not created; `resume` is one to go on in. Raises OutputError."""
-    folder = resume or Path(config.output_dir or _dated(config)).expanduser()
+    """The folder this run will write, checked but not created; `resume` is one to resume in. Raises OutputError."""
+    dated = f"runs/{config.name}-{datetime.now():%Y%m%d-%H%M%S}"
+    folder = resume or Path(config.output_dir or dated).expanduser()
     if folder.exists() and not folder.is_dir():
         raise OutputError(f"output_dir: {folder} is a file; name a folder")
     if linked := [name for name in WRITTEN if (folder / name).is_symlink()]:
@@ -42,13 +60,9 @@ def choose(config: Config, resume: Path | None = None) -> Path:
     return folder
 
 
-def _dated(config: Config) -> str:
-    return f"runs/{config.name}-{datetime.now():%Y%m%d-%H%M%S}"
-
-
 def is_run(folder: Path) -> bool:
     """Whether a run of fasttune has written into it: only then anything in it may be replaced."""
-    path = folder / "config.yaml"
+    path = folder / CONFIG
     try:
         return path.is_file() and path.read_bytes().startswith(MARK.encode())
     except OSError:
@@ -60,11 +74,11 @@ def _check_free(folder: Path, replace: bool) -> None:
     if is_run(folder):
         if not replace:
             raise OutputError(
-                f"output_dir: {folder} already holds a run; name another, go on with it (--resume), or set "
+                f"output_dir: {folder} already holds a run; name another, resume it (--resume), or set "
                 "overwrite=true to replace it"
             )
         return
-    for name in (*RUN_FILES, "library.log", "report.html"):
+    for name in RUN_FILES:
         if os.path.lexists(folder / name):
             raise OutputError(f"output_dir: {folder} holds {name}, which no run of fasttune wrote; name another folder")
 
@@ -74,7 +88,7 @@ def refuse_completed(run: Path) -> None:
     path = run / "run.json"
     with suppress(OSError, ValueError, KeyError, TypeError, RecursionError):
         if path.is_file() and json.loads(path.read_text(encoding="utf-8"))["status"] == "completed":
-            raise OutputError(f"--resume: {run} is completed, nothing is left to do; begin anew in another output_dir")
+            raise OutputError(f"--resume: {run} is completed, nothing is left to do; start over in another output_dir")
 
 
 def to_resume(config: Config, named: str) -> Path:
@@ -86,9 +100,9 @@ def to_resume(config: Config, named: str) -> Path:
     if named:
         folder = Path(named).expanduser()
         if own is not None and own.absolute() != folder.absolute():
-            raise OutputError(f"--resume {named}: the run goes on in its own folder; leave output_dir={own} out")
+            raise OutputError(f"--resume {named}: a run is resumed in its own folder; leave output_dir={own} out")
         if not folder.is_dir():
-            raise OutputError(f"--resume {named}: no such folder; name that of the run to go on with")
+            raise OutputError(f"--resume {named}: no such folder; name that of the run to resume")
         return folder
     if own is not None:
         return own
@@ -103,6 +117,12 @@ def to_resume(config: Config, named: str) -> Path:
             "name its folder, and rename the one with the wrong date"
         )
     return runs[-1][2]
+
+
+def resume_command(job: "Job") -> str:
+    """What a person types to resume a run."""
+    command = ["fasttune", "train", str(job.folder / CONFIG), "--resume", str(job.folder)]
+    return shlex.join([*command, *([f"{TRUST}=true"] if job.config.model.trust_remote_code else [])])
 
 
 def check_space(folder: Path, weights_gib: float, what: str = "output_dir") -> None:
@@ -121,49 +141,35 @@ def create(config: Config, folder: Path) -> tuple[Path, IO[str]]:
     Where fasttune chose the name, and another run that began in the same second has it, NAME-2.
     """
     number, chosen = 1, folder
-    while config.output_dir is None:
+    with _explained(folder, "made"):
+        while config.output_dir is None:
+            try:
+                chosen.mkdir(parents=True)  # only one process can make it, on a disk that several nodes share too
+                break
+            except FileExistsError:
+                number += 1
+                chosen = folder.with_name(f"{folder.name}-{number}")
+        lock = hold(chosen)
         try:
-            chosen.mkdir(parents=True)  # only one process can make it, on a disk that several nodes share too
-            break
-        except FileExistsError:
-            number += 1
-            chosen = folder.with_name(f"{folder.name}-{number}")
-        except OSError as error:
-            raise _not_made(chosen, error) from error
-    lock = hold(chosen)
-    try:
-        _check_free(chosen, config.overwrite)  # again: another run may have been there since
-        if is_run(chosen):
-            _remove_old(chosen)
-    except OSError as error:
-        lock.close()
-        raise _not_made(chosen, error) from error
-    except OutputError:
-        lock.close()
-        raise
+            _check_free(chosen, config.overwrite)  # again: another run may have been there since
+            if is_run(chosen):
+                _remove_old(chosen)
+        except (OSError, OutputError):
+            lock.close()
+            raise
     return chosen, lock
 
 
 def _remove_old(folder: Path) -> None:
     """What a run wrote. Its config.yaml, which shows that it was one, stays until the new one takes its place."""
-    said = (folder / "config.yaml").read_text(encoding="utf-8", errors="replace")
-    trackers = [name for name in TRACKERS if f"report_to: {name}" in said]
-    for name in ("run.json", "metrics.jsonl", "adapter", "model", "library.log", "report.html", *EVAL_FILES, *trackers):
+    settings = (folder / CONFIG).read_text(encoding="utf-8", errors="replace")
+    trackers = [name for name in TRACKERS if f"report_to: {name}" in settings]
+    for name in {*RUN_FILES, *EVAL_FILES, *trackers} - {CONFIG, checkpoint.FOLDER}:
         path = folder / name
         shutil.rmtree(path) if path.is_dir() and not path.is_symlink() else path.unlink(missing_ok=True)
     for _, path in checkpoint.steps(folder):
         checkpoint.remove(path)
     (folder / checkpoint.FOLDER / checkpoint.START).unlink(missing_ok=True)
-
-
-def keep_start(folder: Path, adapter: Path) -> None:
-    """As checkpoint.keep_start. Raises OutputError."""
-    try:
-        checkpoint.keep_start(folder, adapter / "adapter_model.safetensors")
-    except OSError as error:
-        raise OutputError(
-            f"output_dir: {folder / checkpoint.FOLDER} cannot be written ({error.strerror or error}); free some space"
-        ) from error
 
 
 def sweep(folder: Path) -> None:
@@ -175,7 +181,7 @@ def sweep(folder: Path) -> None:
 
 def hold(folder: Path) -> IO[str]:
     """Make the folder and hold it for this process. Returns the open lock: it is free when the process is gone."""
-    try:
+    with _explained(folder, "made"):
         folder.mkdir(parents=True, exist_ok=True)
         lock = paths.open_text(folder / LOCK, "a+")
         try:
@@ -190,10 +196,167 @@ def hold(folder: Path) -> IO[str]:
         lock.truncate(0)
         lock.write(f"{os.getpid()} of {platform.node()}\n")
         lock.flush()
-    except OSError as error:
-        raise _not_made(folder, error) from error
     return lock
 
 
-def _not_made(folder: Path, error: OSError) -> OutputError:
-    return OutputError(f"output_dir: {folder} cannot be made ({error.strerror}); name another folder")
+def _explained(folder: Path, done: str) -> AbstractContextManager[None]:
+    """An OSError in it becomes an OutputError: the folder cannot be made, or written."""
+    return in_one_line(
+        OutputError, f"output_dir: {folder} cannot be {done}", "free some space, or name another folder", (OSError,)
+    )
+
+
+def begin(job: "Job", log: LibraryLog, start: Path | None, resumed: bool) -> None:
+    """Write the resolved config into the folder of a run, which is held. Raises OutputError.
+
+    start: the folder of the adapter that a PiSSA run begins with, and begins with again when it is resumed.
+    """
+    with _explained(job.folder, "written"):
+        _write_config(job)
+        sweep(job.folder)
+        log.move_to(job.folder / LOG, append=resumed)
+        if start is not None and not (job.folder / checkpoint.FOLDER / checkpoint.START).exists():
+            checkpoint.keep_start(job.folder, start / "adapter_model.safetensors")
+
+
+def _write_config(job: "Job") -> None:
+    header = f"{MARK}; run it again with: fasttune train config.yaml\n"
+    text = configuration.dump(_portable(job.config), header)
+    paths.write(job.folder / CONFIG, text.encode())
+
+
+def _portable(config: Config) -> Config:
+    """As config.yaml keeps it: local paths absolute, and no output folder, so that it can be run again as it is."""
+
+    def absolute(name: str | None) -> str | None:
+        path = Path(name).expanduser() if name and not name.startswith("builtin:") else None
+        return str(path.resolve()) if path and path.exists() else name
+
+    train = config.data.train
+    named = absolute(train) if isinstance(train, str) else {absolute(name): weight for name, weight in train.items()}
+    return configuration.changed(
+        config,
+        data={"train": named, "eval": absolute(config.data.eval)},
+        model={"name": absolute(config.model.name)},
+        output_dir=None,
+        overwrite=False,
+    )
+
+
+def read_metrics(folder: Path, step: int, warn: Callable[[str], object]) -> list[StepMetrics]:
+    """The steps of a run up to `step`, from its metrics.jsonl; a warning for those whose line cannot be read."""
+    path, found = folder / METRICS, dict[int, StepMetrics]()
+    form = pydantic.TypeAdapter(StepMetrics)
+    for line in path.read_bytes().splitlines() if path.is_file() else []:
+        with suppress(ValueError, TypeError, KeyError, RecursionError):  # a machine that went down may have torn it
+            values = json.loads(line)
+            one = form.validate_python(values | {"loss": math.nan if values["loss"] is None else values["loss"]})
+            found[one.step] = one
+    kept = [found[number] for number in sorted(found) if 0 < number <= step]
+    if lost := step - len(kept):
+        warn(
+            f"{METRICS}: the lines of {lost:,} of the {step:,} steps before the checkpoint cannot be read: the weights "
+            "are right, but tokens, losses and speeds of the report are without these steps"
+        )
+    return kept
+
+
+class Journal:
+    """What a run has done so far, and how it ended. Told of every step and warning: keeps, shows and writes them."""
+
+    def __init__(self, job: "Job", reporter: Reporter, started: float):
+        self.job, self.reporter = job, reporter
+        self.started = started  # perf_counter() of this process
+        self.status: Status = "running"
+        self.error: str | None = None
+        self.warnings = list(job.warnings)
+        self.steps: list[StepMetrics] = []
+        self.resumed_from_step: int | None = None
+        self.earlier_s = 0.0  # what the run had taken up to the checkpoint it resumes from
+        self.checkpoint: Path | None = None  # the last good one
+        self.saved_step: int | None = None  # whose weights are saved
+        self._path = job.folder / METRICS
+        self._disk_is_full = False
+        self._tracker: Tracker | None = None
+
+    def resume(self, found: Checkpoint) -> None:
+        """Go back to a checkpoint, with the steps that lie before it."""
+        self.checkpoint, self.earlier_s = found.path, found.state["wall_s"]
+        self.resumed_from_step = found.state["step"]
+        self.steps = read_metrics(self.job.folder, found.state["step"], self.warnings.append)
+
+    @property
+    def done(self) -> int:
+        """Steps that are behind the run."""
+        return self.steps[-1].step if self.steps else self.resumed_from_step or 0
+
+    @property
+    def wall_s(self) -> float:
+        """Seconds of the whole run up to now, with what it had taken before it was resumed."""
+        return self.earlier_s + time.perf_counter() - self.started
+
+    @property
+    def kept(self) -> str:
+        """What is left to resume from, for a message."""
+        return f"{self.checkpoint.name} is the last good checkpoint" if self.checkpoint else "there is no checkpoint"
+
+    def __enter__(self) -> "Journal":
+        for text in self.warnings:
+            self.reporter.warn(text)
+        if self.job.config.train.report_to != "none":
+            from fasttune.core import trackers
+
+            self._tracker = trackers.Tracker(self.job, self.resumed_from_step, self.warn)
+        self._write_all()
+        return self
+
+    def __exit__(self, *_: object) -> None:
+        self.reporter.stop()
+        with suppress(OSError):
+            if self._disk_is_full or not self._path.exists():
+                self._write_all()
+
+    def close(self) -> None:
+        """Last, after all is saved: a service that hangs must not hold that up."""
+        if self._tracker is not None:
+            self._tracker.close()
+
+    def warn(self, text: str) -> None:
+        self.warnings.append(text)
+        self.reporter.warn(text)
+
+    def step(self, step: StepMetrics) -> None:
+        self.steps.append(step)
+        self._write(step)
+        if self._tracker is not None:
+            self._tracker.step(step)
+        self.reporter.step(step)
+
+    def _write(self, step: StepMetrics) -> None:
+        """Its line. On a full disk the run continues, and the file is made anew as soon as there is room."""
+        try:
+            if self._disk_is_full or not self._path.exists():
+                self._write_all()
+            else:
+                with paths.open_text(self._path, "a") as file:
+                    file.write(_line(step))
+            self._disk_is_full = False
+        except OSError as error:
+            if not self._disk_is_full:
+                self.warn(
+                    f"step {step.step}: {METRICS} could not be written ({error.strerror}); written later, if it can"
+                )
+            self._disk_is_full = True
+
+    def _write_all(self) -> None:
+        """A file with all steps so far, the old one until it is whole; its folder again, where somebody removed it."""
+        folder = self.job.folder
+        if not (folder / CONFIG).exists():
+            folder.mkdir(parents=True, exist_ok=True)  # a checkpoint may have made it already
+            _write_config(self.job)
+            self.warn(f"{folder} was removed while the run wrote into it: made again")
+        paths.write(self._path, "".join(map(_line, self.steps)).encode())
+
+
+def _line(step: StepMetrics) -> str:
+    return report.to_json_line(step) + "\n"

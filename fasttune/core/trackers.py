@@ -2,19 +2,21 @@
 
 TensorBoard writes files into the run's folder and sends nothing. The others send where their own settings say; they get
 the resolved config and the numbers of metrics.jsonl, no code, no console output and no facts of the machine.
+transformers' own reporting callbacks are not used: they send all training arguments, paths and the model's config too.
 """
 
 import importlib.util
 import math
-import netrc
 import os
 import warnings
 from collections.abc import Callable
-from urllib.parse import urlsplit
+from typing import TYPE_CHECKING
 
-from fasttune.core.prepare import Job
 from fasttune.errors import ConfigError, kind_and_line
 from fasttune.metrics import StepMetrics
+
+if TYPE_CHECKING:
+    from fasttune.core.prepare import Job
 
 SHOWN = ["loss", "learning_rate", "grad_norm", "tokens_per_s", "peak_memory_gib"]
 SHOWN += ["eval_loss", "eval_token_accuracy", "eval_exact_match"]
@@ -23,9 +25,9 @@ OFFLINE = ("offline", "disabled", "dryrun")  # of WANDB_MODE
 Send = Callable[[dict[str, float], int], None]  # numbers by name, step
 
 
-def check(report_to: str) -> None:
+def check_installed(report_to: str) -> None:
     """Fail early, before anything is imported: raises ConfigError where the package or the key is missing."""
-    if report_to != "none" and importlib.util.find_spec(report_to) is None:
+    if importlib.util.find_spec(report_to) is None:
         raise ConfigError(
             [f"train.report_to={report_to}: the package is not installed; pip install {report_to}, or set it to none"]
         )
@@ -38,13 +40,11 @@ def check(report_to: str) -> None:
 class Tracker:
     """Where the steps go. What it cannot send is one warning, and the run goes on."""
 
-    def __init__(self, job: Job, resumed_from_step: int | None, warn: Callable[[str], None]):
+    def __init__(self, job: "Job", resumed_from_step: int | None, warn: Callable[[str], None]):
         self.warn = warn
         self._send: Send | None = None
         self._close: Callable[[], None] = lambda: None
-        make = {"tensorboard": _tensorboard, "wandb": _wandb, "trackio": _trackio}.get(job.config.train.report_to)
-        if make is not None:
-            self._guarded(lambda: self._open(*make(job, resumed_from_step)))
+        self._guarded(lambda: self._open(job, resumed_from_step))
 
     def step(self, step: StepMetrics) -> None:
         found = {name: getattr(step, name) for name in SHOWN}
@@ -55,8 +55,9 @@ class Tracker:
     def close(self) -> None:
         self._guarded(self._close)
 
-    def _open(self, send: Send, close: Callable[[], None]) -> None:
-        self._send, self._close = send, close
+    def _open(self, job: "Job", resumed_from_step: int | None) -> None:
+        make = {"tensorboard": _tensorboard, "wandb": _wandb, "trackio": _trackio}[job.config.train.report_to]
+        self._send, self._close = make(job, resumed_from_step)
 
     def _guarded(self, action: Callable[[], None]) -> None:
         try:
@@ -68,7 +69,7 @@ class Tracker:
             self.warn(f"train.report_to: nothing more is reported: {kind_and_line(error)}")
 
 
-def _tensorboard(job: Job, resumed_from_step: int | None) -> tuple[Send, Callable[[], None]]:
+def _tensorboard(job: "Job", resumed_from_step: int | None) -> tuple[Send, Callable[[], None]]:
     from torch.utils.tensorboard import SummaryWriter
 
     purge = None if resumed_from_step is None else resumed_from_step + 1  # what the lost steps have left
@@ -82,7 +83,7 @@ def _tensorboard(job: Job, resumed_from_step: int | None) -> tuple[Send, Callabl
     return send, writer.close
 
 
-def _wandb(job: Job, resumed_from_step: int | None) -> tuple[Send, Callable[[], None]]:
+def _wandb(job: "Job", resumed_from_step: int | None) -> tuple[Send, Callable[[], None]]:
     import wandb
 
     run = wandb.init(
@@ -97,7 +98,7 @@ def _wandb(job: Job, resumed_from_step: int | None) -> tuple[Send, Callable[[], 
     return lambda numbers, step: run.log(numbers, step=step), run.finish
 
 
-def _trackio(job: Job, resumed_from_step: int | None) -> tuple[Send, Callable[[], None]]:
+def _trackio(job: "Job", resumed_from_step: int | None) -> tuple[Send, Callable[[], None]]:
     import trackio
 
     trackio.init(project="fasttune", name=job.folder.name, config=job.config.model_dump(mode="json"))
@@ -106,10 +107,7 @@ def _trackio(job: Job, resumed_from_step: int | None) -> tuple[Send, Callable[[]
 
 def _wandb_key() -> bool:
     """Where wandb itself looks: https://docs.wandb.ai/guides/track/environment-variables"""
-    if os.environ.get("WANDB_API_KEY"):
-        return True
+    import requests
+
     server = os.environ.get("WANDB_BASE_URL", "https://api.wandb.ai")
-    try:
-        return netrc.netrc().authenticators(urlsplit(server).hostname or "") is not None
-    except (OSError, netrc.NetrcParseError):
-        return False
+    return bool(os.environ.get("WANDB_API_KEY") or requests.utils.get_netrc_auth(server))

@@ -8,38 +8,51 @@ import signal
 import tempfile
 import time
 import traceback
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from contextlib import ExitStack, contextmanager, suppress
-from dataclasses import replace
+from dataclasses import asdict
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
-from fasttune import hardware, report
+from fasttune import hardware, metrics, report, stack
 from fasttune.config import Config
-from fasttune.core import checkpoint, journal, run_folder, summary, trackers
+from fasttune.core import checkpoint, run_folder
 from fasttune.core.autoconfig import smaller
-from fasttune.core.journal import Journal
 from fasttune.core.prepare import Job, preflight, prepare
-from fasttune.core.summary import Outcome
+from fasttune.core.run_folder import Journal
 from fasttune.errors import FasttuneError, first_line, kind_and_line
-from fasttune.metrics import RunResult
+from fasttune.metrics import ExactMatch, RunResult, Sample, Status, Stopped
 from fasttune.quiet import library_log
 from fasttune.terminal import Reporter
-from fasttune.tools import card
 
-AT_ONCE = "stopped at once by a second signal"
+if TYPE_CHECKING:
+    from fasttune.core.trainer import StepRecorder
+
+MATMUL_SECONDS = 1.0  # spent after the run on measuring this machine's matmul rate
 SIGNALS = (signal.SIGINT, signal.SIGTERM)
 
 
-def run(config: Config, reporter: Reporter, resume: Path | None = None) -> RunResult:
-    """Train, write the output folder and return what happened. `resume`: the folder of a run to go on with.
+def run(
+    config: Config,
+    reporter: Reporter,
+    resume: Path | None = None,
+    when_ready: Callable[[Job], None] = lambda job: None,
+    when_saved: Callable[[Path, RunResult], None] = lambda folder, result: None,
+) -> RunResult:
+    """Train, write the output folder and return what happened. `resume`: the folder of a run to resume.
+
+    when_ready: called before anything is written, with what will be trained; may add to its settings.
+    when_saved: called with the run's folder and what run.json will say, before run.json says `completed`.
 
     Raises FasttuneError for bad input, with nothing written. Once training has begun every ending is a RunResult and a
     run.json: completed, interrupted (SIGINT, SIGTERM, max_hours: state and adapter so far are saved) or failed. Until
     then run.json says `running`: a process that is killed leaves that, and `resume` does what is left.
     """
     started = time.perf_counter()
-    trackers.check(config.train.report_to)
+    if config.train.report_to != "none":
+        from fasttune.core import trackers
+
+        trackers.check_installed(config.train.report_to)
     folder = preflight(config, resume)
     with signals_to(_at_once), library_log() as log, tempfile.TemporaryDirectory() as scratch, ExitStack() as held:
         there = resume is not None and run_folder.is_run(folder)
@@ -48,99 +61,78 @@ def run(config: Config, reporter: Reporter, resume: Path | None = None) -> RunRe
             run_folder.refuse_completed(folder)
         start = folder / checkpoint.FOLDER / checkpoint.START
         job = prepare(config, folder, reporter, start if there and start.exists() else None)
-        from fasttune.core import (
-            model as models,  # torch is loaded
-            resume as resuming,
-            samples,
-            state,
-            trainer as trainers,
-        )
+        when_ready(job)
+        from fasttune.core import evaluation, model as models, trainer as trainers  # torch is loaded
 
-        identity = state.identity(job)
-        found = resuming.find(folder, job.model, identity, reporter.note) if resume else None
+        identity, found = checkpoint.identity(job), None
+        if resume:
+            from fasttune.core import resume as resuming
+
+            found = resuming.find(folder, job.model, identity, reporter.note)
         initial = models.save_initial(job.model, job.config.lora, Path(scratch) / "initial")
-        before = samples.answer(job.model, job.tokenizer, job.problems, job.plan.gradient_checkpointing)
+        before = evaluation.answer(job, job.problems)
         trainer = trainers.build(job, Path(scratch), done=found.state["step"] if found else 0)
         if not there:
             job.folder, lock = run_folder.create(config, folder)
             held.enter_context(lock)
-            if initial:
-                run_folder.keep_start(job.folder, initial)
-        journal.begin(job, log, resumed=there)
-        steps = journal.read_metrics(folder, found.state["step"], job.warnings.append) if found else []
-        outcome = Outcome(warnings=list(job.warnings))
+        run_folder.begin(job, log, initial, resumed=there)
+
+        journal = Journal(job, reporter, started)
+        validator = evaluation.Validator(job, trainer.args.bf16)
         if found:
-            state.restore_weights(job.model, found)
+            journal.resume(found)
+            validator.restore(found.state.get("held_out", {}))
+            resuming.restore_weights(job.model, found)
             trainer.add_callback(resuming.Resumed(trainer, found))
-            outcome.go_on(found, steps)
-        report.write_json(job.folder / "run.json", summary.summarize(job, outcome, trainer, started))
-        machine = hardware.line(job.machine)
-        reporter.start(job.config.name, machine, job.settings, job.total_steps, job.usd_per_hour)
-        record = Journal(job, trainer, reporter, outcome)
-        keeper, recorder = watch(job, trainer, record, outcome, identity, started)
+        keeper = checkpoint.Keeper(journal, trainer, validator, identity)
+        hours = job.config.checkpoint.max_hours
+        recorder = trainers.StepRecorder(
+            trainer, journal, validator, keeper, ends_at=started + 3600 * hours if hours else math.inf
+        )
+        trainer.add_callback(recorder)
+        report.write_json(job.folder / "run.json", result_of(recorder))
+        reporter.start(job.config.name, hardware.line(job.machine), job.settings, job.total_steps, job.usd_per_hour)
         with signals_to(recorder.stop):
             try:
-                train(job, record, outcome, keeper, recorder)
-                save(job, outcome, initial)
-                result = write_down(job, outcome, recorder, before, started)
+                train(recorder)
+                save(journal, initial)
+                result = finish(recorder, before, when_saved)
             except KeyboardInterrupt:  # a second signal
                 for number in SIGNALS:
                     signal.signal(number, signal.SIG_IGN)
-                outcome.status, outcome.error = "interrupted", AT_ONCE
-                result = write_down(job, outcome, recorder, before, started)
+                journal.status, journal.error = "interrupted", Stopped.AT_ONCE
+                result = finish(recorder, before, when_saved)
         with suppress(KeyboardInterrupt):
-            record.tracker.close()  # last: a service that hangs must not hold up what is saved
+            journal.close()
     return result
 
 
-def watch(
-    job: Job, trainer: Any, record: Journal, outcome: Outcome, identity: dict[str, str], started: float
-) -> tuple[Any, Any]:
-    """(Keeper, StepRecorder): what looks on after every step."""
-    from fasttune.core.evaluation import Validator
-    from fasttune.core.resume import Keeper
-    from fasttune.core.trainer import StepRecorder
-
-    validator = Validator(job, trainer.model, trainer.args.bf16)
-    keeper = Keeper(job, trainer, validator, identity, started - outcome.earlier_s, outcome, record.warn)
-    hours = job.config.checkpoint.max_hours
-    ends_at = started + 3600 * hours if hours else math.inf
-    recorder = StepRecorder(trainer, record.step, validator, keeper.after_step, ends_at)
-    trainer.add_callback(recorder)
-    return keeper, recorder
-
-
-def train(job: Job, record: Journal, outcome: Outcome, keeper: Any, recorder: Any) -> None:
-    """All optimizer steps that are left; fills `outcome`, whatever ends them."""
-    validator = recorder.validator
+def train(recorder: "StepRecorder") -> None:
+    """All optimizer steps that are left; writes down what ends them, unless it is a second signal."""
+    job, journal, validator = recorder.job, recorder.journal, recorder.validator
     try:
-        with record:
-            if outcome.resumed_from_step is not None:
-                validator.restore(outcome.held_out)
-            elif validator.due(0):
+        with journal:
+            if journal.resumed_from_step is None and validator.due(0):
                 validator.measure(0)
-            if outcome.done < job.total_steps:
+            if journal.done < job.total_steps:
                 recorder.trainer.train()
             if recorder.stopped_by is None and validator.missing(job.total_steps):  # ended by a signal, and resumed
                 validator.measure(job.total_steps)
-        outcome.status = "completed"
-    except KeyboardInterrupt:
-        outcome.status, outcome.error = "interrupted", AT_ONCE
-        return
+        journal.status = "completed"
     except Exception as error:  # every ending is reported in run.json
-        outcome.status, outcome.error = "failed", _one_line(error, job)
+        journal.status, journal.error = "failed", _one_line(error, job)
         print(traceback.format_exc())  # into library.log
         return
     if recorder.stopped_by is not None:
-        outcome.status, outcome.error = "interrupted", f"stopped by {recorder.stopped_by}"
-    if outcome.done and not keeper.sound():
-        outcome.status = "failed"
-        outcome.error = f"the weights have diverged: begin anew with a lower train.learning_rate; {outcome.kept}"
-    elif outcome.done:
-        outcome.saved_step = keeper.bring_back_best(outcome.done)
+        journal.status, journal.error = "interrupted", recorder.stopped_by
+    if journal.done and not recorder.keeper.sound():
+        journal.status = "failed"
+        journal.error = f"the weights have diverged: start over with a lower train.learning_rate; {journal.kept}"
+    elif journal.done:
+        journal.saved_step = recorder.keeper.bring_back_best(journal.done)
 
 
-def save(job: Job, outcome: Outcome, initial_adapter: Path | None) -> None:
+def save(journal: Journal, initial_adapter: Path | None) -> None:
     """Write adapter/ or model/ of a run that made at least one good step; a full disk makes the run `failed`.
 
     Not after a second signal: it may have come in the middle of a step of the optimizer.
@@ -149,7 +141,8 @@ def save(job: Job, outcome: Outcome, initial_adapter: Path | None) -> None:
 
     from fasttune.core import model as models
 
-    if outcome.saved_step is None:
+    job = journal.job
+    if journal.saved_step is None:
         return
     full = job.config.train.method == "full"
     kind, dtype = ("model", job.plan.dtype) if full else ("adapter", None)
@@ -159,34 +152,36 @@ def save(job: Job, outcome: Outcome, initial_adapter: Path | None) -> None:
             (job.folder / name).unlink(missing_ok=True)
     except (OSError, SafetensorError) as error:
         why = getattr(error, "strerror", None) or first_line(error)
-        outcome.status, outcome.error = "failed", f"{kind}/ could not be written: {why}; {outcome.kept}"
+        journal.status, journal.error = "failed", f"{kind}/ could not be written: {why}; {journal.kept}"
 
 
-def write_down(job: Job, outcome: Outcome, recorder: Any, before: list[str], started: float) -> RunResult:
-    """run.json, report and card, and before them the answers of a run that is completed. A disk that cannot take them
+def finish(recorder: "StepRecorder", before: list[str], when_saved: Callable[[Path, RunResult], None]) -> RunResult:
+    """run.json and the report, and before them the answers of a run that is completed. A disk that cannot take them
     makes the run `failed`.
     """
-    result = summary.summarize(job, outcome, recorder.trainer, started)
-    result.held_out = recorder.validator.result(outcome.saved_step)
+    from fasttune.core import what_ran
+
+    job, journal, samples, match = recorder.job, recorder.journal, list[Sample](), None
     path = job.folder / "run.json"
+    speed = what_ran.achieved_tflops(job, journal.steps, MATMUL_SECONDS)
     try:
-        if outcome.status == "completed":  # said only when all of it is there: until then --resume does the rest
-            report.write_json(path, replace(result, status="running", resume_command=summary.resume_command(job)))
-            answer_again(job, result, before, recorder)
-            summary.set_cost(result, outcome, started)
-        report.write_html(job.folder / "report.html", result, outcome.steps)
-        card.of_run(job.folder, result)
+        if journal.status == "completed":  # said only when all of it is there: until then --resume does the rest
+            report.write_json(path, result_of(recorder, speed, status="running"))
+            samples, match = answer_again(recorder, before)
+        result = result_of(recorder, speed, samples, match)
+        report.write_html(job.folder / "report.html", result, journal.steps)
+        when_saved(job.folder, result)
         report.write_json(path, result)
     except FasttuneError as error:
-        told = f"{first_line(error)}; {outcome.kept}"
-        if outcome.status == "completed":
-            result.status, result.error, result.resume_command = "failed", told, summary.resume_command(job)
+        told = f"{first_line(error)}; {journal.kept}"
+        if journal.status == "completed":
+            journal.status, journal.error = "failed", told
         else:
-            result.warnings.append(told)
+            journal.warnings.append(told)
+        result = result_of(recorder, speed, samples, match)
         with suppress(FasttuneError):
             report.write_json(path, result)
-        return result
-    if outcome.status == "completed":
+    if journal.status == "completed":
         last = job.folder / checkpoint.FOLDER / f"step-{job.total_steps}"
         checkpoint.remove(last)
         with suppress(OSError):  # others are in it
@@ -195,24 +190,86 @@ def write_down(job: Job, outcome: Outcome, recorder: Any, before: list[str], sta
     return result
 
 
-def answer_again(job: Job, result: RunResult, before: list[str], recorder: Any) -> None:
+def answer_again(recorder: "StepRecorder", before: list[str]) -> tuple[list[Sample], ExactMatch | None]:
     """The held-out problems after training; what goes wrong with them costs a warning and not the run."""
-    from fasttune.core import samples
+    from fasttune.core import evaluation
 
+    job = recorder.job
     if not job.problems:
-        return
-    failed = "the held-out problems were not answered after training: "
+        return [], None
     try:
-        if recorder.stopped_by is not None:
-            raise KeyboardInterrupt
-        with signals_to(_at_once):
-            after = samples.answer(job.model, job.tokenizer, job.problems, job.plan.gradient_checkpointing)
-            result.samples, result.exact_match = samples.compare(job.config, job.problems, before, after)
+        if recorder.stopped_by is None:
+            with signals_to(_at_once):
+                return evaluation.compare(job.config, job.problems, before, evaluation.answer(job, job.problems))
+        why = "a signal ended it"
     except KeyboardInterrupt:
-        result.warnings.append(failed + "a signal ended it")
+        why = "a signal ended it"
     except Exception as error:
         print(traceback.format_exc())  # into library.log
-        result.warnings.append(failed + first_line(error))
+        why = first_line(error)
+    recorder.journal.warnings.append(f"the held-out problems were not answered after training: {why}")
+    return [], None
+
+
+def result_of(
+    recorder: "StepRecorder",
+    speed: tuple[float | None, float | None] = (None, None),
+    samples: list[Sample] | None = None,
+    exact_match: ExactMatch | None = None,
+    status: Status | None = None,
+) -> RunResult:
+    """Every number of run.json, from the steps that were measured and the objects that ran.
+
+    speed: what_ran.achieved_tflops of these steps. status: in place of the journal's.
+    """
+    from fasttune.core import what_ran
+    from fasttune.core.trainer import backend
+
+    job, journal, trainer = recorder.job, recorder.journal, recorder.trainer
+    steps, status = journal.steps, status or journal.status
+    resumable = status == "running" or (status != "completed" and journal.checkpoint is not None)
+    tokens, padding = (sum(getattr(step, name) for step in steps) for name in ("tokens", "padding_tokens"))
+    tokens_per_s, price, wall_s = metrics.median_rate(steps), job.usd_per_hour, journal.wall_s
+    achieved, matmul = speed
+    peak = hardware.peak_bf16_tflops(job.machine.gpus[0].name) if job.machine.gpus else None
+    outside = trainer.peak_outside_gib  # None on a CPU, where a peak is that of the whole process
+    return RunResult(
+        status=status,
+        name=job.config.name,
+        output_dir=str(job.folder),
+        steps=journal.done,
+        first_loss=steps[0].loss if steps and steps[0].step == 1 else None,
+        last_loss=steps[-1].loss if steps else None,
+        tokens=tokens,
+        loss_tokens=sum(step.loss_tokens for step in steps),
+        padding_fraction=padding / max(tokens + padding, 1),
+        tokens_per_s=tokens_per_s,
+        loss_tokens_per_s=metrics.median_rate(steps, "loss_tokens"),
+        steady_steps=len(metrics.steady(steps)),
+        seconds_to_first_step=trainer.first_step_done - journal.started if trainer.first_step_done else None,
+        wall_s=wall_s,
+        peak_memory_gib=max(s.peak_memory_gib for s in steps) if steps and outside else what_ran.peak_memory_gib(),
+        mfu=achieved / peak if achieved and peak and job.plan.dtype == "bfloat16" else None,
+        fraction_of_measured_matmul=achieved / matmul if achieved and matmul else None,
+        measured_matmul_tflops=matmul,
+        flops_formula=metrics.FLOPS_FORMULA,
+        cost_usd=None if price is None else price * wall_s / 3600,
+        usd_per_hour=price,
+        usd_per_million_tokens=price / 3600 / tokens_per_s * 1e6 if price is not None and tokens_per_s else None,
+        backend=backend(trainer),
+        versions=stack.versions(),
+        hardware=asdict(job.machine),
+        settings=job.settings,
+        exact_match=exact_match,
+        forecast=job.forecast,
+        samples=samples or [],
+        held_out=recorder.validator.result(journal.saved_step),
+        warnings=journal.warnings,
+        error=journal.error,
+        resumed_from_step=journal.resumed_from_step,
+        peak_outside_steps_gib=outside,
+        resume_command=run_folder.resume_command(job) if resumable else None,
+    )
 
 
 def _at_once(number: int, _frame: Any) -> None:
@@ -220,7 +277,7 @@ def _at_once(number: int, _frame: Any) -> None:
 
 
 @contextmanager
-def signals_to(handler: Any) -> Iterator[None]:
+def signals_to(handler: Callable[[int, Any], None]) -> Iterator[None]:
     """SIGINT and SIGTERM go to `handler` meanwhile."""
     old = {number: signal.signal(number, handler) for number in SIGNALS}
     try:
@@ -231,7 +288,9 @@ def signals_to(handler: Any) -> Iterator[None]:
 
 
 def _one_line(error: Exception, job: Job) -> str:
-    if type(error).__name__ == "OutOfMemoryError":
+    import torch
+
+    if isinstance(error, torch.OutOfMemoryError):
         ways = smaller(job.config, bool(job.machine.gpus))
         return f"out of memory with the fewest rows at once; try, in this order: {'; '.join(ways)}"
     return first_line(error) if isinstance(error, FasttuneError) else kind_and_line(error)

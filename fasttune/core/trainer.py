@@ -6,10 +6,9 @@ Shapes: B rows of a micro-batch, T tokens of the longest row (or of the whole pa
 import math
 import signal
 import time
-from collections.abc import Callable
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 from fasttune.core import model as fasttune_model  # first: it imports unsloth, which patches transformers and trl
 
@@ -18,16 +17,18 @@ import transformers
 import trl
 from datasets import Dataset
 
-from fasttune.cpu import fused_lora
-from fasttune.data.batching import Batches, ON_HOST
-from fasttune.metrics import Backend, StepMetrics
 from fasttune.core import what_ran
-from fasttune.core.what_ran import Watched, count_tokens, dtypes, optimizer, round_by_chance, rows_of, synchronize
-from fasttune.core.prepare import Job
-from fasttune.core.evaluation import Validator
+from fasttune.core.what_ran import Watched, count_tokens, dtypes, optimizer, round_by_chance, synchronize
+from fasttune.cpu import fused_lora
+from fasttune.data.batching import ON_HOST, Batches
+from fasttune.errors import RunFailed
+from fasttune.metrics import Backend, StepMetrics, Stopped
 
-
-MAX_HOURS = "checkpoint.max_hours"
+if TYPE_CHECKING:
+    from fasttune.core.checkpoint import Keeper
+    from fasttune.core.evaluation import Validator
+    from fasttune.core.prepare import Job
+    from fasttune.core.run_folder import Journal
 
 
 class MeasuredTrainer(Watched, trl.SFTTrainer):
@@ -38,9 +39,7 @@ class MeasuredTrainer(Watched, trl.SFTTrainer):
     """
 
     counts: dict[str, int]
-    rows_seen: int = 0  # of the last step, and in how many micro-batches
-    micro_batches_seen: int = 0
-    packed_seen: bool = False
+    layout: str = "not seen"  # how the rows of the last step lay
     started: float = 0.0  # of the present step
     step_loss: float = 0.0
     rows_at_once: int | None = None  # fewer than planned, since memory ran out
@@ -48,7 +47,7 @@ class MeasuredTrainer(Watched, trl.SFTTrainer):
     peak_outside_gib: float | None = None  # of a GPU's memory before and between the steps
 
     def get_batch_samples(self, epoch_iterator: Any, num_batches: int, device: torch.device) -> Any:
-        """The micro-batches of one optimizer step and how many tokens it learns: the loss is their mean over all of it.
+        """The micro-batches of one optimizer step and its supervised tokens: the loss is the mean over all of them.
 
         The step's clock starts before they are made.
         """
@@ -56,13 +55,14 @@ class MeasuredTrainer(Watched, trl.SFTTrainer):
         self.started = time.perf_counter()
         steps = [step for _, step in zip(range(num_batches), epoch_iterator, strict=False)]
         micro_batches = [batch for step in steps for batch in step]
-        if micro_batches:
-            self.counts = count_tokens(micro_batches)
-            self.packed_seen = all("attention_mask" not in batch for batch in micro_batches)
-            self.micro_batches_seen = len(micro_batches)
-            self.rows_seen = sum(rows_of(batch) for batch in micro_batches)
-            return steps, torch.tensor(self.counts["loss_tokens"], device=device)
-        return steps, None
+        if not micro_batches:
+            return steps, None
+        self._look_at(micro_batches)
+        return steps, torch.tensor(self.counts["loss_tokens"], device=device)
+
+    def _look_at(self, micro_batches: list[dict[str, Any]]) -> None:
+        self.counts = count_tokens(micro_batches)
+        self.layout = what_ran.layout(micro_batches, self.counts["shared_tokens"])
 
     def training_step(self, model: Any, inputs: list[dict[str, Any]], num_items_in_batch: Any = None) -> torch.Tensor:
         """Forward and backward of every micro-batch of a step; returns their summed loss.
@@ -81,8 +81,8 @@ class MeasuredTrainer(Watched, trl.SFTTrainer):
             torch.cuda.empty_cache()
         return self._micro_steps(model, self._made_again(), num_items_in_batch)
 
-    def _micro_steps(self, model: Any, inputs: list[dict[str, Any]], learned: Any) -> torch.Tensor:
-        total = torch.stack([self._micro_step(model, batch, learned) for batch in inputs]).sum()
+    def _micro_steps(self, model: Any, inputs: list[dict[str, Any]], supervised: Any) -> torch.Tensor:
+        total = torch.stack([self._micro_step(model, batch, supervised) for batch in inputs]).sum()
         self.step_loss = float(total)
         return total
 
@@ -98,7 +98,7 @@ class MeasuredTrainer(Watched, trl.SFTTrainer):
 
     def _made_again(self) -> list[dict[str, Any]]:
         micro_batches = self.data_collator([{"step": self.state.global_step}])
-        self.counts, self.micro_batches_seen = count_tokens(micro_batches), len(micro_batches)
+        self._look_at(micro_batches)
         return micro_batches
 
     def _prepare_inputs(self, inputs: dict[str, torch.Tensor]) -> dict[str, torch.Tensor]:
@@ -108,8 +108,8 @@ class MeasuredTrainer(Watched, trl.SFTTrainer):
             for name, tensor in inputs.items()
         }
 
-    def _micro_step(self, model: Any, batch: dict[str, Any], learned: Any) -> torch.Tensor:
-        return super().training_step(model, batch, learned)
+    def _micro_step(self, model: Any, batch: dict[str, Any], supervised: Any) -> torch.Tensor:
+        return super().training_step(model, batch, supervised)
 
 
 @dataclass
@@ -127,30 +127,28 @@ class StepCollator:
 
 
 class StepRecorder(transformers.TrainerCallback):
-    """Turns the trainer's events into StepMetrics, leaves bad steps out, and ends in order: signals, max_hours."""
+    """After every step: its numbers into the journal, what is due (evaluation, checkpoint), and whether to stop.
+
+    Leaves steps out that are not finite, and ends the run in order: a signal, max_hours.
+    """
 
     def __init__(
-        self,
-        trainer: MeasuredTrainer,
-        on_step: Callable[[StepMetrics, int], None],
-        validator: Validator,
-        after_step: Callable[[int, bool], None] = lambda step, stopping: None,
-        ends_at: float = math.inf,
+        self, trainer: MeasuredTrainer, journal: "Journal", validator: "Validator", keeper: "Keeper", ends_at: float
     ):
-        self.trainer = trainer
-        self.on_step = on_step  # the step, and how many in a row were bad
-        self.validator = validator
-        self.after_step = after_step  # step, whether it is the last before an early end
+        self.job, self.trainer, self.journal = journal.job, trainer, journal
+        self.validator, self.keeper = validator, keeper
         self.ends_at = ends_at  # perf_counter()
         self.seconds = self.peak_memory_gib = 0.0
-        self.stopped_by: str | None = None
+        self.stopped_by: Stopped | None = None
         self.bad_in_a_row = 0
+        self._rows_at_once: int | None = None
+        self._promises_looked_at = False
 
     def stop(self, number: int, _frame: Any) -> None:
         """Signal handler: the first one ends the run after this step, a second one at once."""
         if self.stopped_by is not None:
             raise KeyboardInterrupt
-        self.stopped_by = signal.Signals(number).name
+        self.stopped_by = Stopped.SIGINT if number == signal.SIGINT else Stopped.SIGTERM
 
     def on_step_begin(self, *_: Any, **__: Any) -> None:
         """What was loaded, proved or evaluated until now is in no step's peak memory."""
@@ -174,7 +172,7 @@ class StepRecorder(transformers.TrainerCallback):
         self.peak_memory_gib = what_ran.restart_peak() or what_ran.peak_memory_gib()
         self.trainer.first_step_done = self.trainer.first_step_done or now
         if self.stopped_by is None and now >= self.ends_at and state.global_step < state.max_steps:
-            self.stopped_by = MAX_HOURS
+            self.stopped_by = Stopped.MAX_HOURS
         if self.stopped_by is not None:
             control.should_training_stop = True
 
@@ -184,26 +182,52 @@ class StepRecorder(transformers.TrainerCallback):
         counts, step = self.trainer.counts, state.global_step
         stopping = self.stopped_by is not None  # then the time is short
         seen = self.validator.measure(step) if self.validator.due(step) and not stopping else None
-        self.on_step(
-            StepMetrics(
-                step=step,
-                loss=float(logs["loss"]),
-                learning_rate=float(logs["learning_rate"]),
-                grad_norm=float(logs["grad_norm"]) if logs.get("grad_norm") is not None else None,
-                seconds=self.seconds,
-                tokens_per_s=counts["tokens"] / self.seconds,
-                peak_memory_gib=self.peak_memory_gib,
-                eval_loss=seen.loss if seen else None,
-                eval_token_accuracy=seen.token_accuracy if seen else None,
-                eval_exact_match=seen.exact_match if seen else None,
-                **counts,
-            ),
-            self.bad_in_a_row,
+        measured = StepMetrics(
+            step=step,
+            loss=float(logs["loss"]),
+            learning_rate=float(logs["learning_rate"]),
+            grad_norm=float(logs["grad_norm"]) if logs.get("grad_norm") is not None else None,
+            seconds=self.seconds,
+            tokens_per_s=counts["tokens"] / self.seconds,
+            peak_memory_gib=self.peak_memory_gib,
+            eval_loss=seen.loss if seen else None,
+            eval_token_accuracy=seen.token_accuracy if seen else None,
+            eval_exact_match=seen.exact_match if seen else None,
+            **counts,
         )
-        self.after_step(step, stopping)
+        self.journal.step(measured)
+        self._warn_of_what_runs(step)
+        if self.bad_in_a_row:
+            self._not_applied(measured)
+        if stopping or self.keeper.due(step):
+            self.keeper.write(step)
+
+    def _warn_of_what_runs(self, step: int) -> None:
+        """Where that is not what was asked for, or not any more."""
+        if not self._promises_looked_at:
+            self._promises_looked_at = True
+            for text in what_ran.broken_promises(self.job, self.trainer, backend(self.trainer)):
+                self.journal.warn(text)
+        if self.trainer.rows_at_once != self._rows_at_once:
+            self._rows_at_once = self.trainer.rows_at_once
+            self.journal.warn(
+                f"out of memory at step {step}: from here on {self._rows_at_once} full rows at once; the batch stays "
+                f"{self.job.config.train.batch_rows} rows, so the result does not change"
+            )
+
+    def _not_applied(self, step: StepMetrics) -> None:
+        """A warning for a bad step. Raises RunFailed for too many in a row."""
+        bad = "a gradient that is not finite" if math.isfinite(step.loss) else f"a loss of {step.loss}"
+        rows = self.job.data.describe(step.step - 1)
+        self.journal.warn(f"step {step.step} was not applied: {bad}; it had {rows}")
+        if self.bad_in_a_row > self.job.config.train.max_bad_steps:
+            raise RunFailed(
+                f"{self.bad_in_a_row} steps in a row could not be applied, the last with {bad} on {rows}; "
+                f"look at these rows, or lower train.learning_rate; {self.journal.kept}"
+            )
 
 
-def build(job: Job, scratch: Path, done: int = 0) -> MeasuredTrainer:
+def build(job: "Job", scratch: Path, done: int = 0) -> MeasuredTrainer:
     """The trainer of a prepared job whose first `done` steps are behind it. `scratch` is where TRL may write."""
     config, plan, train = job.config, job.plan, job.config.train
     arguments = trl.SFTConfig(
@@ -256,7 +280,7 @@ def backend(trainer: MeasuredTrainer) -> Backend:
     return Backend(
         library=_library(model),
         attention=trainer.attention_seen or "not seen",
-        packing=_packing(trainer),
+        packing=f"{trainer.layout} (last step)",
         **fasttune_model.patched_layers(model),
         gradient_checkpointing=trainer.recomputation_seen or "not seen",
         dtype=dtypes(model, trainer.args.bf16),
@@ -269,10 +293,3 @@ def _library(model: Any) -> str:
         return "unsloth + trl"
     fused = fused_lora.live_layers(model)
     return "unsloth (CPU backend) + trl" + (f", LoRA fused in {fused} layers" if fused else "")
-
-
-def _packing(trainer: MeasuredTrainer) -> str:
-    form = "packed" if trainer.packed_seen else "padded"
-    text = f"{form}: {trainer.rows_seen} rows in {trainer.micro_batches_seen} micro-batches"
-    shared = trainer.counts["shared_tokens"] if trainer.rows_seen else 0
-    return text + (f", {shared} tokens of a shared beginning not computed again" if shared else "") + " (last step)"

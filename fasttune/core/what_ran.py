@@ -5,19 +5,24 @@ Shapes: B rows of a micro-batch, T tokens of the longest row (or of the whole pa
 """
 
 import hashlib
+import statistics
 import zlib
 from collections.abc import Iterable
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 import torch
 import torch.utils.checkpoint
 
-from fasttune import metrics
-from fasttune.core.memory import STOCHASTIC_ADAMW, Shape
+from fasttune import hardware, metrics
+from fasttune.core.memory import MLP, STOCHASTIC_ADAMW, Shape
 from fasttune.data.tokenize import IGNORE
-from fasttune.metrics import Flops
+from fasttune.metrics import Backend, Flops, StepMetrics
 from fasttune.quiet import native_stderr_closed
+
+if TYPE_CHECKING:
+    from fasttune.core.prepare import Job
+    from fasttune.core.trainer import MeasuredTrainer
 
 PROBED = 256  # values of every parameter that tell whether the base model is the same
 MOMENTS = {"exp_avg", "exp_avg_sq", "state1", "state2"}  # of torch's and torchao's AdamW, and of bitsandbytes'
@@ -42,7 +47,9 @@ class AttentionSeen:
 
     @property
     def operators(self) -> str:
-        return attention_operator(self.names)
+        """The innermost of them, e.g. aten::_flash_attention_forward."""
+        inner = {name for name in self.names if name != "aten::scaled_dot_product_attention" and "Backward" not in name}
+        return ", ".join(sorted(inner or self.names)) or "no fused attention operator"
 
     def __enter__(self) -> "AttentionSeen":
         self._profile = torch.profiler.profile(activities=[torch.profiler.ProfilerActivity.CPU])
@@ -54,7 +61,10 @@ class AttentionSeen:
         with native_stderr_closed():
             self._profile.stop()
         events = self._profile.profiler.kineto_results.events()  # made into Python's, they are 9 MB a layer
-        self.names |= {name for event in events if is_attention(name := event.name())}
+        ran = {event.name() for event in events}
+        self.names |= {
+            name for name in ran if any(part in name for part in ATTENTION_OPERATORS) and not name.endswith("_backward")
+        }
         del self._profile
 
 
@@ -96,7 +106,7 @@ def checkpointing(model: Any) -> str:
 
 
 def count_tokens(batches: list[dict[str, torch.Tensor]]) -> dict[str, int]:
-    """Tokens, trained tokens, padding of the micro-batches of a step; shared: tokens that were not computed again.
+    """Tokens, supervised tokens, padding of the micro-batches of a step; shared: tokens computed with another row.
 
     input_ids, labels: (B, T). Without an attention mask nothing is padded. The first label of a sequence is never a
     target (causal shift). A prefix that the rows of a pack share counts with every row, as it would in any layout.
@@ -113,20 +123,18 @@ def count_tokens(batches: list[dict[str, torch.Tensor]]) -> dict[str, int]:
     }
 
 
+def layout(batches: list[dict[str, torch.Tensor]], shared: int) -> str:
+    """How the rows of the micro-batches of a step lie: "packed: 8 rows in 1 micro-batch". shared: see count_tokens."""
+    form = "padded" if any("attention_mask" in batch for batch in batches) else "packed"
+    rows = sum(map(rows_of, batches))
+    parts = "1 micro-batch" if len(batches) == 1 else f"{len(batches)} micro-batches"
+    text = f"{form}: {rows} {'row' if rows == 1 else 'rows'} in {parts}"
+    return text + (f", {shared:,} tokens of a shared beginning computed only once" if shared else "")
+
+
 def rows_of(batch: dict[str, torch.Tensor]) -> int:
     """How many rows a micro-batch holds (see data.batches)."""
     return len(batch.get("packed_seq_lengths", batch["input_ids"])) - ("shared_prefix" in batch)
-
-
-def attention_operator(names: set[str]) -> str:
-    """The innermost attention operators among profiled names, e.g. aten::_flash_attention_forward."""
-    found = sorted(filter(is_attention, names))
-    inner = [name for name in found if name != "aten::scaled_dot_product_attention" and "Backward" not in name]
-    return ", ".join(inner or found) or "no fused attention operator"
-
-
-def is_attention(name: str) -> bool:
-    return any(part in name for part in ATTENTION_OPERATORS) and not name.endswith("_backward")
 
 
 def synchronize() -> None:
@@ -227,3 +235,43 @@ def count_flops(model: Any) -> Flops | None:
 
 def _names(dtypes: set[torch.dtype]) -> str:
     return "/".join(sorted(str(dtype).removeprefix("torch.") for dtype in dtypes))
+
+
+def broken_promises(job: "Job", trainer: "MeasuredTrainer", ran: Backend) -> list[str]:
+    """What was asked for and is not what runs: a setting is never ignored in silence."""
+    found = []
+    plan, config = job.plan, job.config
+    optimizer = getattr(trainer.args.optim, "value", trainer.args.optim)
+    if optimizer != (STOCHASTIC_ADAMW if plan.stochastic_rounding else plan.optimizer):
+        found.append(f"train.optimizer={plan.optimizer} was replaced: {optimizer} runs on this machine")
+    if ran.gradient_checkpointing != plan.gradient_checkpointing:
+        asked = f"train.gradient_checkpointing={plan.gradient_checkpointing}"
+        found.append(f"{asked} was replaced: {ran.gradient_checkpointing} runs")
+    if plan.dtype == "bfloat16" and not trainer.args.bf16 and not job.machine.gpus:
+        found.append("model.dtype=bfloat16: this CPU has no native bf16, so it is emulated and slow; set float32")
+    if job.machine.gpus:
+        targets = set(config.lora.targets) if config.train.method == "lora" else set()
+        counts = {"attention": ran.patched_layers}
+        counts |= {"MLP": ran.patched_mlps} if targets & set(MLP) else {}
+        counts |= {"LoRA of attention": ran.fused_lora_layers} if targets - set(MLP) else {}
+        layers = plan.shape.layers
+        if slow := [f"{name} of {count}" for name, count in counts.items() if count < layers]:
+            found.append(f"Unsloth runs {', '.join(slow)} of {layers} layers: the rest is plain transformers and PEFT")
+    return found
+
+
+def achieved_tflops(job: "Job", steps: list[StepMetrics], seconds: float) -> tuple[float | None, float | None]:
+    """(TFLOP/s of the model in the steady steps, TFLOP/s of matmuls of the run's own shape, measured now for so many
+    seconds); None where nothing honest can be said.
+    """
+    steady, flops = metrics.steady(steps), count_flops(job.model)
+    if not steady or flops is None:
+        return None, None
+    rows = job.config.train.batch_rows
+    computed = ((step.tokens - step.shared_tokens, step) for step in steady)
+    achieved = statistics.median(flops.of_step(n, step.loss_tokens, rows) / step.seconds for n, step in computed)
+    batches = job.data.micro_batches(0)
+    tokens = sum(batch["input_ids"].size for batch in batches) // len(batches)  # × hidden × MLP width
+    shape = (tokens, job.plan.shape.hidden, job.plan.shape.mlp)
+    device = "cuda" if job.machine.gpus else "cpu"
+    return achieved / 1e12, hardware.measure_matmul_tflops(device, job.plan.dtype, [shape], seconds)[shape]

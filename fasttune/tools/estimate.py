@@ -1,6 +1,6 @@
 """What a run will need, from its plan and its encoded rows: memory, tokens, hours, dollars, each with a range.
 
-    expected = of_job(job)                # of a run that is ready to train
+    add_to(job)                           # of a run that is ready to train
     expected = of_run(config, chosen, data, machine, usd_per_hour, scale)      # of a sample of its rows
 
 Speed is model FLOPs of a step over the rate that this kind of machine has shown (rates.json, made from
@@ -20,10 +20,11 @@ from fasttune import hardware
 from fasttune.config import Config
 from fasttune.core.autoconfig import Plan
 from fasttune.core.memory import Workload, forecast
+from fasttune.core.prepare import Job
 from fasttune.data.batching import Batches
 from fasttune.data.tokenize import IGNORE
 from fasttune.hardware import Hardware
-from fasttune.metrics import Forecast, Range
+from fasttune.metrics import Forecast, Range, Setting
 from fasttune.report import duration, usd
 from fasttune.tools import roofline
 from fasttune.tools.roofline import SMALLEST, Sample
@@ -42,10 +43,11 @@ LOAD_S_A_GIB = Range(0.3, 1.0, 3.0)  # of weights, on a GPU: a guess
 TOUCH_S_A_GIB = Range(0.5, 1.0, 4.0)  # of peak memory, on a CPU: its first step has the pages given (docs/LOG.md)
 
 
-def of_job(job: Any) -> Forecast:
-    """The forecast of a prepared run (core's Job); packed as its live model allows."""
+def add_to(job: Job) -> None:
+    """The forecast of a run that is ready to train, packed as its live model allows, and the setting that shows it."""
     chosen = replace(job.plan, packed=job.data.packed)
-    return of_run(job.config, chosen, job.data, job.machine, job.usd_per_hour)
+    job.forecast = of_run(job.config, chosen, job.data, job.machine, job.usd_per_hour)
+    job.settings.append(Setting("forecast", in_words(job.forecast), f"speed: {job.forecast.rate}"))
 
 
 def of_run(

@@ -177,10 +177,10 @@ def rehearse(settings: dict[str, Any], fused: bool) -> dict[str, Any]:
 
 def main(runs: dict[str, dict[str, Any]]) -> dict[str, Any]:
     cuda_on_cpu.start()
-    from fasttune.core import packing, summary
+    from fasttune.core import packing, train
 
     packing.PROBE_PREFIX, packing.PROBE_LENGTHS = 1, [4, 5, 3]  # a token takes the interpreter a tenth of a second
-    summary.MATMUL_SECONDS = 0.01
+    train.MATMUL_SECONDS = 0.01
     return {name: rehearse(run["config"], run["fused"]) for name, run in runs.items()}
 
 
