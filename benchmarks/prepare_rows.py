@@ -189,11 +189,11 @@ def write_rows(path: Path, rows: int) -> Path:
 
 
 def where() -> dict[str, Any]:
-    from fasttune import hardware, stack
+    from fasttune import hardware
     from fasttune.bench.run import revision
 
     machine = hardware.line(hardware.detect(Path.cwd()))
-    return {"hardware": machine, "versions": stack.versions(), "git": revision()}
+    return {"hardware": machine, "versions": system.versions(), "git": revision()}
 
 
 if __name__ == "__main__":

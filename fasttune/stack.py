@@ -243,7 +243,7 @@ def compare(pins: Mapping[str, str], versions: Mapping[str, str]) -> list[Mismat
     return mismatches
 
 
-def mend_command(packages: Iterable[str], stack: str) -> str:
+def repair_command(packages: Iterable[str], stack: str) -> str:
     """The command that mends these packages: it names those that differ from the stack's pins.
 
     With torch goes what belongs to it (torchvision, triton, its CUDA libraries). Where none of them differs, others are

@@ -50,7 +50,7 @@ def prepare(config: Config, scratch: Path) -> Any:
     """The job as `fasttune train` prepares it."""
     from fasttune import terminal
     from fasttune.core import prepare
-    from fasttune.quiet import library_log
+    from fasttune.system import library_log
 
     with library_log():
         return prepare.prepare(config, scratch / "run", terminal.Reporter(quiet=True))

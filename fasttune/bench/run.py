@@ -17,7 +17,7 @@ from datetime import UTC, datetime
 from pathlib import Path
 from typing import Any
 
-from fasttune import children, config as configuration, gpus, hardware, metrics, paths, report, stack
+from fasttune import config as configuration, gpus, hardware, metrics, report, system
 from fasttune.bench.arms import PLAIN, WHAT
 from fasttune.bench.stats import MIN_REPEATS, NO_REVISION, WARMUP_STEPS, Arm, Bench, Limit, Repeat
 from fasttune.config import Config, EvalConfig
@@ -74,7 +74,7 @@ def run(
         resolved = configuration.load(Path(shared) / "config.yaml", ours=True)
         # What all measurements of a benchmark have in common: the job, the code and the kind of machine.
         job = resolved.model_dump(mode="json", exclude={"output_dir", "overwrite"})
-        identity: dict[str, Any] = {"config": job, "steps": steps, "git": revision(), "versions": stack.versions()}
+        identity: dict[str, Any] = {"config": job, "steps": steps, "git": revision(), "versions": system.versions()}
         identity["machine"] = hardware.machine_name(machine)
         measured = Measurements(folder, identity, datetime.now(UTC).strftime("%Y-%m-%d"))
         everything = [(name, number) for number in range(repeats) for name in [*arms, "limit"]]
@@ -144,8 +144,8 @@ def share(config: Config, shared: Path, steps: int) -> dict[str, Any]:
 
 def fresh_process(what: str, shared: Path, steps: int) -> dict[str, Any]:
     """One measurement of worker.py; what its libraries print is dropped."""
-    command = children.command("fasttune.bench.worker", what, str(shared), str(steps))
-    done = subprocess.run(command, capture_output=True, text=True, check=False, env=children.environment())
+    command = system.child_command("fasttune.bench.worker", what, str(shared), str(steps))
+    done = subprocess.run(command, capture_output=True, text=True, check=False, env=system.child_environment())
     try:
         return json.loads(done.stdout.splitlines()[-1])
     except (IndexError, ValueError):
@@ -161,7 +161,7 @@ class Measurements:
         self.path = folder / "measurements.jsonl"
         try:
             folder.mkdir(parents=True, exist_ok=True)
-            text = paths.read_text(self.path, "replace") if self.path.exists() else ""
+            text = system.read_text(self.path, "replace") if self.path.exists() else ""
         except OSError as error:
             raise OutputError(f"output: {folder} cannot be written ({error.strerror}); name another folder") from error
         first, *self.lines = self._read(text) or [identity | {"date": date}]
@@ -201,7 +201,7 @@ class Measurements:
 
     def add(self, line: dict[str, Any]) -> None:
         self.lines.append(line)
-        with paths.open_text(self.path, "a") as file:
+        with system.open_text(self.path, "a") as file:
             file.write(json.dumps(line) + "\n")
             file.flush()
             os.fsync(file.fileno())

@@ -17,7 +17,7 @@ from itertools import chain
 from pathlib import Path
 from typing import Any
 
-from fasttune import cache, hub, paths
+from fasttune import hub, system
 from fasttune.config import ModelConfig
 from fasttune.core.memory import NEEDED, Shape
 from fasttune.errors import FasttuneError, ModelError, first_line
@@ -114,7 +114,7 @@ def _source(config: ModelConfig) -> str:
     folder = folder_of(config.name)
     if folder is None:
         return config.name
-    paths.check_model(folder)
+    system.check_model_folder(folder)
     for path in folder.iterdir():
         if path.suffix == ".json" and path.is_file() and path.stat().st_size > MAX_JSON_BYTES:
             raise ModelError(f"{path}: is larger than {MAX_JSON_BYTES >> 20} MiB, which no such file is; get it again")
@@ -248,7 +248,7 @@ def pickled(what: str, file: str) -> ModelError:
 
 def builtin(name: str) -> Path:
     """Folder of a built-in model; made at the first use. Raises ModelError for an unknown name or a missing wheel."""
-    return cache.folder(*_recipe(name))
+    return system.cached_folder(*_recipe(name))
 
 
 def _recipe(name: str) -> tuple[str, Callable[[Path], None]]:

@@ -19,13 +19,13 @@ from typing import IO, TYPE_CHECKING
 
 import pydantic
 
-from fasttune import config as configuration, hardware, paths, report
+from fasttune import config as configuration, hardware, report, system
 from fasttune.config import TRUST, Config
 from fasttune.core import checkpoint
 from fasttune.core.checkpoint import Checkpoint
 from fasttune.errors import OutputError, in_one_line
 from fasttune.metrics import Status, StepMetrics
-from fasttune.quiet import LibraryLog
+from fasttune.system import LibraryLog
 from fasttune.terminal import Reporter
 
 if TYPE_CHECKING:
@@ -183,7 +183,7 @@ def hold(folder: Path) -> IO[str]:
     """Make the folder and hold it for this process. Returns the open lock: it is free when the process is gone."""
     with _explained(folder, "made"):
         folder.mkdir(parents=True, exist_ok=True)
-        lock = paths.open_text(folder / LOCK, "a+")
+        lock = system.open_text(folder / LOCK, "a+")
         try:
             fcntl.flock(lock, fcntl.LOCK_EX | fcntl.LOCK_NB)
         except BlockingIOError:
@@ -222,7 +222,7 @@ def begin(job: "Job", log: LibraryLog, start: Path | None, resumed: bool) -> Non
 def _write_config(job: "Job") -> None:
     header = f"{MARK}; run it again with: fasttune train config.yaml\n"
     text = configuration.dump(_portable(job.config), header)
-    paths.write(job.folder / CONFIG, text.encode())
+    system.write_atomic(job.folder / CONFIG, text.encode())
 
 
 def _portable(config: Config) -> Config:
@@ -338,7 +338,7 @@ class Journal:
             if self._disk_is_full or not self._path.exists():
                 self._write_all()
             else:
-                with paths.open_text(self._path, "a") as file:
+                with system.open_text(self._path, "a") as file:
                     file.write(_line(step))
             self._disk_is_full = False
         except OSError as error:
@@ -355,7 +355,7 @@ class Journal:
             folder.mkdir(parents=True, exist_ok=True)  # a checkpoint may have made it already
             _write_config(self.job)
             self.warn(f"{folder} was removed while the run wrote into it: made again")
-        paths.write(self._path, "".join(map(_line, self.steps)).encode())
+        system.write_atomic(self._path, "".join(map(_line, self.steps)).encode())
 
 
 def _line(step: StepMetrics) -> str:

@@ -14,7 +14,7 @@ from dataclasses import asdict
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from fasttune import hardware, metrics, report, stack
+from fasttune import hardware, metrics, report, system
 from fasttune.config import Config
 from fasttune.core import checkpoint, run_folder
 from fasttune.core.autoconfig import smaller
@@ -22,7 +22,7 @@ from fasttune.core.prepare import Job, preflight, prepare
 from fasttune.core.run_folder import Journal
 from fasttune.errors import FasttuneError, first_line, kind_and_line
 from fasttune.metrics import ExactMatch, RunResult, Sample, Status, Stopped
-from fasttune.quiet import library_log
+from fasttune.system import library_log
 from fasttune.terminal import Reporter
 
 if TYPE_CHECKING:
@@ -257,7 +257,7 @@ def result_of(
         usd_per_hour=price,
         usd_per_million_tokens=price / 3600 / tokens_per_s * 1e6 if price is not None and tokens_per_s else None,
         backend=backend(trainer),
-        versions=stack.versions(),
+        versions=system.versions(),
         hardware=asdict(job.machine),
         settings=job.settings,
         exact_match=exact_match,

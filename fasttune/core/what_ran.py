@@ -18,7 +18,7 @@ from fasttune import hardware, metrics
 from fasttune.core.memory import MLP, STOCHASTIC_ADAMW, Shape
 from fasttune.data.tokenize import IGNORE
 from fasttune.metrics import Backend, Flops, StepMetrics
-from fasttune.quiet import native_stderr_closed
+from fasttune.system import native_stderr_closed
 
 if TYPE_CHECKING:
     from fasttune.core.prepare import Job

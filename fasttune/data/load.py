@@ -27,7 +27,7 @@ from typing import Any
 
 import numpy as np
 
-from fasttune import cache
+from fasttune import system
 from fasttune.config import Config
 from fasttune.data import formats, sources, tokenize
 from fasttune.data.arithmetic import Part
@@ -182,11 +182,15 @@ def stored(
     nothing (one is shown).
     """
     name = hashlib.sha256(json.dumps([VERSION, key, *astuple(recipe)], default=str).encode()).hexdigest()[:32]
-    folder = cache.root() / "data" / name
+    folder = system.cache_root() / "data" / name
     if rows := _open(folder, source):
         return rows
-    cache.discard(folder, lambda found: _open(found, source) is not None)  # torn or changed: never used, made again
-    made = _open(cache.folder(f"data/{name}", lambda made: _make(made, source, recipe, chunks(), progress)), source)
+    system.discard_cached(
+        folder, lambda found: _open(found, source) is not None
+    )  # torn or changed: never used, made again
+    made = _open(
+        system.cached_folder(f"data/{name}", lambda made: _make(made, source, recipe, chunks(), progress)), source
+    )
     assert made is not None
     return made
 

@@ -22,7 +22,7 @@ from pathlib import Path
 from typing import Any
 from urllib.parse import urlsplit
 
-from fasttune import hub, paths
+from fasttune import hub, system
 from fasttune.data import arithmetic, formats
 from fasttune.data.formats import Row
 from fasttune.errors import DataError, first_line, kind_and_line
@@ -91,7 +91,7 @@ def check_source(source: str, split: str = "train") -> None:
             if os.path.isfile(path / name):
                 remedy = f" that save_to_disk wrote; {AS_PARQUET.format('load_from_disk', rows)}"
         raise DataError(f"data: {source} is a folder{remedy}")
-    elif paths.not_a_file(path):
+    elif system.not_a_file(path):
         raise DataError(f"data: {source} is a pipe or a device, not a file; save what comes out of it, and name that")
     elif kind(source) or source.startswith((".", "/", "~")) or source.count("/") != 1:
         why = f"no file {source} (looked in {Path.cwd()}); check the path, or give a hub id, owner/name"

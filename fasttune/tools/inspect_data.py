@@ -28,8 +28,8 @@ from fasttune.core.memory import Shape
 from fasttune.data import chat, load, sources
 from fasttune.data.batching import Batches
 from fasttune.data.tokenize import IGNORE, Rows, labels
-from fasttune.quiet import library_log
 from fasttune.report import steps_text
+from fasttune.system import library_log
 from fasttune.tools.estimate import lay_out
 
 BARS = 7  # of the histogram, and one for the longest rows where they are far out

@@ -34,4 +34,4 @@ def judged(name: str, ok: bool, detail: str, fix: str = "", reinstall: tuple[str
 
 def install_command(*packages: str) -> str:
     """The command that brings `packages` to what the active stack pins, or reinstalls them where they are so."""
-    return stack.mend_command(packages, stack.active_stack())
+    return stack.repair_command(packages, stack.active_stack())

@@ -42,7 +42,7 @@ class Rule:
         pins = stack.read_pins(stack_name)
         needless = [name for name in self.packages if name not in pins and name in installed]
         wrong = stack.compare({name: pins[name] for name in self.packages if name in pins}, installed)
-        commands = [stack.mend_command([item.name for item in wrong], stack_name)] if wrong else []
+        commands = [stack.repair_command([item.name for item in wrong], stack_name)] if wrong else []
         commands += [f"{PIP} uninstall -y {' '.join(needless)}"] if needless else []
         return " && ".join(commands) or RECREATE  # all as pinned: a package from outside the stack does not fit
 
