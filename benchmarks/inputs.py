@@ -70,14 +70,14 @@ def main() -> int:
     parser.add_argument("what", choices=["model", "rows"])
     parser.add_argument("--tiny", action="store_true")
     options = parser.parse_args()
-    from fasttune import cache
+    from fasttune import system
 
     if options.what == "rows":
-        made = cache.folder("battery/rows", write_rows)
+        made = system.cached_folder("battery/rows", write_rows)
     elif options.tiny:
-        made = cache.folder("battery/model-tiny", lambda folder: write_model(folder, LLAMA_31_8B | TINY))
+        made = system.cached_folder("battery/model-tiny", lambda folder: write_model(folder, LLAMA_31_8B | TINY))
     else:
-        made = cache.folder("battery/model-8b", lambda folder: write_model(folder, LLAMA_31_8B))
+        made = system.cached_folder("battery/model-8b", lambda folder: write_model(folder, LLAMA_31_8B))
     print(json.dumps({"files": {path.name: path.stat().st_size for path in sorted(made.iterdir())}}))
     return 0
 

@@ -11,7 +11,7 @@ import signal
 import sys
 from typing import Any
 
-from fasttune import __version__, children, text as texts
+from fasttune import __version__, errors, system
 from fasttune.errors import ConfigError, FasttuneError
 
 EXAMPLES = """examples:
@@ -48,7 +48,7 @@ INTERRUPTED = {
 def main(argv: list[str] | None = None) -> int:
     """Run one command and return its exit code."""
     if argv is None:
-        children.leave_current_folder()
+        system.leave_current_folder()
     arguments = sys.argv[1:] if argv is None else argv
     if arguments[:1] == ["verify"]:  # verify has a parser of its own: it is also `python -m fasttune.verify`
         from fasttune.verify import main as verify
@@ -75,7 +75,7 @@ def main(argv: list[str] | None = None) -> int:
         if options.debug:
             raise
         for problem in error.problems if isinstance(error, ConfigError) else [str(error)]:
-            print(texts.one_line(f"fasttune: {problem}"), file=sys.stderr)
+            print(errors.one_line(f"fasttune: {problem}"), file=sys.stderr)
         return error.exit_code
     try:
         if options.json:
@@ -100,7 +100,7 @@ def _check(options: argparse.Namespace) -> None:
         flag = f"--{name.replace('_', '-')}"
         if name in PATHS and value and "=" not in value:  # train's config may be missing before a key=value
             try:
-                texts.path(value)
+                system.path_text(value)
             except ValueError as error:
                 raise FasttuneError(f"{name if name in ('config', 'model') else flag}: {error}") from error
         least, most = NUMBERS.get(name, (None, None))
@@ -109,7 +109,7 @@ def _check(options: argparse.Namespace) -> None:
 
 
 def parser() -> argparse.ArgumentParser:
-    top = texts.Parser(
+    top = errors.Parser(
         prog="fasttune",
         description="Fine-tune an open model on one GPU as fast as the chip allows, and prove the number.",
         epilog=EXAMPLES,

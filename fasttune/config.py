@@ -23,7 +23,7 @@ from pydantic import (
     model_validator,
 )
 
-from fasttune import hints, strict_yaml, text as texts
+from fasttune import errors, hints, strict_yaml, system
 from fasttune.errors import ConfigError
 
 FORMATS = (
@@ -47,12 +47,12 @@ def _number(value: Any) -> Any:
     if isinstance(value, bool):
         raise ValueError(f"write a number, not {str(value).lower()}")
     if isinstance(value, str) and re.match(r"[-+]?0[\d_]", value.strip()):
-        raise ValueError(f"write the number without a 0 in front, not {texts.one_line(value, 100)}")
+        raise ValueError(f"write the number without a 0 in front, not {errors.one_line(value, 100)}")
     return value
 
 
 Weight = Annotated[float, BeforeValidator(_number), Field(gt=0, le=1000)]
-PathText = Annotated[str, AfterValidator(texts.path)]
+PathText = Annotated[str, AfterValidator(system.path_text)]
 
 
 class Section(BaseModel):
@@ -202,7 +202,7 @@ class CheckpointConfig(Section):
     def _has_a_unit(cls, every: Any) -> Any:
         found = re.fullmatch(rf"never|{STEPS}|([0-9]{{0,9}}\.?[0-9]{{1,9}}) minutes?", str(every))
         if not found or (found[1] and float(found[1]) == 0):
-            raise ValueError(f"write '50 steps', '10 minutes' or 'never', not {texts.one_line(repr(every), 100)}")
+            raise ValueError(f"write '50 steps', '10 minutes' or 'never', not {errors.one_line(repr(every), 100)}")
         return every
 
     @property
@@ -228,7 +228,7 @@ class EvalConfig(Section):
     @classmethod
     def _is_known(cls, every: Any) -> Any:
         if not re.fullmatch(rf"start and end|never|{STEPS}", str(every)):
-            raise ValueError(f"write '50 steps', 'start and end' or 'never', not {texts.one_line(repr(every), 100)}")
+            raise ValueError(f"write '50 steps', 'start and end' or 'never', not {errors.one_line(repr(every), 100)}")
         return every
 
     @property
@@ -361,7 +361,7 @@ def _apply_overrides(tree: dict[str, Any], overrides: list[str]) -> list[str]:
                 node = node[section]
                 if not isinstance(node, dict):
                     raise ValueError(
-                        f"{section} is {texts.one_line(repr(node), 100)} already, it takes no settings of its own"
+                        f"{section} is {errors.one_line(repr(node), 100)} already, it takes no settings of its own"
                     )
             node[leaf] = _value(text)
         except ValueError as error:
@@ -373,4 +373,4 @@ def _value(text: str) -> Any:
     """YAML where it begins as a list, a mapping or a quoted text; else the text as it is, or true, false, null."""
     if text.startswith(("{", "[", '"', "'")):
         return strict_yaml.parse(text)
-    return {"": None, "~": None, "null": None, "true": True, "false": False}.get(text.lower(), texts.writable(text))
+    return {"": None, "~": None, "null": None, "true": True, "false": False}.get(text.lower(), system.writable(text))

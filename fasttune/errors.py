@@ -8,9 +8,13 @@ FasttuneError          one line on stderr: what, where, how to mend it; exit 2
 └── RunFailed          the run itself failed (not the user's input); exit 1
 """
 
+import argparse
 import reprlib
 from collections.abc import Iterator
 from contextlib import contextmanager
+from typing import NoReturn
+
+LONGEST_LINE = 300  # characters of an error
 
 _beginning = reprlib.Repr()
 _beginning.maxstring = _beginning.maxother = 60
@@ -48,6 +52,13 @@ class RunFailed(FasttuneError):
     exit_code = 1
 
 
+def one_line(text: str, longest: int = LONGEST_LINE) -> str:
+    """Only what a terminal prints, cut in the middle: the place is said first, the fix last."""
+    line = "".join(c if c.isprintable() else " " for c in text)  # a file's name may steer a terminal
+    half = longest // 2 - 2
+    return line if len(line) <= longest else f"{line[:half]} … {line[-half:]}"
+
+
 def first_line(error: BaseException) -> str:
     """The first line of an error's text that says something, or the name of its kind."""
     return next((line.strip() for line in str(error).splitlines() if line.strip()), type(error).__name__)
@@ -81,3 +92,10 @@ def in_one_line(
     except caught as error:
         said = getattr(error, "strerror", None) or f"{type(error).__name__}: {error}"
         raise kind(f"{what} ({' '.join(said.split())[:170]}); {fix}") from error
+
+
+class Parser(argparse.ArgumentParser):
+    """A wrong option is one line too."""
+
+    def error(self, message: str) -> NoReturn:
+        self.exit(2, f"{one_line(f'{self.prog}: {message}', LONGEST_LINE - 40)} (see {self.prog} --help)\n")

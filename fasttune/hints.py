@@ -8,7 +8,7 @@ import difflib
 import re
 from typing import Any
 
-from fasttune import text as texts
+from fasttune import errors
 
 WRONG_BRANCH = ("string_type", "dict_type")  # of a value that may be text or a mapping
 WHY = {  # of a bound
@@ -113,7 +113,7 @@ def _one_line(item: Any, known: list[str]) -> str:
     if item["type"] == "missing":
         return f"{key}: is required; add it to the config or give {key}=… on the command line"
     if item["type"] == "model_type":
-        return f"{key}: is a section, {key}.…=… sets one thing in it; got {texts.one_line(repr(item['input']), 100)}"
+        return f"{key}: is a section, {key}.…=… sets one thing in it; got {errors.one_line(repr(item['input']), 100)}"
     if item["input"] is None:
         return f"{key}: is null; give a value, or leave it out"
     message = item["msg"].removeprefix("Value error, ")
@@ -121,7 +121,7 @@ def _one_line(item: Any, known: list[str]) -> str:
         return f"{key}: {message}" if key else message
     message = message.partition(", unable to")[0]
     why = next((f" ({why})" for name, why in WHY.items() if "than" in item["type"] and key.startswith(name)), "")
-    return f"{key}: {message[0].lower()}{message[1:]}{why}, got {texts.one_line(repr(item['input']), 100)}"
+    return f"{key}: {message[0].lower()}{message[1:]}{why}, got {errors.one_line(repr(item['input']), 100)}"
 
 
 def of_setting(key: str, known: list[str]) -> str:

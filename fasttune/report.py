@@ -11,7 +11,7 @@ from dataclasses import dataclass, fields, is_dataclass
 from pathlib import Path
 from typing import Any
 
-from fasttune import paths, plots
+from fasttune import plots, system
 from fasttune.errors import OutputError
 from fasttune.metrics import Forecast, RunResult, StepMetrics
 
@@ -262,6 +262,6 @@ def write_text(path: Path, text: str) -> None:
 def write_bytes(path: Path, content: bytes) -> None:
     """The whole content or the old file: never half a file. Raises OutputError."""
     try:
-        paths.write(path, content)
+        system.write_atomic(path, content)
     except OSError as error:
         raise OutputError(f"{path}: cannot be written: {error.strerror} (choose another output_dir)") from error

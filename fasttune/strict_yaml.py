@@ -10,7 +10,7 @@ from typing import Any
 
 import yaml
 
-from fasttune import text as texts
+from fasttune import system
 
 MAX_BYTES = 100_000
 MAX_VALUES, MAX_DEPTH = 10_000, 20  # with every alias written out: a few lines can stand for billions
@@ -93,7 +93,7 @@ def _measure(node: yaml.Node, measured: dict[yaml.Node, tuple[int, int]]) -> tup
     children = node.value
     if isinstance(node, yaml.ScalarNode):
         try:
-            texts.writable(node.value)
+            system.writable(node.value)
         except ValueError as error:
             raise _malformed(node, f"a value {error}") from error
         children = []

@@ -18,7 +18,7 @@ from rich.rule import Rule
 from rich.table import Column, Table
 from rich.text import Text
 
-from fasttune import text as texts
+from fasttune import errors
 from fasttune.metrics import RunResult, Sample, Setting, StepMetrics
 from fasttune.report import key_figures, rate, steps_text, usd, what_ran
 
@@ -142,13 +142,13 @@ class Reporter:
             if result.status != "completed":
                 self._line(
                     Text.assemble(
-                        plain(result.name), ": ", status, ": ", texts.one_line(result.error or "no reason given")
+                        plain(result.name), ": ", status, ": ", errors.one_line(result.error or "no reason given")
                     )
                 )
             return
         parts: list[RenderableType] = [Rule(Text.assemble(status, " ", plain(result.name)), align="left", style="dim")]
         if result.error:
-            parts.append(Padding(Text(texts.one_line(result.error), style="red"), (0, 2)))
+            parts.append(Padding(Text(errors.one_line(result.error), style="red"), (0, 2)))
         parts.append(Padding(_figure_table(result), (1, 2)))
         parts.extend(_samples(result.samples, wide=self._console.width >= 60))
         self._console.print(Group(*parts))

@@ -9,7 +9,7 @@ from pathlib import Path
 import pytest
 
 import fasttune
-from fasttune import children
+from fasttune import system
 
 SHADOWED = ("argparse", "dataclasses", "json", "multiprocessing", "pydantic", "rich", "torch", "yaml")
 SEEN = """
@@ -22,9 +22,9 @@ if __name__ == "__main__":
     print(json.dumps([sys.argv, sys.path, dict(os.environ), fasttune.__file__, spawned.exitcode]))
 """
 SPAWNS = """
-from fasttune import children
+from fasttune import system
 if __name__ == "__main__":
-    children.leave_current_folder()
+    system.leave_current_folder()
     import multiprocessing, os
     spawned = multiprocessing.get_context("spawn").Process(target=os.getcwd)
     spawned.start()
@@ -63,7 +63,7 @@ def test_a_child_finds_what_its_parent_finds_and_nothing_else(
     monkeypatch.setenv("PYTHONPATH", str(stranger))
     monkeypatch.setenv("PYTHONSTARTUP", "x.py")
     monkeypatch.setenv("PYTHONUNBUFFERED", "1")
-    command, clean = children.command("seen", "--an option"), children.environment()
+    command, clean = system.child_command("seen", "--an option"), system.child_environment()
     done = subprocess.run(command, capture_output=True, text=True, env=clean, check=False)
     assert done.returncode == 0, done.stderr
     arguments, path, environment, package, spawned = json.loads(done.stdout)
@@ -75,15 +75,15 @@ def test_a_child_finds_what_its_parent_finds_and_nothing_else(
 
 
 def test_the_package_is_found_where_it_alone_is_the_current_folder(monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.chdir(children.HOME)
+    monkeypatch.chdir(system.HOME)
     monkeypatch.setattr(sys, "path", ["", "/nowhere"])
-    assert children.path() == ["/nowhere", children.HOME]
+    assert system.child_path() == ["/nowhere", system.HOME]
 
 
 def test_what_a_library_starts_leaves_the_current_folder_too(stranger: Path, tmp_path: Path) -> None:
     (tmp_path / "spawns.py").write_text(SPAWNS)
     clean = {name: value for name, value in os.environ.items() if name != "PYTHONPATH"}
-    bent = clean | {"PYTHONPATH": f"{stranger}{os.pathsep}{children.HOME}"}
+    bent = clean | {"PYTHONPATH": f"{stranger}{os.pathsep}{system.HOME}"}
     command = [sys.executable, str(tmp_path / "spawns.py")]
     done = subprocess.run(command, capture_output=True, text=True, cwd=stranger, env=clean, check=False)
     assert done.returncode == 0 and not (tmp_path / "ran").exists(), done.stderr
@@ -92,4 +92,4 @@ def test_what_a_library_starts_leaves_the_current_folder_too(stranger: Path, tmp
 
 def test_every_process_of_ours_is_started_so() -> None:
     for path in Path("fasttune").rglob("*.py"):
-        assert '"-m",' not in path.read_text() or path.name in ("rules.py", "stack.py"), path  # those name pip
+        assert '"-m",' not in path.read_text() or path.name in ("version_rules.py", "stack.py"), path  # those name pip

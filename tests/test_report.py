@@ -318,7 +318,7 @@ def test_a_write_that_fails_leaves_the_old_file_and_nothing_else(tmp_path, monke
     def full_disk(descriptor):
         raise OSError(28, "No space left on device")
 
-    monkeypatch.setattr(report.paths.os, "fsync", full_disk)
+    monkeypatch.setattr(report.system.os, "fsync", full_disk)
     with pytest.raises(OutputError, match=r"run\.json: cannot be written: No space left on device") as caught:
         report.write_json(path, {"x": 1})
     assert "\n" not in str(caught.value)

@@ -15,7 +15,7 @@ from typing import Any
 
 import pytest
 
-from fasttune import cache as caches, config, terminal
+from fasttune import config, system, terminal
 from fasttune.data import arithmetic, files, load, sources, store
 from fasttune.data.files import Chunk
 from fasttune.data.tokenize import Recipe
@@ -200,7 +200,7 @@ def test_a_full_cache_is_one_line_and_leaves_nothing(cache: Path, error: Excepti
         raise error
 
     with pytest.raises(FasttuneError, match="^cache: .* cannot be written .*; free some room there"):
-        caches.folder("data/x", full)
+        system.cached_folder("data/x", full)
     assert not list(cache.iterdir())
 
 
@@ -210,7 +210,7 @@ def test_what_a_killed_build_left_is_swept_after_a_day(cache: Path) -> None:
         made.mkdir(parents=True)
         for path in (made, made.parent):
             os.utime(path, (time.time() - age_s,) * 2)
-    caches.folder("data/y", lambda made: None)
+    system.cached_folder("data/y", lambda made: None)
     assert sorted(path.name for path in cache.iterdir()) == [".x-at-work", "y"]
 
 
@@ -218,10 +218,10 @@ def test_an_entry_that_another_process_has_made_again_stays(tmp_path: Path, cach
     """Both found it torn: what the first one has put there, and is reading, is not removed by the second one."""
     stored(recipe, write(tmp_path / "rows.jsonl", [GOOD]))
     (entry,) = cache.iterdir()
-    caches.discard(entry, store._is_whole)
+    system.discard_cached(entry, store._is_whole)
     assert store._is_whole(entry) and list(cache.iterdir()) == [entry]
     (entry / "ids.i32").write_bytes(b"torn")
-    caches.discard(entry, store._is_whole)
+    system.discard_cached(entry, store._is_whole)
     assert not list(cache.iterdir())
 
 

@@ -88,7 +88,7 @@ def share(config: Config, shared: Path, scratch: Path) -> dict[str, Any]:
 def _prepare(config: Config, scratch: Path) -> Any:
     from fasttune import terminal
     from fasttune.core import prepare
-    from fasttune.quiet import library_log
+    from fasttune.system import library_log
 
     with library_log():
         return prepare.prepare(config, scratch / "run", terminal.Reporter(quiet=True))

@@ -9,7 +9,7 @@ from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
-from fasttune import metrics, paths, report
+from fasttune import metrics, report, system
 from fasttune.bench.arms import WHAT
 from fasttune.bench.result import Arm, Limit, Repeat
 from fasttune.errors import OutputError
@@ -28,7 +28,7 @@ class Measurements:
         self.path = folder / "measurements.jsonl"
         try:
             folder.mkdir(parents=True, exist_ok=True)
-            text = paths.read_text(self.path, "replace") if self.path.exists() else ""
+            text = system.read_text(self.path, "replace") if self.path.exists() else ""
         except OSError as error:
             raise OutputError(f"output: {folder} cannot be written ({error.strerror}); name another folder") from error
         first, *self.lines = self._read(text) or [identity | {"date": date}]
@@ -67,7 +67,7 @@ class Measurements:
         """`objections`: what was wrong with the machine meanwhile."""
         line = {"arm": arm, "repeat": number, **result, "objections": objections}
         self.lines.append(line)
-        with paths.open_text(self.path, "a") as file:
+        with system.open_text(self.path, "a") as file:
             file.write(json.dumps(line) + "\n")
             file.flush()
             os.fsync(file.fileno())

@@ -17,7 +17,7 @@ from datetime import UTC, datetime
 from pathlib import Path
 from typing import Any
 
-from fasttune import children, config as configuration, errors, gpus, hardware, stack
+from fasttune import config as configuration, errors, gpus, hardware, stack, system
 from fasttune.bench.arms import PLAIN, WHAT
 from fasttune.bench.measurements import Measurements
 from fasttune.bench.result import MIN_REPEATS, WARMUP_STEPS, Bench
@@ -144,8 +144,8 @@ def share(config: Config, shared: Path, steps: int) -> dict[str, Any]:
 
 def fresh_process(what: str, shared: Path, steps: int) -> dict[str, Any]:
     """One measurement of worker.py; what its libraries print is dropped."""
-    command = children.command("fasttune.bench.worker", what, str(shared), str(steps))
-    done = subprocess.run(command, capture_output=True, text=True, check=False, env=children.environment())
+    command = system.child_command("fasttune.bench.worker", what, str(shared), str(steps))
+    done = subprocess.run(command, capture_output=True, text=True, check=False, env=system.child_environment())
     try:
         return json.loads(done.stdout.splitlines()[-1])
     except (IndexError, ValueError):

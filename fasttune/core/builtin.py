@@ -10,7 +10,7 @@ from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
-from fasttune import cache
+from fasttune import system
 from fasttune.errors import ModelError
 
 CHATML = (
@@ -24,7 +24,7 @@ TINY_SEED = 0
 
 def path(name: str) -> Path:
     """Folder of a built-in model; made at the first use. Raises ModelError for an unknown name or a missing wheel."""
-    return cache.folder(*_recipe(name))
+    return system.cached_folder(*_recipe(name))
 
 
 def check(name: str) -> None:

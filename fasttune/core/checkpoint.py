@@ -19,7 +19,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-from fasttune import paths
+from fasttune import system
 
 FOLDER = "checkpoints"
 MANIFEST = "manifest.json"
@@ -55,7 +55,7 @@ def save(run: Path, step: int, tensors: dict[str, Tensors], state: dict[str, Any
         (made / STATE).write_text(json.dumps(state), encoding="utf-8")
         files = {path.name: {"bytes": path.stat().st_size, "sha256": _sha256(path)} for path in sorted(made.iterdir())}
         (made / MANIFEST).write_text(json.dumps(files, indent=1), encoding="utf-8")
-        paths.readable(made)
+        system.make_readable(made)
         for path in (*made.iterdir(), made):
             _to_disk(path)
         final = root / f"step-{step}"

@@ -9,7 +9,7 @@ from typing import Any
 
 import pydantic
 
-from fasttune import config as configuration, paths, report
+from fasttune import config as configuration, report, system
 from fasttune.config import Config
 from fasttune.core import run_folder, summary
 from fasttune.core.prepare import Job
@@ -17,7 +17,7 @@ from fasttune.core.summary import Outcome
 from fasttune.core.trackers import Tracker
 from fasttune.errors import OutputError, RunFailed
 from fasttune.metrics import StepMetrics
-from fasttune.quiet import LibraryLog
+from fasttune.system import LibraryLog
 from fasttune.terminal import Reporter
 
 CONFIG, METRICS = "config.yaml", "metrics.jsonl"
@@ -104,7 +104,7 @@ class Journal:
             if self._disk_is_full or not self._path.exists():
                 self._write_all()
             else:
-                with paths.open_text(self._path, "a") as file:
+                with system.open_text(self._path, "a") as file:
                     file.write(_line(step))
             self._disk_is_full = False
         except OSError as error:
@@ -121,7 +121,7 @@ class Journal:
             folder.mkdir(parents=True, exist_ok=True)  # a checkpoint may have made it already
             _write_config(self.job)
             self.warn(f"{folder} was removed while the run wrote into it: made again")
-        paths.write(self._path, "".join(map(_line, self.outcome.steps)).encode())
+        system.write_atomic(self._path, "".join(map(_line, self.outcome.steps)).encode())
 
     def _what_runs(self, step: StepMetrics) -> None:
         """Warns where that is not what was asked for, or not any more."""
@@ -146,7 +146,7 @@ def _line(step: StepMetrics) -> str:
 def _write_config(job: Job) -> None:
     header = f"{run_folder.MARK}; run it again with: fasttune train config.yaml\n"
     text = configuration.dump(_portable(job.config), header)
-    paths.write(job.folder / CONFIG, text.encode())
+    system.write_atomic(job.folder / CONFIG, text.encode())
 
 
 def _portable(config: Config) -> Config:

@@ -15,7 +15,7 @@ from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
-from fasttune import cache, hub, paths
+from fasttune import system, hub
 from fasttune.core import pretrained
 from fasttune.config import LoraConfig, ModelConfig
 from fasttune.cpu import memory
@@ -25,7 +25,7 @@ from fasttune.errors import ModelError, first_line
 # Before the import: no usage statistics, no telemetry, no unsloth_compiled_cache/ in the current folder.
 os.environ["UNSLOTH_DISABLE_STATISTICS"] = "1"
 os.environ["HF_HUB_DISABLE_TELEMETRY"] = "1"
-os.environ.setdefault("UNSLOTH_COMPILE_LOCATION", str(cache.root() / "unsloth_compiled_cache"))
+os.environ.setdefault("UNSLOTH_COMPILE_LOCATION", str(system.cache_root() / "unsloth_compiled_cache"))
 os.environ.setdefault("TOKENIZERS_PARALLELISM", "false")  # else tokenizers warns at every later fork
 memory.ask_for_huge_pages()
 # Unsloth prefers xformers until torch 2.12, copies keys and values for every query head for it, and never asks again.
@@ -157,7 +157,7 @@ def save(
         for name in ("README.md", "unsloth_lora_init.json"):  # PEFT's empty card; Unsloth's mark, wrong once converted
             (made / name).unlink(missing_ok=True)
         tokenizer.save_pretrained(made)
-        paths.readable(made)
+        system.make_readable(made)
         if folder.exists():  # of the same run, before it was resumed
             folder.rename(Path(temp) / "old")
         made.rename(folder)

@@ -17,7 +17,7 @@ from fasttune.data.batching import Batches, Encoded
 from fasttune.errors import ConfigError, DataError, FasttuneError
 from fasttune.hardware import Hardware
 from fasttune.metrics import Forecast, Setting
-from fasttune.quiet import take_over_loggers
+from fasttune.system import take_over_loggers
 from fasttune.terminal import Reporter
 from fasttune.tools import estimate
 

@@ -10,7 +10,7 @@ from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
 
-from fasttune import hub, paths
+from fasttune import hub, system
 from fasttune.config import ModelConfig
 from fasttune.core import builtin
 from fasttune.core.shape import NEEDED, Shape
@@ -86,7 +86,7 @@ def _source(config: ModelConfig) -> str:
     folder = folder_of(config.name)
     if folder is None:
         return config.name
-    paths.check_model(folder)
+    system.check_model_folder(folder)
     for path in folder.iterdir():
         if path.suffix == ".json" and path.is_file() and path.stat().st_size > MAX_JSON_BYTES:
             raise ModelError(f"{path}: is larger than {MAX_JSON_BYTES >> 20} MiB, which no such file is; get it again")

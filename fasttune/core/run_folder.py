@@ -11,7 +11,7 @@ from datetime import datetime
 from pathlib import Path
 from typing import IO
 
-from fasttune import hardware, paths
+from fasttune import hardware, system
 from fasttune.config import Config
 from fasttune.core import checkpoint
 from fasttune.errors import OutputError
@@ -177,7 +177,7 @@ def hold(folder: Path) -> IO[str]:
     """Make the folder and hold it for this process. Returns the open lock: it is free when the process is gone."""
     try:
         folder.mkdir(parents=True, exist_ok=True)
-        lock = paths.open_text(folder / LOCK, "a+")
+        lock = system.open_text(folder / LOCK, "a+")
         try:
             fcntl.flock(lock, fcntl.LOCK_EX | fcntl.LOCK_NB)
         except BlockingIOError:

@@ -23,7 +23,7 @@ from fasttune.core.prepare import Job, preflight, prepare
 from fasttune.core.summary import Outcome
 from fasttune.errors import FasttuneError, first_line, kind_and_line
 from fasttune.metrics import RunResult
-from fasttune.quiet import library_log
+from fasttune.system import library_log
 from fasttune.terminal import Reporter
 from fasttune.tools import card
 

@@ -18,7 +18,7 @@ from fasttune.core.precision import BY_CHANCE
 from fasttune.core.shape import Shape
 from fasttune.data.tokenize import IGNORE
 from fasttune.metrics import Flops
-from fasttune.quiet import native_stderr_closed
+from fasttune.system import native_stderr_closed
 
 PROBED = 256  # values of every parameter that tell whether the base model is the same
 MOMENTS = {"exp_avg", "exp_avg_sq", "state1", "state2"}  # of torch's and torchao's AdamW, and of bitsandbytes'

@@ -10,7 +10,7 @@ from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
-from fasttune import hub, paths
+from fasttune import hub, system
 from fasttune.data import arithmetic, beside, files, formats
 from fasttune.data.files import Chunk, first_line, grouped
 from fasttune.data.formats import Row
@@ -42,7 +42,7 @@ def check(source: str, split: str = "train") -> None:
                 remedy = AS_PARQUET.format("load_from_disk", rows)
                 raise DataError(f"data: {source} is a folder that save_to_disk wrote; {remedy}")
         raise DataError(f"data: {source} is a folder; name one file of it")
-    elif paths.not_a_file(path):
+    elif system.not_a_file(path):
         raise DataError(f"data: {source} is a pipe or a device, not a file; save what comes out of it, and name that")
     elif files.kind(path) or source.startswith((".", "/", "~")) or source.count("/") != 1:
         _check_reachable(source, path)

@@ -22,7 +22,7 @@ from typing import Any
 
 import numpy as np
 
-from fasttune import cache
+from fasttune import system
 from fasttune.data.files import Chunk
 from fasttune.data.tokenize import Block, Encoder, Recipe
 from fasttune.errors import DataError
@@ -70,12 +70,14 @@ def load(source: str, key: str, recipe: Recipe, chunks: Callable[[], Iterator[Ch
     teach nothing (one is shown).
     """
     name = hashlib.sha256(json.dumps([VERSION, key, *astuple(recipe)], default=str).encode()).hexdigest()[:32]
-    folder = cache.root() / "data" / name
+    folder = system.cache_root() / "data" / name
     try:
         return _open(folder, source, check=True)
     except (OSError, ValueError, KeyError, TypeError):
-        cache.discard(folder, _is_whole)  # torn or changed: never used, made again
-    return _open(cache.folder(f"data/{name}", lambda made: _make(made, source, recipe, chunks(), progress)), source)
+        system.discard_cached(folder, _is_whole)  # torn or changed: never used, made again
+    return _open(
+        system.cached_folder(f"data/{name}", lambda made: _make(made, source, recipe, chunks(), progress)), source
+    )
 
 
 def _make(folder: Path, source: str, recipe: Recipe, chunks: Iterator[Chunk], progress: Progress) -> None:

@@ -12,7 +12,7 @@ from typing import Any
 import pydantic
 import yaml
 
-from fasttune import hardware, paths, report
+from fasttune import hardware, report, system
 from fasttune.config import Config, looks_like_hub
 from fasttune.core.run_folder import EVAL_FILES
 from fasttune.metrics import RunResult
@@ -131,7 +131,7 @@ def _scores(trained: TrainedModel) -> list[list[str]] | None:
     if path is None or not path.exists():
         return None
     try:
-        scores = pydantic.TypeAdapter(list[Score]).validate_python(json.loads(paths.read_text(path))["scores"])
+        scores = pydantic.TypeAdapter(list[Score]).validate_python(json.loads(system.read_text(path))["scores"])
     except (OSError, ValueError, KeyError, TypeError, RecursionError):
         return []
     numbers = [["–" if value is None else f"{value:.4f}" for value in (s.value, s.stderr)] for s in scores]

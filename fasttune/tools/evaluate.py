@@ -20,11 +20,11 @@ from rich.padding import Padding
 from rich.table import Table
 from rich.text import Text
 
-from fasttune import cache, hardware, report, stack, terminal
+from fasttune import hardware, report, stack, system, terminal
 from fasttune.core.run_folder import EVAL_FILES
 from fasttune.data import answers, chat, sources
 from fasttune.errors import FasttuneError, OutputError, RunFailed, in_one_line
-from fasttune.quiet import library_log, take_over_loggers
+from fasttune.system import library_log, take_over_loggers
 from fasttune.tools import card, tasks as own, trained_model
 from fasttune.tools.card import Score
 from fasttune.tools.trained_model import TrainedModel
@@ -61,7 +61,7 @@ def run(options: argparse.Namespace) -> dict[str, Any]:
         for text in [*trained.warnings, *(f"chat template: {what}: {reason}" for what, reason in changes)]:
             reporter.warn(text)
         rows = options.batch_rows or (BATCH_ROWS_GPU if model.device.type == "cuda" else BATCH_ROWS_CPU)
-        fix = f"remove {cache.root() / 'answers'}, or give --no-cache"
+        fix = f"remove {system.cache_root() / 'answers'}, or give --no-cache"
         unusable = in_one_line(OutputError, "the kept answers cannot be used", fix, (sqlite3.Error,))
         try:
             with unusable, closing(harness.Answers(model, tokenizer, keep=not options.no_cache)) as known:

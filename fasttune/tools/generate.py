@@ -18,7 +18,7 @@ from fasttune.core import decoding, pretrained
 from fasttune.data import chat, sources
 from fasttune.data.formats import Message, Unusable
 from fasttune.errors import DataError, FasttuneError, ModelError, RunFailed, first_line
-from fasttune.quiet import library_log, take_over_loggers
+from fasttune.system import library_log, take_over_loggers
 from fasttune.tools import questions, trained_model
 from fasttune.tools.trained_model import Dtype, TrainedModel
 

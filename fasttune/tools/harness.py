@@ -13,7 +13,7 @@ from copy import deepcopy
 from dataclasses import replace
 from typing import Any
 
-from fasttune import cache
+from fasttune import system
 from fasttune.core import model as fasttune_model, decoding  # noqa: F401  model first: it imports unsloth
 from fasttune.tools import tasks
 
@@ -96,7 +96,7 @@ class Answers:
     """
 
     def __init__(self, model: Any, tokenizer: Any, keep: bool):
-        folder = cache.root() / "answers"
+        folder = system.cache_root() / "answers"
         with suppress(OSError):  # SQLite says that it cannot open a file there
             folder.mkdir(parents=True, exist_ok=True)
         path = folder / f"{fingerprint(model, tokenizer)}.sqlite" if keep else ":memory:"  # SQLite's name for it

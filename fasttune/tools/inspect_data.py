@@ -29,8 +29,8 @@ from fasttune.data import chat, files, load
 from fasttune.data.batching import Batches
 from fasttune.data.store import Rows
 from fasttune.data.tokenize import IGNORE, labels
-from fasttune.quiet import library_log
 from fasttune.report import steps_text
+from fasttune.system import library_log
 from fasttune.tools.estimate import lay_out
 
 BARS = 7  # of the histogram, and one for the longest rows where they are far out

@@ -14,10 +14,10 @@ from typing import Any
 
 import safetensors
 
-from fasttune import children, report, terminal
+from fasttune import report, system, terminal
 from fasttune.core import pretrained, run_folder
 from fasttune.errors import FasttuneError, ModelError, OutputError, RunFailed, in_one_line, last_line
-from fasttune.quiet import library_log, take_over_loggers
+from fasttune.system import library_log, take_over_loggers
 from fasttune.tools import card, merged_weights
 from fasttune.tools.merge_check import Comparison
 from fasttune.tools.trained_model import TrainedModel, open_run
@@ -109,8 +109,8 @@ def compare(made: Path, trained: TrainedModel) -> Comparison:
         "adapter": str(trained.adapter) if trained.adapter else None,
         "trust_remote_code": trained.base.trust_remote_code,
     }
-    command = children.command("fasttune.tools.merge_check", str(made), json.dumps(given))
-    done = subprocess.run(command, capture_output=True, text=True, check=False, env=children.environment())
+    command = system.child_command("fasttune.tools.merge_check", str(made), json.dumps(given))
+    done = subprocess.run(command, capture_output=True, text=True, check=False, env=system.child_environment())
     if done.returncode:
         told = last_line(done.stderr, f"code {done.returncode}")
         raise RunFailed(f"the merged model could not be compared with base + adapter: {told}")
@@ -163,7 +163,7 @@ def to_gguf(program: str, folder: Path, reporter: terminal.Reporter) -> str:
     """DIR/NAME.gguf in the dtype of the files. Raises RunFailed; the merged model stays."""
     target, temporary = folder / f"{folder.name}.gguf", folder / f".{folder.name}.gguf"
     reporter.note(f"converting to {target} …")
-    clean = children.environment()
+    clean = system.child_environment()
     clean.pop("PYTHONSAFEPATH", None)  # llama.cpp's script has modules beside it, and is started by its path
     command = [program, str(folder), "--outfile", str(temporary)]
     done = subprocess.run(command, capture_output=True, text=True, check=False, env=clean)

@@ -15,7 +15,7 @@ from typing import Any
 
 import safetensors
 
-from fasttune import hub, paths
+from fasttune import hub, system
 from fasttune.config import ModelConfig
 from fasttune.core import pretrained
 from fasttune.errors import ModelError, in_one_line
@@ -61,7 +61,7 @@ def plan(base: ModelConfig, adapter: Path | None) -> Merge:
     pretrained.read_architecture(base)  # says what is wrong with it
     folder = _files(base)
     for place in filter(None, (folder, adapter)):
-        paths.check_model(place, weights_too=True)
+        system.check_model_folder(place, weights_too=True)
     if pretrained.read_json(folder / "config.json").get("quantization_config"):
         raise ModelError(
             f"{base.name}: these weights are quantized, so nothing can be added to them exactly; merge into the 16-bit "
@@ -177,7 +177,7 @@ def write(merge: Merge, folder: Path, dtype: str | None, progress: Callable[[flo
     if merge.rows:
         config["vocab_size"] = merge.rows
     (folder / "config.json").write_text(json.dumps(config, indent=2) + "\n", encoding="utf-8")
-    paths.readable(folder)
+    system.make_readable(folder)
     progress(1.0)
 
 

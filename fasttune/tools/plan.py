@@ -22,8 +22,8 @@ from fasttune.data import chat, load, sources
 from fasttune.errors import ConfigError, DataError, in_one_line
 from fasttune.hardware import Hardware
 from fasttune.metrics import Forecast, Roofline, Setting
-from fasttune.quiet import library_log
 from fasttune.report import rate, steps_text, usd
+from fasttune.system import library_log
 from fasttune.tools import estimate
 from fasttune.tools.estimate import span
 

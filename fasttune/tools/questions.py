@@ -13,7 +13,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import IO, Any
 
-from fasttune import paths, report
+from fasttune import report, system
 from fasttune.data import beside, formats, sources
 from fasttune.data.formats import Conversation, Row, Unusable
 from fasttune.errors import DataError, OutputError, in_one_line
@@ -129,7 +129,7 @@ def opened(out: Path, belongs_to: dict[str, Any]) -> Iterator[Answers]:
     else:
         report.write_json(made_by, belongs_to)
     with in_one_line(OutputError, f"--out: {out} cannot be written", "name another file", (OSError,)):
-        file = paths.open_text(out, "a+")
+        file = system.open_text(out, "a+")
     with file:
         try:
             fcntl.flock(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
@@ -157,7 +157,7 @@ def _rows_in(file: IO[str], out: Path) -> set[int]:
 def _check_same(out: Path, made_by: Path, belongs_to: dict[str, Any]) -> None:
     other = "name another --out, or remove it"
     try:
-        then = dict(json.loads(paths.read_text(made_by)))
+        then = dict(json.loads(system.read_text(made_by)))
     except (OSError, ValueError, TypeError):
         raise OutputError(f"--out: {out} exists and was not written by `fasttune generate`; {other}") from None
     for key, value in belongs_to.items():

@@ -16,7 +16,7 @@ from typing import Annotated, Any, Literal
 
 import pydantic
 
-from fasttune import config as configuration, hints, paths
+from fasttune import config as configuration, hints, system
 from fasttune.config import Config, ModelConfig, looks_like_hub
 from fasttune.core import builtin, pretrained
 from fasttune.errors import ConfigError, ModelError, in_one_line
@@ -118,7 +118,7 @@ def _run(name: str, folder: Path) -> TrainedModel:
     if not weights.is_dir():
         resume = f"fasttune train --resume {shlex.quote(str(folder))}"
         raise ModelError(f"{name}: this run is {status} and has no {weights.name}/; resume it: {resume}")
-    paths.check_model(weights)
+    system.check_model_folder(weights)
     base = config.model.model_copy(update={"name": str(weights), "revision": None}) if full else config.model
     if not full:
         adapter_settings(weights)
@@ -129,7 +129,7 @@ def _run(name: str, folder: Path) -> TrainedModel:
 
 def _adapter(name: str, folder: Path) -> TrainedModel:
     """A PEFT folder that is no part of a run: it names its base itself."""
-    paths.check_model(folder)
+    system.check_model_folder(folder)
     said = adapter_settings(folder)
     base, where = said.base_model_name_or_path, f"{folder / SETTINGS}: base_model_name_or_path"
     if not base:

@@ -10,7 +10,7 @@ import signal
 import sys
 from collections.abc import Callable
 
-from fasttune import children, gpus, hardware as machines, stack, text as texts
+from fasttune import errors, gpus, hardware as machines, stack, system
 from fasttune.errors import FasttuneError
 from fasttune.verify import Result, facts, imports
 from fasttune.verify.runner import Job, run_jobs
@@ -42,7 +42,7 @@ ONLINE = (Job("fasttune.verify.online", ("online:hub", "online:token"), 60, "ope
 def main(argv: list[str] | None = None) -> int:
     """Run the checks, print the table or the JSON document, return the exit code."""
     if argv is None:
-        children.leave_current_folder()
+        system.leave_current_folder()
     options = parser().parse_args(argv)
     stop: list[int] = []  # signals are noted, and obeyed between two steps, so that no child is left without an owner
     for number in (signal.SIGINT, signal.SIGTERM):
@@ -54,7 +54,7 @@ def main(argv: list[str] | None = None) -> int:
         if not options.quick:
             results += run_jobs(JOBS + (ONLINE if options.online else ()), progress(), stop)
     except FasttuneError as error:
-        print(texts.one_line(f"fasttune verify: {error}"), file=sys.stderr)
+        print(errors.one_line(f"fasttune verify: {error}"), file=sys.stderr)
         return error.exit_code
     except KeyboardInterrupt:
         print("fasttune verify: interrupted, nothing is left running", file=sys.stderr)
@@ -70,8 +70,8 @@ def main(argv: list[str] | None = None) -> int:
     return 0 if ok else 1
 
 
-def parser() -> texts.Parser:
-    parser = texts.Parser(prog="fasttune verify", description="Check this environment by running it.")
+def parser() -> errors.Parser:
+    parser = errors.Parser(prog="fasttune verify", description="Check this environment by running it.")
     parser.add_argument("--json", action="store_true", help="one JSON document as the last line of stdout")
     parser.add_argument("--quick", action="store_true", help="facts, pins and version rules only: under 3 seconds")
     parser.add_argument("--online", action="store_true", help="also the hub, the token and the gated model")

@@ -11,7 +11,7 @@ from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
-from fasttune import children
+from fasttune import system
 from fasttune.verify import Result, install_command
 from fasttune.verify.error_hints import from_exit
 from fasttune.verify.guard import block_network
@@ -49,7 +49,7 @@ def parity() -> Iterator[Result]:
         return
     with tempfile.TemporaryDirectory() as temporary:
         folder = Path(temporary)
-        command, clean = children.command("fasttune.verify.plain", temporary), children.environment()
+        command, clean = system.child_command("fasttune.verify.plain", temporary), system.child_environment()
         plain = subprocess.run(command, capture_output=True, text=True, timeout=300, env=clean)
         if plain.returncode:
             result = from_exit("unsloth-parity", plain.returncode, plain.stderr, "transformers")

@@ -14,7 +14,7 @@ from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Literal
 
-from fasttune import children, hardware
+from fasttune import hardware, system
 from fasttune.verify import Result
 from fasttune.verify.error_hints import from_exit
 
@@ -83,7 +83,7 @@ def run_jobs(jobs: tuple[Job, ...], announce: Callable[[str], None], stop: Seque
 
 def start(job: Job) -> Child:
     folder = tempfile.TemporaryDirectory(prefix="fasttune-verify-", ignore_cleanup_errors=True)
-    command = children.command("fasttune.verify.child", job.module, f"{folder.name}/report", *job.names)
+    command = system.child_command("fasttune.verify.child", job.module, f"{folder.name}/report", *job.names)
     with open(f"{folder.name}/printed", "w+b") as printed:
         process = subprocess.Popen(
             command,
@@ -99,7 +99,7 @@ def start(job: Job) -> Child:
 
 def environment(job: Job, folder: Path) -> dict[str, str]:
     """The child's environment: all temporary files and caches in `folder`."""
-    env = children.environment()
+    env = system.child_environment()
     if job.hub != "open":
         for name in [name for name in env if name.lower() in ("http_proxy", "https_proxy", "all_proxy")]:
             del env[name]

@@ -9,7 +9,7 @@ from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
-from fasttune import children
+from fasttune import system
 from fasttune.verify import Result, install_command
 from fasttune.verify.error_hints import from_exit
 
@@ -43,14 +43,16 @@ def run(root: Path, token: str) -> subprocess.CompletedProcess[str]:
     (root / "verify.yaml").write_text(json.dumps(config), encoding="utf-8")  # JSON is YAML
     for name in ("cwd", "cache", "tmp"):
         (root / name).mkdir()
-    environment = {k: v for k, v in children.environment().items() if not k.startswith(("HF_", "HUGGING_FACE_"))}
+    environment = {k: v for k, v in system.child_environment().items() if not k.startswith(("HF_", "HUGGING_FACE_"))}
     environment |= {
         "HF_TOKEN": token,
         "HF_HOME": str(root / "cache/huggingface"),
         "FASTTUNE_CACHE": str(root / "cache/fasttune"),
         "TMPDIR": str(root / "tmp"),
     }
-    command = children.command("fasttune.verify.probe", str(root / "probe.json"), "train", str(root / "verify.yaml"))
+    command = system.child_command(
+        "fasttune.verify.probe", str(root / "probe.json"), "train", str(root / "verify.yaml")
+    )
     return subprocess.run(command, cwd=root / "cwd", env=environment, capture_output=True, text=True, timeout=400)
 
 

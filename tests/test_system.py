@@ -10,7 +10,7 @@ from typing import Any
 
 import pytest
 
-from fasttune import cli, config, paths, report
+from fasttune import cli, config, report, system
 from fasttune.bench.measurements import Measurements
 from fasttune.core import builtin, checkpoint, journal, run_folder
 from fasttune.data import sources
@@ -64,7 +64,7 @@ def test_a_write_replaces_a_link_and_leaves_its_target(tmp_path: Path, monkeypat
         (tmp_path / name).symlink_to("mine")
     temporary: list[str] = []
     replace = os.replace
-    monkeypatch.setattr(paths.os, "replace", lambda a, b: (temporary.append(str(a)), replace(a, b)))
+    monkeypatch.setattr(system.os, "replace", lambda a, b: (temporary.append(str(a)), replace(a, b)))
     report.write_text(tmp_path / "run.json", "run")
     report.write_text(tmp_path / "run.json", "again")
     assert (tmp_path / "mine").read_text() == "mine" and (tmp_path / "run.json").read_text() == "again"
@@ -79,7 +79,7 @@ def test_no_line_is_written_through_a_link_or_into_a_pipe(tmp_path: Path, kind: 
     place = tmp_path / "library.log"
     place.symlink_to("mine") if kind == "link" else os.mkfifo(place)
     with pytest.raises(OSError, match=f"is a {kind}"):
-        paths.open_text(place, mode)
+        system.open_text(place, mode)
     assert (tmp_path / "mine").read_text() == "mine"
 
 
@@ -139,12 +139,12 @@ def test_links_inside_a_folder_and_of_the_hubs_cache_are_read(tiny_folder: Path,
     for path in tiny_folder.iterdir():
         (snapshot / path.name).symlink_to(Path(shutil.copy(path, tmp_path / "models--a--b")))
     (snapshot / "LICENSE").symlink_to("config.json")
-    paths.check_model(snapshot, weights_too=True)
+    system.check_model_folder(snapshot, weights_too=True)
     (tiny_folder / "model.safetensors").unlink()
     (tiny_folder / "model.safetensors").symlink_to(snapshot / "model.safetensors")
-    paths.check_model(tiny_folder)  # weights on another disk: they are read, not copied
+    system.check_model_folder(tiny_folder)  # weights on another disk: they are read, not copied
     with pytest.raises(ModelError, match=r"model\.safetensors is a link out of its folder"):
-        paths.check_model(tiny_folder, weights_too=True)
+        system.check_model_folder(tiny_folder, weights_too=True)
 
 
 def test_a_linked_adapter_of_a_run_gets_no_card_and_is_not_merged(
@@ -178,7 +178,7 @@ def test_a_pipe_for_an_input_is_refused_and_not_waited_for(
         (folder / name).unlink(missing_ok=True)
         os.mkfifo(folder / name)
         with pytest.raises(ModelError, match=f"{name} is a pipe or a device, not a file"):
-            paths.check_model(folder)
+            system.check_model_folder(folder)
         (folder / name).unlink()
     run = Path(shutil.copytree(finished_run, tmp_path / "run"))
     for name in ("metrics.jsonl", "run.json", "eval.json"):
