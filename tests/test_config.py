@@ -206,7 +206,7 @@ def test_numbers_have_bounds_with_a_reason() -> None:
     ):
         for value in values:
             (line,) = problems({**SMALL, section: {**SMALL.get(section, {}), key: value}})
-            assert line.startswith(f"{section}.{key}") and f"({hints.WHY[f'{section}.{key}']})" in line
+            assert line.startswith(f"{section}.{key}") and f"({hints.BOUNDS[f'{section}.{key}']})" in line
     assert "makes its rows" in problems({**SMALL, "data": {**SMALL["data"], "max_rows": 10**8}})[0]
 
 

@@ -118,7 +118,7 @@ def _config(draw: random.Random, tree: dict[str, Any], arguments: list[str]) -> 
     for _ in range(draw.choice([0, 1, 1, 2, 3])):
         key, value = draw.choice(known), draw.choice(VALUES)
         if draw.random() < 0.1:
-            key = draw.choice([*hints.THEIRS, "x", "model.x.y"])
+            key = draw.choice([*hints.OTHER_TOOLS, "x", "model.x.y"])
         if draw.random() < 0.3:
             text = value if isinstance(value, str) else json.dumps(value)
             arguments.append(f"{key}={text}")
