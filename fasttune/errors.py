@@ -1,6 +1,6 @@
 """Every error a person can cause, and how it leaves the program; an error of others in one line.
 
-FasttuneError          one line on stderr: what, where, how to mend it; exit 2
+FasttuneError          one line on stderr: what, where, how to fix it; exit 2
 ├── ConfigError        the config file or a key=value: all problems at once, one line each
 ├── DataError          a data set that is missing, empty or of an unknown form
 ├── ModelError         a model that is missing, gated or cannot be loaded
@@ -21,13 +21,13 @@ _beginning.maxstring = _beginning.maxother = 60
 
 
 class FasttuneError(Exception):
-    """A problem that the person at the keyboard can mend; the message says how."""
+    """A problem that the person at the keyboard can fix; the message says how."""
 
     exit_code = 2
 
 
 class ConfigError(FasttuneError):
-    """Problems of one config, all of them: one line each, `key: what (how to mend it)`."""
+    """Problems of one config, all of them: one line each, `key: what (how to fix it)`."""
 
     def __init__(self, problems: list[str]):
         self.problems = problems

@@ -21,7 +21,7 @@ EXCEPTIONS = {
     ("verify.probe", "cli"),  # a program of its own: it watches the real command from inside
 }
 LIGHT = "errors config gpus stack cli tools.evaluate hardware terminal verify.main core.train core.prepare".split()
-LIGHT += ["tools.inspect_data", "tools.generate", "tools.merge"]
+LIGHT += ["report", "tools.inspect_data", "tools.generate", "tools.merge"]
 HEAVY = {"torch", "transformers", "unsloth", "trl", "peft", "datasets", "matplotlib", "jinja2", "lm_eval"}
 
 

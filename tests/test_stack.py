@@ -153,9 +153,9 @@ def test_what_belongs_to_torch_is_mended_with_it(monkeypatch: pytest.MonkeyPatch
     cuda = {name for name in pins if stack.CUDA_WHEEL.match(name)}
     present = {name: version for name, version in pins.items() if name not in cuda}
     monkeypatch.setattr(stack, "installed", lambda: present | {"torch": "2.3.1+cu118", "trl": "0.8"})
-    fix = stack.mend_command(["torch"], "cu130")
+    fix = stack.repair_command(["torch"], "cu130")
     assert {word.partition("==")[0] for word in fix.split() if "==" in word} == {"torch", *cuda}
-    fix = stack.mend_command(["torch"], "cu12")  # its CUDA libraries are no pins: pip brings them
+    fix = stack.repair_command(["torch"], "cu12")  # its CUDA libraries are no pins: pip brings them
     torch = f"torch=={pins['torch']}+cu128 torchvision=={pins['torchvision']}+cu128"
     assert fix == f"{sys.executable} -m pip install {torch} --index-url {stack.CU12_INDEX}"
 
@@ -166,9 +166,9 @@ def test_what_is_as_pinned_and_does_not_work_is_put_there_anew_once_all_else_is_
     pins = stack.read_pins("cpu")
     pip = f"{sys.executable} -m pip install"
     monkeypatch.setattr(stack, "installed", lambda: pins)
-    assert stack.mend_command(["trl"], "cpu") == f"{pip} --force-reinstall --no-deps trl=={pins['trl']}"
+    assert stack.repair_command(["trl"], "cpu") == f"{pip} --force-reinstall --no-deps trl=={pins['trl']}"
     monkeypatch.setattr(stack, "installed", lambda: pins | {"numpy": "1.26.4"})
-    assert stack.mend_command(["trl"], "cpu") == f"{pip} --no-deps numpy=={pins['numpy']}"
+    assert stack.repair_command(["trl"], "cpu") == f"{pip} --no-deps numpy=={pins['numpy']}"
 
 
 def test_installed_tells_a_cuda_build_that_its_metadata_hides(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:

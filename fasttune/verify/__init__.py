@@ -37,4 +37,4 @@ class Result:
 
 def install_command(*packages: str) -> str:
     """Shell command that brings `packages` to what the active stack pins, or puts them there anew."""
-    return stack.mend_command(packages, stack.active_stack())
+    return stack.repair_command(packages, stack.active_stack())

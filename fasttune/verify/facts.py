@@ -185,7 +185,7 @@ def rules(stack_name: str, installed: dict[str, str], hardware: Hardware) -> Ite
         try:
             wrong = rule.check(installed, hardware)
         except ImportError as error:  # `packaging` reads what packages declare to need
-            fix = stack.mend_command(["packaging"], stack_name)
+            fix = stack.repair_command(["packaging"], stack_name)
             yield Result(name, "fail", f"cannot be judged: {error}", fix)
             continue
         if wrong is None:

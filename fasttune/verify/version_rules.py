@@ -18,8 +18,8 @@ from fasttune.stack import (
     distributions,
     fix_command,
     installed,
-    mend_command,
     read_pins,
+    repair_command,
 )
 
 Versions = Mapping[str, str]  # canonical name → version, as stack.installed() gives it
@@ -44,7 +44,7 @@ class Rule:
         pins, versions = read_pins(stack), installed()
         needless = [name for name in self.packages if name not in pins and name in versions]
         wrong = compare({name: pins[name] for name in self.packages if name in pins}, versions)
-        commands = [mend_command([item.name for item in wrong], stack)] if wrong else []
+        commands = [repair_command([item.name for item in wrong], stack)] if wrong else []
         commands += [f"{PIP} uninstall -y {' '.join(needless)}"] if needless else []
         return " && ".join(commands) or RECREATE  # all as pinned: a package from outside the stack does not fit
 
