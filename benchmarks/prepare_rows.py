@@ -189,11 +189,11 @@ def write_rows(path: Path, rows: int) -> Path:
 
 
 def where() -> dict[str, Any]:
-    from fasttune import hardware, stack
+    from fasttune import hardware, system
 
     git = subprocess.run(["git", "describe", "--always", "--dirty"], capture_output=True, text=True, check=False)
     machine = hardware.line(hardware.detect(Path.cwd()))
-    return {"hardware": machine, "versions": stack.versions(), "git": git.stdout.strip()}
+    return {"hardware": machine, "versions": system.versions(), "git": git.stdout.strip()}
 
 
 if __name__ == "__main__":

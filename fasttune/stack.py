@@ -22,7 +22,6 @@ CPU_INDEX = "https://download.pytorch.org/whl/cpu"
 # https://github.com/pytorch/pytorch/pull/175253 and https://docs.nvidia.com/deploy/cuda-compatibility/
 CU12_INDEX = "https://download.pytorch.org/whl/cu128"
 TORCH_FAMILY = ("torch", "torchvision", "triton")  # what comes from PyTorch's own index on the cu12 stack
-WORKING = "fasttune torch triton transformers trl peft unsloth unsloth_zoo xformers flash-attn".split()
 CUDA_WHEEL = re.compile(r"^(nvidia-|cuda-)")
 OLDEST_DRIVER = 525  # of CUDA 12: https://docs.nvidia.com/deploy/cuda-compatibility/minor-version-compatibility.html
 DISK_NEEDED_GIB = {"cpu": 4, "cu130": 12, "cu12": 12}
@@ -208,17 +207,6 @@ def installed() -> dict[str, str]:
     if match and "torch" in versions:
         versions["torch"] = match[1]
     return versions
-
-
-def versions() -> dict[str, str]:
-    """Versions of the packages that do the work, as pip calls them, where they are installed: for a result."""
-    found = {}
-    for package in WORKING:
-        try:
-            found[package] = importlib.metadata.version(package)
-        except importlib.metadata.PackageNotFoundError:
-            continue
-    return found
 
 
 def read_dist_file(package: str, file: str) -> str:

@@ -28,6 +28,7 @@ FULL = (errno.ENOSPC, errno.EDQUOT, errno.EFBIG, errno.EROFS)
 OS_ERROR = re.compile(rf"\(os error ({'|'.join(map(str, FULL))})\)")  # as safetensors says it, with a class of its own
 LEFTOVER_AGE_S = 24 * 3600
 HOME = os.path.dirname(os.path.dirname(os.path.abspath(__file__)))  # of this very package
+WORKING = "fasttune torch triton transformers trl peft unsloth unsloth_zoo xformers flash-attn".split()
 DROPPED = ("PYTHONPATH", "PYTHONSTARTUP")
 # What a child process runs: this very package first, then the path of its parent, then a module as `python -m` does.
 START = """import runpy, sys
@@ -310,3 +311,14 @@ def _is_folder(place: str, folder: os.stat_result) -> bool:
         return os.path.samestat(os.stat(place), folder)
     except OSError:
         return False  # a zip of modules that is not there
+
+
+def versions() -> dict[str, str]:
+    """Versions of the packages that do the work, as pip calls them, where they are installed: for a result."""
+    import importlib.metadata  # twenty milliseconds that --help can do without
+
+    found = {}
+    for package in WORKING:
+        with contextlib.suppress(importlib.metadata.PackageNotFoundError):
+            found[package] = importlib.metadata.version(package)
+    return found

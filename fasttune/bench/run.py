@@ -17,7 +17,7 @@ from datetime import UTC, datetime
 from pathlib import Path
 from typing import Any
 
-from fasttune import config as configuration, errors, gpus, hardware, stack, system
+from fasttune import config as configuration, errors, gpus, hardware, system
 from fasttune.bench.arms import PLAIN, WHAT
 from fasttune.bench.measurements import Measurements
 from fasttune.bench.result import MIN_REPEATS, WARMUP_STEPS, Bench
@@ -115,7 +115,7 @@ def identify(config: Config, steps: int, machine: Hardware) -> dict[str, Any]:
         "config": config.model_dump(mode="json", exclude={"output_dir", "overwrite"}),
         "steps": steps,
         "git": _git(),
-        "versions": stack.versions(),
+        "versions": system.versions(),
         "machine": estimate.machine_name(machine),
     }
 

@@ -7,7 +7,7 @@ from dataclasses import asdict, dataclass, field
 from pathlib import Path
 from typing import Any
 
-from fasttune import hardware, metrics, stack
+from fasttune import hardware, metrics, system
 from fasttune.config import TRUST
 from fasttune.core import precision, shape
 from fasttune.core.checkpoint import Checkpoint
@@ -116,7 +116,7 @@ def summarize(job: Job, outcome: Outcome, trainer: Any, started: float) -> RunRe
         usd_per_hour=price,
         usd_per_million_tokens=price / 3600 / speed * 1e6 if price is not None and speed else None,
         backend=backend(trainer),
-        versions=stack.versions(),
+        versions=system.versions(),
         hardware=asdict(job.machine),
         settings=job.settings,
         forecast=job.forecast,

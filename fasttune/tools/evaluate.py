@@ -20,7 +20,7 @@ from rich.padding import Padding
 from rich.table import Table
 from rich.text import Text
 
-from fasttune import hardware, report, stack, system, terminal
+from fasttune import hardware, report, system, terminal
 from fasttune.core.run_folder import EVAL_FILES
 from fasttune.data import answers, chat, sources
 from fasttune.errors import FasttuneError, OutputError, RunFailed, in_one_line
@@ -88,7 +88,7 @@ def run(options: argparse.Namespace) -> dict[str, Any]:
         "seconds": time.perf_counter() - started,
         "date": datetime.now().isoformat(timespec="seconds"),
         "hardware": hardware.line(machine),
-        "versions": stack.versions() | {"lm_eval": importlib.metadata.version("lm_eval")},
+        "versions": system.versions() | {"lm_eval": importlib.metadata.version("lm_eval")},
         "warnings": trained.warnings,
     }
     with in_one_line(OutputError, f"--out {folder}: cannot be made", "name another folder", (OSError,)):
