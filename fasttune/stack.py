@@ -4,6 +4,7 @@ The rules for people who come with another stack are data in `RULES` (fasttune/v
 Importing this needs the standard library only: the set-up uses it before anything is installed.
 """
 
+import contextlib
 import importlib.metadata
 import json
 import re
@@ -203,18 +204,11 @@ def installed() -> dict[str, str]:
     versions: dict[str, str] = {}
     for name, version, _ in distributions():
         versions.setdefault(name, version)
-    match = re.search(r"__version__ = '([^']+)'", read_dist_file("torch", "torch/version.py"))
-    if match and "torch" in versions:
-        versions["torch"] = match[1]
+    with contextlib.suppress(importlib.metadata.PackageNotFoundError, OSError):
+        file = importlib.metadata.distribution("torch").locate_file("torch/version.py")
+        if match := re.search(r"__version__ = '([^']+)'", Path(str(file)).read_text()):
+            versions["torch"] = match[1]
     return versions
-
-
-def read_dist_file(package: str, file: str) -> str:
-    """The text of a file of an installed package, empty where there is none."""
-    try:
-        return Path(str(importlib.metadata.distribution(package).locate_file(file))).read_text()
-    except (importlib.metadata.PackageNotFoundError, OSError):
-        return ""
 
 
 def compare(pins: Mapping[str, str], versions: Mapping[str, str]) -> list[Mismatch]:
