@@ -189,7 +189,7 @@ def write_rows(path: Path, rows: int) -> Path:
 
 
 def where() -> dict[str, Any]:
-    from fasttune import hardware
+    from fasttune import hardware, system
     from fasttune.bench.run import revision
 
     machine = hardware.line(hardware.detect(Path.cwd()))

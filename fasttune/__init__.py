@@ -1,4 +1,4 @@
-"""fasttune: fine-tune an open model on one GPU as fast as the chip allows, and prove the number."""
+"""fasttune: fine-tune an open model on one GPU as fast as the chip allows, with a report behind every number."""
 
 import sys
 

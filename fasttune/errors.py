@@ -1,6 +1,6 @@
 """Every error a person can cause, and how it leaves the program; an error of others in one line.
 
-FasttuneError          one line on stderr: what, where, how to mend it; exit 2
+FasttuneError          one line on stderr: what, where, how to fix it; exit 2
 ├── ConfigError        the config file or a key=value: all problems at once, one line each
 ├── DataError          a data set that is missing, empty or of an unknown form
 ├── ModelError         a model that is missing, gated or cannot be loaded
@@ -8,22 +8,26 @@ FasttuneError          one line on stderr: what, where, how to mend it; exit 2
 └── RunFailed          the run itself failed (not the user's input); exit 1
 """
 
+import argparse
 import reprlib
 from collections.abc import Iterator
 from contextlib import contextmanager
+from typing import NoReturn
+
+LONGEST_LINE = 300  # characters of an error
 
 _beginning = reprlib.Repr()
 _beginning.maxstring = _beginning.maxother = 60
 
 
 class FasttuneError(Exception):
-    """A problem that the person at the keyboard can mend; the message says how."""
+    """A problem that the person at the keyboard can fix; the message says how."""
 
     exit_code = 2
 
 
 class ConfigError(FasttuneError):
-    """Problems of one config, all of them: one line each, `key: what (how to mend it)`."""
+    """Problems of one config, all of them: one line each, `key: what (how to fix it)`."""
 
     def __init__(self, problems: list[str]):
         self.problems = problems
@@ -46,6 +50,13 @@ class RunFailed(FasttuneError):
     """The run started and could not be finished."""
 
     exit_code = 1
+
+
+def one_line(text: str, longest: int = LONGEST_LINE) -> str:
+    """Only what a terminal prints, cut in the middle: the place is said first, the fix last."""
+    line = "".join(c if c.isprintable() else " " for c in text)  # a file's name may steer a terminal
+    half = longest // 2 - 2
+    return line if len(line) <= longest else f"{line[:half]} … {line[-half:]}"
 
 
 def first_line(error: BaseException) -> str:
@@ -81,3 +92,10 @@ def in_one_line(
     except caught as error:
         said = getattr(error, "strerror", None) or f"{type(error).__name__}: {error}"
         raise kind(f"{what} ({' '.join(said.split())[:170]}); {fix}") from error
+
+
+class Parser(argparse.ArgumentParser):
+    """A wrong option is one line too."""
+
+    def error(self, message: str) -> NoReturn:
+        self.exit(2, f"{one_line(f'{self.prog}: {message}', LONGEST_LINE - 40)} (see {self.prog} --help)\n")

@@ -16,7 +16,7 @@ from collections.abc import Callable, Sequence
 from dataclasses import asdict, dataclass, replace
 from functools import partial
 from pathlib import Path
-from typing import Any
+from typing import Any, NamedTuple
 
 from fasttune import gpus as cards
 from fasttune.errors import FasttuneError
@@ -93,7 +93,7 @@ def as_torch_sees(machine: Hardware) -> Hardware:
     if not torch.cuda.is_available():
         if machine.gpus:
             raise FasttuneError(
-                f"torch {torch.__version__} cannot use the {machine.gpus[0].name}: fasttune verify says what mends it "
+                f"torch {torch.__version__} cannot use the {machine.gpus[0].name}: fasttune verify says what fixes it "
                 f"({cards.VISIBLE}= before the command: the CPU)"
             )
         return machine
@@ -180,45 +180,39 @@ def _read(path: str | Path) -> str:
         return ""
 
 
-# Dense bf16 tensor-core peak, TFLOP/s. Datasheets print the figure with sparsity: half of it is here.
-# The first pattern that matches wins; names are those of nvidia-smi. A MIG slice or a laptop chip matches nothing.
-_PEAK_BF16_TFLOPS: tuple[tuple[str, float, str], ...] = (
-    (r"\bH200 NVL", 835.5, "https://www.nvidia.com/en-us/data-center/h200/"),
-    (r"\bG?H200\b", 989.0, "https://www.nvidia.com/en-us/data-center/h200/"),
-    (r"\bH100 PCIe", 756.0, "https://resources.nvidia.com/en-us-tensor-core/nvidia-tensor-core-gpu-datasheet"),
-    (r"\bH100 NVL", 835.5, "https://www.nvidia.com/en-us/data-center/h100/"),
-    (r"\bH100\b", 989.0, "https://www.nvidia.com/en-us/data-center/h100/"),
-    (r"\bB200\b", 2250.0, "https://www.nvidia.com/en-us/data-center/hgx/"),
-    (r"\bA100\b", 312.0, "https://www.nvidia.com/en-us/data-center/a100/"),
-    (r"\bL40S\b", 362.0, "https://www.nvidia.com/en-us/data-center/l40s/"),
-    (r"\bL4\b", 121.0, "https://www.nvidia.com/en-us/data-center/l4/"),
-    (r"\bA10\b", 125.0, "https://www.nvidia.com/en-us/data-center/products/a10-gpu/"),
-    (
-        r"RTX 4090$",
-        165.2,
-        "https://images.nvidia.com/aem-dam/Solutions/geforce/ada/nvidia-ada-gpu-architecture.pdf",
-    ),
-    (
-        r"RTX 3090$",
-        71.0,
-        "https://www.nvidia.com/content/PDF/nvidia-ampere-ga-102-gpu-architecture-whitepaper-v2.pdf",
-    ),
-)
+class Chip(NamedTuple):
+    """What a GPU's datasheet says, and an example of an on-demand price of it."""
 
-# Memory bandwidth, TB/s, of the datasheets above.
-_MEMORY_TB_PER_S: tuple[tuple[str, float], ...] = (
-    (r"\bG?H200\b", 4.8),
-    (r"\bH100 PCIe", 2.0),
-    (r"\bH100 NVL", 3.9),
-    (r"\bH100\b", 3.35),
-)
+    pattern: str  # of nvidia-smi's name; a MIG slice or a laptop chip matches nothing
+    bf16_tflops: float  # dense tensor-core peak: datasheets print the figure with sparsity, half of it is here
+    memory_tb_per_s: float | None
+    usd_per_hour: float | None
+    source: str
 
-# An example of an on-demand price in US dollars a GPU-hour: the low end among specialised providers on that date.
-# Prices move and differ 2.5-fold between providers, so a config can override this.
+
+# The first pattern that matches wins. Prices are the low end among specialised providers on that date; they move and
+# differ 2.5-fold between providers, so a config can override them.
 USD_PER_HOUR_DATE = "2026-05"
 USD_PER_HOUR_SOURCE = "https://www.mercatus-ai.com/blog/cloud-gpu-pricing"
-_USD_PER_HOUR: tuple[tuple[str, float], ...] = ((r"\bH200\b", 3.50), (r"\bH100\b", 2.50), (r"\bA100\b", 1.10))
-
+H100 = "https://resources.nvidia.com/en-us-tensor-core/nvidia-tensor-core-gpu-datasheet"
+NVIDIA = "https://www.nvidia.com/en-us/data-center"
+ADA = "https://images.nvidia.com/aem-dam/Solutions/geforce/ada/nvidia-ada-gpu-architecture.pdf"
+AMPERE = "https://www.nvidia.com/content/PDF/nvidia-ampere-ga-102-gpu-architecture-whitepaper-v2.pdf"
+CHIPS = (
+    Chip(r"\bH200 NVL", 835.5, 4.8, 3.50, f"{NVIDIA}/h200/"),
+    Chip(r"\bH200\b", 989.0, 4.8, 3.50, f"{NVIDIA}/h200/"),
+    Chip(r"\bGH200\b", 989.0, 4.8, None, f"{NVIDIA}/h200/"),
+    Chip(r"\bH100 PCIe", 756.0, 2.0, 2.50, H100),
+    Chip(r"\bH100 NVL", 835.5, 3.9, 2.50, f"{NVIDIA}/h100/"),
+    Chip(r"\bH100\b", 989.0, 3.35, 2.50, f"{NVIDIA}/h100/"),
+    Chip(r"\bB200\b", 2250.0, None, None, f"{NVIDIA}/hgx/"),
+    Chip(r"\bA100\b", 312.0, None, 1.10, f"{NVIDIA}/a100/"),
+    Chip(r"\bL40S\b", 362.0, None, None, f"{NVIDIA}/l40s/"),
+    Chip(r"\bL4\b", 121.0, None, None, f"{NVIDIA}/l4/"),
+    Chip(r"\bA10\b", 125.0, None, None, f"{NVIDIA}/products/a10-gpu/"),
+    Chip(r"RTX 4090$", 165.2, None, None, ADA),
+    Chip(r"RTX 3090$", 71.0, None, None, AMPERE),
+)
 
 # GPUs a plan can be made for without having one: name, compute capability and MiB as nvidia-smi says them (with ECC on
 # where the card has it). Source: https://docs.nvidia.com/deploy/nvidia-smi/, output on machines with these cards.
@@ -240,25 +234,26 @@ def with_gpu(machine: Hardware, known: str) -> Hardware:
     return replace(machine, gpus=(Gpu(name, capability, memory_mib / 1024),), driver=None, silent_gpu=False)
 
 
-def _by_name(gpu_name: str, table: Sequence[tuple[Any, ...]]) -> float | None:
+def chip(gpu_name: str) -> Chip | None:
+    """The datasheet of a GPU, or None for one that is not in the table."""
     if re.search(r"\bMIG\b|Laptop", gpu_name):
         return None
-    return next((row[1] for row in table if re.search(row[0], gpu_name)), None)
+    return next((chip for chip in CHIPS if re.search(chip.pattern, gpu_name)), None)
 
 
 def peak_bf16_tflops(gpu_name: str) -> float | None:
     """Dense bf16 peak of the datasheet in TFLOP/s (989 for H100/H200 SXM), or None for a chip not in the table."""
-    return _by_name(gpu_name, _PEAK_BF16_TFLOPS)
+    return known.bf16_tflops if (known := chip(gpu_name)) else None
 
 
 def memory_tb_per_s(gpu_name: str) -> float | None:
-    """Bandwidth of the datasheet, or None for a chip not in the table."""
-    return _by_name(gpu_name, _MEMORY_TB_PER_S)
+    """Bandwidth of the datasheet, or None where the table has none."""
+    return known.memory_tb_per_s if (known := chip(gpu_name)) else None
 
 
 def usd_per_hour(gpu_name: str) -> float | None:
-    """An example on-demand price in US dollars an hour (see USD_PER_HOUR_DATE), or None where we know none."""
-    return _by_name(gpu_name, _USD_PER_HOUR)
+    """An example on-demand price in US dollars an hour (see USD_PER_HOUR_DATE), or None where the table has none."""
+    return known.usd_per_hour if (known := chip(gpu_name)) else None
 
 
 def measure_matmul_tflops(

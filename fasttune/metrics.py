@@ -22,7 +22,7 @@ class StepMetrics:
     """One optimizer step, as one line of `metrics.jsonl`. Tokens count no padding; seconds are device-synchronised.
 
     peak_memory_gib: of a GPU in this very step; of a CPU that of the process, until now.
-    shared_tokens: of `tokens`, those not computed again, because rows of a pack begin alike.
+    shared_tokens: of `tokens`, those not recomputed, because rows of a pack begin alike.
     eval_*: on held-out rows, after the step; None where none was due. In no `seconds` of a step.
     """
 
@@ -44,7 +44,7 @@ class StepMetrics:
 
 @dataclass(frozen=True)
 class Evaluation:
-    """After `step`, on the learned tokens of held-out rows: mean loss, and the share that is the first guess.
+    """After `step`, on the supervised tokens of held-out rows: mean loss, and the share that is the first guess.
 
     exact_match: share of the problems answered rightly, on the way; None at the ends, which RunResult has.
     """

@@ -13,7 +13,7 @@ from typing import Any
 
 from fasttune import plots, system
 from fasttune.errors import OutputError
-from fasttune.metrics import Forecast, RunResult, StepMetrics
+from fasttune.metrics import RunResult, StepMetrics
 
 
 @dataclass(frozen=True)
@@ -54,69 +54,45 @@ def percent(fraction: float) -> str:
 
 
 def key_figures(result: RunResult) -> list[Figure]:
-    """What a person asks first: those before "first step" answer it, the others say how far the answer carries."""
-    padding = f"padding not counted; median of {steps_text(result.steady_steps, 'steady ')}"
-    cost_note = (
-        "no price: set usd_per_hour" if result.usd_per_hour is None else f"at {usd(result.usd_per_hour)} per hour"
-    )
+    """What a person asks first stands before "first step"; what follows says how the numbers were made."""
+    counted = f"padding not counted; median of {steps_text(result.steady_steps, 'steady ')}"
+    too_short = "not enough steps to say"
+    cost = "no price: set usd_per_hour" if result.usd_per_hour is None else f"at {usd(result.usd_per_hour)} per hour"
     if result.usd_per_million_tokens is not None:
-        cost_note += f"; {usd(result.usd_per_million_tokens)} per million tokens at the steady speed"
+        cost += f"; {usd(result.usd_per_million_tokens)} per million tokens at the steady speed"
     measured = result.measured_matmul_tflops
+    matmul = "of the matmul rate measured on this machine" + ("" if measured is None else f", {measured:,.2f} TFLOP/s")
+    comparable = "unquantised weights, no mixture of experts and steady steps"
     return [
         _loss(result),
         *_held_out(result),
         *_exact_match(result),
-        _known("speed", result.tokens_per_s, lambda v: f"{rate(v)} tokens/s", padding, "not enough steps to say"),
+        _known("speed", result.tokens_per_s, _tokens_per_s, counted, too_short),
         Figure("peak memory", f"{result.peak_memory_gib:,.1f} GiB", _outside_steps(result)),
         Figure("time", duration(result.wall_s), f"{steps_text(result.steps)}; from start to end, loading included"),
-        _known("cost", result.cost_usd, usd, cost_note, cost_note),
+        _known("cost", result.cost_usd, usd, cost, cost),
         _known("first step", result.seconds_to_first_step, duration, "from the start to its end", "no step finished"),
-        Figure("tokens", f"{result.tokens:,}", f"{result.loss_tokens:,} of them learned (the others are context)"),
-        _known(
-            "learned tokens",
-            result.loss_tokens_per_s,
-            lambda v: f"{rate(v)} tokens/s",
-            padding,
-            "not enough steps to say",
-        ),
-        Figure("padding", percent(result.padding_fraction), "of what was computed, in no speed above"),
+        Figure("tokens", f"{result.tokens:,}", f"{result.loss_tokens:,} of them supervised (the others are context)"),
+        _known("supervised tokens", result.loss_tokens_per_s, _tokens_per_s, counted, too_short),
+        Figure("padding", percent(result.padding_fraction), "of all computed tokens; no speed counts it"),
         _known(
             "MFU",
             result.mfu,
             percent,
             "of the dense datasheet peak",
-            "needs a chip with a known datasheet peak, unquantised weights, no mixture of experts and steady steps",
+            f"needs a chip with a known datasheet peak, {comparable}",
         ),
-        _known(
-            "matmul share",
-            result.fraction_of_measured_matmul,
-            percent,
-            "of the matmul rate measured on this machine"
-            + (f", {measured:,.2f} TFLOP/s" if measured is not None else ""),
-            "needs unquantised weights, no mixture of experts and steady steps",
-        ),
-        *([] if result.forecast is None else [_forecast(result, result.forecast)]),
+        _known("matmul share", result.fraction_of_measured_matmul, percent, matmul, f"needs {comparable}"),
+        *_forecast(result),
     ]
 
 
-def _outside_steps(result: RunResult) -> str:
-    """Where loading or evaluating took more than the steps: it decides what fits."""
-    outside = result.peak_outside_steps_gib or 0.0
-    return f"in the steps; {outside:,.1f} GiB outside of them" if outside > result.peak_memory_gib else ""
+def _known(label: str, value: float | None, text: Callable[[float], str], note: str, why_not: str) -> Figure:
+    return Figure(label, "not known", why_not) if value is None else Figure(label, text(value), note)
 
 
-def _forecast(result: RunResult, expected: Forecast) -> Figure:
-    """What was expected, and how far what was measured lies from it."""
-    peak = expected.peak_memory_gib
-    value = f"{peak.expected:,.1f} GiB"
-    note = f"measured {result.peak_memory_gib / peak.expected - 1:+.0%} (range {peak.low:,.1f} to {peak.high:,.1f})"
-    speed = expected.tokens_per_s
-    if speed is not None:
-        value += f", {rate(speed.expected)} tokens/s"
-        range_text = f"(range {rate(speed.low)} to {rate(speed.high)})"
-        found = "not known" if result.tokens_per_s is None else f"{result.tokens_per_s / speed.expected - 1:+.0%}"
-        note = f"memory {note}; speed measured {found} {range_text}"
-    return Figure("forecast", value, note)
+def _tokens_per_s(per_s: float) -> str:
+    return f"{rate(per_s)} tokens/s"
 
 
 def _loss(result: RunResult) -> Figure:
@@ -133,15 +109,15 @@ def _held_out(result: RunResult) -> list[Figure]:
     seen = result.held_out
     if seen is None or seen.after is None:
         return []
-    before, after, best = seen.before, seen.after, seen.best
-    note = f"{seen.rows:,} held-out rows; first guess right: "
-    note += f"{percent(before.token_accuracy)} → " if before else ""
-    note += f"{percent(after.token_accuracy)} of tokens"
-    if best and best.step != after.step:
-        note += f"; lowest {best.loss:.3f} at step {best.step:,}"
-    if seen.saved_step is not None and seen.saved_step != after.step:
+    losses, right = f"{seen.after.loss:.3f}", percent(seen.after.token_accuracy)
+    if seen.before:
+        losses, right = f"{seen.before.loss:.3f} → {losses}", f"{percent(seen.before.token_accuracy)} → {right}"
+    note = f"{seen.rows:,} held-out rows; first guess right: {right} of tokens"
+    if seen.best and seen.best.step != seen.after.step:
+        note += f"; lowest {seen.best.loss:.3f} at step {seen.best.step:,}"
+    if seen.saved_step not in (None, seen.after.step):
         note += f"; saved are the weights of step {seen.saved_step:,}"
-    return [Figure("held-out loss", (f"{before.loss:.3f} → " if before else "") + f"{after.loss:.3f}", note)]
+    return [Figure("held-out loss", losses, note)]
 
 
 def _exact_match(result: RunResult) -> list[Figure]:
@@ -153,8 +129,24 @@ def _exact_match(result: RunResult) -> list[Figure]:
     return [Figure("exact match", share, f"on {match.problems:,} held-out problems, before and after training")]
 
 
-def _known(label: str, value: float | None, text: Callable[[float], str], note: str, why_not: str) -> Figure:
-    return Figure(label, "not known", why_not) if value is None else Figure(label, text(value), note)
+def _outside_steps(result: RunResult) -> str:
+    """Where loading or evaluating took more than the steps: it decides what fits."""
+    outside = result.peak_outside_steps_gib or 0.0
+    return f"in the steps; {outside:,.1f} GiB outside of them" if outside > result.peak_memory_gib else ""
+
+
+def _forecast(result: RunResult) -> list[Figure]:
+    """What was expected, and how far what was measured lies from it; nothing without a forecast."""
+    if result.forecast is None:
+        return []
+    peak, speed = result.forecast.peak_memory_gib, result.forecast.tokens_per_s
+    value = f"{peak.expected:,.1f} GiB"
+    note = f"measured {result.peak_memory_gib / peak.expected - 1:+.0%} (range {peak.low:,.1f} to {peak.high:,.1f})"
+    if speed is not None:
+        value += f", {_tokens_per_s(speed.expected)}"
+        found = "not known" if result.tokens_per_s is None else f"{result.tokens_per_s / speed.expected - 1:+.0%}"
+        note = f"memory {note}; speed measured {found} (range {rate(speed.low)} to {rate(speed.high)})"
+    return [Figure("forecast", value, note)]
 
 
 def what_ran(result: RunResult) -> list[tuple[str, str]]:
@@ -167,8 +159,7 @@ def write_json(path: Path | str, data: Any) -> None:
 
     Raises OutputError where the file cannot be written, TypeError for a value that JSON cannot hold.
     """
-    text = json.dumps(_finite(data), indent=2, ensure_ascii=False, allow_nan=False) + "\n"
-    write_text(Path(path), text)
+    write_text(Path(path), json.dumps(_finite(data), indent=2, ensure_ascii=False, allow_nan=False) + "\n")
 
 
 def to_json_line(data: Any) -> str:
@@ -228,8 +219,8 @@ def facts(values: Mapping[str, Any]) -> list[tuple[str, str]]:
 
 
 def readable(value: Any) -> str:
-    """A value of a nested dict (hardware facts) on one line: floats short, None as a dash."""
-    if value is None or value == [] or value == () or value == {}:
+    """A value of a nested dict (hardware facts) on one line: floats short, nothing as a dash."""
+    if value in (None, [], (), {}):
         return "–"
     if isinstance(value, bool):
         return "yes" if value else "no"

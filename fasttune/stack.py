@@ -4,6 +4,7 @@ The rules for people who come with another stack are data in `RULES` (fasttune/v
 Importing this needs the standard library only: the set-up uses it before anything is installed.
 """
 
+import contextlib
 import importlib.metadata
 import json
 import re
@@ -22,8 +23,6 @@ CPU_INDEX = "https://download.pytorch.org/whl/cpu"
 # https://github.com/pytorch/pytorch/pull/175253 and https://docs.nvidia.com/deploy/cuda-compatibility/
 CU12_INDEX = "https://download.pytorch.org/whl/cu128"
 TORCH_FAMILY = ("torch", "torchvision", "triton")  # what comes from PyTorch's own index on the cu12 stack
-WORKING = ["fasttune", "torch", "triton", "transformers", "trl", "peft"]
-WORKING += ["unsloth", "unsloth_zoo", "xformers", "flash-attn"]
 CUDA_WHEEL = re.compile(r"^(nvidia-|cuda-)")
 OLDEST_DRIVER = 525  # of CUDA 12: https://docs.nvidia.com/deploy/cuda-compatibility/minor-version-compatibility.html
 DISK_NEEDED_GIB = {"cpu": 4, "cu130": 12, "cu12": 12}
@@ -59,7 +58,7 @@ class Mismatch:
 
 
 def canonical(name: str) -> str:
-    """The name as PEP 503 compares it: `unsloth_zoo` and `Unsloth.Zoo` are `unsloth-zoo`."""
+    """The name as PEP 503 compares it: `Unsloth_Zoo` is `unsloth-zoo`."""
     return re.sub(r"[-_.]+", "-", name).lower()
 
 
@@ -100,10 +99,10 @@ def requirements(name: str, python: tuple[int, int] | None = None) -> list[str]:
     """
     pins = parse_pin_file(stack_file(name), python)
     elsewhere = set(TORCH_FAMILY) if name == "cu12" else set()
-    wanted = [package for package in read_pins(name, python) if package not in elsewhere and pins[package].hashes]
     return [
         " ".join([f"{package}=={pins[package].version}", *(f"--hash={digest}" for digest in pins[package].hashes)])
-        for package in wanted
+        for package in read_pins(name, python)
+        if package not in elsewhere and pins[package].hashes
     ]
 
 
@@ -130,16 +129,13 @@ def _joined_lines(path: Path) -> Iterator[tuple[int, str]]:
         lines = path.read_text().splitlines()
     except OSError as error:
         raise FasttuneError(f"{path}: cannot read the pins of the stack ({error.strerror})") from None
-    joined = ""
-    for number, line in enumerate(lines, 1):
-        joined = f"{joined} {line.partition('#')[0].strip()}".strip()
-        if joined.endswith("\\"):
-            joined = joined.removesuffix("\\").strip()
-        elif joined:
-            yield number, joined
-            joined = ""
-    if joined:
-        yield len(lines), joined
+    joined: list[str] = []
+    for number, line in enumerate([*lines, ""], 1):
+        text = line.partition("#")[0].strip()
+        joined += text.removesuffix("\\").split()
+        if joined and not text.endswith("\\"):
+            yield number, " ".join(joined)
+            joined = []
 
 
 def choose_stack(hardware: Hardware) -> tuple[str, str]:
@@ -185,7 +181,7 @@ def active_stack() -> str:
 def distributions() -> Iterator[tuple[str, str, importlib.metadata.Distribution]]:
     """(canonical name, version, distribution) of all that is installed, in the order in which Python finds it.
 
-    pip names what it was about to remove `~ame`: what a killed pip left so is passed over, as pip itself does.
+    pip names what it was about to remove `~ame`: what a killed pip left is skipped, as pip itself does.
     The two lines are read without the parser of importlib.metadata, which takes a millisecond or two a package.
     """
     for distribution in importlib.metadata.distributions():
@@ -208,29 +204,11 @@ def installed() -> dict[str, str]:
     versions: dict[str, str] = {}
     for name, version, _ in distributions():
         versions.setdefault(name, version)
-    match = re.search(r"__version__ = '([^']+)'", read_dist_file("torch", "torch/version.py"))
-    if match and "torch" in versions:
-        versions["torch"] = match[1]
+    with contextlib.suppress(importlib.metadata.PackageNotFoundError, OSError):
+        file = importlib.metadata.distribution("torch").locate_file("torch/version.py")
+        if match := re.search(r"__version__ = '([^']+)'", Path(str(file)).read_text()):
+            versions["torch"] = match[1]
     return versions
-
-
-def versions() -> dict[str, str]:
-    """Versions of the packages that do the work, as pip calls them, where they are installed: for a result."""
-    found = {}
-    for package in WORKING:
-        try:
-            found[package] = importlib.metadata.version(package)
-        except importlib.metadata.PackageNotFoundError:
-            continue
-    return found
-
-
-def read_dist_file(package: str, file: str) -> str:
-    """The text of a file of an installed package, empty where there is none."""
-    try:
-        return Path(str(importlib.metadata.distribution(package).locate_file(file))).read_text()
-    except (importlib.metadata.PackageNotFoundError, OSError):
-        return ""
 
 
 def compare(pins: Mapping[str, str], versions: Mapping[str, str]) -> list[Mismatch]:
@@ -244,10 +222,10 @@ def compare(pins: Mapping[str, str], versions: Mapping[str, str]) -> list[Mismat
 
 
 def repair_command(packages: Iterable[str], stack: str) -> str:
-    """The command that mends these packages: it names those that differ from the stack's pins.
+    """The command that repairs these packages: it names those that differ from the stack's pins.
 
-    With torch goes what belongs to it (torchvision, triton, its CUDA libraries). Where none of them differs, others are
-    mended first; where nothing differs, the files of `packages` are broken: they are put there anew.
+    With torch goes what belongs to it (torchvision, triton, its CUDA libraries). Where none of them differs, others
+    come first; where nothing differs, the files of `packages` are broken: they are installed again.
     """
     pins, packages = read_pins(stack), list(packages)
     wrong = {item.name for item in compare(pins, installed())}

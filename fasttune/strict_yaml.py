@@ -1,7 +1,7 @@
-"""YAML as a config needs it: text, true, false, null, and lists and mappings of them, bounded. Numbers stay text: the
-setting that wants one reads it.
+"""YAML as a config needs it: text, true, false, null, and lists and mappings of them, bounded.
 
-YAML 1.1 takes 1:30 for 90, 010 for 8, `on` for true, and of a key that is given twice the last one, silently.
+Numbers stay text: the setting that wants one reads it. YAML 1.1 takes 1:30 for 90, 010 for 8, `on` for true, and of a
+key that is given twice the last one, silently.
 """
 
 import re
@@ -14,6 +14,7 @@ from fasttune import system
 
 MAX_BYTES = 100_000
 MAX_VALUES, MAX_DEPTH = 10_000, 20  # with every alias written out: a few lines can stand for billions
+TOO_DEEP = f"nested more than {MAX_DEPTH} deep: no setting is"
 TEXT, MERGE = "tag:yaml.org,2002:str", "tag:yaml.org,2002:merge"
 PLAIN = {  # what a value without quotes is, unless it is text
     "tag:yaml.org,2002:bool": r"true|True|TRUE|false|False|FALSE",
@@ -73,40 +74,39 @@ class _Loader(yaml.SafeLoader):
     def compose_node(self, parent: yaml.Node | None, index: Any) -> yaml.Node | None:
         event = self.peek_event()
         if (tag := getattr(event, "tag", None)) not in (None, "!"):
-            raise _malformed(
-                event, f"the tag {tag.replace('tag:yaml.org,2002:', '!!')} is not read: write the value alone"
-            )
+            short = tag.replace("tag:yaml.org,2002:", "!!")
+            raise _malformed(event, f"the tag {short} is not read: write the value alone")
         if self._open > MAX_DEPTH:
-            raise _malformed(event, f"nested more than {MAX_DEPTH} deep: no setting is")
+            raise _malformed(event, TOO_DEEP)
         self._open += 1
         node = super().compose_node(parent, index)
         self._open -= 1
-        if isinstance(event, yaml.AliasEvent) and node not in self._measured:
-            raise _malformed(event, "an alias stands inside what it names")
         if node is not None and node not in self._measured:
-            self._measured[node] = _measure(node, self._measured)
+            if isinstance(event, yaml.AliasEvent):
+                raise _malformed(event, "an alias stands inside what it names")
+            self._measured[node] = self._measure(node)
         return node
 
-
-def _measure(node: yaml.Node, measured: dict[yaml.Node, tuple[int, int]]) -> tuple[int, int]:
-    """(values, depth) of a node, every alias written out. Raises Malformed."""
-    children = node.value
-    if isinstance(node, yaml.ScalarNode):
-        try:
-            system.writable(node.value)
-        except ValueError as error:
-            raise _malformed(node, f"a value {error}") from error
-        children = []
-    elif isinstance(node, yaml.MappingNode):
-        _check_keys(node)
-        children = [child for pair in node.value for child in pair]
-    values = 1 + sum(measured[child][0] for child in children)
-    depth = 1 + max((measured[child][1] for child in children), default=0)
-    if values > MAX_VALUES:
-        raise _malformed(node, f"more than {MAX_VALUES:,} values, aliases written out: that is no config")
-    if depth > MAX_DEPTH:
-        raise _malformed(node, f"nested more than {MAX_DEPTH} deep: no setting is")
-    return values, depth
+    def _measure(self, node: yaml.Node) -> tuple[int, int]:
+        """(values, depth) of a node, every alias written out."""
+        parts: list[yaml.Node] = []
+        if isinstance(node, yaml.ScalarNode):
+            try:
+                system.writable(node.value)
+            except ValueError as error:
+                raise _malformed(node, f"a value {error}") from error
+        elif isinstance(node, yaml.MappingNode):
+            _check_keys(node)
+            parts = [part for pair in node.value for part in pair]
+        else:
+            parts = node.value
+        values = 1 + sum(self._measured[part][0] for part in parts)
+        depth = 1 + max((self._measured[part][1] for part in parts), default=0)
+        if values > MAX_VALUES:
+            raise _malformed(node, f"more than {MAX_VALUES:,} values, aliases written out: that is no config")
+        if depth > MAX_DEPTH:
+            raise _malformed(node, TOO_DEEP)
+        return values, depth
 
 
 def _check_keys(node: yaml.MappingNode) -> None:

@@ -9,16 +9,17 @@ import time
 from collections import deque
 from collections.abc import Iterable, Iterator
 from pathlib import Path
+from typing import Any
 
 from rich.console import Console, Group, RenderableType
 from rich.padding import Padding
 from rich.panel import Panel
-from rich.progress import BarColumn, Progress, TaskID, TextColumn, TimeRemainingColumn
+from rich.progress import BarColumn, Progress, ProgressColumn, TaskID, TextColumn, TimeRemainingColumn
 from rich.rule import Rule
 from rich.table import Column, Table
 from rich.text import Text
 
-from fasttune import errors
+from fasttune.errors import one_line
 from fasttune.metrics import RunResult, Sample, Setting, StepMetrics
 from fasttune.report import key_figures, rate, steps_text, usd, what_ran
 
@@ -61,34 +62,29 @@ class Reporter:
         """How far a long preparation is, 0 to 1: a bar, or without a terminal a line every PLAIN_LINE_EVERY_S."""
         if self._quiet:
             return
-        if self._live and 0 < share < 1:
-            if self._progress is None:
-                self._progress = Progress(
-                    TextColumn("{task.description}", markup=False, table_column=Column(no_wrap=True, ratio=2)),
-                    TextColumn("{task.percentage:>3.0f} %"),
-                    BarColumn(bar_width=None, table_column=Column(ratio=1)),
-                    TimeRemainingColumn(),
-                    TextColumn("left"),
-                    console=self._console,
-                    transient=True,
-                    expand=True,
-                    speed_estimate_period=math.inf,  # one measurement of a benchmark lasts minutes
-                )
-                self._task = self._progress.add_task(plain(what), total=1.0)
-                self._progress.start()
-            self._progress.update(self._task, completed=share, description=plain(what))
-        elif share >= 1:
+        if share >= 1:
             self.stop()
+        elif self._live and share > 0:
+            bar = self._progress or self._open_bar(
+                TextColumn("{task.description}", markup=False, table_column=Column(no_wrap=True, ratio=2)),
+                TextColumn("{task.percentage:>3.0f} %"),
+                BarColumn(bar_width=None, table_column=Column(ratio=1)),
+                TimeRemainingColumn(),
+                TextColumn("left"),
+                total=1.0,
+                transient=True,
+                speed_estimate_period=math.inf,  # one measurement of a benchmark lasts minutes
+            )
+            bar.update(self._task, completed=share, description=plain(what))
         elif what != self._prepared or time.monotonic() - self._last_line_s >= PLAIN_LINE_EVERY_S:
-            self._last_line_s = time.monotonic()
-            self._prepared = what
+            self._last_line_s, self._prepared = time.monotonic(), what
             self.note(f"{what} …" + (f" {share:.0%}" if share else ""))
 
     def warn(self, text: str) -> None:
         """A warning, once, above the bar; the final report has those of the result."""
         if text not in self._warned:
             self._warned.add(text)
-            self._line(Text.assemble(("warning: ", "bold yellow"), plain(text)))
+            self._warning(text)
 
     def start(
         self,
@@ -105,12 +101,8 @@ class Reporter:
         table = grid([("hardware", hardware_line, ""), *((each.name, each.value, each.reason) for each in settings)])
         self._console.print(Panel(table, title=Text(plain(title), style="bold"), title_align="left", padding=(0, 1)))
         if self._live:
-            # 20 columns: the step counter and a bar that can still be read
-            columns = (TextColumn("step {task.completed:,.0f}/{task.total:,.0f}"), BarColumn(bar_width=None))
-            figures = TextColumn("{task.fields[figures]}")
-            self._progress = Progress(*columns, figures, console=self._console, expand=True)
-            self._task = self._progress.add_task("", total=total_steps, figures="first step …")
-            self._progress.start()
+            counter = TextColumn("step {task.completed:,.0f}/{task.total:,.0f}")
+            self._open_bar(counter, BarColumn(bar_width=None), TextColumn("{task.fields[figures]}"), total=total_steps)
         else:
             self._line(Text(f"training: {steps_text(total_steps)}"))
 
@@ -122,11 +114,18 @@ class Reporter:
             return
         figures = self._figures(step)
         if self._progress is not None:
-            text = _fit(figures, self._console.width - 2 * len(f"{self._total_steps:,}") - 18)
+            room = self._console.width - 2 * len(f"{self._total_steps:,}") - 18  # for the counter and a bar to see
+            text = _fit(figures, room)
             self._progress.update(self._task, completed=step.step, figures=text)
         elif self._line_is_due(step.step) or step.eval_loss is not None:
             self._last_line_s = time.monotonic()
             self._line(Text(" · ".join([f"step {step.step:,}/{self._total_steps:,}", *figures])))
+
+    def _open_bar(self, *columns: ProgressColumn, total: float, **options: Any) -> Progress:
+        self._progress = Progress(*columns, console=self._console, expand=True, **options)
+        self._task = self._progress.add_task("", total=total, figures="first step …")
+        self._progress.start()
+        return self._progress
 
     def stop(self) -> None:
         """Close the bar. Safe at any time and more than once, so it belongs into a `finally`."""
@@ -140,20 +139,17 @@ class Reporter:
         status = Text(result.status, style=f"bold {STATUS_STYLE[result.status]}")
         if self._quiet:
             if result.status != "completed":
-                self._line(
-                    Text.assemble(
-                        plain(result.name), ": ", status, ": ", errors.one_line(result.error or "no reason given")
-                    )
-                )
+                why = one_line(result.error or "no reason given")
+                self._line(Text.assemble(plain(result.name), ": ", status, ": ", why))
             return
         parts: list[RenderableType] = [Rule(Text.assemble(status, " ", plain(result.name)), align="left", style="dim")]
         if result.error:
-            parts.append(Padding(Text(errors.one_line(result.error), style="red"), (0, 2)))
+            parts.append(Padding(Text(one_line(result.error), style="red"), (0, 2)))
         parts.append(Padding(_figure_table(result), (1, 2)))
-        parts.extend(_samples(result.samples, wide=self._console.width >= 60))
+        parts.extend(_samples(result.samples))
         self._console.print(Group(*parts))
         for text in result.warnings:
-            self._line(Text.assemble(("warning: ", "bold yellow"), plain(text)))
+            self._warning(text)
         for label, value in _files(result):  # not in a table: a path must stay in one piece to be copied
             self._console.print(Text.assemble((f"{label:<9}", "bold"), plain(value)), soft_wrap=True)
 
@@ -174,6 +170,9 @@ class Reporter:
         every = max(1, self._total_steps // 20)
         overdue = time.monotonic() - self._last_line_s >= PLAIN_LINE_EVERY_S
         return len(self._recent) == 1 or step == self._total_steps or step % every == 0 or overdue
+
+    def _warning(self, text: str) -> None:
+        self._line(Text.assemble(("warning: ", "bold yellow"), plain(text)))
 
     def _line(self, text: Text) -> None:
         self._console.print(text, soft_wrap=not self._live)  # a log keeps one line one line
@@ -216,19 +215,13 @@ def _figure_table(result: RunResult) -> Table:
     return grid([*lines, ("what ran", " · ".join(f"{label} {value}" for label, value in what_ran(result)), "")])
 
 
-def _samples(samples: list[Sample], wide: bool) -> Iterator[RenderableType]:
-    """Held-out prompts with the answers before and after, side by side (below each other where that is too narrow)."""
+def _samples(samples: list[Sample]) -> Iterator[RenderableType]:
+    """Held-out prompts with the answers before and after, side by side."""
     for sample in samples:
-        answers = [("before", sample.before), ("after", sample.after)]
-        table = Table(box=None, expand=True, padding=(0, 2, 0, 0), show_header=wide, header_style="bold")
-        if wide:
-            for name, _ in answers:
-                table.add_column(name, ratio=1, overflow="fold")
-            table.add_row(*(_clip(text) for _, text in answers))
-        else:
-            table.add_column(overflow="fold")
-            for name, text in answers:
-                table.add_row(Text.assemble((f"{name}: ", "bold"), _clip(text)))
+        table = Table(box=None, expand=True, padding=(0, 2, 0, 0), header_style="bold")
+        for name in ("before", "after"):
+            table.add_column(name, ratio=1, overflow="fold")
+        table.add_row(_clip(sample.before), _clip(sample.after))
         prompt = Text.assemble(("held-out prompt: ", "bold"), _clip(sample.prompt))
         reference = Text.assemble(("reference: ", "bold"), _clip(sample.reference), style="dim")
         yield Padding(Group(prompt, table, reference), (0, 2, 1, 2))
@@ -246,8 +239,7 @@ def _files(result: RunResult) -> Iterator[tuple[str, str]]:
         if (output / name).exists():
             yield label, str(output / name)
     if result.resume_command:
-        yield "go on", result.resume_command
-    if (output / "adapter").exists():
-        yield "load it", f'peft.AutoPeftModelForCausalLM.from_pretrained("{output / "adapter"}")'
-    elif (output / "model").exists():
-        yield "load it", f'transformers.AutoModelForCausalLM.from_pretrained("{output / "model"}")'
+        yield "resume", result.resume_command
+    for name, loader in (("adapter", "peft.AutoPeftModelForCausalLM"), ("model", "transformers.AutoModelForCausalLM")):
+        if (output / name).exists():
+            yield "load it", f'{loader}.from_pretrained("{output / name}")'

@@ -9,13 +9,12 @@ import typing
 from pathlib import Path
 
 import yaml
-from pydantic import BaseModel
 from pydantic.fields import FieldInfo
 
 ROOT = Path(__file__).resolve().parent.parent
 sys.path.insert(0, str(ROOT))
 
-from fasttune.config import Config  # noqa: E402
+from fasttune.config import Config, Section, is_section  # noqa: E402
 
 PAGE = ROOT / "docs" / "settings.md"
 HEAD = """# Settings
@@ -28,21 +27,16 @@ This page is written by `python scripts/settings.py --write`.
 
 
 def page() -> str:
-    sections = {"": [name for name, field in Config.model_fields.items() if not is_section(field)]}
+    sections = {"": [name for name, field in Config.model_fields.items() if not is_section(field.annotation)]}
     text = HEAD + table("", Config, sections[""])
     for name, field in Config.model_fields.items():
-        if is_section(field):
-            section = typing.cast(type[BaseModel], field.annotation)
+        if is_section(section := field.annotation):
             about = (section.__doc__ or "").strip()
             text += f"\n## {name}\n{about}\n" + table(f"{name}.", section, list(section.model_fields))
     return text
 
 
-def is_section(field: FieldInfo) -> bool:
-    return isinstance(field.annotation, type) and issubclass(field.annotation, BaseModel)
-
-
-def table(prefix: str, section: type[BaseModel], names: list[str]) -> str:
+def table(prefix: str, section: type[Section], names: list[str]) -> str:
     lines = ["", "| setting | default | |", "|---|---|---|"]
     for name in names:
         field = section.model_fields[name]

@@ -1,6 +1,5 @@
 """A run is declared once: what is accepted, and what a person is told when it is not."""
 
-import os
 import re
 import shlex
 import subprocess
@@ -32,19 +31,6 @@ def test_every_config_parses_and_opens_with_its_command(path: Path) -> None:
     assert str(path) in first or (path.stem == "quickstart" and command[:2] == ["bash", "scripts/demo.sh"])
 
 
-def test_the_recipes_are_the_published_ones() -> None:
-    gsm8k, meta = (config.load(f"configs/llama3.1_8b_{name}.yaml") for name in ("gsm8k", "metamathqa"))
-    for recipe in (gsm8k, meta):
-        lora = recipe.lora
-        assert (lora.rank, lora.alpha, lora.dropout, lora.rslora, lora.init) == (32, 64, 0.05, True, "pissa")
-        assert recipe.model.max_length == 1024 and recipe.model.quantization == "none"
-        assert lora.targets == config.SEVEN_PROJECTIONS
-    assert (gsm8k.train.learning_rate, gsm8k.train.warmup_ratio) == (3e-4, 0.1)
-    assert (gsm8k.train.epochs, gsm8k.train.batch_rows) == (5, 64)
-    assert (meta.train.learning_rate, meta.train.warmup_ratio) == (1e-4, 0.05)
-    assert (meta.train.epochs, meta.train.batch_rows) == (2, 128)
-
-
 def test_all_problems_come_at_once_each_with_its_key() -> None:
     found = problems({"model": {"nmae": "x"}, "data": {"train": "a"}, "train": {"epochs": -1}, "seed": "x"})
     assert len(found) == 4  # the misspelt key, the key it leaves missing, the range and the type
@@ -68,15 +54,12 @@ def test_an_unknown_key_names_the_nearest(section: str, key: str, nearest: str) 
 
 def test_settings_that_would_be_ignored_are_refused() -> None:
     assert "lora.* would be ignored" in problems({**SMALL, "lora": {"rank": 4}, "train": {"method": "full"}})[0]
+    assert "must divide" in problems({**SMALL, "train": {"batch_rows": 8, "micro_batch_rows": 3}})[0]
     assert "samples needs held-out rows" in problems({**SMALL, "samples": 2})[0]
     assert "eval.problems needs held-out rows" in problems({**SMALL, "eval": {"problems": 2}})[0]
     nf4 = {"name": "builtin:tiny", "quantization": "nf4"}
     assert "nf4" in problems({**SMALL, "model": nf4, "train": {"method": "full"}})[0]
     assert "pissa" in problems({**SMALL, "model": nf4, "lora": {"init": "pissa"}})[0]
-
-
-def test_the_micro_batch_divides_the_batch() -> None:
-    assert "must divide" in problems({**SMALL, "train": {"batch_rows": 8, "micro_batch_rows": 3}})[0]
 
 
 def test_overrides_win_and_are_typed(tmp_path: Path) -> None:
@@ -250,12 +233,6 @@ def test_an_override_does_not_replace_a_section_or_lose_what_stands_behind_a_sig
     assert read(tmp_path, TINY, "output_dir=a #b: c").output_dir == "a #b: c"
     with pytest.raises(ConfigError, match=r"data.train: x is given twice"):
         read(tmp_path, TINY, "data.train={x: 1, x: 2}")
-
-
-def test_a_pipe_is_not_waited_for(tmp_path: Path) -> None:
-    os.mkfifo(tmp_path / "pipe.yaml")
-    with pytest.raises(ConfigError, match="is a pipe"):
-        config.load(tmp_path / "pipe.yaml")
 
 
 @pytest.mark.parametrize(

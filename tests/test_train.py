@@ -417,6 +417,6 @@ def test_a_gpu_that_torch_cannot_use_is_no_reason_to_train_on_the_cpu(
 
     machine = hardware.with_gpu(hardware.detect(), "h100-80")
     monkeypatch.setattr(hardware, "detect", lambda path: machine)
-    with pytest.raises(FasttuneError, match="cannot use the NVIDIA H100 80GB HBM3: fasttune verify says what mends it"):
+    with pytest.raises(FasttuneError, match="cannot use the NVIDIA H100 80GB HBM3: fasttune verify says what fixes it"):
         train(tmp_path / "run")
     assert not (tmp_path / "run").exists()

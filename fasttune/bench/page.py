@@ -3,7 +3,6 @@
 A sink: it knows the result types and nothing of how they were measured. Names and reasons are never read as markup.
 """
 
-import io
 import textwrap
 from collections.abc import Callable
 from dataclasses import dataclass
@@ -22,7 +21,7 @@ from fasttune.report import duration, percent, rate, steps_text, usd
 from fasttune.terminal import plain
 
 FIRST_COLUMNS = 5  # of the upper table of a terminal, where all columns in one would be too wide
-SIZE_IN, DPI = (12.0, 6.3), 100  # of bench.png: 1200 × 630, what sites expect of a picture that stands for a page
+SIZE_IN = (12.0, 6.3)  # of bench.png: 1200 × 630, what sites expect of a picture that stands for a page
 BAR_IN, BARS_IN = 0.6, 9.0  # from one bar to the next, and all the width, in bench.html: a phone shows it whole
 INSIDE_FROM = 0.6  # of the axis: a longer bar has its words inside
 LIMIT_IN_VIEW = 4.0  # a limit further away than so many of the longest bars would leave the bars unreadable
@@ -165,23 +164,17 @@ def _row(bench: Bench, arm: Arm) -> dict[str, Cell]:
 
 def picture(bench: Bench) -> tuple[bytes, str]:
     """bench.png, which can be shown alone, and the same bars as an SVG element for the page."""
-    import matplotlib
-    from matplotlib.figure import Figure
-
-    style = {"font.size": 15, "font.family": "DejaVu Sans", "text.color": plots.INK, "text.parse_math": False}
-    with matplotlib.rc_context(style):
-        figure = Figure(SIZE_IN, DPI, facecolor=plots.PAPER)
+    with plots.figure(*SIZE_IN, font_size=15) as figure:
         axes = figure.add_axes((0.19, 0.2, 0.77, 0.61), facecolor=plots.PAPER)
         _bars(axes, bench)
         words = _words(figure, bench)
-        buffer = io.BytesIO()
-        figure.savefig(buffer, format="png", facecolor=plots.PAPER, metadata={"Software": None})
+        alone = plots.png(figure)
         for text in words:
             text.remove()
         high, below = BAR_IN * (len(bench.arms) + 0.35), 0.45  # the bars, and the numbers of their axis
         figure.set_size_inches(BARS_IN, high + below)
         axes.set_position((0.25, below / (high + below), 0.74, high / (high + below)))
-        return buffer.getvalue(), plots.to_svg(figure)
+        return alone, plots.svg(figure)
 
 
 def _bars(axes: Any, bench: Bench) -> None:
