@@ -11,7 +11,6 @@ import pytest
 PACKAGE = Path("fasttune")
 BASE = 0  # the modules beside cli.py
 LEVEL = {"data": 1, "cpu": 1, "core": 2, "bench": 3, "tools": 3, "verify": 3, "cli": 4}
-EXCEPTIONS = {}
 LIGHT = "errors config gpus stack cli tools.evaluate hardware terminal verify.main core.train core.prepare".split()
 LIGHT += ["report", "tools.inspect_data", "tools.generate", "tools.merge"]
 HEAVY = {"torch", "transformers", "unsloth", "trl", "peft", "datasets", "matplotlib", "jinja2", "lm_eval"}
@@ -56,11 +55,7 @@ def test_imports_point_downwards(name: str) -> None:
     for other in ours(FILES[name]):
         upwards = level(other) >= level(name) and level(name) != BASE and other.split(".")[0] != own
         upwards |= level(name) == BASE and level(other) > BASE
-        assert not upwards or (name, other) in EXCEPTIONS, f"{name} imports {other}"
-
-
-def test_every_exception_is_needed() -> None:
-    assert {(name, other) for name, other in EXCEPTIONS if other in ours(FILES[name])} == EXCEPTIONS
+        assert not upwards, f"{name} imports {other}"
 
 
 def test_no_import_goes_in_a_circle() -> None:
