@@ -555,7 +555,7 @@ def test_a_benchmark_is_not_relabelled(tmp_path: Path, monkeypatch: pytest.Monke
     power = [[repeat.power_w for repeat in arm.repeats] for arm in again.arms]
     assert power == [[650.0], [None]], "an earlier measurement keeps what was drawn"
     assert again.date == "2020-01-01" and "the GPU was throttled (x)" in again.objections
-    for name, value in (("revision", lambda: "def5678"), ("stack", SimpleNamespace(versions=lambda: {"torch": "0"}))):
+    for name, value in (("revision", lambda: "def5678"), ("system", SimpleNamespace(versions=lambda: {"torch": "0"}))):
         with monkeypatch.context() as changed, pytest.raises(OutputError, match="of another job"):
             changed.setattr(run, name, value)
             run_it(tmp_path / "out", ["fasttune"])

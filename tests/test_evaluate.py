@@ -208,7 +208,7 @@ def test_an_adapter_of_another_scale_is_another_model(harness: Any, tiny_tokeniz
 def test_the_command_scores_multiple_choice_without_a_network(tmp_path: Path, harness: Any) -> None:
     rows = write(tmp_path / "choices.jsonl", CHOICES)
     guarded = (
-        "import sys; from fasttune.verify import guard; attempts = []; guard.block_network(attempts)\n"
+        "import sys; from fasttune.verify.smoke_train import block_network; attempts = []; block_network(attempts)\n"
         "from fasttune import cli; code = cli.main(sys.argv[1:]); print(attempts, file=sys.stderr); sys.exit(code)"
     )
     command = [sys.executable, "-c", guarded, "eval", "builtin:tiny", "--data", rows, "--out", "scores", "--json"]

@@ -36,6 +36,12 @@ def main() -> int:
     import matplotlib.font_manager  # noqa: F401
     import pyarrow.parquet  # noqa: F401
 
+    import fasttune.cli
+    import fasttune.core.train
+    import fasttune.core.trainer
+    import fasttune.tools.inspect_data
+    import fasttune.tools.plan  # noqa: F401
+
     warm = cases.Case(["plan", "c.yaml"], {"c.yaml": b"model: {name: builtin:tiny}\ndata: {train: builtin:arithmetic}"})
     faults = {"the cache is filled": found} if (found := run(warm, given.show)) else {}
     for seed in range(given.first, given.first + given.cases):
