@@ -555,9 +555,9 @@ def test_a_benchmark_is_not_relabelled(tmp_path: Path, monkeypatch: pytest.Monke
     power = [[repeat.power_w for repeat in arm.repeats] for arm in again.arms]
     assert power == [[650.0], [None]], "an earlier measurement keeps what was drawn"
     assert again.date == "2020-01-01" and "the GPU was throttled (x)" in again.objections
-    for name, value in (("revision", lambda: "def5678"), ("system", SimpleNamespace(versions=lambda: {"torch": "0"}))):
+    for owner, name, value in ((run, "revision", "def5678"), (run.system, "versions", {"torch": "0"})):
         with monkeypatch.context() as changed, pytest.raises(OutputError, match="of another job"):
-            changed.setattr(run, name, value)
+            changed.setattr(owner, name, lambda value=value: value)
             run_it(tmp_path / "out", ["fasttune"])
     monkeypatch.setattr(run.hardware, "detect", lambda path: hardware.with_gpu(H200, "h100-80"))
     with pytest.raises(OutputError, match="machine was NVIDIA H200, is NVIDIA H100 80GB HBM3"):
