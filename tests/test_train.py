@@ -105,7 +105,8 @@ def test_the_command_writes_the_contract(run: Path) -> None:
     assert result["status"] == "completed" and result["steps"] == 4
     assert json.loads((run / "stdout.txt").read_text().splitlines()[-1]) == result
     adapter = {path.name for path in (run / "adapter").iterdir()}
-    assert {"adapter_config.json", "adapter_model.safetensors", "tokenizer.json"} <= adapter
+    assert {"adapter_config.json", "adapter_model.safetensors", "tokenizer.json", "README.md"} <= adapter
+    assert result["forecast"]["steps"] == 4 and "forecast" in {each["name"] for each in result["settings"]}
     assert len(result["samples"]) == 1 and result["samples"][0]["reference"].count("####") == 1
     assert result["exact_match"] == {"problems": 3, "before": 0.0, "after": 0.0}  # what a random model can do
 

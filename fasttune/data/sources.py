@@ -323,7 +323,7 @@ def _name_unreadable(batch: Any, source: str, before: int) -> None:
         try:
             batch[name][at].as_py()
         except (ValueError, OverflowError) as error:
-            what = f"{name} cannot be read ({first_line(error)}); write that column anew, as UTF-8 text"
+            what = f"{name} cannot be read ({first_line(error)}); write that column again, as UTF-8 text"
             raise DataError(f"data: {source} row {before + at + 1}: {what}") from error
 
 
