@@ -148,7 +148,7 @@ def compared(name: str, folder: Path) -> dict[str, Any]:
     machine = replace(hardware.detect(), gpus=())
     chosen = autoconfig.resolve(config, machine, Shape.of(pretrained.read_architecture(config.model)))
     data = load.encode(config, pretrained.read_tokenizer(config.model), chosen.packed, lambda what, share: None)
-    data.share_prefix = chosen.packed
+    data.shared = chosen.packed
     expected = estimate.of_run(config, chosen, data, machine, None)
     fitted, settings = CONFIGURATIONS[name]
     speed, share, before = measured["tokens_per_s"], None, measured["forecast"]

@@ -22,7 +22,7 @@ class StepMetrics:
     """One optimizer step, as one line of `metrics.jsonl`. Tokens count no padding; seconds are device-synchronised.
 
     peak_memory_gib: of a GPU in this very step; of a CPU that of the process, until now.
-    shared_tokens: of `tokens`, those not recomputed, because rows of a pack begin alike.
+    computed_tokens: of `tokens`, those really computed: what rows of a pack begin with alike, once.
     eval_*: on held-out rows, after the step; None where none was due. In no `seconds` of a step.
     """
 
@@ -31,9 +31,9 @@ class StepMetrics:
     learning_rate: float
     grad_norm: float | None
     tokens: int
+    computed_tokens: int
     loss_tokens: int
     padding_tokens: int
-    shared_tokens: int
     seconds: float
     tokens_per_s: float
     peak_memory_gib: float
@@ -256,10 +256,9 @@ class Flops:
     attention: float
     head: float
 
-    def of_step(self, tokens: int, loss_tokens: int, rows: int) -> float:
-        """FLOPs of one optimizer step over `rows` rows with `tokens` tokens and `loss_tokens` labels."""
-        mean_length = tokens / max(rows, 1)
-        return tokens * (self.body + self.attention * mean_length) + loss_tokens * self.head
+    def of_step(self, computed_tokens: int, loss_tokens: int, mean_length: float) -> float:
+        """FLOPs of a step that computes so many tokens and has so many labels, in rows of that mean length."""
+        return computed_tokens * (self.body + self.attention * mean_length) + loss_tokens * self.head
 
 
 def count_flops(

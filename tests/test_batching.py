@@ -7,7 +7,8 @@ import numpy as np
 import pytest
 from hypothesis import given, strategies as st
 
-from fasttune.data.batching import Batches, Encoded, best_fit, common_prefix, epoch_order, flat, padded
+from fasttune.data.batching import Batches, epoch_order, flat, padded
+from fasttune.data.sharing import Encoded, best_fit
 from fasttune.data.tokenize import IGNORE, Rows
 
 LENGTHS = st.lists(st.integers(1, 300), min_size=1, max_size=120)
@@ -203,47 +204,6 @@ def test_flat_restarts_positions_and_learns_no_first_token() -> None:
 
 def row(ids: list[int], learned_from: int) -> tuple[np.ndarray, np.ndarray]:
     return np.array(ids, np.int32), np.arange(len(ids)) >= learned_from
-
-
-def test_a_shared_beginning_lies_in_a_pack_once() -> None:
-    common = list(range(100, 110))
-    batch = flat([row([*common, 1, 2, 3], 11), row([*common, 4, 5], 11)], share_prefix=True)
-    assert {name: array.tolist() for name, array in batch.items()} == {
-        "input_ids": [[*common, 1, 2, 3, 4, 5]],
-        "labels": [[IGNORE] * 11 + [2, 3, IGNORE, 5]],
-        "position_ids": [[*range(10), 10, 11, 12, 10, 11]],
-        "packed_seq_lengths": [10, 3, 2],
-        "shared_prefix": 10,
-    }
-
-
-def test_a_beginning_is_shared_up_to_the_token_that_predicts_a_learned_one() -> None:
-    same = list(range(20))
-    assert common_prefix([row(same, 15), row(same, 18)]) == 14  # token 14 predicts 15, once for each row
-    assert common_prefix([row(same, 15), row([*same[:12], 99, 98], 13)]) == 12
-    assert common_prefix([row(same, 20), row(same, 20)]) == 19  # nothing learned: each row keeps a token
-    assert common_prefix([row(same, 0), row(same, 0)]) == 0
-    assert common_prefix([row([1, *same], 18), row([2, *same], 18)]) == 0
-    assert common_prefix([row(same[:7], 6), row(same[:7], 6)]) == 0  # too few to gain from
-    assert common_prefix([row(same, 15)]) == 0
-
-
-@given(st.lists(st.tuples(st.integers(0, 30), st.integers(1, 9)), min_size=1, max_size=6), st.integers(0, 30))
-def test_a_shared_beginning_changes_no_row(unsloth: None, shapes: list[tuple[int, int]], common: int) -> None:
-    """Whatever the rows: put together again, they are what they were, and so are their learned tokens and counts."""
-    import torch
-
-    from fasttune.bench.worker import rows_in
-    from fasttune.core import what_ran
-
-    beginnings = [[*range(common), *range(500 + 50 * i, 500 + 50 * i + own)] for i, (own, _) in enumerate(shapes)]
-    made = [row([*ids, *range(learned)], len(ids)) for ids, (_, learned) in zip(beginnings, shapes, strict=True)]
-    plain, shared = ({name: torch.from_numpy(array) for name, array in flat(made, on).items()} for on in (False, True))
-    assert rows_in(shared) == rows_in(plain)
-    counts, expected = what_ran.count_tokens([shared]), what_ran.count_tokens([plain])
-    assert counts | {"shared_tokens": 0} == expected
-    assert counts["shared_tokens"] == plain["input_ids"].numel() - shared["input_ids"].numel()
-    assert what_ran.rows_of(shared) == what_ran.rows_of(plain) == len(made)
 
 
 @pytest.mark.parametrize("packed", [True, False])

@@ -37,7 +37,7 @@ def test_a_varlen_kernel_that_is_not_exact_is_given_back(unsloth: None, monkeypa
     model, _ = models.load(asked.model, "float32", "none", False, 0)
     undone: list[bool] = []
     reasons = iter(["inexact", None, "inexact", "its rows see each other"])
-    monkeypatch.setattr(packing, "shares_prefix", lambda: False)
+    monkeypatch.setattr(packing, "shares", lambda: False)
     monkeypatch.setattr(models, "take_varlen_kernel", lambda: lambda: undone.append(True))
     monkeypatch.setattr(models, "enable_packed_kernels", lambda model: None)
     monkeypatch.setattr(packing, "inexact", lambda model: next(reasons))

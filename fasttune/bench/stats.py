@@ -24,13 +24,15 @@ BOOTSTRAP_DRAWS = 10_000
 LOSS_TOLERANCE = {"float32": 1e-3, "bfloat16": 2e-2}
 NO_REVISION = "not a checkout"  # of an installed package
 # What bench.json has the median and range of.
-SPREADS = ("tokens_per_s", "loss_tokens_per_s", "step_s", "peak_memory_gib", "seconds_to_first_step", "power_w")
+SPREADS = ["tokens_per_s", "computed_tokens_per_s", "loss_tokens_per_s", "step_s", "peak_memory_gib"]
+SPREADS += ["seconds_to_first_step", "power_w"]
 
 
 @dataclass(frozen=True)
 class Repeat:
     """One arm, once. Lists have one entry a step. Tokens count no padding; seconds are device-synchronised.
 
+    computed_tokens: of `tokens`, a beginning that rows share counted once.
     rows_digest: hash of every step's rows, read from the tensors that were trained on.
     weights_digest: of the live model before the first step, see what_ran.weights_digest; "" in older files.
     peak_memory_gib: of a GPU in the steps, peak_before_gib before them; of a CPU of all the process.
@@ -39,6 +41,7 @@ class Repeat:
     """
 
     tokens: list[int]
+    computed_tokens: list[int]
     loss_tokens: list[int]
     padding_tokens: list[int]
     seconds: list[float]
@@ -56,6 +59,10 @@ class Repeat:
     @property
     def tokens_per_s(self) -> float:
         return self._rate(self.tokens)
+
+    @property
+    def computed_tokens_per_s(self) -> float:
+        return self._rate(self.computed_tokens)
 
     @property
     def loss_tokens_per_s(self) -> float:

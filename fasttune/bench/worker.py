@@ -15,6 +15,7 @@ import tempfile
 import time
 from collections.abc import Callable
 from dataclasses import asdict, replace
+from itertools import pairwise
 from pathlib import Path
 from typing import Any
 
@@ -22,7 +23,7 @@ from fasttune import config as configuration
 from fasttune.bench import arms
 from fasttune.bench.stats import Repeat
 from fasttune.config import Config
-from fasttune.data.batching import Batches
+from fasttune.data.batching import Batches, paths
 from fasttune.data.tokenize import IGNORE
 from fasttune.errors import FasttuneError, first_line, kind_and_line
 
@@ -110,11 +111,12 @@ def measure_once(arm: str, config: Config, steps: int, shared: Path, scratch: Pa
     trainer.train()
     done = len(clock.seconds)
     tokens, supervised = counter.per_steps("tokens", done), counter.per_steps("loss_tokens", done)
-    computed = sum(tokens) - sum(counter.per_steps("shared_tokens", done))
+    computed, rows = counter.per_steps("computed_tokens", done), config.train.batch_rows * done
     flops = what_ran.count_flops(trainer.model)
-    of_all = flops.of_step(computed, sum(supervised), config.train.batch_rows * done) if flops else None
+    of_all = flops.of_step(sum(computed), sum(supervised), sum(tokens) / rows) if flops else None
     return Repeat(
         tokens=tokens,
+        computed_tokens=computed,
         loss_tokens=supervised,
         padding_tokens=counter.per_steps("padding_tokens", done),
         seconds=clock.seconds,
@@ -202,13 +204,18 @@ def rows_in(batch: dict[str, Any]) -> list[bytes]:
     if "position_ids" not in batch:  # a rectangle
         mask = batch.get("attention_mask", torch.ones_like(ids)).bool()
         pairs = [(row[keep], label[keep]) for row, label, keep in zip(ids, labels, mask, strict=True)]
-    else:  # flat: positions restart with each row, behind a prefix that all may share
-        prefix = int(batch.get("shared_prefix", 0))
-        starts = (batch["position_ids"][0] == prefix).nonzero().flatten().tolist()
-        ends = [*starts[1:], ids.shape[1]]
+    elif "row_ends" not in batch:  # flat: positions restart with each row
+        starts = (batch["position_ids"][0] == 0).nonzero().flatten().tolist()
+        pairs = [(ids[0, a:b], labels[0, a:b]) for a, b in pairwise([*starts, ids.shape[1]])]
+    else:  # flat, with beginnings that rows share: a label there is of one of them
+        lengths, owners = batch["packed_seq_lengths"].tolist(), batch["segment_owners"].tolist()
+        tokens, targets = ids[0].split(lengths), labels[0].split(lengths)
         pairs = [
-            (torch.cat([ids[0, :prefix], ids[0, a:b]]), torch.cat([labels[0, :prefix], labels[0, a:b]]))
-            for a, b in zip(starts, ends, strict=True)
+            (
+                torch.cat([tokens[segment] for segment in path]),
+                torch.cat([targets[s] if owners[s] == row else torch.full_like(targets[s], IGNORE) for s in path]),
+            )
+            for row, path in enumerate(paths(batch))
         ]
     return [row.to(torch.int64).numpy().tobytes() + label[1:].to(torch.int64).numpy().tobytes() for row, label in pairs]
 
@@ -245,7 +252,7 @@ def limit(config: Config, shared: Path, seconds: float = LIMIT_SECONDS) -> dict[
 
 def at_once(data: Batches, steps: int) -> tuple[int, int]:
     """Tokens and labels of the micro-batch that a token lies in, on average, where every token is computed."""
-    data.share_prefix = False
+    data.shared = False
     made = [batch for step in range(steps) for batch in data.micro_batches(step)]
     sizes = [(batch["input_ids"].size, int((batch["labels"] != IGNORE).sum())) for batch in made]
     total = sum(tokens for tokens, _ in sizes)

@@ -12,8 +12,9 @@ import torch
 
 from fasttune.config import Config
 from fasttune.core import decoding
-from fasttune.data import arithmetic, chat, formats, load, sources
-from fasttune.data.batching import Batches, Encoded, MicroBatch, best_fit, flat
+from fasttune.data import sharing, arithmetic, chat, formats, load, sources
+from fasttune.data.batching import Batches, MicroBatch, flat
+from fasttune.data.sharing import Encoded
 from fasttune.data.formats import Row
 from fasttune.data.tokenize import IGNORE
 from fasttune.errors import DataError
@@ -120,8 +121,8 @@ class Validator:
 
 def _in_packs(job: "Job") -> list[MicroBatch]:
     """Packs of one full row at most: a GPU computes the logits of every token of them."""
-    groups = best_fit([len(ids) for ids, _ in job.held_out], job.config.model.max_length)
-    return [flat([job.held_out[i] for i in group], job.data.share_prefix) for group in groups]
+    packs = sharing.plan(job.held_out, job.config.model.max_length, job.data.shared)
+    return [flat(job.held_out, segments) for segments in packs]
 
 
 def _alone(batch: MicroBatch) -> MicroBatch:

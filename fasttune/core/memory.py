@@ -11,6 +11,8 @@ from collections.abc import Mapping
 from dataclasses import dataclass, replace
 from typing import Any
 
+import numpy as np
+
 from fasttune import metrics
 from fasttune.config import Config
 from fasttune.cpu import BLOCK, KEPT, RANK_MULTIPLE
@@ -196,10 +198,10 @@ class Workload:
     def of(cls, batch: Mapping[str, Any], ignore: int) -> "Workload":
         """Of arrays as data.batching makes them; labels that are `ignore` are not supervised."""
         rows, length = batch["input_ids"].shape
-        lengths, prefix = batch.get("packed_seq_lengths"), int(batch.get("shared_prefix", 0))
-        kept = 0
-        for at, own in enumerate([] if lengths is None else lengths.tolist()):
-            kept += _probabilities(own, prefix if at else 0)
+        lengths, kept = batch.get("packed_seq_lengths"), 0
+        if lengths is not None:
+            starts = batch["position_ids"][0][np.cumsum(lengths) - lengths]  # of a segment, in its rows
+            kept = sum(map(_probabilities, lengths.tolist(), starts.tolist()))
         labels = int((batch["labels"][:, 1:] != ignore).sum())
         return cls(rows * length, labels, kept, rows * length**2 if lengths is None else 0)
 
@@ -299,8 +301,8 @@ def _cpu_slack(config: Config, shape: Shape, choices: Choices, load: Workload, a
     return gradients + layers + (CPU_PINNED_RECOMPUTED if recomputed else CPU_PINNED) * moments * mean_tensor
 
 
-def _probabilities(length: int, prefix: int) -> int:
-    """Entries of the attention that a head keeps of a row behind a prefix, block by block."""
-    if length > KEPT:
+def _probabilities(length: int, before: int) -> int:
+    """Entries of the attention that a head keeps of a segment behind so many tokens, block by block."""
+    if before + length > KEPT:
         return 0
-    return sum(min(BLOCK, length - at) * (prefix + min(at + BLOCK, length)) for at in range(0, length, BLOCK))
+    return sum(min(BLOCK, length - at) * (before + min(at + BLOCK, length)) for at in range(0, length, BLOCK))

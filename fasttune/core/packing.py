@@ -1,7 +1,7 @@
 """Rows packed into one sequence that never see each other, and the proof of it for any model.
 
 On a GPU Unsloth's own kernels take the row lengths (`packed_seq_lengths`). On the CPU, where Unsloth runs plain
-transformers, `RowsAttention` does; there a beginning that all rows of a pack share is computed once.
+transformers, `RowsAttention` does; there a beginning that rows of a pack share is computed once.
 """
 
 from collections.abc import Iterator
@@ -17,12 +17,15 @@ from transformers import AttentionInterface
 from transformers.integrations.sdpa_attention import sdpa_attention_forward
 from transformers.masking_utils import AttentionMaskInterface, sdpa_mask
 
-from fasttune.cpu.rows_attention import RowsAttention
-from fasttune.data.batching import Encoded, MicroBatch, ON_HOST, flat
+from fasttune.cpu.rows_attention import Layout, RowsAttention
+from fasttune.data import sharing
+from fasttune.data.batching import MicroBatch, ON_HOST, flat, paths
+from fasttune.data.sharing import Encoded
 from fasttune.errors import first_line
 
 NAME = "fasttune_rows"
-PROBE_PREFIX, PROBE_LENGTHS = 20, [25, 29, 23]  # of three rows that begin alike
+PROBE_LENGTHS, PROBE_ALIKE = [30, 33, 21, 17], [(3, 14), (2, 24)]  # tokens of rows; (rows, tokens they begin with)
+PROBE_WINDOW = 12  # tokens
 # Relative, of all logits of a row. A layout may add so many times what another one adds by rounding alone, or so much.
 ROUNDINGS = 4
 LEAST_TOLERANCE = {torch.float32: 1e-4, torch.float16: 2e-2, torch.bfloat16: 1e-1}
@@ -35,8 +38,9 @@ def rows_attention(
     value: torch.Tensor,
     attention_mask: torch.Tensor | None,
     packed_seq_lengths: torch.Tensor | None = None,
-    shared_prefix: torch.Tensor | None = None,
+    segment_parents: torch.Tensor | None = None,
     scaling: float | None = None,
+    sliding_window: int | None = None,
     **kwargs: Any,
 ) -> tuple[torch.Tensor, None]:
     """Causal attention of each row of a pack by itself. query (1, H, T, D); key, value (1, KV, T, D) → (1, T, H, D).
@@ -47,19 +51,24 @@ def rows_attention(
         return sdpa_attention_forward(module, query, key, value, attention_mask, scaling=scaling, **kwargs)
     query, key = query.to(value.dtype), key.to(value.dtype)  # under autocast the rope has made them fp32
     scale = query.shape[-1] ** -0.5 if scaling is None else scaling
-    prefix = 0 if shared_prefix is None else int(shared_prefix)
-    return RowsAttention.apply(query, key, value, scale, packed_seq_lengths.tolist(), prefix), None
+    lengths = packed_seq_lengths.tolist()
+    parents = [-1] * len(lengths) if segment_parents is None else segment_parents.tolist()
+    return RowsAttention.apply(query, key, value, scale, Layout(lengths, parents, sliding_window)), None
 
 
-def rows_mask(*args: Any, attention_mask: torch.Tensor | None = None, **kwargs: Any) -> torch.Tensor | None:
-    """No mask where nothing is padded or cached: SDPA's own causal one does. Else what transformers makes for SDPA."""
-    if attention_mask is None and kwargs.get("q_length", -1) == kwargs.get("kv_length", -2):
+def rows_mask(
+    *args: Any, attention_mask: torch.Tensor | None = None, local_size: int | None = None, **kwargs: Any
+) -> torch.Tensor | None:
+    """No mask where nothing is padded, cached or out of a window: SDPA's own causal one does. Else what transformers
+    makes for SDPA."""
+    tokens = kwargs.get("kv_length", -2)
+    if attention_mask is None and kwargs.get("q_length", -1) == tokens and (local_size or tokens) >= tokens:
         return None
-    return sdpa_mask(*args, attention_mask=attention_mask, **kwargs)
+    return sdpa_mask(*args, attention_mask=attention_mask, local_size=local_size, **kwargs)
 
 
-def shares_prefix() -> bool:
-    """Whether `enable` makes a model take packs whose rows share a prefix: Unsloth's kernels for a GPU cannot."""
+def shares() -> bool:
+    """Whether `enable` makes a model take packs whose rows share beginnings: Unsloth's kernels for a GPU cannot."""
     return not torch.cuda.is_available()
 
 
@@ -69,14 +78,12 @@ def enable(model: Any, max_length: int) -> str | None:
     Proved on the live model, with the kernels that will train it. Raises what the device raises, out of memory too.
     """
     config = model.config.get_text_config()
-    window = getattr(config, "sliding_window", None)
-    windowed = window is not None and getattr(config, "use_sliding_window", True)
-    reach = window if windowed else getattr(config, "attention_chunk_size", None)
-    if reach is not None and reach < max_length:
-        return f"its attention looks back {reach:,} tokens only, less than model.max_length={max_length:,}"
+    chunk = getattr(config, "attention_chunk_size", None)
+    if chunk is not None and chunk < max_length:
+        return f"its attention sees chunks of {chunk:,} tokens, fewer than model.max_length={max_length:,}"
     if getattr(config, "attention_dropout", 0.0):
         return f"its attention drops out (attention_dropout={config.attention_dropout:g})"
-    if shares_prefix():
+    if shares():
         AttentionInterface.register(NAME, rows_attention)
         AttentionMaskInterface.register(NAME, rows_mask)
         before = models.set_attention(model, NAME)
@@ -100,25 +107,22 @@ def inexact(model: Any) -> str | None:
     a row's logits are those of the row alone, up to a small multiple of what the layout alone changes in this dtype.
     """
     rows = _probe_rows(model)
-    packs = [flat(rows)] + ([flat(rows, share_prefix=True)] if shares_prefix() else [])
+    packs = [flat(rows)] + ([flat(rows, sharing.tree(rows))] if shares() else [])
     try:
-        with _mode(model, training=False), torch.no_grad():
-            alone = [_logits(model, {"input_ids": ids[None]})[0] for ids, _ in rows]
-            packed = [_logits(model, pack)[0] for pack in packs]
-            rounding = max(map(_difference, _logits(model, _rectangle(rows)), alone))
-        tolerance = max(ROUNDINGS * rounding, LEAST_TOLERANCE.get(models.computes_in(model), 5e-2))
-        for pack, logits in zip(packs, packed, strict=True):
-            prefix, lengths = int(pack.get("shared_prefix", 0)), pack["packed_seq_lengths"].tolist()
-            ends = np.cumsum(lengths).tolist()
-            segments = [slice(end - length, end) for length, end in zip(lengths, ends, strict=True)]
-            own = segments[-len(rows) :]  # a shared prefix comes first
-            error = max(_difference(logits[part], row[prefix:]) for part, row in zip(own, alone, strict=True))
-            if not error <= tolerance:  # NaN too
-                return (
-                    f"its rows differ from what they are alone (logits by {error:.1%}, in rectangles by {rounding:.1%})"
-                )
-            if any(_leaks(model, pack, segment, prefix) for segment in own[1:]):
-                return "its rows see each other in a pack"
+        with _short_windows(model):
+            with _mode(model, training=False), torch.no_grad():
+                alone = [_logits(model, {"input_ids": ids[None]})[0] for ids, _ in rows]
+                packed = [_logits(model, pack)[0] for pack in packs]
+                rounding = max(map(_difference, _logits(model, _rectangle(rows)), alone))
+            tolerance = max(ROUNDINGS * rounding, LEAST_TOLERANCE.get(models.computes_in(model), 5e-2))
+            for pack, logits in zip(packs, packed, strict=True):
+                places = [_places(pack, path) for path in paths(pack)]
+                error = max(_difference(logits[place], row) for place, row in zip(places, alone, strict=True))
+                if not error <= tolerance:  # NaN too
+                    differ = f"logits by {error:.1%}, in rectangles by {rounding:.1%}"
+                    return f"its rows differ from what they are alone ({differ})"
+                if any(_leaks(model, pack, place) for place in places):
+                    return "its rows see each other in a pack"
     except (TypeError, ValueError, RuntimeError) as error:
         if isinstance(error, (torch.OutOfMemoryError, torch.AcceleratorError)) or "allocate memory" in str(error):
             raise
@@ -126,8 +130,15 @@ def inexact(model: Any) -> str | None:
     return None
 
 
-def _leaks(model: Any, pack: MicroBatch, segment: slice, prefix: int) -> bool:
-    """Whether the logits of a segment depend on an embedding outside of it and of the prefix."""
+def _places(pack: MicroBatch, path: list[int]) -> torch.Tensor:
+    """Where the tokens of a row lie that goes through these segments."""
+    ends = np.cumsum(pack["packed_seq_lengths"])
+    starts = ends - pack["packed_seq_lengths"]
+    return torch.from_numpy(np.concatenate([np.arange(starts[segment], ends[segment]) for segment in path]))
+
+
+def _leaks(model: Any, pack: MicroBatch, row: torch.Tensor) -> bool:
+    """Whether the logits of a row depend on an embedding of another one."""
     leaves: list[torch.Tensor] = []
 
     def leaf(_module: Any, _arguments: Any, output: torch.Tensor) -> torch.Tensor:
@@ -137,14 +148,14 @@ def _leaks(model: Any, pack: MicroBatch, segment: slice, prefix: int) -> bool:
     hook = model.get_input_embeddings().register_forward_hook(leaf)
     try:
         with _mode(model, training=True):  # backward too, which may recompute
-            logits = _logits(model, pack)[0, segment].float()
+            logits = _logits(model, pack)[0, row].float()
             (logits * torch.linspace(-1, 1, logits.shape[-1], device=logits.device)).sum().backward()
     finally:
         hook.remove()
         model.zero_grad(set_to_none=True)
     (gradient,) = leaves[-1].grad
     seen = torch.zeros(len(gradient), dtype=torch.bool, device=gradient.device)
-    seen[:prefix] = seen[segment] = True
+    seen[row] = True
     return bool(gradient[~seen].any()) or not bool(gradient[seen].any())
 
 
@@ -155,12 +166,30 @@ def _rectangle(rows: list[Encoded]) -> MicroBatch:
 
 
 def _probe_rows(model: Any) -> list[Encoded]:
-    """(ids, supervised) of random rows that begin alike; their last two tokens are supervised."""
+    """(ids, supervised) of random rows, of which the first three begin alike, and the first two go on alike; the last
+    two tokens of each are supervised."""
     vocabulary = model.get_input_embeddings().weight.shape[0]
     draw = np.random.default_rng(0).integers(vocabulary, size=(len(PROBE_LENGTHS), max(PROBE_LENGTHS)))
-    draw[:, :PROBE_PREFIX] = draw[0, :PROBE_PREFIX]
-    draw[:, PROBE_PREFIX] = range(len(PROBE_LENGTHS))  # and differ after it
+    draw[:, 0] = range(len(PROBE_LENGTHS))
+    for alike, tokens in PROBE_ALIKE:
+        draw[:alike, :tokens] = draw[0, :tokens]
+        draw[:alike, tokens] = range(alike)  # and differ after it
     return [(ids[:length], np.arange(length) >= length - 2) for ids, length in zip(draw, PROBE_LENGTHS, strict=True)]
+
+
+@contextmanager
+def _short_windows(model: Any) -> Iterator[None]:
+    """Sliding windows, where a model has them, that end within the rows of the proof."""
+    owners = [model.config.get_text_config(), *models.decoder_layers(model)]
+    owners += [layer.self_attn for layer in owners[1:] if hasattr(layer, "self_attn")]
+    before = [(owner, owner.sliding_window) for owner in owners if getattr(owner, "sliding_window", None) is not None]
+    try:
+        for owner, window in before:
+            owner.sliding_window = min(window, PROBE_WINDOW)
+        yield
+    finally:
+        for owner, window in before:
+            owner.sliding_window = window
 
 
 @contextmanager

@@ -105,7 +105,7 @@ def prepare(config: Config, folder: Path, reporter: Reporter, start: Path | None
 
     config = load.with_format(config)
     data = load.encode(config, tokenizer, packed, reporter.progress)
-    data.share_prefix = packed and packing.shares_prefix()
+    data.shared = packed and packing.shares() and not config.lora.dropout
     held_out, doubts = load.held_out(config, tokenizer, data, reporter.progress)
     warnings += doubts
     pretrained.check_tokens(tokenizer, len(model.get_input_embeddings().weight), load.texts(data, held_out))

@@ -62,7 +62,7 @@ class MeasuredTrainer(Watched, trl.SFTTrainer):
 
     def _look_at(self, micro_batches: list[dict[str, Any]]) -> None:
         self.counts = count_tokens(micro_batches)
-        self.layout = what_ran.layout(micro_batches, self.counts["shared_tokens"])
+        self.layout = what_ran.layout(micro_batches, self.counts)
 
     def training_step(self, model: Any, inputs: list[dict[str, Any]], num_items_in_batch: Any = None) -> torch.Tensor:
         """Forward and backward of every micro-batch of a step; returns their summed loss.

@@ -16,6 +16,7 @@ import torch.utils.checkpoint
 
 from fasttune import hardware, metrics
 from fasttune.core.memory import MLP, STOCHASTIC_ADAMW, Shape
+from fasttune.data import batching
 from fasttune.data.tokenize import IGNORE
 from fasttune.metrics import Backend, Flops, StepMetrics
 from fasttune.system import native_stderr_closed
@@ -106,35 +107,42 @@ def checkpointing(model: Any) -> str:
 
 
 def count_tokens(batches: list[dict[str, torch.Tensor]]) -> dict[str, int]:
-    """Tokens, supervised tokens, padding of the micro-batches of a step; shared: tokens computed with another row.
+    """Tokens, supervised tokens and padding of the micro-batches of a step; computed: each token once, padding not.
 
     input_ids, labels: (B, T). Without an attention mask nothing is padded. The first label of a sequence is never a
-    target (causal shift). A prefix that the rows of a pack share counts with every row, as it would in any layout.
+    target (causal shift). A beginning that rows share counts in `tokens` with every row, as it would in any layout.
     """
     cells = sum(batch["input_ids"].numel() for batch in batches)
     padding = sum(int((batch["attention_mask"] == 0).sum()) for batch in batches if "attention_mask" in batch)
     loss_tokens = sum(int((batch["labels"][:, 1:] != IGNORE).sum()) for batch in batches)
-    shared = sum(int(batch["shared_prefix"]) * (rows_of(batch) - 1) for batch in batches if "shared_prefix" in batch)
     return {
-        "tokens": cells - padding + shared,
+        "tokens": cells - padding + sum(map(_again, batches)),
+        "computed_tokens": cells - padding,
         "loss_tokens": loss_tokens,
         "padding_tokens": padding,
-        "shared_tokens": shared,
     }
 
 
-def layout(batches: list[dict[str, torch.Tensor]], shared: int) -> str:
-    """How the rows of the micro-batches of a step lie: "packed: 8 rows in 1 micro-batch". shared: see count_tokens."""
+def _again(batch: dict[str, torch.Tensor]) -> int:
+    """Tokens that rows share with one before them, which has them computed."""
+    if "row_ends" not in batch:
+        return 0
+    lengths = batch["packed_seq_lengths"].tolist()
+    return sum(lengths[segment] for path in batching.paths(batch) for segment in path) - sum(lengths)
+
+
+def layout(batches: list[dict[str, torch.Tensor]], counts: dict[str, int]) -> str:
+    """How the rows of the micro-batches of a step lie: "packed: 8 rows in 1 micro-batch". counts: of count_tokens."""
     form = "padded" if any("attention_mask" in batch for batch in batches) else "packed"
-    rows = sum(map(rows_of, batches))
+    rows, shared = sum(map(rows_of, batches)), counts["tokens"] - counts["computed_tokens"]
     parts = "1 micro-batch" if len(batches) == 1 else f"{len(batches)} micro-batches"
     text = f"{form}: {rows} {'row' if rows == 1 else 'rows'} in {parts}"
-    return text + (f", {shared:,} tokens of a shared beginning computed only once" if shared else "")
+    return text + (f", {shared:,} tokens of shared beginnings not computed again" if shared else "")
 
 
 def rows_of(batch: dict[str, torch.Tensor]) -> int:
-    """How many rows a micro-batch holds (see data.batches)."""
-    return len(batch.get("packed_seq_lengths", batch["input_ids"])) - ("shared_prefix" in batch)
+    """How many rows a micro-batch holds (see data/batching.py)."""
+    return len(next(batch[name] for name in ("row_ends", "packed_seq_lengths", "input_ids") if name in batch))
 
 
 def synchronize() -> None:
@@ -268,8 +276,9 @@ def achieved_tflops(job: "Job", steps: list[StepMetrics], seconds: float) -> tup
     if not steady or flops is None:
         return None, None
     rows = job.config.train.batch_rows
-    computed = ((step.tokens - step.shared_tokens, step) for step in steady)
-    achieved = statistics.median(flops.of_step(n, step.loss_tokens, rows) / step.seconds for n, step in computed)
+    achieved = statistics.median(
+        flops.of_step(step.computed_tokens, step.loss_tokens, step.tokens / rows) / step.seconds for step in steady
+    )
     batches = job.data.micro_batches(0)
     tokens = sum(batch["input_ids"].size for batch in batches) // len(batches)  # × hidden × MLP width
     shape = (tokens, job.plan.shape.hidden, job.plan.shape.mlp)

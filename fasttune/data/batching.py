@@ -5,7 +5,6 @@ A step is always the same rows, packed or padded: packing decides only how they 
 """
 
 import math
-from bisect import bisect_left, insort
 from collections.abc import Iterable
 from dataclasses import dataclass
 from functools import cached_property
@@ -13,12 +12,13 @@ from typing import Any
 
 import numpy as np
 
+from fasttune.data import sharing
+from fasttune.data.sharing import Encoded, Segment
 from fasttune.data.tokenize import IGNORE, Rows, labels
 
 MicroBatch = dict[str, Any]  # arrays by the names a transformers model takes them
-Encoded = tuple[np.ndarray, np.ndarray]  # ids and whether each is supervised, both (T,)
-ON_HOST = ("packed_seq_lengths", "shared_prefix")  # where Unsloth and RowsAttention read them: not moved to a GPU
-MIN_PREFIX = 8  # tokens; fewer cost more in small matmuls than they save
+# Where Unsloth and RowsAttention read them: not moved to a GPU. The last two only say whose a token and a label are.
+ON_HOST = ("packed_seq_lengths", "segment_parents", "segment_owners", "row_ends")
 HOLD_OUT_STREAM = 1 << 32  # keeps the hold-out draw apart from the epochs' shuffles
 
 
@@ -28,7 +28,7 @@ class Batches:
 
     eval_share: share of each set's rows that is held out and never trained on.
     batch_rows: rows of a step. micro_rows: full rows (of max_length tokens) that fit at once.
-    share_prefix: a beginning that all rows of a pack have in common lies in it once.
+    shared: beginnings that rows of a pack have in common lie in it once (data/sharing.py).
     """
 
     parts: list[Rows]
@@ -40,7 +40,7 @@ class Batches:
     max_length: int
     packed: bool
     pad_id: int
-    share_prefix: bool = False
+    shared: bool = False
 
     @cached_property
     def split(self) -> list[tuple[np.ndarray, np.ndarray]]:
@@ -100,8 +100,8 @@ class Batches:
         """A step as micro-batches: packs, or padded rectangles (B, T) of a model that cannot be packed."""
         rows = [self.parts[part].row(row) for part, row in self.rows_of(step)]
         if self.packed:
-            groups = best_fit([len(ids) for ids, _ in rows], self.micro_rows * self.max_length)
-            return [pack([rows[i] for i in group], self.share_prefix) for group in groups]
+            packs = sharing.plan(rows, self.micro_rows * self.max_length, self.shared)
+            return [pack(rows, segments) for segments in packs]
         return [padded(rows[at : at + self.micro_rows], self.pad_id) for at in range(0, len(rows), self.micro_rows)]
 
     def overlap(self, held_out: Iterable[Encoded]) -> str | None:
@@ -146,71 +146,63 @@ def epoch_order(sizes: list[int], weights: list[float], seed: int, epoch: int) -
     return rng.permutation(np.concatenate(chosen))
 
 
-def best_fit(lengths: list[int], capacity: int) -> list[list[int]]:
-    """Indexes of `lengths` in packs of at most `capacity` tokens: best-fit decreasing, each row into the fullest pack
-    that takes it. A row longer than that has a pack of its own. Deterministic.
-
-    Source: https://doi.org/10.1137/0203025 (at most 11/9 of the fewest possible packs).
-    """
-    packs: list[list[int]] = []
-    room: list[tuple[int, int]] = []  # (free tokens, pack), sorted
-    for index in sorted(range(len(lengths)), key=lambda i: -lengths[i]):
-        place = bisect_left(room, (lengths[index], -1))
-        if place == len(room):
-            packs.append([index])
-            free, pack = capacity - lengths[index], len(packs) - 1
-        else:
-            free, pack = room.pop(place)
-            packs[pack].append(index)
-            free -= lengths[index]
-        if free > 0:
-            insort(room, (free, pack))
-    return packs
-
-
-def pack(rows: list[Encoded], share_prefix: bool = False) -> MicroBatch:
+def pack(rows: list[Encoded], segments: list[Segment]) -> MicroBatch:
     """Rows of one length as a plain rectangle (B, T), which takes no row lengths and no mask; others flat (1, T)."""
-    if len({len(ids) for ids, _ in rows}) == 1 and not (share_prefix and common_prefix(rows)):
-        return {
-            "input_ids": np.stack([ids for ids, _ in rows]).astype(np.int64),
-            "labels": np.stack([labels(*row) for row in rows]),
-        }
-    return flat(rows, share_prefix)
+    made = flat(rows, segments)
+    if len({each.end for each in segments}) > 1 or "segment_parents" in made:
+        return made
+    return {name: made[name].reshape(len(segments), -1) for name in ("input_ids", "labels")}
 
 
-def flat(rows: list[Encoded], share_prefix: bool = False) -> MicroBatch:
+def flat(rows: list[Encoded], segments: list[Segment] | None = None) -> MicroBatch:
     """Rows end to end, nothing padded: input_ids, labels, position_ids (1, T) and packed_seq_lengths (rows,).
 
     Positions restart with each row, and no row's first token is supervised, so that rows never see each other.
-    With a shared prefix of P tokens, they lie first and once, `packed_seq_lengths` is (P, the rest of each row …), the
-    rests' positions continue from P, and `shared_prefix` is P.
+    Where rows share `segments` (data/sharing.py), packed_seq_lengths are theirs, and there are also segment_parents
+    (the number of the segment that each continues, or -1), segment_owners (the row that each is supervised in, or -1)
+    and row_ends (the last segment of each row). Positions continue those of the parent.
     """
-    prefix = common_prefix(rows) if share_prefix else 0
-    starts = [prefix] * len(rows)
-    if prefix:
-        (ids, supervised), starts = rows[0], [0, *starts]
-        rows = [(ids[:prefix], supervised[:prefix]), *rows]
-    pieces = [(row, slice(start, len(row[0]))) for start, row in zip(starts, rows, strict=True)]
+    found: list[tuple[Segment, int]] = []
+    for beginning in sharing.tree(rows, share=False) if segments is None else segments:
+        found += beginning.in_order(at=len(found))
+    pieces = [(rows[each.rows[0] if each.owner is None else each.owner], each) for each, _ in found]
     batch = {
-        "input_ids": np.concatenate([ids[piece] for (ids, _), piece in pieces]).astype(np.int64)[None],
-        "labels": np.concatenate([labels(*row)[piece] for row, piece in pieces])[None],
-        "position_ids": np.concatenate([np.arange(piece.start, piece.stop) for _, piece in pieces])[None],
-        "packed_seq_lengths": np.array([piece.stop - piece.start for _, piece in pieces], np.int32),
+        "input_ids": np.concatenate([ids[each.start : each.end] for (ids, _), each in pieces]).astype(np.int64)[None],
+        "labels": np.concatenate([_labels(row, each) for row, each in pieces])[None],
+        "position_ids": np.concatenate([np.arange(each.start, each.end) for _, each in pieces])[None],
+        "packed_seq_lengths": np.array([each.end - each.start for _, each in pieces], np.int32),
     }
-    return batch | ({"shared_prefix": np.array(prefix)} if prefix else {})
+    if all(parent < 0 and len(each.rows) == 1 for each, parent in found):
+        return batch
+    ends = {row: number for number, (each, _) in enumerate(found) for row in each.rows}
+    numbers = {row: number for number, row in enumerate(ends)}
+    return batch | {
+        "segment_parents": np.array([parent for _, parent in found], np.int32),
+        "segment_owners": np.array(
+            [numbers[each.owner] if each.owner is not None else -1 for each, _ in found], np.int32
+        ),
+        "row_ends": np.array(list(ends.values()), np.int32),
+    }
 
 
-def common_prefix(rows: list[Encoded]) -> int:
-    """How many tokens all rows begin with, up to the last that predicts no supervised one; 0 if it is not worth it."""
-    if len(rows) < 2:
-        return 0
-    shortest = min(len(ids) for ids, _ in rows)
-    ids = np.stack([ids[:shortest] for ids, _ in rows])
-    supervised = np.stack([supervised[:shortest] for _, supervised in rows])[:, 1:].any(0)
-    differs = (ids != ids[0]).any(0)
-    same = int(differs.argmax()) if differs.any() else shortest
-    prefix = min(same, int(supervised.argmax()) if supervised.any() else shortest - 1)
-    return prefix if prefix >= MIN_PREFIX else 0
+def _labels(row: Encoded, segment: Segment) -> np.ndarray:
+    if segment.owner is None:
+        return np.full(segment.end - segment.start, IGNORE)
+    return labels(*row)[segment.start : segment.end]
+
+
+def paths(batch: MicroBatch) -> list[list[int]]:
+    """The segments that each row of a flat micro-batch goes through, from its beginning."""
+    if "row_ends" not in batch:
+        return [[number] for number in range(len(batch["packed_seq_lengths"]))]
+    parents = batch["segment_parents"].tolist()
+    found = []
+    for end in batch["row_ends"].tolist():
+        path = [end]
+        while (parent := parents[path[0]]) >= 0:
+            path.insert(0, parent)
+        found.append(path)
+    return found
 
 
 def padded(rows: list[Encoded], pad_id: int) -> MicroBatch:

@@ -220,7 +220,7 @@ def _lengths(lengths: np.ndarray) -> Lengths:
 
 def _padding(data: Batches, steps: int) -> PaddedShare:
     """As the steps are laid out to be trained on; a beginning that a pack computes once counts with every row of it."""
-    packed, padded = (lay_out(replace(data, packed=way, share_prefix=False), steps) for way in (True, False))
+    packed, padded = (lay_out(replace(data, packed=way, shared=False), steps) for way in (True, False))
     shares = [1 - each.tokens / each.cells for each in (padded, packed)]
     return PaddedShare(padded.steps, data.micro_rows, *shares)
 

@@ -68,7 +68,7 @@ def look(config: Config, gpu: str | None, reporter: terminal.Reporter) -> Figure
             data = load.encode(sample, tokenizer, chosen.packed, reporter.progress)
             load.held_out(sample, tokenizer, data, reporter.progress)  # which may be refused, too
             pretrained.check_tokens(tokenizer, chosen.shape.vocab, load.texts(data))
-            data.share_prefix = chosen.packed and not machine.gpus  # as packed.shares_prefix says of a live model
+            data.shared = chosen.packed and not machine.gpus  # as packing.shares says of a live model
             usd_per_hour, price = autoconfig.price_of(config, machine)
             expected = estimate.of_run(sample, chosen, data, machine, usd_per_hour, scale)
     finally:

@@ -38,6 +38,11 @@ class Sample:
     micro_batches: list[Workload]
     one_length: bool = False
 
+    @property
+    def mean_length(self) -> float:
+        """Tokens of a row, as it is computed: with padding, and with a beginning that it shares."""
+        return max(self.cells, self.tokens) / self.rows
+
 
 def of_step(config: Config, chosen: Plan, sample: Sample, memory: Memory, gpu: str) -> Roofline | None:
     """None of a card whose peaks are not known, of other weights than bf16 ones, and of small models."""
@@ -53,11 +58,11 @@ def of_step(config: Config, chosen: Plan, sample: Sample, memory: Memory, gpu: s
         return KernelGroup(name, flops, moved, 1e3 * max(compute_s, memory_s), bound)
 
     full, layers, value = config.train.method == "full", shape.layers, BYTES[chosen.dtype]
-    cells, labels, rows = (each / sample.steps for each in (sample.cells, sample.labels, sample.rows))
+    cells, labels = sample.cells / sample.steps, sample.labels / sample.steps
     micro_batches = len(sample.micro_batches) / sample.steps
     weights, adapter = shape.linear_weights, 0 if full else shape.adapter_weights(config.lora.rank, config.lora.targets)
     model = shape.flops(full, adapter)
-    attention, head = cells * model.attention * cells / rows, labels * model.head
+    attention, head = cells * model.attention * sample.mean_length, labels * model.head
     # Values of a token that each group moves, in a layer: (forward, backward).
     through = sum(before + after for before, after in shape.projections.values())
     target_widths = [] if full else [shape.projections.get(t, (shape.hidden, shape.mlp)) for t in config.lora.targets]

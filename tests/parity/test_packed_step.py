@@ -54,10 +54,10 @@ def step(
             if parameter.requires_grad:
                 parameter += 0.05 * torch.randn(parameter.shape, generator=generator)
 
-    def run(packed: bool, micro_rows: int, share_prefix: bool = False) -> Step:
-        layout = replace(job.data, packed=packed, micro_rows=micro_rows, share_prefix=share_prefix)
+    def run(packed: bool, micro_rows: int, shared: bool = False) -> Step:
+        layout = replace(job.data, packed=packed, micro_rows=micro_rows, shared=shared)
         batches = trainers.StepCollator(layout)([{"step": 3}])
-        assert any("shared_prefix" in batch for batch in batches) == share_prefix
+        assert any("segment_parents" in batch for batch in batches) == shared
         _, learned = trainer.get_batch_samples(iter([batches]), 1, torch.device("cpu"))
         job.model.zero_grad()
         loss = trainer.training_step(job.model, batches, learned)
@@ -95,10 +95,10 @@ def test_a_pack_is_proved_and_every_leak_is_found(unsloth: None, monkeypatch: py
     model, _ = models.load(wanted, dtype, "none", False, 0)
     assert packing.enable(model, 64) is None  # in bf16 rounding alone moves logits by more than a percent
 
-    def forgetful(*args: Any, packed_seq_lengths: Any = None, shared_prefix: Any = None, **kwargs: Any) -> Any:
+    def forgetful(*args: Any, packed_seq_lengths: Any = None, segment_parents: Any = None, **kwargs: Any) -> Any:
         return packing.sdpa_attention_forward(*args, **kwargs)
 
-    def unshared(*args: Any, shared_prefix: Any = None, **kwargs: Any) -> Any:
+    def unshared(*args: Any, segment_parents: Any = None, **kwargs: Any) -> Any:
         return rows_attention(*args, **kwargs)
 
     def shifted(*args: Any, packed_seq_lengths: Any = None, **kwargs: Any) -> Any:
@@ -120,8 +120,47 @@ def test_a_pack_is_proved_and_every_leak_is_found(unsloth: None, monkeypatch: py
     model.config.attention_dropout = 0.1
     assert "drops out" in (packing.enable(model, 64) or "")
     model.config.attention_dropout = 0.0
-    model.config.sliding_window = 16
-    assert "looks back 16 tokens" in (packing.enable(model, 64) or "")
+    model.config.attention_chunk_size = 16
+    assert "chunks of 16 tokens" in (packing.enable(model, 64) or "")
+
+
+@pytest.mark.parametrize("family", ["Mistral", "Gemma2", "Gemma3"])
+def test_a_sliding_window_ends_within_each_row(unsloth: None, monkeypatch: pytest.MonkeyPatch, family: str) -> None:
+    """Rows longer than the window, some behind a beginning that is: as eager attention computes each one alone."""
+    import numpy as np
+    import torch
+    import transformers
+
+    from fasttune.core import packing
+    from fasttune.data import sharing
+    from fasttune.data.batching import flat, paths
+
+    sizes = {"hidden_size": 32, "intermediate_size": 64, "num_attention_heads": 2, "num_key_value_heads": 1}
+    sizes |= {"head_dim": 16, "vocab_size": 128, "max_position_embeddings": 256, "sliding_window": 24}
+    sizes |= {"num_hidden_layers": 2, "attn_logit_softcapping": None, "pad_token_id": 0}
+    sizes |= {"layer_types": ["sliding_attention", "full_attention"]} if family != "Mistral" else {}
+    torch.manual_seed(0)
+    config = getattr(transformers, f"{family}TextConfig" if family == "Gemma3" else f"{family}Config")(**sizes)
+    model = getattr(transformers, f"{family}ForCausalLM")(config).eval()
+    rng = np.random.default_rng(0)
+    common = rng.integers(1, 128, 40)
+    rows = [np.concatenate([common, rng.integers(1, 128, own)]) for own in (20, 70)] + [rng.integers(1, 128, 90)]
+    model.set_attn_implementation("eager")
+    with torch.no_grad():
+        alone = [model(input_ids=torch.from_numpy(ids)[None], use_cache=False).logits[0] for ids in rows]
+    model.set_attn_implementation("sdpa")
+    assert packing.enable(model, 128) is None
+    encoded = [(ids, np.zeros(len(ids), bool)) for ids in rows]
+    for segments in (None, sharing.tree(encoded)):
+        pack = flat(encoded, segments)
+        with torch.no_grad():
+            logits = packing._logits(model, pack)[0]
+        for path, expected in zip(paths(pack), alone, strict=True):
+            assert packing._difference(logits[packing._places(pack, path)], expected) < 1e-5
+
+    rows_attention = packing.rows_attention
+    monkeypatch.setattr(packing, "rows_attention", lambda *a, sliding_window=None, **k: rows_attention(*a, **k))
+    assert "alone" in (packing.enable(model, 128) or "")
 
 
 @pytest.mark.parametrize("dtype", ["float32", "bfloat16", "float16"])
