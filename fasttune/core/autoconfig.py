@@ -9,11 +9,13 @@ from dataclasses import dataclass, replace
 from fasttune import hardware as machines
 from fasttune.config import Config, changed
 from fasttune.core.memory import Choices, Shape, Workload, forecast
+from fasttune.data.batching import Batches
 from fasttune.hardware import Hardware
 from fasttune.metrics import Memory, Setting
 
 USABLE_MEMORY = 0.8  # the rest: fragmentation, CUDA context, what the forecast does not know
 CPU_MICRO_BATCH_TOKENS = 2048
+SHARED_STEPS, SHARED_GAIN = 20, 0.03  # steps that are looked at; more rows at once must save such a share of the tokens
 LEARNING_RATES = {
     "lora": (2e-4, "what LoRA is usually trained with: https://arxiv.org/abs/2305.14314, table 9"),
     "full": (2e-5, "what all weights are usually trained with: https://arxiv.org/abs/2307.09288, section 3.1"),
@@ -81,6 +83,26 @@ def resolve(config: Config, hardware: Hardware, shape: Shape) -> Plan:
         fits=fits,
         settings=settings,
     )
+
+
+def for_shared(config: Config, hardware: Hardware, plan: Plan, data: Batches, auto: bool) -> tuple[Plan, list[Setting]]:
+    """The plan for rows that begin alike, and what that brings. auto: nobody has said how many rows are at once; then
+    so many that fit into memory and leave out what fewer would compute again.
+    """
+    steps, planned = min(data.steps_per_epoch, SHARED_STEPS), plan.micro_batch_rows
+    usable_gib, batch = usable_memory_gib(hardware), config.train.batch_rows
+    larger = [rows for rows in range(planned + 1, batch + 1) if auto and batch % rows == 0]
+    sizes = [planned, *(n for n in larger if full_memory(config, plan.shape, plan, n).total <= usable_gib)]
+    tokens, computed = sum(map(data.tokens_of, range(steps))), {n: data.computed_tokens(steps, n) for n in sizes}
+    rows = next(n for n in sizes if computed[n] * (1 - SHARED_GAIN) <= min(computed.values()))
+    figures = f"{computed[rows] / steps:,.0f} of {tokens / steps:,.0f} tokens a step are computed"
+    shown = [Setting("shared beginnings", figures, "what rows of a pack begin with alike is computed once")]
+    if rows == planned:
+        return plan, shown if computed[rows] < tokens else []
+    fewer = f"up to {planned * config.model.max_length:,} at once would compute {computed[planned] / steps:,.0f} a step"
+    resized = Setting("batch", _batch(config, rows), f"rows begin alike: {fewer}")
+    settings = [resized if each.name == "batch" else each for each in plan.settings]
+    return replace(plan, micro_batch_rows=rows, settings=settings), shown
 
 
 def full_memory(config: Config, shape: Shape, choices: Choices, rows: int) -> Memory:

@@ -81,7 +81,8 @@ def prepare(config: Config, folder: Path, reporter: Reporter, start: Path | None
     warnings = list(filter(None, map(gpus.capped, machine.gpus)))
     config, architecture = fitted(config, warnings.append)
     plan = autoconfig.resolve(config, machine, Shape.of(architecture))
-    config, settings = plan.apply(config), list(plan.settings)
+    auto, settings = config.train.micro_batch_rows == "auto", list[Setting]()
+    config = plan.apply(config)
     if not plan.fits:
         warnings.append("the forecast does not fit into memory: `fasttune plan` says what to change")
     if plan.shape.experts > 1:
@@ -106,6 +107,14 @@ def prepare(config: Config, folder: Path, reporter: Reporter, start: Path | None
     config = load.with_format(config)
     data = load.encode(config, tokenizer, packed, reporter.progress)
     data.shared = packed and packing.shares() and not config.lora.dropout
+    if data.shared:
+        plan, brings = autoconfig.for_shared(config, machine, plan, data, auto)
+        data.micro_rows = plan.micro_batch_rows
+        config = configuration.changed(config, train={"micro_batch_rows": plan.micro_batch_rows})
+        settings += brings
+    elif packed:
+        why = "Unsloth's kernels for a GPU cannot" if machine.gpus else "lora.dropout: each row drops out its own"
+        settings.append(Setting("shared beginnings", "computed with every row", why))
     held_out, doubts = load.held_out(config, tokenizer, data, reporter.progress)
     warnings += doubts
     pretrained.check_tokens(tokenizer, len(model.get_input_embeddings().weight), load.texts(data, held_out))
@@ -128,7 +137,7 @@ def prepare(config: Config, folder: Path, reporter: Reporter, start: Path | None
         problems=evaluation.problems_of(config, tokenizer, data, warnings.append),
         total_steps=data.total_steps(config.train.epochs, config.train.max_steps),
         usd_per_hour=usd_per_hour,
-        settings=settings,
+        settings=[*plan.settings, *settings],
         warnings=warnings,
     )
 

@@ -96,6 +96,19 @@ class Batches:
             found.setdefault(self.parts[part].source, []).append(int(self.parts[part].numbers[row]))
         return "; ".join(f"rows {', '.join(map(str, sorted(rows)))} of {source}" for source, rows in found.items())
 
+    def tokens_of(self, step: int) -> int:
+        """Of all rows of a step, each by itself."""
+        return sum(len(self.parts[part].row(row)[0]) for part, row in self.rows_of(step))
+
+    def computed_tokens(self, steps: int, micro_rows: int) -> int:
+        """Of the first steps, in packs with so many full rows at once."""
+        found = 0
+        for step in range(steps):
+            rows = [self.parts[part].row(row) for part, row in self.rows_of(step)]
+            packs = sharing.plan(rows, micro_rows * self.max_length, self.shared)
+            found += sum(segment.tokens for pack in packs for segment in pack)
+        return found
+
     def micro_batches(self, step: int) -> list[MicroBatch]:
         """A step as micro-batches: packs, or padded rectangles (B, T) of a model that cannot be packed."""
         rows = [self.parts[part].row(row) for part, row in self.rows_of(step)]

@@ -63,12 +63,16 @@ def look(config: Config, gpu: str | None, reporter: terminal.Reporter) -> Figure
             tokenizer = pretrained.read_tokenizer(config.model)
             chat.complete(tokenizer)
             chosen = autoconfig.resolve(config, machine, Shape.of(architecture))
-            config = chosen.apply(config)
+            auto, config = config.train.micro_batch_rows == "auto", chosen.apply(config)
             sample, scale = _sample(config)
             data = load.encode(sample, tokenizer, chosen.packed, reporter.progress)
             load.held_out(sample, tokenizer, data, reporter.progress)  # which may be refused, too
             pretrained.check_tokens(tokenizer, chosen.shape.vocab, load.texts(data))
-            data.shared = chosen.packed and not machine.gpus  # as packing.shares says of a live model
+            brings = list[Setting]()
+            data.shared = chosen.packed and not machine.gpus and not config.lora.dropout  # as prepare.py says
+            if data.shared:
+                chosen, brings = autoconfig.for_shared(config, machine, chosen, data, auto)
+                data.micro_rows = chosen.micro_batch_rows
             usd_per_hour, price = autoconfig.price_of(config, machine)
             expected = estimate.of_run(sample, chosen, data, machine, usd_per_hour, scale)
     finally:
@@ -81,7 +85,7 @@ def look(config: Config, gpu: str | None, reporter: terminal.Reporter) -> Figure
         machine=hardware.machine_name(machine),
         usable_gib=usable_gib,
         fits=fits,
-        settings=[*chosen.settings, packing, _attention(machine, chosen.packed), *filter(None, [price])],
+        settings=[*chosen.settings, packing, *brings, _attention(machine, chosen.packed), *filter(None, [price])],
         forecast=expected,
         sampled=scale != 1,
         usd_per_hour=usd_per_hour,
