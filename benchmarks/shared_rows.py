@@ -14,7 +14,8 @@ import sys
 from pathlib import Path
 
 SEED = 0
-EXAMPLES = {"system": 6, "answers": 2}  # solved examples before each question, the first rows of the file
+EXAMPLES = {"system": (2, 7), "answers": (0, 2)}  # rows of the file that are solved before each question
+FIRST = 7  # row that is a question
 OPENINGS = ["", "Let us go through it. ", "Step by step: ", "Here is how. ", "We count. ", "Think first. "]
 OPENINGS += ["The way to it: ", "In order: "]
 LINES = {"system": 2000, "answers": 300}  # questions
@@ -27,12 +28,12 @@ def main() -> int:
     parser.add_argument("out", type=Path)
     options = parser.parse_args()
     rows = [json.loads(line) for line in options.train.read_text(encoding="utf-8").splitlines()]
-    count = EXAMPLES[options.kind]
-    solved = "\n\n".join(f"Question: {row['question']}\nAnswer: {row['answer']}" for row in rows[:count])
+    examples = rows[slice(*EXAMPLES[options.kind])]
+    solved = "\n\n".join(f"Question: {row['question']}\nAnswer: {row['answer']}" for row in examples)
     system = f"You solve problems of arithmetic, and end with the number behind ####.\n\n{solved}"
     wordings = OPENINGS if options.kind == "answers" else OPENINGS[:1]
     made = []
-    for row in rows[count : count + LINES[options.kind]]:
+    for row in rows[FIRST : FIRST + LINES[options.kind]]:
         for opening in wordings:
             contents = zip(
                 ("system", "user", "assistant"), (system, row["question"], opening + row["answer"]), strict=True

@@ -192,6 +192,8 @@ class Stopped(StrEnum):
 class RunResult:
     """The contract of `run.json`. Speeds are medians of the steady steps; None means "cannot be said honestly".
 
+    computed_tokens: of `tokens`, those really computed: a beginning that rows of a pack share counts once.
+
     A run that is `running` and that no process holds was killed: `--resume` does the rest.
     """
 
@@ -202,9 +204,11 @@ class RunResult:
     first_loss: float | None
     last_loss: float | None
     tokens: int
+    computed_tokens: int
     loss_tokens: int
     padding_fraction: float
     tokens_per_s: float | None
+    computed_tokens_per_s: float | None
     loss_tokens_per_s: float | None
     steady_steps: int
     seconds_to_first_step: float | None

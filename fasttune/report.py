@@ -56,6 +56,11 @@ def percent(fraction: float) -> str:
 def key_figures(result: RunResult) -> list[Figure]:
     """What a person asks first stands before "first step"; what follows says how the numbers were made."""
     counted = f"padding not counted; median of {steps_text(result.steady_steps, 'steady ')}"
+    again = result.tokens - result.computed_tokens
+    supervised = f"{result.loss_tokens:,} of them supervised (the others are context)"
+    shared, computed = f"; {again:,} shared with other rows, not computed again" if again else "", ""
+    if again and result.computed_tokens_per_s is not None:
+        computed = f"; {rate(result.computed_tokens_per_s)} of them computed, as rows begin alike"
     too_short = "not enough steps to say"
     cost = "no price: set usd_per_hour" if result.usd_per_hour is None else f"at {usd(result.usd_per_hour)} per hour"
     if result.usd_per_million_tokens is not None:
@@ -67,12 +72,12 @@ def key_figures(result: RunResult) -> list[Figure]:
         _loss(result),
         *_held_out(result),
         *_exact_match(result),
-        _known("speed", result.tokens_per_s, _tokens_per_s, counted, too_short),
+        _known("speed", result.tokens_per_s, _tokens_per_s, counted + computed, too_short),
         Figure("peak memory", f"{result.peak_memory_gib:,.1f} GiB", _outside_steps(result)),
         Figure("time", duration(result.wall_s), f"{steps_text(result.steps)}; from start to end, loading included"),
         _known("cost", result.cost_usd, usd, cost, cost),
         _known("first step", result.seconds_to_first_step, duration, "from the start to its end", "no step finished"),
-        Figure("tokens", f"{result.tokens:,}", f"{result.loss_tokens:,} of them supervised (the others are context)"),
+        Figure("tokens", f"{result.tokens:,}", supervised + shared),
         _known("supervised tokens", result.loss_tokens_per_s, _tokens_per_s, counted, too_short),
         Figure("padding", percent(result.padding_fraction), "of all computed tokens; no speed counts it"),
         _known(

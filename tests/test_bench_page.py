@@ -30,6 +30,7 @@ def make_repeat(speed: float = 100.0, **changes: Any) -> Repeat:
     """A slow first step, then three of 100 tokens at `speed`."""
     repeat = Repeat(
         tokens=[100] * 4,
+        computed_tokens=[100] * 4,
         loss_tokens=[40] * 4,
         padding_tokens=[25] * 4,
         seconds=[100.0, *[100 / speed] * 3],

@@ -23,7 +23,13 @@ def script(name: str, *arguments: object) -> subprocess.CompletedProcess[str]:
 def bench(**changes: Any) -> dict[str, Any]:
     """A bench.json with two arms of five repeats, fasttune twice as fast, and one arm that failed."""
     ran = Backend("unsloth", "aten::_flash_attention_forward", "packed", 2, "none", "float32 trained")
-    same = {"tokens": [90] * 4, "padding_tokens": [10] * 4, "backend": ran, "flops_per_token": 1e9}
+    same = {
+        "tokens": [90] * 4,
+        "computed_tokens": [90] * 4,
+        "padding_tokens": [10] * 4,
+        "backend": ran,
+        "flops_per_token": 1e9,
+    }
     losses = [2.0 + changes.pop("shift", 0.0)] * 4
     made = make_bench(
         make_arm("fasttune", *(100 / (0.5 + 0.001 * i) for i in range(5)), losses=losses, **same),

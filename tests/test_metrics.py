@@ -32,15 +32,17 @@ def test_full_fine_tuning_is_six_n_and_lora_about_four() -> None:
 
 def test_the_head_counts_only_where_there_is_a_label() -> None:
     flops = metrics.count_flops(10, 0, head_weights=5, head_trained=False, layers=0, attention_width=0)
-    assert flops.of_step(tokens=100, loss_tokens=0, rows=1) == 100 * 40
-    assert flops.of_step(tokens=100, loss_tokens=30, rows=1) == 100 * 40 + 30 * 5 * 2 * 2
+    assert flops.of_step(computed_tokens=100, loss_tokens=0, mean_length=100) == 100 * 40
+    assert flops.of_step(computed_tokens=100, loss_tokens=30, mean_length=100) == 100 * 40 + 30 * 5 * 2 * 2
 
 
 def test_causal_attention_of_one_row() -> None:
     # forward: QK^T and PV, 2·T²·width each, halved by the causal mask; backward twice that; per layer
     flops = metrics.count_flops(0, 0, 0, False, layers=3, attention_width=8)
     length = 64
-    assert flops.of_step(tokens=length, loss_tokens=0, rows=1) == 3 * (2 * 2 * length**2 * 8 / 2) * 3
-    assert flops.of_step(tokens=4 * length, loss_tokens=0, rows=4) == pytest.approx(
-        4 * flops.of_step(tokens=length, loss_tokens=0, rows=1)
+    assert (
+        flops.of_step(computed_tokens=length, loss_tokens=0, mean_length=length) == 3 * (2 * 2 * length**2 * 8 / 2) * 3
+    )
+    assert flops.of_step(computed_tokens=4 * length, loss_tokens=0, mean_length=length) == pytest.approx(
+        4 * flops.of_step(computed_tokens=length, loss_tokens=0, mean_length=length)
     )

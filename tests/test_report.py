@@ -19,7 +19,7 @@ SETTINGS = [Setting("model", "some/model"), Setting("dtype", "float32", "this [c
 
 
 def make_steps(count):
-    return [StepMetrics(i, 2.0 / i, 1e-3, 1.0, 1000, 400, 100, 0, 0.5, 2000.0, 3.5) for i in range(1, count + 1)]
+    return [StepMetrics(i, 2.0 / i, 1e-3, 1.0, 1000, 1000, 400, 100, 0.5, 2000.0, 3.5) for i in range(1, count + 1)]
 
 
 def make_result(output_dir, steps, **changes):
@@ -31,9 +31,11 @@ def make_result(output_dir, steps, **changes):
         first_loss=steps[0].loss if steps else None,
         last_loss=steps[-1].loss if steps else None,
         tokens=1000 * len(steps),
+        computed_tokens=1000 * len(steps),
         loss_tokens=400 * len(steps),
         padding_fraction=0.0909,
         tokens_per_s=metrics.median_rate(steps),
+        computed_tokens_per_s=metrics.median_rate(steps, "computed_tokens"),
         loss_tokens_per_s=metrics.median_rate(steps, "loss_tokens"),
         steady_steps=len(metrics.steady(steps)),
         seconds_to_first_step=4.25 if steps else None,

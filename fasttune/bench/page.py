@@ -143,11 +143,13 @@ def _row(bench: Bench, arm: Arm) -> dict[str, Cell]:
     if over := bench.over_baseline.get(arm.name):
         ratio = Cell(f"{over.ratio:.2f}", f"{over.low:.2f}–{over.high:.2f}")
         ratio = Cell("INVALID", bad=True) if over.invalid else ratio
+    shared = any(sum(one.computed_tokens) < sum(one.tokens) for each in bench.arms for one in each.repeats) or None
     hours, price = bench.job_hours(arm), bench.usd_per_hour
     whole = Cell("–") if hours is None or price is None else Cell(duration(3600 * hours), usd(hours * price))
     return {
         "tokens/s": speed,
         f"× {BASELINE}": ratio,
+        "computed/s": cell(shared and median("computed_tokens_per_s"), rate),
         "loss tokens/s": cell(median("loss_tokens_per_s"), rate),
         "s a step": cell(median("step_s"), lambda s: f"{s:,.3g}" if s < 100 else f"{s:,.0f}"),
         "padding": cell(median("padding_fraction"), percent),

@@ -85,16 +85,22 @@ def resolve(config: Config, hardware: Hardware, shape: Shape) -> Plan:
     )
 
 
-def for_shared(config: Config, hardware: Hardware, plan: Plan, data: Batches, auto: bool) -> tuple[Plan, list[Setting]]:
-    """The plan for rows that begin alike, and what that brings. auto: nobody has said how many rows are at once; then
-    so many that fit into memory and leave out what fewer would compute again.
+def share(config: Config, hardware: Hardware, plan: Plan, data: Batches, auto: bool) -> tuple[Plan, list[Setting]]:
+    """Let packs compute once what rows begin with alike, where that is exact; the plan for it, and what it brings.
+
+    auto: nobody has said how many rows are at once; then so many that fit into memory and leave out what fewer would
+    compute again.
     """
+    if hardware.gpus or config.lora.dropout:
+        why = "Unsloth's kernels for a GPU cannot" if hardware.gpus else "lora.dropout: each row drops out its own"
+        return plan, [Setting("shared beginnings", "computed with every row", why)]
+    data.shared = True
     steps, planned = min(data.steps_per_epoch, SHARED_STEPS), plan.micro_batch_rows
     usable_gib, batch = usable_memory_gib(hardware), config.train.batch_rows
     larger = [rows for rows in range(planned + 1, batch + 1) if auto and batch % rows == 0]
     sizes = [planned, *(n for n in larger if full_memory(config, plan.shape, plan, n).total <= usable_gib)]
     tokens, computed = sum(map(data.tokens_of, range(steps))), {n: data.computed_tokens(steps, n) for n in sizes}
-    rows = next(n for n in sizes if computed[n] * (1 - SHARED_GAIN) <= min(computed.values()))
+    data.micro_rows = rows = next(n for n in sizes if computed[n] * (1 - SHARED_GAIN) <= min(computed.values()))
     figures = f"{computed[rows] / steps:,.0f} of {tokens / steps:,.0f} tokens a step are computed"
     shown = [Setting("shared beginnings", figures, "what rows of a pack begin with alike is computed once")]
     if rows == planned:

@@ -106,15 +106,10 @@ def prepare(config: Config, folder: Path, reporter: Reporter, start: Path | None
 
     config = load.with_format(config)
     data = load.encode(config, tokenizer, packed, reporter.progress)
-    data.shared = packed and packing.shares() and not config.lora.dropout
-    if data.shared:
-        plan, brings = autoconfig.for_shared(config, machine, plan, data, auto)
-        data.micro_rows = plan.micro_batch_rows
+    if packed:
+        plan, brings = autoconfig.share(config, machine, plan, data, auto)
         config = configuration.changed(config, train={"micro_batch_rows": plan.micro_batch_rows})
         settings += brings
-    elif packed:
-        why = "Unsloth's kernels for a GPU cannot" if machine.gpus else "lora.dropout: each row drops out its own"
-        settings.append(Setting("shared beginnings", "computed with every row", why))
     held_out, doubts = load.held_out(config, tokenizer, data, reporter.progress)
     warnings += doubts
     pretrained.check_tokens(tokenizer, len(model.get_input_embeddings().weight), load.texts(data, held_out))

@@ -250,6 +250,7 @@ def read_metrics(folder: Path, step: int, warn: Callable[[str], object]) -> list
     for line in path.read_bytes().splitlines() if path.is_file() else []:
         with suppress(ValueError, TypeError, KeyError, RecursionError):  # a machine that went down may have torn it
             values = json.loads(line)
+            values.setdefault("computed_tokens", values["tokens"] - values.pop("shared_tokens", 0))  # before 2026-11-26
             one = form.validate_python(values | {"loss": math.nan if values["loss"] is None else values["loss"]})
             found[one.step] = one
     kept = [found[number] for number in sorted(found) if 0 < number <= step]

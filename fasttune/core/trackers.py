@@ -18,7 +18,7 @@ from fasttune.metrics import StepMetrics
 if TYPE_CHECKING:
     from fasttune.core.prepare import Job
 
-SHOWN = ["loss", "learning_rate", "grad_norm", "tokens_per_s", "peak_memory_gib"]
+SHOWN = ["loss", "learning_rate", "grad_norm", "tokens_per_s", "computed_tokens", "peak_memory_gib"]
 SHOWN += ["eval_loss", "eval_token_accuracy", "eval_exact_match"]
 OFFLINE = ("offline", "disabled", "dryrun")  # of WANDB_MODE
 

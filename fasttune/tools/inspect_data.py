@@ -81,12 +81,17 @@ class Lengths:
 
 @dataclass(frozen=True)
 class PaddedShare:
-    """Share of the computed positions that hold no token, over the first `steps` steps of the run, in either layout."""
+    """Share of the computed positions that hold no token, over the first `steps` steps of the run, in either layout.
+
+    tokens: of the rows of these steps; computed_tokens: those of packs as a run here lays them out.
+    """
 
     steps: int
     rows_at_once: int  # of a padded micro-batch; of a pack: how many rows of max_length_tokens fit
     padded_share: float
     packed_share: float
+    tokens: int
+    computed_tokens: int
 
 
 @dataclass(frozen=True)
@@ -137,8 +142,10 @@ def look(config: Config, rows: int, reporter: terminal.Reporter) -> Figures:
             changes = chat.complete(tokenizer)
             config, architecture = prepare.fitted(config, reporter.warn)
             # How many rows at once a run would take here.
-            chosen = autoconfig.resolve(config, hardware.detect(), Shape.of(architecture))
+            machine, auto = hardware.detect(), config.train.micro_batch_rows == "auto"
+            chosen = autoconfig.resolve(config, machine, Shape.of(architecture))
             data = load.encode(chosen.apply(config), tokenizer, True, reporter.progress)
+            autoconfig.share(config, machine, chosen, data, auto)
             held_out, warnings = load.held_out(config, tokenizer, data, reporter.progress)
             pretrained.check_tokens(tokenizer, chosen.shape.vocab, load.texts(data, held_out))
     finally:
@@ -222,7 +229,8 @@ def _padding(data: Batches, steps: int) -> PaddedShare:
     """As the steps are laid out to be trained on; a beginning that a pack computes once counts with every row of it."""
     packed, padded = (lay_out(replace(data, packed=way, shared=False), steps) for way in (True, False))
     shares = [1 - each.tokens / each.cells for each in (padded, packed)]
-    return PaddedShare(padded.steps, data.micro_rows, *shares)
+    computed = data.computed_tokens(packed.steps, data.micro_rows)
+    return PaddedShare(padded.steps, data.micro_rows, shares[0], shares[1], packed.tokens, computed)
 
 
 def _first_rows(data: Batches, tokenizer: Any, wanted: int) -> list[Row]:
@@ -344,6 +352,10 @@ def _layouts(figures: Figures) -> list[RenderableType]:
         ("packed", f"{padding.packed_share:6.1%}", "of what is computed: rows lie end to end"),
         ("padded", f"{padding.padded_share:6.1%}", f"with train.packing=false: {_rows(padding.rows_at_once)} at once"),
     ]
+    saved = 1 - padding.computed_tokens / padding.tokens
+    if saved:
+        counted = f"{padding.computed_tokens:,} computed of {padding.tokens:,} tokens"
+        lines.append(("shared", f"{saved:6.1%}", f"of the tokens of packed rows, because they begin alike: {counted}"))
     runs = "off: train.packing=false, rows will be padded"
     if figures.packing is not False:
         runs = "on, once train has proved on the model that rows of a pack do not see each other"

@@ -69,10 +69,8 @@ def look(config: Config, gpu: str | None, reporter: terminal.Reporter) -> Figure
             load.held_out(sample, tokenizer, data, reporter.progress)  # which may be refused, too
             pretrained.check_tokens(tokenizer, chosen.shape.vocab, load.texts(data))
             brings = list[Setting]()
-            data.shared = chosen.packed and not machine.gpus and not config.lora.dropout  # as prepare.py says
-            if data.shared:
-                chosen, brings = autoconfig.for_shared(config, machine, chosen, data, auto)
-                data.micro_rows = chosen.micro_batch_rows
+            if chosen.packed:
+                chosen, brings = autoconfig.share(config, machine, chosen, data, auto)
             usd_per_hour, price = autoconfig.price_of(config, machine)
             expected = estimate.of_run(sample, chosen, data, machine, usd_per_hour, scale)
     finally:
