@@ -23,7 +23,7 @@ from fasttune import config as configuration, hardware
 from fasttune.bench.run import revision
 from fasttune.core import autoconfig, pretrained
 from fasttune.core.memory import Shape
-from fasttune.data import load
+from fasttune.data import load, sharing
 from fasttune.tools import estimate
 
 ROOT = Path(__file__).resolve().parent.parent
@@ -148,7 +148,7 @@ def compared(name: str, folder: Path) -> dict[str, Any]:
     machine = replace(hardware.detect(), gpus=())
     chosen = autoconfig.resolve(config, machine, Shape.of(pretrained.read_architecture(config.model)))
     data = load.encode(config, pretrained.read_tokenizer(config.model), chosen.packed, lambda what, share: None)
-    data.shared = chosen.packed
+    data.least_shared = sharing.LEAST if chosen.packed else 0
     expected = estimate.of_run(config, chosen, data, machine, None)
     fitted, settings = CONFIGURATIONS[name]
     speed, share, before = measured["tokens_per_s"], None, measured["forecast"]

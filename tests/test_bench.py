@@ -149,9 +149,9 @@ def test_the_limit_is_measured_at_the_micro_batch_of_most_tokens() -> None:
         return np.full(length, 5, np.int32), np.arange(length) >= length - 4
 
     made = [padded([row(90), row(80)], 0), padded([row(10), row(20)], 0)]  # 2 × 90 and 2 × 20
-    data: Any = SimpleNamespace(shared=True, micro_batches=lambda step: made)
+    data: Any = SimpleNamespace(least_shared=8, micro_batches=lambda step: made)
     assert worker.at_once(data, 3) == (round((180 * 180 + 40 * 40) / 220), 8)
-    assert not data.shared, "the limit is that of computing every token"
+    assert not data.least_shared, "the limit is that of computing every token"
 
 
 def test_peak_memory_is_that_of_the_steps(shared: Path, tmp_path: Path, gpu_memory: Any) -> None:

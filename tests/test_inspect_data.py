@@ -133,7 +133,7 @@ def test_padding_is_counted_in_the_micro_batches() -> None:
     found = measured(encoded([4, 2, 3, 3])).padding
     assert (found.steps, found.rows_at_once, found.padded_share, found.packed_share) == (1, 4, 0.25, 0)
     assert measured(encoded([4, 2, 3, 3], micro_rows=1)).padding.padded_share == 0
-    alike = encoded([20] * 4, max_length=40, shared=True)  # what a pack computes once is no padding below zero
+    alike = encoded([20] * 4, max_length=40, least_shared=8)  # what a pack computes once is no padding below zero
     assert (measured(alike).padding.padded_share, measured(alike).padding.packed_share) == (0, 0)
 
 

@@ -7,7 +7,7 @@ from fasttune.metrics import StepMetrics
 
 
 def step(number: int, seconds: float, tokens: int = 100) -> StepMetrics:
-    return StepMetrics(number, 1.0, 1e-4, 1.0, tokens, tokens // 2, 7, 0, seconds, tokens / seconds, 1.0)
+    return StepMetrics(number, 1.0, 1e-4, 1.0, tokens, tokens, tokens // 2, 7, seconds, tokens / seconds, 1.0)
 
 
 def test_the_median_leaves_warm_up_out() -> None:

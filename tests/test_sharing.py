@@ -34,7 +34,7 @@ def test_what_rows_have_in_common_is_a_tree() -> None:
     ]
     question = (20, 31, [0, 3], [(31, 35, [0], []), (31, 34, [3], [])])  # its last token predicts two first ones
     assert shape(tree(rows)) == [(0, 20, [0, 1, 3], [question, (20, 36, [1], [])]), (0, 3, [2], [])]
-    assert shape(tree(rows, share=False)) == [(0, len(ids), [at], []) for at, (ids, _) in enumerate(rows)]
+    assert shape(tree(rows, 0)) == [(0, len(ids), [at], []) for at, (ids, _) in enumerate(rows)]
 
 
 def test_a_conversation_cut_at_each_answer_is_one_path() -> None:
@@ -128,5 +128,5 @@ def test_without_sharing_nothing_is_put_together() -> None:
     part = Rows("rows.jsonl", ids, np.tile(np.arange(22) >= 21, 4), starts, np.arange(1, 5), Counter())
     data = Batches([part], [1.0], 7, 0.0, 4, 1, 64, packed=True, pad_id=0)
     assert sum(batch["input_ids"].size for batch in data.micro_batches(0)) == 88
-    data.shared = True
+    data.least_shared = 8
     assert sum(batch["input_ids"].size for batch in data.micro_batches(0)) == 20 + 4 * 2

@@ -252,7 +252,7 @@ def limit(config: Config, shared: Path, seconds: float = LIMIT_SECONDS) -> dict[
 
 def at_once(data: Batches, steps: int) -> tuple[int, int]:
     """Tokens and labels of the micro-batch that a token lies in, on average, where every token is computed."""
-    data.shared = False
+    data.least_shared = 0
     made = [batch for step in range(steps) for batch in data.micro_batches(step)]
     sizes = [(batch["input_ids"].size, int((batch["labels"] != IGNORE).sum())) for batch in made]
     total = sum(tokens for tokens, _ in sizes)

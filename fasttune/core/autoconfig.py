@@ -9,12 +9,15 @@ from dataclasses import dataclass, replace
 from fasttune import hardware as machines
 from fasttune.config import Config, changed
 from fasttune.core.memory import Choices, Shape, Workload, forecast
+from fasttune.data import sharing
 from fasttune.data.batching import Batches
 from fasttune.hardware import Hardware
 from fasttune.metrics import Memory, Setting
 
 USABLE_MEMORY = 0.8  # the rest: fragmentation, CUDA context, what the forecast does not know
 CPU_MICRO_BATCH_TOKENS = 2048
+# Of rows that begin alike, on a GPU: below, more calls of attention may cost what they save. Not measured on one yet.
+GPU_LEAST_SHARED, GPU_SHARED_GAIN = 64, 0.05  # tokens; share of the tokens that is not computed again
 SHARED_STEPS, SHARED_GAIN = 20, 0.03  # steps that are looked at; more rows at once must save such a share of the tokens
 LEARNING_RATES = {
     "lora": (2e-4, "what LoRA is usually trained with: https://arxiv.org/abs/2305.14314, table 9"),
@@ -85,22 +88,28 @@ def resolve(config: Config, hardware: Hardware, shape: Shape) -> Plan:
     )
 
 
-def share(config: Config, hardware: Hardware, plan: Plan, data: Batches, auto: bool) -> tuple[Plan, list[Setting]]:
+def share(
+    config: Config, hardware: Hardware, plan: Plan, data: Batches, auto: bool, why_not: str | None = None
+) -> tuple[Plan, list[Setting]]:
     """Let packs compute once what rows begin with alike, where that is exact; the plan for it, and what it brings.
 
     auto: nobody has said how many rows are at once; then so many that fit into memory and leave out what fewer would
-    compute again.
+    compute again. why_not: what keeps the live model from it.
     """
-    if hardware.gpus or config.lora.dropout:
-        why = "Unsloth's kernels for a GPU cannot" if hardware.gpus else "lora.dropout: each row drops out its own"
-        return plan, [Setting("shared beginnings", "computed with every row", why)]
-    data.shared = True
+    if config.lora.dropout:
+        why_not = "lora.dropout: each row drops out its own"
+    if why_not is not None:
+        return plan, [Setting("shared beginnings", "computed with every row", why_not)]
+    data.least_shared = GPU_LEAST_SHARED if hardware.gpus else sharing.LEAST
     steps, planned = min(data.steps_per_epoch, SHARED_STEPS), plan.micro_batch_rows
     usable_gib, batch = usable_memory_gib(hardware), config.train.batch_rows
     larger = [rows for rows in range(planned + 1, batch + 1) if auto and batch % rows == 0]
     sizes = [planned, *(n for n in larger if full_memory(config, plan.shape, plan, n).total <= usable_gib)]
     tokens, computed = sum(map(data.tokens_of, range(steps))), {n: data.computed_tokens(steps, n) for n in sizes}
     data.micro_rows = rows = next(n for n in sizes if computed[n] * (1 - SHARED_GAIN) <= min(computed.values()))
+    if hardware.gpus and computed[rows] > (1 - GPU_SHARED_GAIN) * tokens:
+        data.least_shared, data.micro_rows = 0, planned
+        return plan, []
     figures = f"{computed[rows] / steps:,.0f} of {tokens / steps:,.0f} tokens a step are computed"
     shown = [Setting("shared beginnings", figures, "what rows of a pack begin with alike is computed once")]
     if rows == planned:

@@ -121,7 +121,7 @@ class Validator:
 
 def _in_packs(job: "Job") -> list[MicroBatch]:
     """Packs of one full row at most: a GPU computes the logits of every token of them."""
-    packs = sharing.plan(job.held_out, job.config.model.max_length, job.data.shared)
+    packs = sharing.plan(job.held_out, job.config.model.max_length, job.data.least_shared)
     return [flat(job.held_out, segments) for segments in packs]
 
 

@@ -213,6 +213,26 @@ def take_varlen_kernel() -> Callable[[], None] | None:
     return lambda: vars(dispatch).update(before)
 
 
+def take_shared_attention(now: Any) -> Callable[[], None]:
+    """Let Unsloth run the packs of core/shared_attention.py `Now` through it; returns what undoes it.
+
+    Source: unsloth/utils/attention_dispatch.py (2026.10.9): of a pack without a mask it asks whether torch's
+    variable-length kernel is the fastest, and if so calls it through one function.
+    """
+    from unsloth.utils import attention_dispatch as dispatch
+
+    call, is_fastest = dispatch._varlen_attn_call, dispatch._torch_varlen_beats_segments
+
+    def attention(query: Any, key: Any, value: Any, *args: Any, scale: Any, window_size: Any, **kwargs: Any) -> Any:
+        if now.pack is None:
+            return call(query, key, value, *args, scale=scale, window_size=window_size, **kwargs)
+        return now.attention(query, key, value, scale, tuple(window_size))
+
+    dispatch._varlen_attn_call = attention
+    dispatch._torch_varlen_beats_segments = lambda *args: now.pack is not None or is_fastest(*args)
+    return lambda: vars(dispatch).update(_varlen_attn_call=call, _torch_varlen_beats_segments=is_fastest)
+
+
 def attention_packages() -> list[str] | None:
     """Which of xformers and flash-attn Unsloth may take in this process; None where it runs on a CPU."""
     if not torch.cuda.is_available():

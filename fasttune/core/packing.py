@@ -1,7 +1,7 @@
 """Rows packed into one sequence that never see each other, and the proof of it for any model.
 
-On a GPU Unsloth's own kernels take the row lengths (`packed_seq_lengths`). On the CPU, where Unsloth runs plain
-transformers, `RowsAttention` does; there a beginning that rows of a pack share is computed once.
+On a GPU Unsloth's own kernels take the row lengths (`packed_seq_lengths`), and core/shared_attention.py beginnings that
+rows share. On the CPU, where Unsloth runs plain transformers, `RowsAttention` does both.
 """
 
 from collections.abc import Iterator
@@ -11,6 +11,7 @@ from typing import Any
 import numpy as np
 
 from fasttune.core import model as models  # first: it imports unsloth
+from fasttune.core import shared_attention
 
 import torch
 from transformers import AttentionInterface
@@ -25,7 +26,7 @@ from fasttune.errors import first_line
 
 NAME = "fasttune_rows"
 PROBE_LENGTHS, PROBE_ALIKE = [30, 33, 21, 17], [(3, 14), (2, 24)]  # tokens of rows; (rows, tokens they begin with)
-PROBE_WINDOW = 12  # tokens
+PROBE_WINDOW, PROBE_LEAST = 12, 8  # tokens
 # Relative, of all logits of a row. A layout may add so many times what another one adds by rounding alone, or so much.
 ROUNDINGS = 4
 LEAST_TOLERANCE = {torch.float32: 1e-4, torch.float16: 2e-2, torch.bfloat16: 1e-1}
@@ -67,11 +68,6 @@ def rows_mask(
     return sdpa_mask(*args, attention_mask=attention_mask, local_size=local_size, **kwargs)
 
 
-def shares() -> bool:
-    """Whether `enable` makes a model take packs whose rows share beginnings: Unsloth's kernels for a GPU cannot."""
-    return not torch.cuda.is_available()
-
-
 def enable(model: Any, max_length: int) -> str | None:
     """Make a loaded model take packed rows; None, or the reason why it cannot be packed exactly (then it is unchanged).
 
@@ -83,46 +79,57 @@ def enable(model: Any, max_length: int) -> str | None:
         return f"its attention sees chunks of {chunk:,} tokens, fewer than model.max_length={max_length:,}"
     if getattr(config, "attention_dropout", 0.0):
         return f"its attention drops out (attention_dropout={config.attention_dropout:g})"
-    if shares():
+    if not torch.cuda.is_available():
         AttentionInterface.register(NAME, rows_attention)
         AttentionMaskInterface.register(NAME, rows_mask)
         before = models.set_attention(model, NAME)
-        reason = inexact(model)
+        reason = inexact(model, max_length)
         if reason is not None:
             models.set_attention(model, before)
         return reason
     models.enable_packed_kernels(model)
     undo = models.take_varlen_kernel()
-    reason = inexact(model)
+    reason = inexact(model, max_length)
     if reason is not None and undo is not None:  # then as Unsloth would do it alone
         undo()
-        reason = inexact(model)
+        reason = inexact(model, max_length)
     return reason
 
 
-def inexact(model: Any) -> str | None:
-    """None where packs are exact on the live model, else what is wrong. Every form of a pack is looked at twice:
+def enable_shared(model: Any, max_length: int) -> str | None:
+    """As `enable`, of a model that takes packed rows: packs in which beginnings that rows share are computed once."""
+    if not torch.cuda.is_available():
+        return inexact(model, max_length, shared=True)
+    undo = shared_attention.enable(model, models.take_shared_attention)
+    reason = inexact(model, max_length, shared=True)
+    if reason is not None:
+        undo()
+    return reason
+
+
+def inexact(model: Any, max_length: int, shared: bool = False) -> str | None:
+    """None where packs are exact on the live model, else what is wrong. It is looked at twice:
 
     no gradient of a row's logits reaches another row's embeddings, in training mode: zero to the bit, in every dtype;
     a row's logits are those of the row alone, up to a small multiple of what the layout alone changes in this dtype.
     """
     rows = _probe_rows(model)
-    packs = [flat(rows)] + ([flat(rows, sharing.tree(rows))] if shares() else [])
+    pack = flat(rows, sharing.tree(rows, PROBE_LEAST) if shared else None)
     try:
-        with _short_windows(model):
+        with _short_windows(model, max_length):
             with _mode(model, training=False), torch.no_grad():
                 alone = [_logits(model, {"input_ids": ids[None]})[0] for ids, _ in rows]
-                packed = [_logits(model, pack)[0] for pack in packs]
+                packed = _logits(model, pack)[0]
                 rounding = max(map(_difference, _logits(model, _rectangle(rows)), alone))
             tolerance = max(ROUNDINGS * rounding, LEAST_TOLERANCE.get(models.computes_in(model), 5e-2))
-            for pack, logits in zip(packs, packed, strict=True):
-                places = [_places(pack, path) for path in paths(pack)]
-                error = max(_difference(logits[place], row) for place, row in zip(places, alone, strict=True))
-                if not error <= tolerance:  # NaN too
-                    differ = f"logits by {error:.1%}, in rectangles by {rounding:.1%}"
-                    return f"its rows differ from what they are alone ({differ})"
-                if any(_leaks(model, pack, place) for place in places):
-                    return "its rows see each other in a pack"
+            places = [_places(pack, path) for path in paths(pack)]
+            error = max(_difference(packed[place], row) for place, row in zip(places, alone, strict=True))
+            if not error <= tolerance:  # NaN too
+                return (
+                    f"its rows differ from what they are alone (logits by {error:.1%}, in rectangles by {rounding:.1%})"
+                )
+            if any(_leaks(model, pack, place) for place in places):
+                return "its rows see each other in a pack"
     except (TypeError, ValueError, RuntimeError) as error:
         if isinstance(error, (torch.OutOfMemoryError, torch.AcceleratorError)) or "allocate memory" in str(error):
             raise
@@ -178,14 +185,15 @@ def _probe_rows(model: Any) -> list[Encoded]:
 
 
 @contextmanager
-def _short_windows(model: Any) -> Iterator[None]:
-    """Sliding windows, where a model has them, that end within the rows of the proof."""
+def _short_windows(model: Any, max_length: int) -> Iterator[None]:
+    """Sliding windows that end within rows of a run end within those of the proof."""
     owners = [model.config.get_text_config(), *models.decoder_layers(model)]
     owners += [layer.self_attn for layer in owners[1:] if hasattr(layer, "self_attn")]
-    before = [(owner, owner.sliding_window) for owner in owners if getattr(owner, "sliding_window", None) is not None]
+    windows = [(owner, getattr(owner, "sliding_window", None)) for owner in owners]
+    before = [(owner, window) for owner, window in windows if window is not None and window < max_length]
     try:
-        for owner, window in before:
-            owner.sliding_window = min(window, PROBE_WINDOW)
+        for owner, _ in before:
+            owner.sliding_window = PROBE_WINDOW
         yield
     finally:
         for owner, window in before:

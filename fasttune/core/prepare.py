@@ -107,7 +107,8 @@ def prepare(config: Config, folder: Path, reporter: Reporter, start: Path | None
     config = load.with_format(config)
     data = load.encode(config, tokenizer, packed, reporter.progress)
     if packed:
-        plan, brings = autoconfig.share(config, machine, plan, data, auto)
+        why_not = packing.enable_shared(model, config.model.max_length)
+        plan, brings = autoconfig.share(config, machine, plan, data, auto, why_not)
         config = configuration.changed(config, train={"micro_batch_rows": plan.micro_batch_rows})
         settings += brings
     held_out, doubts = load.held_out(config, tokenizer, data, reporter.progress)

@@ -28,7 +28,7 @@ class Batches:
 
     eval_share: share of each set's rows that is held out and never trained on.
     batch_rows: rows of a step. micro_rows: full rows (of max_length tokens) that fit at once.
-    shared: beginnings that rows of a pack have in common lie in it once (data/sharing.py).
+    least_shared: a beginning of so many tokens that rows of a pack have in common lies in it once; 0: none does.
     """
 
     parts: list[Rows]
@@ -40,7 +40,7 @@ class Batches:
     max_length: int
     packed: bool
     pad_id: int
-    shared: bool = False
+    least_shared: int = 0
 
     @cached_property
     def split(self) -> list[tuple[np.ndarray, np.ndarray]]:
@@ -105,7 +105,7 @@ class Batches:
         found = 0
         for step in range(steps):
             rows = [self.parts[part].row(row) for part, row in self.rows_of(step)]
-            packs = sharing.plan(rows, micro_rows * self.max_length, self.shared)
+            packs = sharing.plan(rows, micro_rows * self.max_length, self.least_shared)
             found += sum(segment.tokens for pack in packs for segment in pack)
         return found
 
@@ -113,7 +113,7 @@ class Batches:
         """A step as micro-batches: packs, or padded rectangles (B, T) of a model that cannot be packed."""
         rows = [self.parts[part].row(row) for part, row in self.rows_of(step)]
         if self.packed:
-            packs = sharing.plan(rows, self.micro_rows * self.max_length, self.shared)
+            packs = sharing.plan(rows, self.micro_rows * self.max_length, self.least_shared)
             return [pack(rows, segments) for segments in packs]
         return [padded(rows[at : at + self.micro_rows], self.pad_id) for at in range(0, len(rows), self.micro_rows)]
 
@@ -176,7 +176,7 @@ def flat(rows: list[Encoded], segments: list[Segment] | None = None) -> MicroBat
     and row_ends (the last segment of each row). Positions continue those of the parent.
     """
     found: list[tuple[Segment, int]] = []
-    for beginning in sharing.tree(rows, share=False) if segments is None else segments:
+    for beginning in sharing.tree(rows, 0) if segments is None else segments:
         found += beginning.in_order(at=len(found))
     pieces = [(rows[each.rows[0] if each.owner is None else each.owner], each) for each, _ in found]
     batch = {

@@ -12,7 +12,7 @@ from dataclasses import dataclass
 import numpy as np
 
 Encoded = tuple[np.ndarray, np.ndarray]  # ids and whether each is supervised, both (T,)
-MIN_SHARED = 8  # tokens; fewer cost more in small matmuls than they save
+LEAST = 8  # tokens of a segment on a CPU; fewer cost more in small matmuls than they save
 
 
 @dataclass(frozen=True)
@@ -49,29 +49,30 @@ class Segment:
                 after += 1
 
 
-def tree(rows: Sequence[Encoded], share: bool = True) -> list[Segment]:
-    """The segments that rows begin with, in the order of the rows. share=False: each row by itself."""
+def tree(rows: Sequence[Encoded], least: int = LEAST) -> list[Segment]:
+    """The segments that rows begin with, in the order of the rows; what is shared has at least so many tokens.
+
+    least=0: nothing is, each row lies by itself.
+    """
     everything = list(range(len(rows)))
-    if not share:
-        return [_alone(rows, row, 0) for row in everything]
-    return _continue(rows, everything, 0)
+    return _continue(rows, everything, 0, least) if least else [_alone(rows, row, 0) for row in everything]
 
 
 def _alone(rows: Sequence[Encoded], row: int, start: int) -> Segment:
     return Segment(start, len(rows[row][0]), [row], row, [])
 
 
-def _continue(rows: Sequence[Encoded], group: list[int], start: int) -> list[Segment]:
+def _continue(rows: Sequence[Encoded], group: list[int], start: int, least: int) -> list[Segment]:
     """The segments of rows that are the same up to `start`."""
     by_token: dict[int, list[int]] = {}
     for row in group:
         if len(rows[row][0]) > start:
             by_token.setdefault(int(rows[row][0][start]), []).append(row)
-    found = [segment for alike in by_token.values() for segment in _begin(rows, alike, start)]
+    found = [segment for alike in by_token.values() for segment in _begin(rows, alike, start, least)]
     return sorted(found, key=lambda segment: segment.rows[0])
 
 
-def _begin(rows: Sequence[Encoded], group: list[int], start: int) -> list[Segment]:
+def _begin(rows: Sequence[Encoded], group: list[int], start: int, least: int) -> list[Segment]:
     """As `_continue`, of rows with the same token there."""
     if len(group) == 1:
         return [_alone(rows, group[0], start)]
@@ -86,30 +87,30 @@ def _begin(rows: Sequence[Encoded], group: list[int], start: int) -> list[Segmen
     end = start + min(same, _first(owners.sum(0) > 1))
     while end > start and any(rows[row][1][end : end + 1].any() for row in group):
         end -= 1  # what follows a segment is predicted by its last token, which belongs to all of its rows
-    if end - start >= MIN_SHARED:
+    if end - start >= least:
         owned = [row for row, own in zip(group, owners[:, end - start - 1], strict=True) if own]
-        return [Segment(start, end, group, owned[0] if owned else None, _continue(rows, group, end))]
+        return [Segment(start, end, group, owned[0] if owned else None, _continue(rows, group, end, least))]
     # Too little: apart by where they differ, or without those that are supervised first.
     first = [start + _first(rows[row][1][start:]) for row in group]
     parts: dict[int, list[int]] = {}
     for row, supervised_at in zip(group, first, strict=True):
-        alone = supervised_at == min(first) if same >= MIN_SHARED else len(rows[row][0]) == start + same
-        key = -1 if same >= MIN_SHARED else int(rows[row][0][start + same : start + same + 1].sum())
+        alone = supervised_at == min(first) if same >= least else len(rows[row][0]) == start + same
+        key = -1 if same >= least else int(rows[row][0][start + same : start + same + 1].sum())
         parts.setdefault(-2 - row if alone else key, []).append(row)
-    return [segment for alike in parts.values() for segment in _begin(rows, alike, start)]
+    return [segment for alike in parts.values() for segment in _begin(rows, alike, start, least)]
 
 
 def _first(true: np.ndarray) -> int:
     return int(true.argmax()) if true.any() else len(true)
 
 
-def plan(rows: Sequence[Encoded], capacity: int, share: bool = True) -> list[list[Segment]]:
+def plan(rows: Sequence[Encoded], capacity: int, least: int = LEAST) -> list[list[Segment]]:
     """The trees of packs of at most `capacity` computed tokens, by best fit; rows that begin alike lie in
     one where they fit.
 
     A row longer than that has a pack of its own. Deterministic.
     """
-    whole = tree(rows, share)
+    whole = tree(rows, least)
     return [_part_of(rows, whole, pack) for pack, _ in _fitted([], whole, 0, capacity)]
 
 

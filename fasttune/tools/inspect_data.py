@@ -227,7 +227,7 @@ def _lengths(lengths: np.ndarray) -> Lengths:
 
 def _padding(data: Batches, steps: int) -> PaddedShare:
     """As the steps are laid out to be trained on; a beginning that a pack computes once counts with every row of it."""
-    packed, padded = (lay_out(replace(data, packed=way, shared=False), steps) for way in (True, False))
+    packed, padded = (lay_out(replace(data, packed=way, least_shared=0), steps) for way in (True, False))
     shares = [1 - each.tokens / each.cells for each in (padded, packed)]
     computed = data.computed_tokens(packed.steps, data.micro_rows)
     return PaddedShare(padded.steps, data.micro_rows, shares[0], shares[1], packed.tokens, computed)

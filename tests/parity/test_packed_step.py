@@ -55,7 +55,7 @@ def step(
                 parameter += 0.05 * torch.randn(parameter.shape, generator=generator)
 
     def run(packed: bool, micro_rows: int, shared: bool = False) -> Step:
-        layout = replace(job.data, packed=packed, micro_rows=micro_rows, shared=shared)
+        layout = replace(job.data, packed=packed, micro_rows=micro_rows, least_shared=8 * shared)
         batches = trainers.StepCollator(layout)([{"step": 3}])
         assert any("segment_parents" in batch for batch in batches) == shared
         _, learned = trainer.get_batch_samples(iter([batches]), 1, torch.device("cpu"))
