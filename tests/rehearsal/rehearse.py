@@ -12,6 +12,7 @@ from pathlib import Path
 from typing import Any
 
 import cuda_on_cpu
+import flash
 import torch
 
 
@@ -175,12 +176,30 @@ def rehearse(settings: dict[str, Any], fused: bool) -> dict[str, Any]:
     }
 
 
+def stand_in_for_flash_attention() -> None:
+    """Its calls that core/shared_attention.py makes, which Unsloth is led to as on a GPU."""
+    from unsloth.utils import attention_dispatch as dispatch
+
+    from fasttune.core import model as models, shared_attention
+
+    shared_attention.flash_forward, shared_attention.flash_backward = flash.forward, flash.backward
+    take = models.take_shared_attention
+
+    def taken(now: Any) -> Any:
+        dispatch._torch_varlen_takes = lambda *_: now.pack is not None
+        return take(now)
+
+    models.take_shared_attention = taken
+
+
 def main(runs: dict[str, dict[str, Any]]) -> dict[str, Any]:
     cuda_on_cpu.start()
-    from fasttune.core import packing, train
+    from fasttune.core import autoconfig, packing, train
 
-    packing.PROBE_PREFIX, packing.PROBE_LENGTHS = 1, [4, 5, 3]  # a token takes the interpreter a tenth of a second
-    train.MATMUL_SECONDS = 0.01
+    # A token takes the interpreter a tenth of a second.
+    packing.PROBE_LENGTHS, packing.PROBE_ALIKE, packing.PROBE_LEAST = [5, 6, 3], [(2, 3)], 2
+    autoconfig.GPU_LEAST_SHARED, train.MATMUL_SECONDS = 4, 0.01
+    stand_in_for_flash_attention()
     return {name: rehearse(run["config"], run["fused"]) for name, run in runs.items()}
 
 

@@ -23,6 +23,7 @@ VARIANTS: dict[str, dict[str, Any]] = {
     "lora": {"train": {"max_steps": 2}},
     "dropout": {"lora": {"dropout": 0.1}},
     "pissa": {"lora": {"init": "pissa"}},
+    "shared": {"data": {"train": "alike.jsonl"}, "model": {"max_length": 64}, "train": {"batch_rows": 3}},
     "full": {"lora": None, "train": {"method": "full"}},  # last: Unsloth keeps that in the environment
 }
 ADAPTERS = ["lora", "dropout", "pissa"]
@@ -46,6 +47,8 @@ def inputs(tmp_path_factory: pytest.TempPathFactory) -> tuple[Path, Path]:
     letters = "abcdefghijklmnopqrstuvwxyz"
     texts = [letters[at : at + length - 1] for at, length in enumerate(LENGTHS)]  # and a token that ends it
     (folder / "rows.jsonl").write_text("".join(json.dumps({"text": text}) + "\n" for text in texts))
+    alike = [{"prompt": f"abc{end}", "completion": answer} for end, answer in (("x", "kl"), ("x", "mno"), ("y", "k"))]
+    (folder / "alike.jsonl").write_text("".join(json.dumps(row) + "\n" for row in alike))
     return folder / "model", folder / "rows.jsonl"
 
 
@@ -60,6 +63,7 @@ def tree(inputs: tuple[Path, Path], folder: Path, changes: dict[str, Any]) -> di
     }
     for section, values in changes.items():
         made[section] = values and made[section] | values
+    made["data"] = {"train": str(inputs[1].with_name(made["data"]["train"]))}
     return {section: values for section, values in made.items() if values is not None}
 
 
@@ -107,6 +111,19 @@ def test_it_teaches_what_an_ordinary_run_does(
     was 2.4e-4 off.
     """
     compare(seen[variant], *ordinary(inputs, tmp_path / "run", VARIANTS[variant]), 1e-3 if variant == "pissa" else 1e-6)
+
+
+def test_a_shared_beginning_is_computed_once(seen: dict[str, Any], inputs: tuple[Path, Path], tmp_path: Path) -> None:
+    """Two rows with one question behind what all three begin with: the padded run's loss, with half of the tokens."""
+    alone = VARIANTS["shared"] | {"train": {"batch_rows": 3, "packing": False}}
+    compare(seen["shared"], *ordinary(inputs, tmp_path / "run", alone), 1e-5)
+    (attention,) = seen["shared"]["attention"]
+    kind, *lengths = attention["lengths"]
+    assert kind == "torch.int32" and len(lengths) == 5, "what all, two, and each alone have"
+    starts = [0, lengths[0], lengths[0] + lengths[1], lengths[0] + lengths[1], lengths[0]]
+    expected = [range(start, start + length) for start, length in zip(starts, lengths, strict=True)]
+    assert seen["shared"]["positions"] == [[at for segment in expected for at in segment]]
+    assert "shared beginnings" in seen["shared"]["backend"]["packing"]
 
 
 @pytest.mark.nightly

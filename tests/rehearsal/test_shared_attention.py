@@ -1,59 +1,17 @@
-"""The mathematics of core/shared_attention.py on a CPU, with a Flash Attention of a few lines in place of the GPU's."""
+"""The mathematics of core/shared_attention.py on a CPU: attention with the mask of the tree, and its gradients."""
 
 import random
+import sys
+from pathlib import Path
 from typing import Any
 
 import pytest
 
+sys.path.insert(0, str(Path(__file__).parent))
+
+import flash
+
 Tree = tuple[list[int], list[int]]  # lengths of the segments, and their parents
-
-
-def reference_forward(q: Any, k: Any, v: Any, call: Any, causal: bool, scale: float) -> tuple[Any, Any]:
-    """What aten._flash_attention_forward gives for a variable-length call: output (T, H, D), log-sum-exp (H, T)."""
-    import torch
-
-    out, lse = torch.zeros_like(q), torch.zeros(q.shape[1], len(q), dtype=torch.float32)
-    for queries, keys in segments(call):
-        scores = scores_of(q[queries], k[keys], causal, scale)
-        lse[:, queries] = scores.logsumexp(-1).float()
-        out[queries] = torch.einsum("hqk,khd->qhd", scores.softmax(-1), repeated(v[keys], q))
-    return out, lse
-
-
-def reference_backward(
-    dout: Any, q: Any, k: Any, v: Any, out: Any, lse: Any, call: Any, causal: bool, scale: float
-) -> list[Any]:
-    """Flash Attention 2's: P from the log-sum-exp that it is given, dS = P·(dP - Σ dO·O)."""
-    import torch
-
-    dq, dk, dv = (torch.zeros_like(each) for each in (q, k, v))
-    group = q.shape[1] // k.shape[1]
-    for queries, keys in segments(call):
-        p = (scores_of(q[queries], k[keys], causal, scale) - lse[:, queries].unsqueeze(-1)).exp()
-        inner = (dout[queries] * out[queries]).sum(-1).t().unsqueeze(-1)
-        ds = p * (torch.einsum("qhd,khd->hqk", dout[queries], repeated(v[keys], q)) - inner) * scale
-        dq[queries] = torch.einsum("hqk,khd->qhd", ds, repeated(k[keys], q))
-        dk[keys] = torch.einsum("hqk,qhd->khd", ds, q[queries]).unflatten(1, (-1, group)).sum(2)
-        dv[keys] = torch.einsum("hqk,qhd->khd", p, dout[queries]).unflatten(1, (-1, group)).sum(2)
-    return [dq, dk, dv]
-
-
-def segments(call: Any) -> list[tuple[slice, slice]]:
-    q, k = call.query_ends.tolist(), call.key_ends.tolist()
-    assert call.longest_query == max(b - a for a, b in zip(q, q[1:], strict=False))
-    assert call.longest_key == max(b - a for a, b in zip(k, k[1:], strict=False))
-    return [(slice(*at), slice(*to)) for at, to in zip(zip(q, q[1:], strict=False), zip(k, k[1:], strict=False))]
-
-
-def repeated(keys: Any, like: Any) -> Any:
-    return keys.repeat_interleave(like.shape[1] // keys.shape[1], 1)
-
-
-def scores_of(q: Any, k: Any, causal: bool, scale: float) -> Any:
-    import torch
-
-    scores = torch.einsum("qhd,khd->hqk", q, repeated(k, q)) * scale
-    return scores.masked_fill(torch.ones(len(q), len(k)).triu(1).bool(), float("-inf")) if causal else scores
 
 
 def random_tree(seed: int) -> Tree:
@@ -96,8 +54,8 @@ def test_it_is_attention_with_the_mask_of_the_tree(unsloth: None, monkeypatch: p
     from fasttune.core import shared_attention as shared
     from fasttune.cpu.rows_attention import Layout, RowsAttention
 
-    monkeypatch.setattr(shared, "flash_forward", reference_forward)
-    monkeypatch.setattr(shared, "flash_backward", reference_backward)
+    monkeypatch.setattr(shared, "flash_forward", flash.forward)
+    monkeypatch.setattr(shared, "flash_backward", flash.backward)
     tree = random_tree(seed)
     generator, tokens = torch.Generator().manual_seed(seed), sum(tree[0])
     q, k, v, dout = (torch.randn(tokens, h, 16, generator=generator, dtype=torch.float64) for h in (4, 2, 2, 4))
@@ -108,9 +66,9 @@ def test_it_is_attention_with_the_mask_of_the_tree(unsloth: None, monkeypatch: p
         return [out, *torch.autograd.grad(out, leaves, dout)]
 
     def dense(q: Any, k: Any, v: Any) -> Any:
-        scores = torch.einsum("qhd,khd->hqk", q, repeated(k, q)) / 4
+        scores = torch.einsum("qhd,khd->hqk", q, flash.repeated(k, q)) / 4
         return torch.einsum(
-            "hqk,khd->qhd", scores.masked_fill(~visible(tree), float("-inf")).softmax(-1), repeated(v, q)
+            "hqk,khd->qhd", scores.masked_fill(~visible(tree), float("-inf")).softmax(-1), flash.repeated(v, q)
         )
 
     def of_a_cpu(q: Any, k: Any, v: Any) -> Any:
