@@ -134,7 +134,7 @@ class Battery:
     def __init__(self, options: argparse.Namespace, out: Path, scratch: Path, python_path: list[str]):
         self.options, self.out, self.results = options, out, out / "results.jsonl"
         cache = scratch / "cache"
-        self.places = {"python": sys.executable, "out": str(out), "rows": str(cache / "battery/rows")}
+        self.places = {"python": sys.executable, "out": str(out), "rows": str(cache / "battery/rows-2")}
         self.places["model"] = str(cache / "battery" / ("model-tiny" if options.dry_run else "model-8b"))
         inherited = [os.environ["PYTHONPATH"]] if os.environ.get("PYTHONPATH") else []
         self.environment = os.environ | {

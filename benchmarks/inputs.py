@@ -3,7 +3,8 @@
 
 model  the architecture of Llama-3.1-8B with random bf16 weights (speed and memory do not depend on their values) and
        the byte-level tokenizer of builtin:tiny; --tiny: the same form with two small layers
-rows   JSONL files of generated text, where a character is a token: full rows, and rows as long as GSM8K's and Alpaca's
+rows   JSONL files of generated text, where a character is a token: full rows, rows as long as GSM8K's and Alpaca's, and
+       those of GSM8K behind one long prompt
 
 The last line of stdout is a JSON document with the folder.
 """
@@ -61,6 +62,7 @@ LENGTHS = {
 }
 FULL = {"full-4096": (4096, 160), "full-1024": (1024, 400)}  # tokens of a row, the one that ends it included; rows
 ROWS = 2000
+SHARED_PROMPT = 880  # tokens, before every question of gsm8k's lengths
 LONGEST = 1500  # tokens of a question or an answer
 SEED = 0
 
@@ -73,7 +75,7 @@ def main() -> int:
     from fasttune import system
 
     if options.what == "rows":
-        made = system.cached_folder("battery/rows", write_rows)
+        made = system.cached_folder("battery/rows-2", write_rows)
     elif options.tiny:
         made = system.cached_folder("battery/model-tiny", lambda folder: write_model(folder, LLAMA_31_8B | TINY))
     else:
@@ -107,6 +109,9 @@ def write_rows(folder: Path) -> None:
         _write(folder / f"{name}.jsonl", ({"text": text(rng, tokens - 1)} for _ in range(count)))
     for name in LENGTHS:
         _write(folder / f"{name}.jsonl", pairs(name, ROWS))
+    prompt = text(random.Random(f"{SEED} prompt"), SHARED_PROMPT)
+    behind = ({**row, "question": f"{prompt} {row['question']}"} for row in pairs("gsm8k", ROWS))
+    _write(folder / "shared-prompt.jsonl", behind)
 
 
 def pairs(name: str, count: int) -> Iterator[dict[str, str]]:

@@ -29,6 +29,11 @@ GSM8K, ALPACA = (
     "train.batch_rows=64 train.micro_batch_rows=8"
     for name in ("gsm8k", "alpaca")
 )
+# A pack of ours takes all 16 rows: 880 + 16 × about 200 tokens.
+SHARED_PROMPT = (
+    "data.train={rows}/shared-prompt.jsonl data.train_on=assistant model.max_length=2560 "
+    "train.batch_rows=16 train.micro_batch_rows=2"
+)
 R16, R64 = "lora.rank=16 lora.alpha=32", "lora.rank=64 lora.alpha=16"
 
 
@@ -64,6 +69,7 @@ STAGES = [
     Stage("canary", 2, CANARY),
     Stage("lora-r64-2048-gsm8k", 9, bench(f"{R64} {GSM8K}"), f"{ONE_ARM} {ANSWERS_FIT}"),
     Stage("lora-r16-4096", 9, bench(f"{R16} {FULL_4096}"), SMALL),
+    Stage("lora-r16-shared-prompt", 9, bench(f"{R16} {SHARED_PROMPT}"), f"{ONE_ARM} model.max_length=2048"),
     Stage("ceilings", 2, "{python} benchmarks/ceilings.py", "--tiny"),
     Stage("gpu-tests", 8, "{python} -m pytest -q -p no:cacheprovider -W default -m gpu tests/gpu", needs="pytest"),
     Stage("verify", 8, "{python} -m fasttune.verify --json", "--quick"),

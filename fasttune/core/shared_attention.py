@@ -3,8 +3,8 @@
 A segment (data/sharing.py) is causal within itself and sees all of those above it. So there is one variable-length call
 in which each segment is alone, and one a level of the tree in which those below see one above, without causality;
 outputs are added with the weights that their log-sum-exps give. Backward is the same calls with the whole output and
-log-sum-exp, which is all of the softmax that Flash Attention's backward needs (https://arxiv.org/abs/2307.08691, section
-3.1). Rehearsed on a CPU, proved on the live model before a run.
+log-sum-exp: all of the softmax that Flash Attention's backward needs (https://arxiv.org/abs/2307.08691, section 3.1).
+Rehearsed on a CPU, proved on the live model before a run.
 
 Shapes: T tokens of a pack, H query heads, G key heads, D width.
 """
