@@ -55,15 +55,15 @@ def inputs(tmp_path_factory: pytest.TempPathFactory) -> tuple[Path, Path]:
 def tree(inputs: tuple[Path, Path], folder: Path, changes: dict[str, Any]) -> dict[str, Any]:
     made: dict[str, Any] = {
         "model": {"name": str(inputs[0]), "max_length": 24, "dtype": "float32"},
-        "data": {"train": str(inputs[1])},
+        "data": {"train": str(inputs[1].with_name(changes.get("data", {}).get("train", "rows.jsonl")))},
         "lora": {"rank": 4, "alpha": 8},
         "train": {"batch_rows": 5, "micro_batch_rows": 1, "max_steps": 1, "learning_rate": 1e-2},
         "checkpoint": {"every": "never"},
         "output_dir": str(folder),
     }
     for section, values in changes.items():
-        made[section] = values and made[section] | values
-    made["data"] = {"train": str(inputs[1].with_name(made["data"]["train"]))}
+        if section != "data":
+            made[section] = values and made[section] | values
     return {section: values for section, values in made.items() if values is not None}
 
 
