@@ -1,13 +1,17 @@
 """What `auto` means on which machine, and that every choice says why."""
 
+from collections import Counter
 from dataclasses import replace
 from types import SimpleNamespace
 
+import numpy as np
 import pytest
 
 from fasttune import config, hardware
 from fasttune.core import autoconfig
 from fasttune.core.memory import Shape
+from fasttune.data.batching import Batches
+from fasttune.data.tokenize import Rows
 from fasttune.errors import ModelError
 from fasttune.hardware import Gpu, Hardware
 
@@ -156,3 +160,54 @@ def test_a_plan_that_does_not_fit_says_so() -> None:
     assert not chosen.fits
     batch = next(setting for setting in chosen.settings if setting.name == "batch")
     assert "even one full row needs" in (batch.reason or "")
+
+
+SMALL = Shape(layers=4, hidden=256, mlp=1024, heads=4, query_width=256, key_width=128, vocab=4096, tied=True)
+
+
+def behind_a_prompt(prompt: int, rows: int = 32, own: int = 200) -> Batches:
+    """Rows of a prompt and of 200 tokens that differ, 16 a step, as encoded for packs of 2,048 tokens."""
+    ids = np.concatenate([[*range(prompt), *range(10_000 + 1_000 * i, 10_000 + 1_000 * i + own)] for i in range(rows)])
+    length = prompt + own
+    supervised = np.tile(np.arange(length) >= prompt + 20, rows)
+    starts = np.arange(rows + 1) * length
+    part = Rows("rows.jsonl", ids.astype(np.int32), supervised, starts, np.arange(1, rows + 1), Counter())
+    return Batches([part], [1.0], 7, 0.0, batch_rows=16, micro_rows=1, max_length=2048, packed=True, pad_id=0)
+
+
+def test_rows_at_once_are_chosen_by_what_is_computed() -> None:
+    """16 rows behind 880 tokens: 6,720 computed in packs of 2,048 tokens, 4,080 in one of 4,096."""
+    asked = settings(batch_rows=16)
+    chosen, data = autoconfig.resolve(asked, CPU, SMALL), behind_a_prompt(880)
+    assert chosen.micro_batch_rows == 1
+    shared, shown = autoconfig.share(asked, CPU, chosen, data, auto=True)
+    assert shared.micro_batch_rows == data.micro_rows == 2
+    assert sum(batch["input_ids"].size for batch in data.micro_batches(0)) == 880 + 16 * 200
+    assert "4,080 of 17,280 tokens a step are computed" in shown[0].value
+    (batch,) = (each for each in shared.settings if each.name == "batch")
+    assert "2,048 at once would compute 6,720 a step" in (batch.reason or "")
+
+    data = behind_a_prompt(880)
+    assert autoconfig.share(asked, CPU, chosen, data, auto=False)[0] == chosen and data.least_shared, "asked for"
+    data = behind_a_prompt(880)
+    little = replace(CPU, memory_gib=autoconfig.full_memory(asked, SMALL, chosen, 2).total)  # 0.8 of it can be used
+    assert autoconfig.share(asked, little, chosen, data, auto=True)[0] == chosen and data.least_shared, "no room"
+    data = behind_a_prompt(0)
+    assert autoconfig.share(asked, CPU, chosen, data, auto=True) == (chosen, []), "nothing in common"
+
+
+def test_why_a_beginning_is_computed_with_every_row() -> None:
+    asked, h100 = settings(batch_rows=16), gpu("NVIDIA H100 80GB HBM3", 80)
+    dropped = config.changed(asked, lora={"dropout": 0.1})
+    for job, machine, prompt, why_not, told in [
+        (dropped, CPU, 880, None, "each row drops out its own"),
+        (asked, h100, 880, "its rows see each other in a pack", "see each other"),
+        (asked, h100, 8, None, None),  # saves 4 %, which more calls of attention may cost
+    ]:
+        chosen, data = autoconfig.resolve(job, machine, SMALL), behind_a_prompt(prompt)
+        plan, shown = autoconfig.share(job, machine, chosen, data, True, why_not)
+        assert plan == chosen and not data.least_shared
+        assert [told in (each.reason or "") for each in shown if told] == [True] * bool(told)
+    data = behind_a_prompt(880)
+    autoconfig.share(asked, h100, autoconfig.resolve(asked, h100, SMALL), data, True)
+    assert data.least_shared == autoconfig.GPU_LEAST_SHARED

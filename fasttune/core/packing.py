@@ -11,7 +11,6 @@ from typing import Any
 import numpy as np
 
 from fasttune.core import model as models  # first: it imports unsloth
-from fasttune.core import shared_attention
 
 import torch
 from transformers import AttentionInterface
@@ -100,6 +99,8 @@ def enable_shared(model: Any, max_length: int) -> str | None:
     """As `enable`, of a model that takes packed rows: packs in which beginnings that rows share are computed once."""
     if not torch.cuda.is_available():
         return inexact(model, max_length, shared=True)
+    from fasttune.core import shared_attention
+
     undo = shared_attention.enable(model, models.take_shared_attention)
     reason = inexact(model, max_length, shared=True)
     if reason is not None:
