@@ -18,17 +18,19 @@ Step = tuple[float, dict[str, Any]]  # loss, gradient of every trained parameter
 
 
 def settings(tmp_path: Path, **train: Any) -> configuration.Config:
-    """A run on 64 short conversations of different lengths that begin with the same system turn."""
+    """A run on 64 short conversations behind the same system turn: four questions with many answers, of which some are
+    followed by another question (there the first answer is read, in other rows it is trained on)."""
     rows = tmp_path / "rows.jsonl"
     with rows.open("w") as file:
         for i in range(64):
-            contents = ["You are a patient teacher.", f"What is {i} plus {7 * i}?", f"It is {8 * i}." * (1 + i % 5)]
-            turns = zip(["system", "user", "assistant"], contents, strict=True)
+            asked = f"What is {i % 4} plus {7 * (i % 4)}?"
+            turns = [("system", "You are a patient teacher."), ("user", asked), ("assistant", f"It is {8 * (i % 4)}.")]
+            turns += [("user", "Are you sure?"), ("assistant", f"Yes, {i}." * (1 + i % 5))] if i % 3 else []
             file.write(json.dumps({"messages": [{"role": r, "content": c} for r, c in turns]}) + "\n")
     return configuration.parse(
         {
             "model": {"name": "builtin:tiny", "max_length": 256},
-            "data": {"train": str(rows)},
+            "data": {"train": str(rows), "train_on": "last"},
             "train": {"batch_rows": ROWS, "max_steps": 1, **train},
             "output_dir": str(tmp_path / "run"),
         }
@@ -58,6 +60,10 @@ def step(
         layout = replace(job.data, packed=packed, micro_rows=micro_rows, least_shared=8 * shared)
         batches = trainers.StepCollator(layout)([{"step": 3}])
         assert any("segment_parents" in batch for batch in batches) == shared
+        if shared and micro_rows == ROWS:  # below the system turn a question, below it an answer that is trained on
+            parents, owners = (batches[0][name].tolist() for name in ("segment_parents", "segment_owners"))
+            assert any(parents[parent] >= 0 for parent in parents if parent >= 0)
+            assert any(owners[parent] >= 0 for parent in parents if parent >= 0)
         _, learned = trainer.get_batch_samples(iter([batches]), 1, torch.device("cpu"))
         job.model.zero_grad()
         loss = trainer.training_step(job.model, batches, learned)
@@ -94,6 +100,7 @@ def test_a_pack_is_proved_and_every_leak_is_found(unsloth: None, monkeypatch: py
     wanted = config.ModelConfig(name="builtin:tiny", max_length=64)
     model, _ = models.load(wanted, dtype, "none", False, 0)
     assert packing.enable(model, 64) is None  # in bf16 rounding alone moves logits by more than a percent
+    assert packing.enable_shared(model, 64) is None
 
     def forgetful(*args: Any, packed_seq_lengths: Any = None, segment_parents: Any = None, **kwargs: Any) -> Any:
         return packing.sdpa_attention_forward(*args, **kwargs)
@@ -115,7 +122,8 @@ def test_a_pack_is_proved_and_every_leak_is_found(unsloth: None, monkeypatch: py
     rows_attention = packing.rows_attention
     for broken in (forgetful, unshared, shifted, faint):
         monkeypatch.setattr(packing, "rows_attention", broken)
-        assert packing.enable(model, 64), broken
+        assert broken is unshared or packing.enable(model, 64), broken
+        assert broken is shifted or packing.enable_shared(model, 64), broken
     monkeypatch.setattr(packing, "rows_attention", rows_attention)
     model.config.attention_dropout = 0.1
     assert "drops out" in (packing.enable(model, 64) or "")
