@@ -37,6 +37,7 @@ ATTENTION_OPERATORS = (
     "flash_fwd",
     "varlen_attn",
     "RowsAttention",
+    "SharedAttention",
 )
 
 

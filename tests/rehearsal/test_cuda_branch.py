@@ -123,7 +123,8 @@ def test_a_shared_beginning_is_computed_once(seen: dict[str, Any], inputs: tuple
     starts = [0, lengths[0], lengths[0] + lengths[1], lengths[0] + lengths[1], lengths[0]]
     expected = [range(start, start + length) for start, length in zip(starts, lengths, strict=True)]
     assert seen["shared"]["positions"] == [[at for segment in expected for at in segment]]
-    assert "shared beginnings" in seen["shared"]["backend"]["packing"]
+    backend = seen["shared"]["backend"]
+    assert backend["attention"] == "SharedAttention" and "shared beginnings" in backend["packing"]
 
 
 @pytest.mark.nightly
@@ -173,7 +174,7 @@ def test_full_fine_tuning_runs_no_whole_logits_either(seen: dict[str, Any]) -> N
     assert seen["full"]["attention"] == [] and seen["full"]["logits"] == []
 
 
-@pytest.mark.parametrize("variant", VARIANTS)
+@pytest.mark.parametrize("variant", [*ADAPTERS, "full"])
 def test_the_attention_of_a_whole_step_is_said(seen: dict[str, Any], variant: str) -> None:
     backend = seen[variant]["backend"]
     assert backend["attention"] == "aten::_scaled_dot_product_flash_attention_for_cpu"
@@ -194,7 +195,7 @@ def test_a_step_is_counted_before_it_is_moved_and_row_lengths_stay(seen: dict[st
 def test_what_is_patched_is_said_apart(seen: dict[str, Any]) -> None:
     names = ("patched_layers", "patched_mlps", "fused_lora_layers")
     counts = {variant: tuple(run["backend"][name] for name in names) for variant, run in seen.items()}
-    assert counts == dict.fromkeys(ADAPTERS, (1, 1, 1)) | {"full": (1, 1, 0)}
+    assert counts == dict.fromkeys([*ADAPTERS, "shared"], (1, 1, 1)) | {"full": (1, 1, 0)}
     assert not any("Unsloth runs" in warning for run in seen.values() for warning in run["warnings"])
 
 
