@@ -6,7 +6,9 @@ A check is a function that yields results; a file names its own: `CHECKS = {"nam
 import shlex
 import sys
 from dataclasses import dataclass
-from typing import Literal
+from functools import cache
+from pathlib import Path
+from typing import Any, Literal
 
 from fasttune import stack
 
@@ -35,3 +37,15 @@ def judged(name: str, ok: bool, detail: str, fix: str = "", reinstall: tuple[str
 def install_command(*packages: str) -> str:
     """The command that brings `packages` to what the active stack pins, or reinstalls them where they are so."""
     return stack.repair_command(packages, stack.active_stack())
+
+
+@cache
+def read_table(name: str) -> dict[str, Any]:
+    """A YAML file of this folder; empty where PyYAML itself is broken, which the pins or the imports say."""
+    try:
+        import yaml
+
+        tables: dict[str, Any] = yaml.safe_load(Path(__file__).with_name(name).read_text(encoding="utf-8"))
+    except ImportError:
+        return {}
+    return tables
