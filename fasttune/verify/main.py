@@ -14,7 +14,7 @@ from typing import TYPE_CHECKING
 
 from fasttune import errors, gpus, hardware as machines, stack, system
 from fasttune.errors import FasttuneError
-from fasttune.verify import PIP, Result, Status, facts, imports
+from fasttune.verify import PIP, Result, Status, facts
 from fasttune.verify.runner import Job, run_jobs
 
 if TYPE_CHECKING:
@@ -27,11 +27,11 @@ JOBS = (
     Job("fasttune.verify.smoke_train", ("train-two-steps",), 420, "unset"),
     Job("fasttune.verify.parity", ("import:unsloth", "unsloth-parity", "privacy-statistics"), 420, "unset"),
     Job("fasttune.verify.attention", ARITHMETIC, 240),
-    *(Job("fasttune.verify.imports", (name,)) for name in imports.CHECKS),
+    *(Job("fasttune.verify.facts", (f"import:{name}",)) for name in facts.MODULES),
 )
 ONLINE = (Job("fasttune.verify.facts", ("online:token",), 60, "open"),)
 TINY_RUN = "train configs/quickstart.yaml --debug model.name=builtin:tiny train.max_steps=2 output_dir=runs/verify"
-REPRODUCE = {"train-two-steps": f"{sys.executable} -m fasttune.cli {TINY_RUN}"}
+SHOW_IN_FULL = {"train-two-steps": f"{sys.executable} -m fasttune.cli {TINY_RUN}"}
 STYLES: dict[Status, str] = {"skip": "dim", "pass": "green", "warn": "yellow", "fail": "bold red"}  # as they are shown
 
 
@@ -39,7 +39,11 @@ def main(argv: list[str] | None = None) -> int:
     """Run the checks, print the table or the JSON document, return the exit code."""
     if argv is None:
         system.leave_current_folder()
-    options = parser().parse_args(argv)
+    parser = errors.Parser(prog="fasttune verify", description="Check this environment by running it.")
+    parser.add_argument("--json", action="store_true", help="one JSON document as the last line of stdout")
+    parser.add_argument("--quick", action="store_true", help="facts, pins and version rules only: under 3 seconds")
+    parser.add_argument("--online", action="store_true", help="also the hub, the token and the gated model")
+    options = parser.parse_args(argv)
     stop: list[int] = []  # signals are noted, and obeyed by the threads that own the children
     for number in (signal.SIGINT, signal.SIGTERM):
         signal.signal(number, lambda received, _: stop.append(received))
@@ -65,14 +69,6 @@ def main(argv: list[str] | None = None) -> int:
     return 0 if ok else 1
 
 
-def parser() -> errors.Parser:
-    parser = errors.Parser(prog="fasttune verify", description="Check this environment by running it.")
-    parser.add_argument("--json", action="store_true", help="one JSON document as the last line of stdout")
-    parser.add_argument("--quick", action="store_true", help="facts, pins and version rules only: under 3 seconds")
-    parser.add_argument("--online", action="store_true", help="also the hub, the token and the gated model")
-    return parser
-
-
 def complete_fixes(results: list[Result]) -> None:
     """A failure without a known cause: fix the pins first; where they are right, show the error in full.
 
@@ -83,7 +79,7 @@ def complete_fixes(results: list[Result]) -> None:
     before_pip = named["site-packages"].fix or (sys.prefix == sys.base_prefix and named["python"].fix)
     for result in results:
         if result.status == "fail" and not result.fix:
-            result.fix = named["pins"].fix or REPRODUCE.get(result.name, "bash scripts/setup_h100.sh --recreate")
+            result.fix = named["pins"].fix or SHOW_IN_FULL.get(result.name, "bash scripts/setup_h100.sh --recreate")
         if before_pip and result.fix.startswith(PIP):
             result.fix = before_pip
 

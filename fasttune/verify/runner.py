@@ -74,11 +74,12 @@ def run_job(job: Job, stop: Sequence[int]) -> Iterator[Result]:
                 yield Result(**line)
         if names:
             name = names.pop(0)
+            suspect = name.partition("import:")[2]
             if returncode is None:
                 detail = f"no answer within {job.limit_s:.0f} s, so its process was ended"
                 broken = Result(name, "fail", detail, f"{sys.executable} -X faulthandler -m fasttune.verify --json")
             else:
-                broken = from_exit(name, returncode, printed, suspect_of(name))
+                broken = from_exit(name, returncode, printed, suspect)
             yield timed(broken, start_s)
 
 
@@ -124,11 +125,6 @@ def environment(job: Job, folder: Path) -> dict[str, str]:
     }
 
 
-def suspect_of(name: str) -> str:
-    """The module under test, where a check has one."""
-    return name.removeprefix("import:") if name.startswith("import:") else ""
-
-
 def timed(result: Result, start_s: float) -> Result:
     return dataclasses.replace(result, seconds=round(time.monotonic() - start_s, 2))
 
@@ -147,13 +143,14 @@ def child(module: str, report: str, *names: str) -> None:
             file.write(json.dumps(document) + "\n")
 
     for name in names:
+        suspect = name.partition("import:")[2]  # the module under test, where a check has one
         start_s, printed_before = time.monotonic(), os.fstat(1).st_size
         try:
             for result in importlib.import_module(module).CHECKS[name]():
-                write(dataclasses.asdict(timed(with_printed(result, printed_before, suspect_of(name)), start_s)))
+                write(dataclasses.asdict(timed(with_printed(result, printed_before, suspect), start_s)))
                 start_s = time.monotonic()
         except Exception as error:
-            write(dataclasses.asdict(timed(from_exception(name, error, suspect_of(name)), start_s)))
+            write(dataclasses.asdict(timed(from_exception(name, error, suspect), start_s)))
         write(None)
 
 
