@@ -5,6 +5,7 @@ A check is a function that yields results; a file names its own: `CHECKS = {"nam
 
 import shlex
 import sys
+import tomllib
 from dataclasses import dataclass
 from functools import cache
 from pathlib import Path
@@ -41,11 +42,5 @@ def install_command(*packages: str) -> str:
 
 @cache
 def read_table(name: str) -> dict[str, Any]:
-    """A YAML file of this folder; empty where PyYAML itself is broken, which the pins or the imports say."""
-    try:
-        import yaml
-
-        tables: dict[str, Any] = yaml.safe_load(Path(__file__).with_name(name).read_text(encoding="utf-8"))
-    except ImportError:
-        return {}
-    return tables
+    """A TOML file of this folder: Python reads it by itself, and PyYAML may be what is broken."""
+    return tomllib.loads(Path(__file__).with_name(name).read_text(encoding="utf-8"))

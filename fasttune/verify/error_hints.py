@@ -1,4 +1,4 @@
-"""What a broken installation prints → what it means, and the command that fixes it: error_hints.yaml, filled in."""
+"""What a broken installation prints → what it means, and the command that fixes it: error_hints.toml, filled in."""
 
 import re
 import signal
@@ -22,8 +22,8 @@ class Hint:
 
 def explain(text: str, suspect: str = "") -> Hint | None:
     """The first hint that fits `text`, its fix a command; or None. `suspect` is the module under test."""
-    table = read_table("error_hints.yaml")
-    for hint in table.get("hints", ()):
+    table = read_table("error_hints.toml")
+    for hint in table["hints"]:
         if match := re.search(hint["pattern"], text):
             python = f"{sys.version_info.major}.{sys.version_info.minor}"
             filled = {"suspect": suspect, "pip": PIP, "python": python}
@@ -55,7 +55,7 @@ def from_exit(name: str, returncode: int, output: str, suspect: str = "") -> Res
     known = explain(output, suspect)
     if returncode < 0:
         ended = signal.Signals(-returncode).name
-        what = read_table("error_hints.yaml").get("signals", {}).get(ended, f"was ended by signal {-returncode}")
+        what = read_table("error_hints.toml")["signals"].get(ended, f"was ended by signal {-returncode}")
         # A crash without words: reinstalling the package under test helps most often.
         fix = known.fix if known else install_command("torch", *([suspect] if suspect else []))
         return Result(name, "fail", f"its process {what}" + (f"; {known.meaning}" if known else ""), fix)

@@ -1,4 +1,4 @@
-"""Rules for people who come with another stack: version_rules.yaml says what belongs together, this file looks.
+"""Rules for people who come with another stack: version_rules.toml says what belongs together, this file looks.
 
 A rule reads versions, metadata and hardware; it never imports the package: a broken one would take the check down too.
 What packages declare of each other is read from their metadata; only what none of them declares is a condition here.
@@ -24,7 +24,7 @@ BUILT_FOR_NUMPY_1 = {"torch": "<2.3", "pandas": "<2.2.2", "pyarrow": "<16", "mat
 
 @dataclass(frozen=True)
 class Rule:
-    """What belongs together, as version_rules.yaml has it."""
+    """What belongs together, as version_rules.toml has it."""
 
     name: str
     reason: str
@@ -55,13 +55,11 @@ class Rule:
 
 
 def rules() -> list[Rule]:
-    return [Rule(name, **each) for name, each in read_table("version_rules.yaml").items()]
+    return [Rule(name, **each) for name, each in read_table("version_rules.toml").items()]
 
 
 def results(stack_name: str, installed: Versions, hardware: Hardware) -> Iterator[Result]:
     """What every rule says of this environment."""
-    if not rules():
-        yield Result("rules", "fail", "cannot be read without PyYAML", install_command("pyyaml"))
     for rule in rules():
         name = f"rule:{rule.name}"
         try:
