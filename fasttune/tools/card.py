@@ -14,25 +14,15 @@ import yaml
 
 from fasttune import config as configuration, hardware, report, system
 from fasttune.config import TRUST, Config, looks_like_hub
-from fasttune.core.run_folder import EVAL_FILES
+from fasttune.core import pretrained
+from fasttune.core.run_folder import CONFIG, EVAL_FILES
 from fasttune.metrics import RunResult
 
 if TYPE_CHECKING:
     from fasttune.tools.merge_check import Comparison
+    from fasttune.tools.trained_model import TrainedModel
 
 FIELDS = {"seed", "model", "lora", "data", "train", "eval"}  # of a config: what makes the weights
-
-
-@dataclass(frozen=True)
-class Subject:
-    """The model that a card is about, and what is known of the run that made it."""
-
-    name: str  # as a person calls it
-    base: str
-    lora: bool
-    run: Path | None = None
-    config: Config | None = None
-    result: dict[str, Any] | None = None  # run.json
 
 
 @dataclass(frozen=True)
@@ -46,18 +36,33 @@ class Score:
     problems: int
 
 
-def of_run(folder: Path, result: RunResult | None) -> None:
-    """The card of what a run has saved; `result`: what its run.json will say, which is not yet written."""
-    config = configuration.load(folder / "config.yaml", [f"{TRUST}=false"])
-    said = json.loads(report.to_json_line(result))
-    beside_weights(folder, Subject(config.name, config.model.name, config.train.method == "lora", folder, config, said))
+@dataclass(frozen=True)
+class Subject:
+    """What a card is of: a run, or a model without one. result: what run.json says, or will."""
+
+    name: str
+    base: str
+    adapter: bool
+    config: Config | None = None
+    result: dict[str, Any] | None = None
+    run: Path | None = None
 
 
-def beside_weights(run: Path, subject: Subject) -> None:
-    """The card in a run's adapter/ or model/. Nothing where it saved neither, or a link: that is somebody else's."""
-    weights = next((run / kind for kind in ("adapter", "model") if (run / kind).is_dir()), None)
-    if weights and not weights.is_symlink():
-        write(weights, subject)
+def of(trained: "TrainedModel") -> Subject:
+    adapter = trained.adapter is not None
+    return Subject(trained.name, trained.base.name, adapter, trained.config, trained.result, trained.run)
+
+
+def of_run(folder: Path, result: RunResult | None = None) -> None:
+    """The card of a run's adapter/ or model/, as far as the run got. Nothing where it saved neither, or a link.
+
+    `result`: what run.json will say, where it is not yet written.
+    """
+    weights = next((folder / kind for kind in ("adapter", "model") if (folder / kind).is_dir()), None)
+    if weights and not weights.is_symlink():  # that would be somebody else's folder
+        told = json.loads(report.to_json_line(result)) if result else pretrained.read_json(folder / "run.json")
+        config = configuration.load(folder / CONFIG, [f"{TRUST}=false"])
+        write(weights, Subject(str(folder), config.model.name, weights.name == "adapter", config, told, folder))
 
 
 def write(folder: Path, subject: Subject, compared: "Comparison | None" = None) -> None:
@@ -70,15 +75,16 @@ def text(subject: Subject, compared: "Comparison | None" = None) -> str:
     import huggingface_hub
     from markupsafe import Markup
 
-    config, result, base = subject.config, result_of(subject), subject.base
+    config, result = subject.config, result_of(subject)
+    base = config.model.name if config else subject.base
     names = [*config.data.sources, config.data.eval or ""] if config else []
-    adapter = subject.lora and compared is None
+    adapter = subject.adapter and compared is None
     data = huggingface_hub.ModelCardData(
         base_model=base if looks_like_hub(base) else None,
         datasets=[name.partition(":")[0] for name in names[:-1] if looks_like_hub(name)] or None,
         library_name="peft" if adapter else "transformers",
         pipeline_tag="text-generation",
-        tags=["fasttune", *(["lora"] if subject.lora else [])],
+        tags=["fasttune", *(["lora"] if subject.adapter else [])],
     )
 
     def clean(line: str | None) -> str:
@@ -91,7 +97,7 @@ def text(subject: Subject, compared: "Comparison | None" = None) -> str:
         name=config.name if config else shown(subject.name),
         base=shown(base),
         adapter=adapter,
-        method="LoRA" if subject.lora else "full fine-tuning",
+        method="LoRA" if subject.adapter else "full fine-tuning",
         data=[setting.value for setting in settings if setting.name == "data"],
         settings=[setting for setting in settings if setting.name != "data"],
         warnings=[clean(warning) for warning in result.warnings] if result else [],
@@ -99,7 +105,7 @@ def text(subject: Subject, compared: "Comparison | None" = None) -> str:
         result=result,
         figures=report.key_figures(result) if result else [],
         hardware=hardware.line(result.hardware) if result else "",
-        scores=_scores(subject.run),
+        scores=_scores(subject),
         compared=compared,
     )
 
@@ -140,9 +146,9 @@ def _recipe(config: Config) -> str:
     return f"{fence}yaml\n{code}{fence}"
 
 
-def _scores(run: Path | None) -> list[list[str]] | None:
+def _scores(subject: Subject) -> list[list[str]] | None:
     """The cells of eval.json's table; None where there is no such file, nothing of one that cannot be read."""
-    path = run / EVAL_FILES[0] if run else None
+    path = subject.run / EVAL_FILES[0] if subject.run else None
     if path is None or not path.exists():
         return None
     try:

@@ -79,7 +79,7 @@ def of_run(
     rate, source = rate_tflops(config, chosen, machine)
     name = hardware.machine_name(machine)
     groups = None
-    if not on_cpu:
+    if machine.gpus:
         from fasttune.tools import roofline
 
         groups = roofline.of_step(config, chosen, sample, memory, name)

@@ -20,7 +20,6 @@ from fasttune import config as configuration, hints, system
 from fasttune.config import Config, ModelConfig, looks_like_hub
 from fasttune.core import pretrained
 from fasttune.errors import ConfigError, ModelError, in_one_line
-from fasttune.tools.card import Subject
 
 Dtype = Literal["bfloat16", "float32"]
 SETTINGS, WEIGHTS = "adapter_config.json", "adapter_model.safetensors"
@@ -57,12 +56,6 @@ class TrainedModel:
         if self.adapter is None or not (self.adapter / "tokenizer_config.json").is_file():
             return self.base
         return ModelConfig(name=str(self.adapter), trust_remote_code=self.base.trust_remote_code)
-
-    @property
-    def subject(self) -> Subject:
-        """What its card is about."""
-        base = self.config.model.name if self.config else self.base.name
-        return Subject(self.name, base, self.adapter is not None, self.run, self.config, self.result)
 
     def reading(self, source: str) -> tuple[str, dict[str, str]]:
         """(split, data.columns) of the run for rows that its config names; ("train", {}) for all others."""
