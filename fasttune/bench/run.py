@@ -123,10 +123,10 @@ def revision() -> str:
 
 def share(config: Config, shared: Path, steps: int) -> dict[str, Any]:
     """What all arms start from, made once in a process of its own."""
-    train = config.train.model_copy(update={"max_steps": steps})
-    data = config.data.model_copy(update={"eval": None})
-    nothing = {"samples": 0, "eval": EvalConfig(every="never"), "output_dir": None}
-    job = config.model_copy(update={"train": train, "data": data, **nothing})
+    no_eval = EvalConfig(every="never").model_dump()
+    job = configuration.changed(
+        config, train={"max_steps": steps}, data={"eval": None}, eval=no_eval, samples=0, output_dir=None
+    )
     only = configuration.dump(job, exclude_unset=True)  # what was not written may be fitted to the model
     (shared / "job.yaml").write_text(only, encoding="utf-8")
     facts = fresh_process("share", shared, steps)

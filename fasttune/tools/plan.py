@@ -109,6 +109,7 @@ def _sample(config: Config) -> tuple[Config, float]:
     hub = any(looks_like_hub(source) for source in (*config.data.sources, config.data.eval or ""))
     if whole == read and not hub:
         return config, 1.0
+    # Past the check of the settings, which lets nobody stream data.eval alone.
     data = config.data.model_copy(update={"max_rows": min(most or SAMPLED_ROWS, SAMPLED_ROWS), "streaming": hub})
     return config.model_copy(update={"data": data}), whole / read
 
