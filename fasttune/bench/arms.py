@@ -12,6 +12,7 @@ from pathlib import Path
 from typing import Any
 
 from fasttune.config import Config
+from fasttune.core import autoconfig
 from fasttune.core.memory import Choices
 from fasttune.metrics import Backend
 
@@ -178,18 +179,16 @@ def plain_lora(model: Any, config: Config) -> Any:
 
 
 def _arguments(config: Config, steps: int, scratch: Path) -> dict[str, Any]:
-    """What every Hugging Face trainer is told: the job's own settings."""
+    """What the trainers of the other arms are told: the job's own settings, and rows as they come."""
     import torch
 
-    train, at_once = config.train, rows_at_once(config)
-    rows = {"per_device_train_batch_size": at_once, "gradient_accumulation_steps": train.batch_rows // at_once}
-    rate = {"learning_rate": train.learning_rate, "lr_scheduler_type": train.scheduler}
-    rate["warmup_steps"] = round(train.warmup_ratio * steps)
-    update = {"weight_decay": train.weight_decay, "max_grad_norm": train.max_grad_norm}
-    told = {"logging_steps": 1, "logging_nan_inf_filter": False, "disable_tqdm": True, "report_to": "none"}
-    kept = {"output_dir": str(scratch / "trainer"), "save_strategy": "no", "remove_unused_columns": False}
-    where = {"bf16": config.model.dtype == "bfloat16", "use_cpu": not torch.cuda.is_available(), "seed": config.seed}
-    return {"max_steps": steps, **rows, **rate, **update, **told, **kept, **where}
+    at_once = rows_at_once(config)
+    return autoconfig.trainer_settings(config, steps) | {
+        "output_dir": str(scratch / "trainer"),
+        "per_device_train_batch_size": at_once,
+        "gradient_accumulation_steps": config.train.batch_rows // at_once,
+        "use_cpu": not torch.cuda.is_available(),
+    }
 
 
 def rows_at_once(config: Config) -> int:

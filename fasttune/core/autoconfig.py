@@ -5,6 +5,7 @@ The fastest settings whose forecast memory fits; recomputing only when memory as
 
 import math
 from dataclasses import dataclass, replace
+from typing import Any
 
 from fasttune import hardware as machines
 from fasttune.config import Config, changed
@@ -108,6 +109,27 @@ def smaller(config: Config, gpu: bool) -> list[str]:
         "a smaller model, or a GPU with more memory": True,
     }
     return [way for way, possible in ways.items() if possible]
+
+
+def trainer_settings(config: Config, steps: int) -> dict[str, Any]:
+    """What every Hugging Face trainer of a resolved config is told: that of a run, and those of a benchmark."""
+    train = config.train
+    return {
+        "max_steps": steps,
+        "learning_rate": train.learning_rate,
+        "lr_scheduler_type": train.scheduler,
+        "warmup_steps": round(train.warmup_ratio * steps),
+        "weight_decay": train.weight_decay,
+        "max_grad_norm": train.max_grad_norm,
+        "bf16": config.model.dtype == "bfloat16",
+        "seed": config.seed,
+        "remove_unused_columns": False,
+        "logging_steps": 1,
+        "logging_nan_inf_filter": False,
+        "disable_tqdm": True,
+        "save_strategy": "no",
+        "report_to": "none",
+    }
 
 
 def packing(packed: bool, proof: str) -> Setting:
