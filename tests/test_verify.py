@@ -125,7 +125,7 @@ def test_a_dead_child_is_a_result_and_the_rest_goes_on(tmp_path: Path, monkeypat
     monkeypatch.syspath_prepend(tmp_path)
     monkeypatch.setattr("tempfile.tempdir", str(tmp_path / "tmp"))
     names = ("crash", "leave", "symbol", "prints", "hang", "fine")
-    job = runner.Job("broken_checks", names, limit_s=3)
+    job = runner.CheckJob("broken_checks", names, limit_s=3)
     results = {result.name: result for result in runner.run_jobs((job,), lambda text: None)}
     assert {name: result.status for name, result in results.items()} == {
         "crash-first-half": "pass",

@@ -3,7 +3,7 @@
     figures = look(config.load("configs/quickstart.yaml"), rows=3, reporter=terminal.Reporter())
     show(figures)
 
---json prints every field of Figures by its name. `learned_tokens` are the supervised ones, where the loss is taken:
+--json prints every field of DataFigures by its name. `learned_tokens` are the supervised ones, where the loss is taken:
 never the first token of a row, which nothing predicts. Text of the data cannot send control codes to the terminal.
 """
 
@@ -100,7 +100,7 @@ class Row:
 
 
 @dataclass(frozen=True)
-class Figures:
+class DataFigures:
     """Everything the page shows. *_share: 0 to 1."""
 
     name: str
@@ -123,7 +123,7 @@ class Figures:
     shown: list[Row]
 
 
-def look(config: Config, rows: int, reporter: terminal.Reporter) -> Figures:
+def look(config: Config, rows: int, reporter: terminal.Reporter) -> DataFigures:
     """Encode the data of a config (or take it from the cache) and lay it out as a run here would; decode `rows` of it.
 
     Raises DataError and ModelError.
@@ -147,7 +147,7 @@ def look(config: Config, rows: int, reporter: terminal.Reporter) -> Figures:
 
 def measure(
     config: Config, tokenizer: Any, changes: list[tuple[str, str]], data: Batches, rows: int, warnings: list[str]
-) -> Figures:
+) -> DataFigures:
     """The figures of encoded data."""
     parts = zip(data.parts, data.weights, data.split, strict=True)
     sets = [_data_set(part, weight, len(held)) for part, weight, (_, held) in parts]
@@ -156,7 +156,7 @@ def measure(
     steps = data.total_steps(config.train.epochs, config.train.max_steps)
     padded, packed = (lay_out(replace(data, packed=way, share_prefix=False), steps) for way in (False, True))
     shares = [1 - each.tokens / each.cells for each in (padded, packed)]
-    return Figures(
+    return DataFigures(
         name=config.name,
         model=config.model.name,
         max_length_tokens=data.max_length,
@@ -244,7 +244,7 @@ def _pieces(tokenizer: Any, ids: list[int], supervised: np.ndarray) -> list[tupl
     return pieces
 
 
-def show(figures: Figures, console: Console = terminal.console) -> None:
+def show(figures: DataFigures, console: Console = terminal.console) -> None:
     """Print the page: what becomes of each data set, lengths, padding, and rows with what is supervised set apart."""
 
     def heading(*words: str | tuple[str, str]) -> None:
@@ -278,10 +278,10 @@ def show(figures: Figures, console: Console = terminal.console) -> None:
         indented(Text.assemble((_visible(place), "bold"), counts), Padding(text, (0, 0, 0, 2), expand=False))
 
 
-def _sets(figures: Figures) -> list[RenderableType]:
+def _sets(figures: DataFigures) -> list[RenderableType]:
     """A paragraph a data set: what is trained of it, what was left out or cut, and why."""
 
-    def tokens(each: DataSet | Figures) -> str:
+    def tokens(each: DataSet | DataFigures) -> str:
         return f"{each.tokens:,} tokens, {each.learned_tokens:,} supervised ({each.learned_tokens / each.tokens:.1%})"
 
     lines: list[RenderableType] = []
@@ -304,7 +304,7 @@ def _sets(figures: Figures) -> list[RenderableType]:
     return lines + [Text(_visible(warning), style="yellow") for warning in figures.warnings]
 
 
-def _losses(each: DataSet, figures: Figures) -> Iterator[tuple[str, int]]:
+def _losses(each: DataSet, figures: DataFigures) -> Iterator[tuple[str, int]]:
     """(what is lost, of how many rows)"""
     long = f"longer than model.max_length={figures.max_length_tokens:,} tokens (data.too_long={figures.too_long})"
     yield f"truncated: {long}", each.rows_truncated
@@ -332,7 +332,7 @@ def _histogram(lengths: Lengths, width: int) -> list[RenderableType]:
     return [Text("length of a row in tokens", style="bold"), Text(quantiles, style="dim"), table]
 
 
-def _layouts(figures: Figures) -> list[RenderableType]:
+def _layouts(figures: DataFigures) -> list[RenderableType]:
     padding = figures.padding
     lines = [
         ("packed", f"{padding.packed_share:6.1%}", "of what is computed: rows lie end to end"),

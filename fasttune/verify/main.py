@@ -15,7 +15,7 @@ from typing import TYPE_CHECKING
 from fasttune import errors, gpus, hardware as machines, stack, system
 from fasttune.errors import FasttuneError
 from fasttune.verify import PIP, Result, Status, facts
-from fasttune.verify.runner import Job, run_jobs
+from fasttune.verify.runner import CheckJob, run_jobs
 
 if TYPE_CHECKING:
     from rich.console import Console
@@ -24,12 +24,12 @@ BACKENDS = ("sdpa-math", "sdpa-flash", "sdpa-efficient", "sdpa-cudnn", "torch-va
 ARITHMETIC = (*(f"attention:{name}" for name in BACKENDS), "matmul-bf16", "rope-llama31")
 # The long ones first, so that two cores are busy until the end.
 JOBS = (
-    Job("fasttune.verify.smoke_train", ("train-two-steps",), 420, "unset"),
-    Job("fasttune.verify.parity", ("import:unsloth", "unsloth-parity", "privacy-statistics"), 420, "unset"),
-    Job("fasttune.verify.attention", ARITHMETIC, 240),
-    *(Job("fasttune.verify.facts", (f"import:{name}",)) for name in facts.MODULES),
+    CheckJob("fasttune.verify.smoke_train", ("train-two-steps",), 420, "unset"),
+    CheckJob("fasttune.verify.parity", ("import:unsloth", "unsloth-parity", "privacy-statistics"), 420, "unset"),
+    CheckJob("fasttune.verify.attention", ARITHMETIC, 240),
+    *(CheckJob("fasttune.verify.facts", (f"import:{name}",)) for name in facts.MODULES),
 )
-ONLINE = (Job("fasttune.verify.facts", ("online:token",), 60, "open"),)
+ONLINE = (CheckJob("fasttune.verify.facts", ("online:token",), 60, "open"),)
 TINY_RUN = "train configs/quickstart.yaml --debug model.name=builtin:tiny train.max_steps=2 output_dir=runs/verify"
 SHOW_IN_FULL = {"train-two-steps": f"{sys.executable} -m fasttune.cli {TINY_RUN}"}
 STYLES: dict[Status, str] = {"skip": "dim", "pass": "green", "warn": "yellow", "fail": "bold red"}  # as they are shown

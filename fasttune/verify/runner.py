@@ -29,7 +29,7 @@ PROXIES = ("http_proxy", "https_proxy", "all_proxy")
 
 
 @dataclass(frozen=True)
-class Job:
+class CheckJob:
     """Checks of one module (its CHECKS) that share a process."""
 
     module: str
@@ -38,13 +38,13 @@ class Job:
     hub: Literal["offline", "unset", "open"] = "offline"  # unset: offline is not said, the check blocks the network
 
 
-def run_jobs(jobs: Sequence[Job], announce: Callable[[str], None], stop: Sequence[int] = ()) -> list[Result]:
+def run_jobs(jobs: Sequence[CheckJob], announce: Callable[[str], None], stop: Sequence[int] = ()) -> list[Result]:
     """Every job in processes of its own, PARALLEL at a time; the results in the order of `jobs`.
 
     Once `stop` holds something all children are killed; raises KeyboardInterrupt.
     """
 
-    def results_of(job: Job) -> list[Result]:
+    def results_of(job: CheckJob) -> list[Result]:
         announce(f"running {job.names[0]} …")
         return list(run_job(job, stop))
 
@@ -56,7 +56,7 @@ def run_jobs(jobs: Sequence[Job], announce: Callable[[str], None], stop: Sequenc
     return [result for results in found for result in results]
 
 
-def run_job(job: Job, stop: Sequence[int]) -> Iterator[Result]:
+def run_job(job: CheckJob, stop: Sequence[int]) -> Iterator[Result]:
     """The results of a job. Should its process die, the check that ran has failed; the others run in a new process."""
     names = list(job.names)
     while names and not stop:
@@ -83,7 +83,7 @@ def run_job(job: Job, stop: Sequence[int]) -> Iterator[Result]:
             yield timed(broken, start_s)
 
 
-def run_child(job: Job, names: list[str], folder: Path, stop: Sequence[int]) -> int | None:
+def run_child(job: CheckJob, names: list[str], folder: Path, stop: Sequence[int]) -> int | None:
     """The exit code of a process that runs these checks, None where it was late; nothing of it is left running."""
     with (folder / "printed").open("w+b") as printed:
         process = subprocess.Popen(
@@ -105,7 +105,7 @@ def run_child(job: Job, names: list[str], folder: Path, stop: Sequence[int]) -> 
     return returncode
 
 
-def environment(job: Job, folder: Path) -> dict[str, str]:
+def environment(job: CheckJob, folder: Path) -> dict[str, str]:
     """The child's environment: all temporary files and caches in `folder`."""
     env = system.child_environment()
     if job.hub != "open":
