@@ -27,6 +27,7 @@ PREFIX = "base_model.model."  # PEFT's, before every name of the base model
 COPIES = (".modules_to_save.", ".original_module.")  # PEFT sometimes writes these too, beside the weight itself
 # They would rebuild the base, or import a module by its name.
 REFUSED = ("layer_replication", "megatron_config", "loftq_config", "arrow_config")
+LONGEST = 2**24  # tokens: as model.max_length allows
 MATCHING_CPU_S = 2.0  # of all patterns against all layers; ordinary ones take milliseconds
 
 Shape = tuple[int, ...]
@@ -197,7 +198,7 @@ def load(trained: TrainedModel, dtype: Dtype) -> tuple[Any, Any]:
         base["quantization"] = "none"
     tokenizer = pretrained.read_tokenizer(trained.tokenizer_source)
     positions = getattr(pretrained.read_architecture(trained.base), "max_position_embeddings", None) or 0
-    base["max_length"] = max(trained.base.max_length, positions)  # on a GPU unsloth cuts off there
+    base["max_length"] = max(trained.base.max_length, min(positions, LONGEST))  # on a GPU unsloth cuts off there
     model, _ = models.load(ModelConfig(**base), dtype, gradient_checkpointing="none", full=False, seed=0)
     if folder := trained.adapter:
         model = put_on(model, folder)[0]
