@@ -84,6 +84,27 @@ def resolve(config: Config, hardware: Hardware, shape: Shape) -> Plan:
     )
 
 
+def trainer_settings(config: Config, steps: int) -> dict[str, Any]:
+    """What every Hugging Face trainer of a resolved config is told: that of a run, and those of a benchmark."""
+    train = config.train
+    return {
+        "max_steps": steps,
+        "learning_rate": train.learning_rate,
+        "lr_scheduler_type": train.scheduler,
+        "warmup_steps": round(train.warmup_ratio * steps),
+        "weight_decay": train.weight_decay,
+        "max_grad_norm": train.max_grad_norm,
+        "bf16": config.model.dtype == "bfloat16",
+        "seed": config.seed,
+        "remove_unused_columns": False,
+        "logging_steps": 1,
+        "logging_nan_inf_filter": False,
+        "disable_tqdm": True,
+        "save_strategy": "no",
+        "report_to": "none",
+    }
+
+
 def full_memory(config: Config, shape: Shape, choices: Choices, rows: int) -> Memory:
     """The most memory that `rows` rows at once can take."""
     largest = Workload.full(min(rows, config.train.batch_rows), config.model.max_length, choices.packed)
@@ -109,27 +130,6 @@ def smaller(config: Config, gpu: bool) -> list[str]:
         "a smaller model, or a GPU with more memory": True,
     }
     return [way for way, possible in ways.items() if possible]
-
-
-def trainer_settings(config: Config, steps: int) -> dict[str, Any]:
-    """What every Hugging Face trainer of a resolved config is told: that of a run, and those of a benchmark."""
-    train = config.train
-    return {
-        "max_steps": steps,
-        "learning_rate": train.learning_rate,
-        "lr_scheduler_type": train.scheduler,
-        "warmup_steps": round(train.warmup_ratio * steps),
-        "weight_decay": train.weight_decay,
-        "max_grad_norm": train.max_grad_norm,
-        "bf16": config.model.dtype == "bfloat16",
-        "seed": config.seed,
-        "remove_unused_columns": False,
-        "logging_steps": 1,
-        "logging_nan_inf_filter": False,
-        "disable_tqdm": True,
-        "save_strategy": "no",
-        "report_to": "none",
-    }
 
 
 def packing(packed: bool, proof: str) -> Setting:

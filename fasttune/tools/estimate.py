@@ -43,7 +43,7 @@ TOUCH_S_A_GIB = Range(0.5, 1.0, 4.0)  # of peak memory, on a CPU: its first step
 
 
 @dataclass(frozen=True)
-class FirstSteps:
+class Sample:
     """The first steps of a run as they are laid out. cells: positions that are computed.
 
     one_length: everything lies in rectangles, none in packs of rows of many lengths.
@@ -130,7 +130,7 @@ def hours_text(hours: float) -> str:
     return duration(3600 * hours)
 
 
-def lay_out(data: Batches, steps: int) -> FirstSteps:
+def lay_out(data: Batches, steps: int) -> Sample:
     """The first steps, as the trainer gets them."""
     found: list[Workload] = []
     done = rows = tokens = 0
@@ -144,7 +144,7 @@ def lay_out(data: Batches, steps: int) -> FirstSteps:
             one_length = one_length and "packed_seq_lengths" not in batch
         done += 1
     labels, cells = sum(each.labels for each in found), sum(each.tokens for each in found)
-    return FirstSteps(done, rows, tokens, labels, cells, found, one_length)
+    return Sample(done, rows, tokens, labels, cells, found, one_length)
 
 
 def rate_tflops(config: Config, chosen: Plan, machine: Hardware) -> tuple[Range | None, str]:
@@ -201,7 +201,7 @@ def on_file() -> list[dict[str, Any]]:
     return found
 
 
-def step_flops(config: Config, chosen: Plan, sample: FirstSteps) -> float:
+def step_flops(config: Config, chosen: Plan, sample: Sample) -> float:
     """FLOPs of a step: the model's, what is recomputed, and on a CPU what takes as long as so many more would."""
     full, shape = config.train.method == "full", chosen.shape.computed
     adapter = 0 if full else shape.adapter_weights(config.lora.rank, config.lora.targets)

@@ -97,9 +97,8 @@ def run(options: argparse.Namespace) -> dict[str, Any]:
     lines = "".join(report.to_json_line(line) + "\n" for line in problems)
     report.write_bytes(folder / EVAL_FILES[1], lines.encode())
     report.write_json(folder / EVAL_FILES[0], result)
-    weights = Path(trained.weights)
-    if trained.run and folder.resolve() == trained.run.resolve() and not weights.is_symlink():
-        card.write(weights, card.of(trained))
+    if trained.run and folder.resolve() == trained.run.resolve():
+        card.of_run(trained.run, trained.result)
     return result
 
 

@@ -152,10 +152,6 @@ def measure(
     parts = zip(data.parts, data.weights, data.split, strict=True)
     sets = [_data_set(part, weight, len(held)) for part, weight, (_, held) in parts]
     lengths = np.concatenate([part.lengths for part in data.parts])
-    # As the steps are laid out to be trained on; a beginning that a pack computes once counts with every row of it.
-    steps = data.total_steps(config.train.epochs, config.train.max_steps)
-    padded, packed = (lay_out(replace(data, packed=way, share_prefix=False), steps) for way in (False, True))
-    shares = [1 - each.tokens / each.cells for each in (padded, packed)]
     return DataFigures(
         name=config.name,
         model=config.model.name,
@@ -173,7 +169,7 @@ def measure(
         rows_per_epoch=data.rows_per_epoch,
         steps_per_epoch=data.steps_per_epoch,
         lengths=_lengths(lengths),
-        padding=PaddedShare(padded.steps, data.micro_rows, *shares),
+        padding=_padding(data, data.total_steps(config.train.epochs, config.train.max_steps)),
         shown=_first_rows(data, tokenizer, min(rows, data.rows_per_epoch)),
     )
 
@@ -217,6 +213,13 @@ def _lengths(lengths: np.ndarray) -> Lengths:
     counts, _ = np.histogram(lengths, edges)
     bins = [Bin(int(a), int(b) - 1, int(n)) for (a, b), n in zip(pairwise(edges), counts, strict=True)]
     return Lengths(low, float(median), float(lengths.mean()), float(p95), high, bins)
+
+
+def _padding(data: Batches, steps: int) -> PaddedShare:
+    """As the steps are laid out to be trained on; a beginning that a pack computes once counts with every row of it."""
+    packed, padded = (lay_out(replace(data, packed=way, share_prefix=False), steps) for way in (True, False))
+    shares = [1 - each.tokens / each.cells for each in (padded, packed)]
+    return PaddedShare(padded.steps, data.micro_rows, *shares)
 
 
 def _first_rows(data: Batches, tokenizer: Any, wanted: int) -> list[Row]:

@@ -11,7 +11,7 @@ from fasttune.config import Config
 from fasttune.core.autoconfig import Plan
 from fasttune.core.memory import BYTES, GIB, GPU_LOGIT_BYTES
 from fasttune.metrics import KernelGroup, Memory, Roofline
-from fasttune.tools.estimate import SMALLEST, FirstSteps
+from fasttune.tools.estimate import SMALLEST, Sample
 
 # Of the dense peak: 691 TFLOP/s at the model's shapes. Attention by its FLOPs as metrics counts them: of rectangles
 # (cuDNN) 355 TFLOP/s; of packs of many lengths 238, computed from Flash Attention 2's published rates, never measured.
@@ -21,7 +21,7 @@ IDLE = 0.027  # of a step no kernel runs: 15 of 562 ms
 OF_KERNELS = f"{MATMUL:.0%} of the dense peak in matmuls, {MEMORY:.0%} of the bandwidth: measured on one H100"
 
 
-def of_step(config: Config, chosen: Plan, sample: FirstSteps, memory: Memory, gpu: str) -> Roofline | None:
+def of_step(config: Config, chosen: Plan, sample: Sample, memory: Memory, gpu: str) -> Roofline | None:
     """None of a card whose peaks are not known, of other weights than bf16 ones, and of small models."""
     peak, bandwidth, shape = hardware.peak_bf16_tflops(gpu), hardware.memory_tb_per_s(gpu), chosen.shape
     plain = chosen.dtype == "bfloat16" and config.model.quantization == "none" and shape.experts == 1
