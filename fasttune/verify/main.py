@@ -108,29 +108,25 @@ def show_table(results: list[Result], stack_name: str, console: "Console") -> No
     from rich.text import Text
 
     order = list(STYLES)
-    results = sorted(results, key=lambda result: order.index(result.status))
     rules = [result for result in results if result.name.startswith("rule:") and result.status == "pass"]
     rows = [result for result in results if result not in rules]
     rows += [Result("rules", "pass", f"{len(rules)} version rules hold")] if rules else []
+    rows.sort(key=lambda row: order.index(row.status))
     table = Table.grid(padding=(0, 2, 0, 0))
     table.add_column(no_wrap=True)
     table.add_column(no_wrap=True)
     table.add_column(overflow="fold")
     table.add_column(no_wrap=True, justify="right")
-    for row in sorted(rows, key=lambda row: order.index(row.status)):
+    for row in rows:
         took = f"{row.seconds:.1f} s" if row.seconds >= 0.05 else ""
         table.add_row(Text(row.status, STYLES[row.status]), Text(row.name), Text(row.detail), Text(took, "dim"))
     console.print(table)
-    for result in results:
-        if result.fix and result.status in ("warn", "fail"):
-            console.print(Text.assemble("\n", (f"{result.status} {result.name}: ", STYLES[result.status]), "fix it by"))
-            console.print(Text(f"  {result.fix}"), soft_wrap=True)
+    for row in rows:
+        if row.fix and row.status in ("warn", "fail"):
+            console.print(Text.assemble("\n", (f"{row.status} {row.name}: ", STYLES[row.status]), "fix it by"))
+            console.print(Text(f"  {row.fix}"), soft_wrap=True)
     count = Counter(result.status for result in results)
     summary = ", ".join(f"{count[status]} {status}" for status in reversed(order) if count[status])
     ok = not count["fail"]
     verdict = ("This environment works" if ok else "This environment is broken", "bold green" if ok else "bold red")
     console.print(Text.assemble("\n", verdict, f" (stack {stack_name}): {summary}"))
-
-
-if __name__ == "__main__":
-    sys.exit(main())
