@@ -5,6 +5,7 @@ import importlib.util
 import io
 import json
 import os
+import re
 import signal
 import subprocess
 import sys
@@ -17,7 +18,7 @@ from rich.console import Console
 
 from fasttune import stack
 from fasttune.hardware import Gpu, Hardware
-from fasttune.verify import PIP, Result, error_hints, facts, main, parity, runner
+from fasttune.verify import PIP, Result, error_hints, facts, main, parity, read_table, runner
 from fasttune.verify.version_rules import rules
 
 ROOT = Path(__file__).resolve().parents[1]
@@ -166,6 +167,14 @@ def test_loader_errors_are_explained(text: str, meaning: str, fix: str) -> None:
     assert known is not None
     assert meaning in known.meaning
     assert fix in known.fix
+
+
+def test_every_hint_can_be_filled_in() -> None:
+    for hint in read_table("error_hints.toml")["hints"]:
+        groups, filled = ["x"] * re.compile(hint["pattern"]).groups, {"suspect": "torch", "pip": PIP, "python": "3.12"}
+        assert ("fix" in hint) != ("reinstall" in hint), hint
+        for text in (hint["meaning"], hint.get("fix", ""), *hint.get("reinstall", ())):
+            assert "{" not in text.format(*groups, **filled), hint
 
 
 def test_an_unknown_error_is_shown_as_it_is() -> None:
