@@ -40,7 +40,7 @@ def folder(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
     return tmp_path
 
 
-def look(rows: int, *overrides: str) -> inspect_data.Figures:
+def look(rows: int, *overrides: str) -> inspect_data.DataFigures:
     return inspect_data.look(config.load("c.yaml", list(overrides)), rows, terminal.Reporter(quiet=True))
 
 
@@ -48,7 +48,7 @@ def write(path: Path, rows: list[dict[str, Any]]) -> None:
     path.write_text("".join(json.dumps(row) + "\n" for row in rows))
 
 
-def page(figures: inspect_data.Figures, **options: Any) -> str:
+def page(figures: inspect_data.DataFigures, **options: Any) -> str:
     console = Console(file=io.StringIO(), width=100, **options)
     inspect_data.show(figures, console)
     return console.file.getvalue()  # type: ignore[attr-defined]
@@ -76,7 +76,7 @@ class Letters:
         return "".join(chr(ord("a") + i) for i in ids)
 
 
-def measured(batches: Batches, rows: int = 0, **train: Any) -> inspect_data.Figures:
+def measured(batches: Batches, rows: int = 0, **train: Any) -> inspect_data.DataFigures:
     settings = config.parse({"model": {"name": "m"}, "data": {"train": "rows.jsonl"}, "train": train})
     return inspect_data.measure(settings, Letters(), [], batches, rows, [])
 

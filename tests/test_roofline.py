@@ -17,11 +17,11 @@ ROOT = Path(__file__).resolve().parent.parent
 LLAMA_8B = Shape(
     layers=32, hidden=4096, mlp=14336, heads=32, query_width=4096, key_width=1024, vocab=128256, tied=False
 )
-STEP = roofline.Sample(1, 4, 16384, 16380, 16384, [Workload(8192, 8190, 0, 0)] * 2, one_length=True)
+STEP = estimate.Sample(1, 4, 16384, 16380, 16384, [Workload(8192, 8190, 0, 0)] * 2, one_length=True)
 H100 = hardware.with_gpu(hardware.detect(), "h100-80")
 
 
-def table(train: dict[str, Any], gpu: hardware.Hardware = H100, sample: roofline.Sample = STEP) -> Roofline | None:
+def table(train: dict[str, Any], gpu: hardware.Hardware = H100, sample: estimate.Sample = STEP) -> Roofline | None:
     tree: dict[str, Any] = {"model": {"name": "a/b", "max_length": 4096}, "data": {"train": "a/c"}, "train": train}
     asked = config.parse(tree)
     chosen = autoconfig.resolve(asked, gpu, LLAMA_8B)

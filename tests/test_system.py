@@ -161,7 +161,7 @@ def test_a_linked_adapter_of_a_run_gets_no_card_and_is_not_merged(
     (run / "adapter").rename(others)
     (run / "adapter").symlink_to(others)
     (others / "README.md").write_text("mine")
-    card.of_run(run)
+    card.of_run(run, None)
     assert cli.main(["merge", str(run), "--out", str(tmp_path / "out")]) == 2
     assert "adapter is a link" in capsys.readouterr().err
     assert (others / "README.md").read_text() == "mine" and not (tmp_path / "out").exists()
@@ -193,7 +193,7 @@ def test_a_pipe_for_an_input_is_refused_and_not_waited_for(
     assert trained_model.open_run(str(run)).result is None
     from fasttune.tools import card
 
-    assert "eval.json cannot be read" in card.text(trained_model.open_run(str(run)), None)
+    assert "eval.json cannot be read" in card.text(card.of(trained_model.open_run(str(run))), None)
     for folder in (run / "adapter", Path(shutil.copytree(finished_run / "adapter", tmp_path / "alone"))):
         os.mkfifo(folder / "adapter_model.bin")
         with pytest.raises(ModelError, match="is a pipe or a device"):

@@ -5,6 +5,7 @@ import importlib.util
 import io
 import json
 import os
+import re
 import signal
 import subprocess
 import sys
@@ -17,8 +18,8 @@ from rich.console import Console
 
 from fasttune import stack
 from fasttune.hardware import Gpu, Hardware
-from fasttune.verify import PIP, Result, error_hints, facts, main, parity, runner
-from fasttune.verify.version_rules import RULES
+from fasttune.verify import PIP, Result, error_hints, facts, main, parity, read_table, runner
+from fasttune.verify.version_rules import rules
 
 ROOT = Path(__file__).resolve().parents[1]
 MACHINE = Hardware("linux", "x86_64", "2.36", "3.12.3", "cpu", 2, 23.5, 70.0)
@@ -47,7 +48,7 @@ def test_quick_names_facts_pins_and_rules_without_torch() -> None:
     seen = json.loads(document)
     names = {check["name"] for check in seen["checks"]}
     assert {"python", "os", "driver", "gpu", "memory", "disk", "pins"} <= names
-    assert {f"rule:{rule.name}" for rule in RULES} <= names
+    assert {f"rule:{rule.name}" for rule in rules()} <= names
     assert set(seen) == {"ok", "stack", "hardware", "checks"}
     assert all(set(check) == {"name", "status", "detail", "fix", "seconds"} for check in seen["checks"])
     assert torch_imported == "False"
@@ -125,7 +126,7 @@ def test_a_dead_child_is_a_result_and_the_rest_goes_on(tmp_path: Path, monkeypat
     monkeypatch.syspath_prepend(tmp_path)
     monkeypatch.setattr("tempfile.tempdir", str(tmp_path / "tmp"))
     names = ("crash", "leave", "symbol", "prints", "hang", "fine")
-    job = runner.Job("broken_checks", names, limit_s=3)
+    job = runner.CheckJob("broken_checks", names, limit_s=3)
     results = {result.name: result for result in runner.run_jobs((job,), lambda text: None)}
     assert {name: result.status for name, result in results.items()} == {
         "crash-first-half": "pass",
@@ -166,6 +167,14 @@ def test_loader_errors_are_explained(text: str, meaning: str, fix: str) -> None:
     assert known is not None
     assert meaning in known.meaning
     assert fix in known.fix
+
+
+def test_every_hint_can_be_filled_in() -> None:
+    for hint in read_table("error_hints.toml")["hints"]:
+        groups, filled = ["x"] * re.compile(hint["pattern"]).groups, {"suspect": "torch", "pip": PIP, "python": "3.12"}
+        assert ("fix" in hint) != ("reinstall" in hint), hint
+        for text in (hint["meaning"], hint.get("fix", ""), *hint.get("reinstall", ())):
+            assert "{" not in text.format(*groups, **filled), hint
 
 
 def test_an_unknown_error_is_shown_as_it_is() -> None:

@@ -14,7 +14,7 @@ def machine(gpu: str | None = None, capability: tuple[int, int] = (9, 0), driver
 
 H100 = "NVIDIA H100 80GB HBM3"
 CPU_MACHINE = machine()
-RULES = {rule.name: rule for rule in version_rules.RULES}
+RULES = {rule.name: rule for rule in version_rules.rules()}
 
 # name, what is installed, the machine, and whether the rule speaks up
 CASES: list[tuple[str, dict[str, str], Hardware, bool]] = [
@@ -81,5 +81,5 @@ def test_the_fix_of_a_rule_puts_right_what_differs_and_removes_what_the_stack_do
 
 
 def test_every_rule_has_a_source_and_a_test() -> None:
-    assert all(rule.source.startswith("https://") for rule in version_rules.RULES)
+    assert all(rule.source.startswith("https://") for rule in version_rules.rules())
     assert {case[0] for case in CASES} | {case[0] for case in DECLARED} == set(RULES)

@@ -12,6 +12,7 @@ from pathlib import Path
 from typing import Any
 
 from fasttune.config import Config
+from fasttune.core import autoconfig
 from fasttune.core.memory import Choices
 from fasttune.metrics import Backend
 
@@ -35,8 +36,10 @@ def build(arm: str, config: Config, steps: int, shared: Path, scratch: Path) -> 
 
         trainer = trainers.build(job, scratch)
     else:
-        own = {"vanilla": _vanilla, "hf-tuned": _tuned, "unsloth-notebook": _notebook}
-        trainer = own[arm](config, steps, shared, scratch)
+        if arm in PLAIN:
+            trainer = _plain(config, steps, shared, scratch, tuned=arm == "hf-tuned")
+        else:
+            trainer = _notebook(config, steps, shared, scratch)
         from fasttune.core import what_ran
 
         if Choices.of(config).stochastic_rounding:
@@ -116,36 +119,42 @@ def unsloth_library(attention: list[str] | None) -> str:
     return "unsloth (CPU backend) + trl" if attention is None else " + ".join(["unsloth", "trl", *attention])
 
 
-def _vanilla(config: Config, steps: int, shared: Path, scratch: Path) -> Any:
-    import transformers
-
-    model, tokenizer = _plain_model(config)
-    collator = transformers.DataCollatorForSeq2Seq(tokenizer, padding=True)
-    return _plain_trainer(model, collator, _arguments(config, steps, scratch), shared)
-
-
-def _tuned(config: Config, steps: int, shared: Path, scratch: Path) -> Any:
+def _plain(config: Config, steps: int, shared: Path, scratch: Path, tuned: bool) -> Any:
+    """transformers.Trainer and PEFT, without Unsloth."""
     from fasttune import cpu
 
-    cpu.ask_for_huge_pages()  # torch reads it once, at its import
+    if tuned:
+        cpu.ask_for_huge_pages()  # torch reads it once, at its import
     import torch
     import transformers
 
+    from fasttune.core import what_ran
+
     on_gpu = torch.cuda.is_available()
-    if not on_gpu:
+    if tuned and not on_gpu:
         cpu.keep_freed_memory()
-    # Without flash-attn, SDPA would be given a mask of the whole pack's square.
-    flash, liger = (on_gpu and importlib.util.find_spec(name) is not None for name in ("flash_attn", "liger_kernel"))
-    model, tokenizer = _plain_model(config, **({"attn_implementation": "flash_attention_2"} if flash else {}))
+    used = {name: tuned and on_gpu and importlib.util.find_spec(name) for name in ("flash_attn", "liger_kernel")}
+    arguments = _arguments(config, steps, scratch)
+    if tuned:
+        arguments |= {"optim": "adamw_torch_fused", "use_liger_kernel": bool(used["liger_kernel"])}
+    attention = {"attn_implementation": "flash_attention_2"} if used["flash_attn"] else {}
+    model, tokenizer = _plain_model(config, **attention)
     collator: Any = transformers.DataCollatorForSeq2Seq(tokenizer, padding=True)
-    if flash or not on_gpu:
+    if used["flash_attn"] or (tuned and not on_gpu):  # else SDPA would be given a mask of the whole pack's square
         collator = transformers.DataCollatorWithFlattening()
-    tuned = {"optim": "adamw_torch_fused", "use_liger_kernel": liger}
-    return _plain_trainer(model, collator, _arguments(config, steps, scratch) | tuned, shared)
+
+    class Trainer(what_ran.Watched, transformers.Trainer): ...
+
+    told = transformers.TrainingArguments(**arguments)
+    trainer = Trainer(model=model, args=told, train_dataset=_rows(shared), data_collator=collator)
+    trainer.remove_callback(transformers.PrinterCallback)
+    libraries = {"peft": hasattr(model, "peft_config"), "liger": told.use_liger_kernel}
+    trainer.library = " + ".join(["transformers", *(name for name, there in libraries.items() if there)])
+    return trainer
 
 
 def _plain_model(config: Config, **more: Any) -> tuple[Any, Any]:
-    """Model and tokenizer without Unsloth."""
+    """Model and tokenizer."""
     import torch
     import transformers
 
@@ -169,44 +178,22 @@ def plain_lora(model: Any, config: Config) -> Any:
     return peft.get_peft_model(model, peft.LoraConfig(**size, target_modules=lora.targets, task_type="CAUSAL_LM"))
 
 
-def _plain_trainer(model: Any, collator: Any, arguments: dict[str, Any], shared: Path) -> Any:
-    import transformers
-
-    from fasttune.core import what_ran
-
-    class Trainer(what_ran.Watched, transformers.Trainer): ...
-
-    told = transformers.TrainingArguments(**arguments)
-    trainer = Trainer(model=model, args=told, train_dataset=_rows(shared), data_collator=collator)
-    trainer.remove_callback(transformers.PrinterCallback)
-    used = {"peft": hasattr(model, "peft_config"), "liger": trainer.args.use_liger_kernel}
-    trainer.library = " + ".join(["transformers", *(name for name, there in used.items() if there)])
-    return trainer
-
-
 def _arguments(config: Config, steps: int, scratch: Path) -> dict[str, Any]:
-    """What every Hugging Face trainer is told: the job's own settings."""
+    """What the trainers of the other arms are told: the job's own settings, and rows as they come."""
     import torch
 
-    train, at_once = config.train, rows_at_once(config)
-    rows = {"per_device_train_batch_size": at_once, "gradient_accumulation_steps": train.batch_rows // at_once}
-    rate = {"learning_rate": train.learning_rate, "lr_scheduler_type": train.scheduler}
-    rate["warmup_steps"] = round(train.warmup_ratio * steps)
-    update = {"weight_decay": train.weight_decay, "max_grad_norm": train.max_grad_norm}
-    told = {"logging_steps": 1, "logging_nan_inf_filter": False, "disable_tqdm": True, "report_to": "none"}
-    kept = {"output_dir": str(scratch / "trainer"), "save_strategy": "no", "remove_unused_columns": False}
-    where = {"bf16": config.model.dtype == "bfloat16", "use_cpu": not torch.cuda.is_available(), "seed": config.seed}
-    return {"max_steps": steps, **rows, **rate, **update, **told, **kept, **where}
+    at_once = rows_at_once(config)
+    return autoconfig.trainer_settings(config, steps) | {
+        "output_dir": str(scratch / "trainer"),
+        "per_device_train_batch_size": at_once,
+        "gradient_accumulation_steps": config.train.batch_rows // at_once,
+        "use_cpu": not torch.cuda.is_available(),
+    }
 
 
 def rows_at_once(config: Config) -> int:
     """Of the plain arms and the notebook, whose micro-batches are rows as they come."""
     return config.train.batch_rows if config.train.micro_batch_rows == "auto" else config.train.micro_batch_rows
-
-
-def batches_a_step(arm: str, config: Config) -> int:
-    """That a trainer's data loader gives: `fasttune`'s makes all micro-batches of a step at once."""
-    return 1 if arm == "fasttune" else config.train.batch_rows // rows_at_once(config)
 
 
 def _rows(shared: Path) -> list[dict[str, list[int]]]:

@@ -113,7 +113,7 @@ class Arm:
 
 
 @dataclass(frozen=True)
-class Comparison:
+class ArmComparison:
     """One arm over another: ratio of the medians of tokens/s with a bootstrap 95 % interval.
 
     invalid: why the two cannot be compared (they did not do the same work); None if they can.
@@ -166,7 +166,7 @@ class Bench:
         return next((arm for arm in self.arms if arm.name == name), None)
 
     @cached_property
-    def comparisons(self) -> list[Comparison]:
+    def comparisons(self) -> list[ArmComparison]:
         """Every arm that ran against the baseline, and fasttune against every other."""
         ran = [arm for arm in self.arms if arm.repeats]
         return [
@@ -177,7 +177,7 @@ class Bench:
         ]
 
     @property
-    def over_baseline(self) -> dict[str, Comparison]:
+    def over_baseline(self) -> dict[str, ArmComparison]:
         """By the arm's name."""
         return {each.arm: each for each in self.comparisons if each.over == BASELINE}
 
@@ -237,7 +237,7 @@ class Bench:
         return document | {"comparisons": [asdict(c) for c in self.comparisons], "valid": self.valid}
 
 
-def compare(arm: Arm, over: Arm, tolerance: float) -> Comparison:
+def compare(arm: Arm, over: Arm, tolerance: float) -> ArmComparison:
     """Ratio of medians of tokens/s; invalid if rows, tokens or losses of any two repeats differ."""
     low, high = bootstrap_ratio(arm.values("tokens_per_s"), over.values("tokens_per_s"))
     ratio = (arm.median("tokens_per_s") or 0) / (over.median("tokens_per_s") or 1)
@@ -258,7 +258,7 @@ def compare(arm: Arm, over: Arm, tolerance: float) -> Comparison:
         invalid = "a loss is not finite"
     elif difference > tolerance:
         invalid = f"their losses differ by {difference:.1%}, more than {tolerance:.1%}"
-    return Comparison(arm.name, over.name, ratio, low, high, difference, tolerance, invalid)
+    return ArmComparison(arm.name, over.name, ratio, low, high, difference, tolerance, invalid)
 
 
 def bootstrap_ratio(numerator: list[float], denominator: list[float]) -> tuple[float, float]:

@@ -74,7 +74,7 @@ def share(config: Config, shared: Path, scratch: Path) -> dict[str, Any]:
 
 
 def measure(arm: str, config: Config, steps: int, shared: Path, scratch: Path) -> Repeat:
-    """One repeat of an arm. `shared` holds what `share` wrote. An arm that runs out of memory begins anew with half as
+    """One repeat of an arm. `shared` holds what `share` wrote. An arm that runs out of memory starts again with half as
     many rows at once; `fasttune` does so by itself."""
     asked = arms.rows_at_once(config)
     while True:
@@ -93,7 +93,7 @@ def measure(arm: str, config: Config, steps: int, shared: Path, scratch: Path) -
             torch.cuda.empty_cache()
             torch.cuda.reset_peak_memory_stats()
         fewer = max(n for n in range(1, at_once) if config.train.batch_rows % n == 0)
-        config = config.model_copy(update={"train": config.train.model_copy(update={"micro_batch_rows": fewer})})
+        config = configuration.changed(config, train={"micro_batch_rows": fewer})
 
 
 def measure_once(arm: str, config: Config, steps: int, shared: Path, scratch: Path) -> Repeat:
@@ -106,7 +106,9 @@ def measure_once(arm: str, config: Config, steps: int, shared: Path, scratch: Pa
     class Callback(Clock, transformers.TrainerCallback): ...
 
     clock = Callback()
-    trainer.data_collator = counter = Counter(trainer.data_collator, arms.batches_a_step(arm, config))
+    # A data loader gives micro-batches; that of `fasttune` all of a step at once.
+    per_step = 1 if arm == "fasttune" else config.train.batch_rows // arms.rows_at_once(config)
+    trainer.data_collator = counter = Counter(trainer.data_collator, per_step)
     trainer.add_callback(clock)
     trainer.train()
     done = len(clock.seconds)

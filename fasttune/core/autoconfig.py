@@ -5,6 +5,7 @@ The fastest settings whose forecast memory fits; recomputing only when memory as
 
 import math
 from dataclasses import dataclass, replace
+from typing import Any
 
 from fasttune import hardware as machines
 from fasttune.config import Config, changed
@@ -118,6 +119,27 @@ def share(
     resized = Setting("batch", _batch(config, rows), f"rows begin alike: {fewer}")
     settings = [resized if each.name == "batch" else each for each in plan.settings]
     return replace(plan, micro_batch_rows=rows, settings=settings), shown
+
+
+def trainer_settings(config: Config, steps: int) -> dict[str, Any]:
+    """What every Hugging Face trainer of a resolved config is told: that of a run, and those of a benchmark."""
+    train = config.train
+    return {
+        "max_steps": steps,
+        "learning_rate": train.learning_rate,
+        "lr_scheduler_type": train.scheduler,
+        "warmup_steps": round(train.warmup_ratio * steps),
+        "weight_decay": train.weight_decay,
+        "max_grad_norm": train.max_grad_norm,
+        "bf16": config.model.dtype == "bfloat16",
+        "seed": config.seed,
+        "remove_unused_columns": False,
+        "logging_steps": 1,
+        "logging_nan_inf_filter": False,
+        "disable_tqdm": True,
+        "save_strategy": "no",
+        "report_to": "none",
+    }
 
 
 def full_memory(config: Config, shape: Shape, choices: Choices, rows: int) -> Memory:

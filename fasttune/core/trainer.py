@@ -18,6 +18,7 @@ import trl
 from datasets import Dataset
 
 from fasttune.core import what_ran
+from fasttune.core.autoconfig import trainer_settings
 from fasttune.core.what_ran import Watched, count_tokens, dtypes, optimizer, round_by_chance, synchronize
 from fasttune.cpu import fused_lora
 from fasttune.data.batching import ON_HOST, Batches
@@ -229,31 +230,18 @@ class StepRecorder(transformers.TrainerCallback):
 
 def build(job: "Job", scratch: Path, done: int = 0) -> MeasuredTrainer:
     """The trainer of a prepared job whose first `done` steps are behind it. `scratch` is where TRL may write."""
-    config, plan, train = job.config, job.plan, job.config.train
+    config, plan = job.config, job.plan
     arguments = trl.SFTConfig(
+        **trainer_settings(config, job.total_steps),
         output_dir=str(scratch),
         per_device_train_batch_size=1,  # one step: its micro-batches are the collator's
         gradient_accumulation_steps=1,
-        max_steps=job.total_steps,
-        learning_rate=train.learning_rate,
-        lr_scheduler_type=train.scheduler,
-        warmup_steps=round(train.warmup_ratio * job.total_steps),
-        weight_decay=train.weight_decay,
-        max_grad_norm=train.max_grad_norm,
         optim=plan.optimizer,
-        bf16=plan.dtype == "bfloat16",
         gradient_checkpointing=plan.gradient_checkpointing != "none",
         max_length=config.model.max_length,
         packing=False,
         dataset_kwargs={"skip_prepare_dataset": True},
-        remove_unused_columns=False,
-        seed=config.seed,
         data_seed=config.seed,
-        logging_steps=1,
-        logging_nan_inf_filter=False,
-        disable_tqdm=True,
-        save_strategy="no",
-        report_to="none",
         torch_empty_cache_steps=None,  # Unsloth's own 250 throws memory away that is asked for again at once
         use_cpu=not torch.cuda.is_available(),
     )

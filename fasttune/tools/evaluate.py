@@ -64,7 +64,7 @@ def run(options: argparse.Namespace) -> dict[str, Any]:
         fix = f"remove {system.cache_root() / 'answers'}, or give --no-cache"
         unusable = in_one_line(OutputError, "the kept answers cannot be used", fix, (sqlite3.Error,))
         try:
-            with unusable, closing(harness.Answers(model, tokenizer, keep=not options.no_cache)) as known:
+            with unusable, closing(harness.AnswerCache(model, tokenizer, keep=not options.no_cache)) as known:
                 asked = harness.Harness(model, tokenizer, rows, known, reporter.progress)
                 raw = harness.run(asked, loaded, options.limit)
         except RuntimeError as error:
@@ -98,7 +98,7 @@ def run(options: argparse.Namespace) -> dict[str, Any]:
     report.write_bytes(folder / EVAL_FILES[1], lines.encode())
     report.write_json(folder / EVAL_FILES[0], result)
     if trained.run and folder.resolve() == trained.run.resolve():
-        card.of_run(trained.run)
+        card.of_run(trained.run, trained.result)
     return result
 
 

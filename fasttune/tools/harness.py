@@ -33,7 +33,7 @@ class Harness(HFLM):
     """A loaded model as the harness asks it; a request that this model has answered before is not asked again."""
 
     def __init__(
-        self, model: Any, tokenizer: Any, batch_rows: int, known: "Answers", progress: Callable[[str, float], None]
+        self, model: Any, tokenizer: Any, batch_rows: int, known: "AnswerCache", progress: Callable[[str, float], None]
     ):
         super().__init__(pretrained=model, tokenizer=tokenizer, batch_size=batch_rows)
         self.known, self.progress = known, progress
@@ -89,7 +89,7 @@ class Harness(HFLM):
         return [found[key] for key in keys]
 
 
-class Answers:
+class AnswerCache:
     """What this model has answered, by request: SQLite and JSON, so that nothing in the file is ever executed.
 
     `keep`: beyond the end of the process. Raises sqlite3.Error.

@@ -3,11 +3,12 @@
     figures = look(config.load("configs/quickstart.yaml"), rows=3, reporter=terminal.Reporter())
     show(figures)
 
---json prints every field of Figures by its name. `learned_tokens` are the supervised ones, where the loss is taken:
+--json prints every field of DataFigures by its name. `learned_tokens` are the supervised ones, where the loss is taken:
 never the first token of a row, which nothing predicts. Text of the data cannot send control codes to the terminal.
 """
 
 import math
+from collections.abc import Iterator
 from dataclasses import dataclass, replace
 from itertools import pairwise
 from pathlib import Path
@@ -18,7 +19,7 @@ from rich.bar import Bar
 from rich.console import Console, Group, RenderableType
 from rich.padding import Padding
 from rich.rule import Rule
-from rich.table import Column, Table
+from rich.table import Table
 from rich.text import Text
 
 from fasttune import hardware, terminal
@@ -34,8 +35,6 @@ from fasttune.tools.estimate import lay_out
 
 BARS = 7  # of the histogram, and one for the longest rows where they are far out
 PIECE_CHARACTERS = 1200  # of an uninterrupted piece of a row on the page; --json has all of it
-SUPERVISED_STYLE, READ_STYLE = "bold green", "dim"
-SUPERVISED_MARKS = "«", "»"  # where there is no colour
 
 
 @dataclass(frozen=True)
@@ -106,7 +105,7 @@ class Row:
 
 
 @dataclass(frozen=True)
-class Figures:
+class DataFigures:
     """Everything the page shows. *_share: 0 to 1."""
 
     name: str
@@ -129,7 +128,7 @@ class Figures:
     shown: list[Row]
 
 
-def look(config: Config, rows: int, reporter: terminal.Reporter) -> Figures:
+def look(config: Config, rows: int, reporter: terminal.Reporter) -> DataFigures:
     """Encode the data of a config (or take it from the cache) and lay it out as a run here would; decode `rows` of it.
 
     Raises DataError and ModelError.
@@ -155,14 +154,12 @@ def look(config: Config, rows: int, reporter: terminal.Reporter) -> Figures:
 
 def measure(
     config: Config, tokenizer: Any, changes: list[tuple[str, str]], data: Batches, rows: int, warnings: list[str]
-) -> Figures:
+) -> DataFigures:
     """The figures of encoded data."""
-    sets = [
-        _data_set(part, weight, len(held))
-        for part, weight, (_, held) in zip(data.parts, data.weights, data.split, strict=True)
-    ]
+    parts = zip(data.parts, data.weights, data.split, strict=True)
+    sets = [_data_set(part, weight, len(held)) for part, weight, (_, held) in parts]
     lengths = np.concatenate([part.lengths for part in data.parts])
-    return Figures(
+    return DataFigures(
         name=config.name,
         model=config.model.name,
         max_length_tokens=data.max_length,
@@ -236,13 +233,13 @@ def _padding(data: Batches, steps: int) -> PaddedShare:
 def _first_rows(data: Batches, tokenizer: Any, wanted: int) -> list[Row]:
     """The first rows of the run, in the order they are trained."""
     found: list[Row] = []
-    for step in range(math.ceil(wanted / data.batch_rows)):
-        for part, index in data.rows_of(step)[: wanted - len(found)]:
-            rows = data.parts[part]
-            ids, mask = rows.row(index)
-            supervised = labels(ids, mask) != IGNORE
-            pieces = _pieces(tokenizer, ids.tolist(), supervised)
-            found.append(Row(rows.source, int(rows.numbers[index]), len(ids), int(supervised.sum()), pieces))
+    steps = range(math.ceil(wanted / data.batch_rows))
+    for part, index in [each for step in steps for each in data.rows_of(step)][:wanted]:
+        rows = data.parts[part]
+        ids, mask = rows.row(index)
+        supervised = labels(ids, mask) != IGNORE
+        pieces = _pieces(tokenizer, ids.tolist(), supervised)
+        found.append(Row(rows.source, int(rows.numbers[index]), len(ids), int(supervised.sum()), pieces))
     return found
 
 
@@ -258,95 +255,95 @@ def _pieces(tokenizer: Any, ids: list[int], supervised: np.ndarray) -> list[tupl
     return pieces
 
 
-def show(figures: Figures, console: Console = terminal.console) -> None:
+def show(figures: DataFigures, console: Console = terminal.console) -> None:
     """Print the page: what becomes of each data set, lengths, padding, and rows with what is supervised set apart."""
-    colour = console.color_system is not None and not console.no_color
+
+    def heading(*words: str | tuple[str, str]) -> None:
+        console.print(Rule(Text.assemble(*words), align="left", style="dim"))
 
     def indented(*part: RenderableType) -> None:
         console.print(Padding(Group(*part), (1, 2, 0, 2), expand=False))
 
-    console.print(Rule(Text.assemble(("data ", "bold"), _visible(figures.name)), align="left", style="dim"))
+    heading(("data ", "bold"), _visible(figures.name))
     indented(*_sets(figures))
     indented(*_histogram(figures.lengths, console.width))
     indented(*_layouts(figures))
     if not figures.shown:
         return
     console.print()
-    console.print(Rule(Text("rows as they are trained, the first of the run", style="bold"), align="left", style="dim"))
-    supervised, read = _marked("supervised", True, colour), _marked("only read", False, colour)
-    marks = "" if colour else " stands between these marks; all else is"
-    indented(Text.assemble(supervised, marks, "  " if colour else " ", read))
+    heading(("rows as they are trained, the first of the run", "bold"))
+    colour = console.color_system is not None and not console.no_color
+    ways = [("", "", "dim"), ("", "", "bold green")] if colour else [("", "", ""), ("«", "»", "")]  # read, supervised
+
+    def marked(text: str, supervised: bool) -> tuple[str, str]:
+        before, after, style = ways[supervised]
+        return f"{before}{text}{after}", style
+
+    between = "  " if colour else " stands between these marks; all else is "
+    indented(Text.assemble(marked("supervised", True), between, marked("only read", False)))
     for row in figures.shown:
         unit = "line" if sources.kind(row.source) == "jsonl" else "row"
         place = f"{unit} {row.number:,} of {Path(row.source).name}"
         counts = f" · {row.tokens:,} tokens, {row.learned_tokens:,} supervised"
-        text = Text.assemble(*(_marked(_clip(piece), supervised, colour) for piece, supervised in row.pieces))
+        text = Text.assemble(*(marked(_clip(piece), supervised) for piece, supervised in row.pieces))
         indented(Text.assemble((_visible(place), "bold"), counts), Padding(text, (0, 0, 0, 2), expand=False))
 
 
-def _sets(figures: Figures) -> list[RenderableType]:
+def _sets(figures: DataFigures) -> list[RenderableType]:
     """A paragraph a data set: what is trained of it, what was left out or cut, and why."""
+
+    def tokens(each: DataSet | DataFigures) -> str:
+        return f"{each.tokens:,} tokens, {each.learned_tokens:,} supervised ({each.learned_tokens / each.tokens:.1%})"
+
     lines: list[RenderableType] = []
     for each in figures.data_sets:
         often = f"  {each.weight:g} × an epoch" if each.weight != 1 else ""
         lines.append(Text.assemble((_visible(each.source), "bold"), (often, "dim")))
         held = f", {each.rows_held_out:,} of them held out" if each.rows_held_out else ""
-        read = f"  {each.rows_read:,} rows read, {each.rows_kept:,} kept{held}"
-        lines.append(Text(f"{read} · {_tokens(each.tokens, each.learned_tokens)}"))
-        unused = [f"{_rows(n)}: {what}" for what, n in each.rows_with_unused.items()][:20]
-        losses = _losses(each, figures)
-        lines += [Text(f"  {_visible(text)}", style="dim") for text in unused]
-        lines += [Text(f"  {_visible(text)}", style="yellow") for text in losses]
-        if not losses:
-            lines.append(Text("  every row is whole: none dropped, truncated or split", style="dim"))
+        lines.append(Text(f"  {each.rows_read:,} rows read, {each.rows_kept:,} kept{held} · {tokens(each)}"))
+        unused = [f"  {_rows(n)}: {what}" for what, n in each.rows_with_unused.items()][:20]
+        lines += [Text(_visible(text), style="dim") for text in unused]
+        losses = [f"  {_rows(n)} ({n / each.rows_read:.1%}) {what}" for what, n in _losses(each, figures) if n]
+        lines += [Text(_visible(text), style="yellow") for text in losses]
+        lines += [] if losses else [Text("  every row is whole: none dropped, truncated or split", style="dim")]
     if len(figures.data_sets) > 1:
         lines.append(Text("together", style="bold"))
-        lines.append(Text(f"  {figures.rows:,} rows kept · {_tokens(figures.tokens, figures.learned_tokens)}"))
+        lines.append(Text(f"  {figures.rows:,} rows kept · {tokens(figures)}"))
     steps = f"{steps_text(figures.steps_per_epoch)} of {figures.rows_per_step:,}"
     lines.append(Text(f"an epoch is {figures.rows_per_epoch:,} rows, in {steps}", style="dim"))
     lines += [Text(f"chat template: {what}: {why}", style="dim") for what, why in figures.template_changes]
     return lines + [Text(_visible(warning), style="yellow") for warning in figures.warnings]
 
 
-def _tokens(tokens: int, supervised: int) -> str:
-    return f"{tokens:,} tokens, {supervised:,} supervised ({supervised / tokens:.1%})"
-
-
-def _rows(count: int) -> str:
-    return f"{count:,} row{'' if count == 1 else 's'}"
-
-
-def _losses(each: DataSet, figures: Figures) -> list[str]:
+def _losses(each: DataSet, figures: DataFigures) -> Iterator[tuple[str, int]]:
+    """(what is lost, of how many rows)"""
     long = f"longer than model.max_length={figures.max_length_tokens:,} tokens (data.too_long={figures.too_long})"
-    found = [
-        (each.rows_truncated, f"truncated: {long}"),
-        (each.rows_split, f"split into pieces: {long}"),
-        (each.rows_too_long, f"dropped: {long}"),
-        *((n, f"dropped: {reason}") for reason, n in each.rows_dropped.items()),
-        *((n, f"lost in the chat template: {what}") for what, n in each.rows_lost.items()),
-        *((n, f"with a control token in a text: {token}") for token, n in each.rows_with_control_tokens.items()),
-    ]
-    return [f"{_rows(n)} ({n / each.rows_read:.1%}) {what}" for n, what in found if n]
+    yield f"truncated: {long}", each.rows_truncated
+    yield f"split into pieces: {long}", each.rows_split
+    yield f"dropped: {long}", each.rows_too_long
+    yield from ((f"dropped: {reason}", n) for reason, n in each.rows_dropped.items())
+    yield from ((f"lost in the chat template: {what}", n) for what, n in each.rows_lost.items())
+    yield from ((f"with a control token in a text: {token}", n) for token, n in each.rows_with_control_tokens.items())
 
 
 def _histogram(lengths: Lengths, width: int) -> list[RenderableType]:
-    title = Text("length of a row in tokens", style="bold")
     quantiles = (
         f"shortest {lengths.shortest_tokens:,} · median {lengths.median_tokens:,.0f} · mean {lengths.mean_tokens:,.0f}"
         f" · p95 {lengths.p95_tokens:,.0f} · longest {lengths.longest_tokens:,}"
     )
-    columns = [Column(justify=side, no_wrap=True) for side in ("right", "left", "right", "right")]  # type: ignore
-    table = Table.grid(*columns, padding=(0, 2, 0, 0))
+    table = Table.grid(padding=(0, 2, 0, 0))
+    for side in ("right", "left", "right", "right"):
+        table.add_column(justify=side, no_wrap=True)  # type: ignore[arg-type]
     counts = [each.rows for each in lengths.histogram]
     for each in lengths.histogram:
         bar = Bar(max(counts), 0, each.rows, width=max(10, min(48, width - 40)), color="cyan")
         first = f"{each.from_tokens:,}–" if each.to_tokens > each.from_tokens else ""
         share = Text(f"{each.rows / sum(counts):.1%}", style="dim")
         table.add_row(f"{first}{each.to_tokens:,}", bar, f"{each.rows:,}", share)
-    return [title, Text(quantiles, style="dim"), table]
+    return [Text("length of a row in tokens", style="bold"), Text(quantiles, style="dim"), table]
 
 
-def _layouts(figures: Figures) -> list[RenderableType]:
+def _layouts(figures: DataFigures) -> list[RenderableType]:
     padding = figures.padding
     lines = [
         ("packed", f"{padding.packed_share:6.1%}", "of what is computed: rows lie end to end"),
@@ -356,18 +353,14 @@ def _layouts(figures: Figures) -> list[RenderableType]:
     if saved:
         counted = f"{padding.computed_tokens:,} computed of {padding.tokens:,} tokens"
         lines.append(("shared", f"{saved:6.1%}", f"of the tokens of packed rows, because they begin alike: {counted}"))
-    runs = "off: train.packing=false, rows will be padded"
-    if figures.packing is not False:
-        runs = "on, once train has proved on the model that rows of a pack do not see each other"
+    runs = "on, once train has proved on the model that rows of a pack do not see each other"
+    runs = "off: train.packing=false, rows will be padded" if figures.packing is False else runs
     first = f"  over the first {steps_text(padding.steps)} of a run on this machine"
     return [Text.assemble(("padding", "bold"), first), terminal.grid(lines), Text(f"packing is {runs}", style="dim")]
 
 
-def _marked(text: str, supervised: bool, colour: bool) -> tuple[str, str]:
-    if colour:
-        return text, SUPERVISED_STYLE if supervised else READ_STYLE
-    before, after = SUPERVISED_MARKS if supervised else ("", "")
-    return f"{before}{text}{after}", ""
+def _rows(count: int) -> str:
+    return f"{count:,} row{'' if count == 1 else 's'}"
 
 
 def _clip(text: str) -> str:

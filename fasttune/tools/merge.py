@@ -42,16 +42,16 @@ def run(options: argparse.Namespace) -> dict[str, Any]:
     with library_log():
         if options.push_to_hub:
             check_hub(options.push_to_hub)
-        base = trained.base.model_copy(update={"quantization": "none"})
+        base = trained.base.name
         if trained.base.quantization == "nf4":
-            reporter.note(f"the adapter was trained on nf4 weights; it is merged into {base.name} itself, unquantized")
-        merge, dtype = merged_weights.plan(base, trained.adapter), DTYPES[options.dtype]
+            reporter.note(f"the adapter was trained on nf4 weights; it is merged into {base} itself, unquantized")
+        merge, dtype = merged_weights.plan(trained.base, trained.adapter), DTYPES[options.dtype]
         take_over_loggers()
         run_folder.check_space(out, merge.gib(dtype), "--out")
         what = f"{len(merge.deltas)} weights gain an adapter" if trained.adapter else "no adapter, only cast"
         whole = f", {len(merge.replaced)} are replaced whole" if merge.replaced else ""
         reporter.note(
-            f"{what}{whole}; {len(merge.shards)} shard{'s' * (len(merge.shards) != 1)} of {base.name}, "
+            f"{what}{whole}; {len(merge.shards)} shard{'s' * (len(merge.shards) != 1)} of {base}, "
             f"written in {dtype or 'the dtype of its own files (--dtype changes it)'}"
         )
         unwritten = in_one_line(OutputError, f"--out: {out} was not written", "free space on its disk", DISK_ERRORS)
@@ -66,7 +66,7 @@ def run(options: argparse.Namespace) -> dict[str, Any]:
                 compared = compare(made, trained)
             except RunFailed as error:
                 raise RunFailed(f"{error}; it is kept as {place(made, unverified(out))}") from error
-            card.write(made, trained, compared)
+            card.write(made, card.of(trained), compared)
             done = place(made, out if compared.verified else unverified(out))
     tell(compared, done, reporter)
     result = {"model": options.model, "out": str(done), "verified": compared.verified, **asdict(compared)}

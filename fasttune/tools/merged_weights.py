@@ -2,6 +2,9 @@
 
 W + scale · B A in fp32, then cast. PEFT says which layers carry an adapter and at which scale; it is asked on a model
 without weights (meta device). Source: https://arxiv.org/abs/2106.09685, section 4.1.
+
+Not PEFT's merge_and_unload: it rounds as we do, but holds all weights at once, and transformers would save them: in one
+dtype, without a tensor that it does not know, under a config.json of its own version.
 """
 
 import json

@@ -9,8 +9,8 @@ An adapter may come from anywhere: what PEFT would run, build or search by its w
 import shlex
 import signal
 from collections.abc import Iterator
-from contextlib import contextmanager
-from dataclasses import dataclass, field, replace
+from contextlib import AbstractContextManager, contextmanager
+from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Annotated, Any, Literal
 
@@ -27,6 +27,7 @@ PREFIX = "base_model.model."  # PEFT's, before every name of the base model
 COPIES = (".modules_to_save.", ".original_module.")  # PEFT sometimes writes these too, beside the weight itself
 # They would rebuild the base, or import a module by its name.
 REFUSED = ("layer_replication", "megatron_config", "loftq_config", "arrow_config")
+LONGEST = 2**24  # tokens: as model.max_length allows
 MATCHING_CPU_S = 2.0  # of all patterns against all layers; ordinary ones take milliseconds
 
 Shape = tuple[int, ...]
@@ -53,8 +54,9 @@ class TrainedModel:
     @property
     def tokenizer_source(self) -> ModelConfig:
         """Where the tokenizer with the chat template of the training is: beside the adapter, else with the base."""
-        beside = self.adapter is not None and (self.adapter / "tokenizer_config.json").is_file()
-        return self.base.model_copy(update={"name": str(self.adapter), "revision": None}) if beside else self.base
+        if self.adapter is None or not (self.adapter / "tokenizer_config.json").is_file():
+            return self.base
+        return ModelConfig(name=str(self.adapter), trust_remote_code=self.base.trust_remote_code)
 
     def reading(self, source: str) -> tuple[str, dict[str, str]]:
         """(split, data.columns) of the run for rows that its config names; ("train", {}) for all others."""
@@ -70,11 +72,6 @@ def open_run(name: str, trust_remote_code: bool = False) -> TrainedModel:
     Only the command now given may switch on the model's own code, never a file that is there. Imports nothing heavy and
     loads no weights. Raises ModelError in one line.
     """
-    found = _open(name)
-    return replace(found, base=found.base.model_copy(update={"trust_remote_code": trust_remote_code}))
-
-
-def _open(name: str) -> TrainedModel:
     folder = Path(name).expanduser()
     if folder.name in ("adapter", "model") and (folder.parent / "config.yaml").is_file() and folder.is_dir():
         folder = folder.parent
@@ -83,15 +80,16 @@ def _open(name: str) -> TrainedModel:
     elif not folder.is_dir():
         _refuse_missing(name, folder)
     elif (folder / "config.yaml").is_file():
-        return _run(name, folder)
+        return _run(name, folder, trust_remote_code)
     elif (folder / SETTINGS).is_file():
-        return _adapter(name, folder)
+        return _adapter(name, folder, trust_remote_code)
     elif not (folder / "config.json").is_file():
         raise ModelError(
             f"{name}: holds no run (config.yaml), no adapter ({SETTINGS}) and no model (config.json); name the output "
             "folder of `fasttune train`, or a model"
         )
-    return TrainedModel(name, ModelConfig(name=str(folder) if folder.is_dir() else name))
+    name_of_base = str(folder) if folder.is_dir() else name
+    return TrainedModel(name, ModelConfig(name=name_of_base, trust_remote_code=trust_remote_code))
 
 
 def _refuse_missing(name: str, folder: Path) -> None:
@@ -105,7 +103,7 @@ def _refuse_missing(name: str, folder: Path) -> None:
         raise ModelError(f"{name}: no such run in {folder.parent}/; {there}")
 
 
-def _run(name: str, folder: Path) -> TrainedModel:
+def _run(name: str, folder: Path, trust: bool) -> TrainedModel:
     try:
         config = configuration.load(folder / "config.yaml", [f"{configuration.TRUST}=false"])
     except ConfigError as error:
@@ -119,15 +117,16 @@ def _run(name: str, folder: Path) -> TrainedModel:
         resume = f"fasttune train --resume {shlex.quote(str(folder))}"
         raise ModelError(f"{name}: this run is {status} and has no {weights.name}/; resume it: {resume}")
     system.check_model_folder(weights)
-    base = config.model.model_copy(update={"name": str(weights), "revision": None}) if full else config.model
+    base = {"trust_remote_code": trust} | ({"name": str(weights), "revision": None} if full else {})
     if not full:
         adapter_settings(weights)
     unfinished = f"{name}: this run is {status}, so the weights in {weights.name}/ are not its last ones"
     warnings = [] if status == "completed" else [unfinished]
-    return TrainedModel(name, base, None if full else weights, folder, config, result or None, warnings)
+    model = configuration.changed(config, model=base).model
+    return TrainedModel(name, model, None if full else weights, folder, config, result or None, warnings)
 
 
-def _adapter(name: str, folder: Path) -> TrainedModel:
+def _adapter(name: str, folder: Path, trust: bool) -> TrainedModel:
     """A PEFT folder that is no part of a run: it names its base itself."""
     system.check_model_folder(folder)
     said = adapter_settings(folder)
@@ -137,7 +136,7 @@ def _adapter(name: str, folder: Path) -> TrainedModel:
     if pretrained.is_path(base) and pretrained.folder_of(base) is None:
         raise ModelError(f"{where} is {base[:100]}, which is not here; set it to the folder or hub id of that model")
     pretrained.check_name(base)
-    return TrainedModel(name, ModelConfig(name=base, revision=said.revision), folder)
+    return TrainedModel(name, ModelConfig(name=base, revision=said.revision, trust_remote_code=trust), folder)
 
 
 class AdapterSettings(pydantic.BaseModel):
@@ -193,14 +192,14 @@ def load(trained: TrainedModel, dtype: Dtype) -> tuple[Any, Any]:
     """
     from fasttune.core import model as models
 
-    base = trained.base
-    if base.quantization == "nf4" and not models.torch.cuda.is_available():
+    base = trained.base.model_dump(exclude_unset=True)
+    if trained.base.quantization == "nf4" and not models.torch.cuda.is_available():
         trained.warnings.append("trained on nf4 weights, which need a GPU: used here on the unquantized base")
-        base = base.model_copy(update={"quantization": "none"})
+        base["quantization"] = "none"
     tokenizer = pretrained.read_tokenizer(trained.tokenizer_source)
-    positions = getattr(pretrained.read_architecture(base), "max_position_embeddings", None) or 0
-    base = base.model_copy(update={"max_length": max(base.max_length, positions)})  # on a GPU unsloth cuts off there
-    model, _ = models.load(base, dtype, gradient_checkpointing="none", full=False, seed=0)
+    positions = getattr(pretrained.read_architecture(trained.base), "max_position_embeddings", None) or 0
+    base["max_length"] = max(trained.base.max_length, min(positions, LONGEST))  # on a GPU unsloth cuts off there
+    model, _ = models.load(ModelConfig(**base), dtype, gradient_checkpointing="none", full=False, seed=0)
     if folder := trained.adapter:
         model = put_on(model, folder)[0]
         with _peft_in_one_line(folder):
@@ -253,7 +252,7 @@ def copied(name: str) -> str | None:
     return next((name.replace(kind, ".") for kind in COPIES if kind in name), None)
 
 
-def _peft_in_one_line(folder: Path) -> Any:
+def _peft_in_one_line(folder: Path) -> AbstractContextManager[None]:
     what = f"{folder}: does not fit its base model, or is damaged"
     return in_one_line(ModelError, what, "set base_model_name_or_path to its own base, or get it again")
 

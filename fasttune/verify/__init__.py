@@ -5,8 +5,11 @@ A check is a function that yields results; a file names its own: `CHECKS = {"nam
 
 import shlex
 import sys
+import tomllib
 from dataclasses import dataclass
-from typing import Literal
+from functools import cache
+from pathlib import Path
+from typing import Any, Literal
 
 from fasttune import stack
 
@@ -35,3 +38,9 @@ def judged(name: str, ok: bool, detail: str, fix: str = "", reinstall: tuple[str
 def install_command(*packages: str) -> str:
     """The command that brings `packages` to what the active stack pins, or reinstalls them where they are so."""
     return stack.repair_command(packages, stack.active_stack())
+
+
+@cache
+def read_table(name: str) -> dict[str, Any]:
+    """A TOML file of this folder: Python reads it by itself, and PyYAML may be what is broken."""
+    return tomllib.loads(Path(__file__).with_name(name).read_text(encoding="utf-8"))

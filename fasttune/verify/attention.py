@@ -23,7 +23,7 @@ from torch import Tensor
 from torch.nn.attention import SDPBackend, sdpa_kernel
 from torch.profiler import ProfilerActivity, profile
 
-from fasttune.verify import PIP, Result, judged, version_rules
+from fasttune.verify import PIP, Result, judged
 
 DEVICE = "cuda" if torch.cuda.is_available() else "cpu"
 BATCH, TOKENS, Q_HEADS, KV_HEADS, HEAD_DIM = 2, 160, 8, 2, 128
@@ -35,7 +35,7 @@ FORWARD_EPS, GRADIENT_EPS = (1, 4) if torch.bfloat16 == DTYPE else (16, 16)
 NEEDED_ON_GPU = ("attention:sdpa-flash", "attention:torch-varlen")  # what the stacks train with
 # Neither flash-attn is part of a stack: without one, PyTorch's kernels are used.
 REMEDY = {
-    "attention:flash-attn": version_rules.REINSTALL_FLASH_ATTN,
+    "attention:flash-attn": f"{PIP} uninstall -y flash-attn && bash scripts/setup_h100.sh --flash-attn auto",
     "attention:flash-attn-3": f"{PIP} uninstall -y flash-attn-3",
 }
 

@@ -1,11 +1,13 @@
-"""Facts of this machine, every installed package against the stack's pins, the version rules; with --online the hub.
-
-The facts are read in verify's own process: the standard library only, no torch.
+"""Facts of this machine, every installed package against the stack's pins, the version rules: the standard library
+only, read in verify's own process. In child processes: each package imported alone, and with --online the hub.
 """
 
+import importlib
 import os
 import sys
 from collections.abc import Iterator, Mapping
+from functools import partial
+from importlib.metadata import version
 from importlib.util import find_spec
 from pathlib import Path
 
@@ -22,6 +24,23 @@ LEAST_CAPABILITY = (8, 0)  # bf16 and Flash Attention 2
 SHOWN_MISMATCHES = 6
 GATED = "meta-llama/Llama-3.1-8B"  # what the H100 configs train
 TIMEOUT_S = 10
+# module → something in it that a lazy package would otherwise leave unloaded; the slow ones first, as they are run.
+# unsloth and unsloth_zoo: see parity.py.
+MODULES = {
+    "transformers": "LlamaForCausalLM",
+    "peft": "LoraConfig",
+    "trl": "SFTTrainer",
+    "torchao": "quantization",
+    "accelerate": "Accelerator",
+    "torch": "nn",
+    "datasets": "Dataset",
+    "triton": "language",
+    "numpy": "linalg",
+    "tokenizers": "Tokenizer",
+    "torchvision": "ops",
+    "bitsandbytes": "functional",
+    "flash_attn": "flash_attn_func",
+}
 
 
 def read(hardware: Hardware, stack_name: str) -> Iterator[Result]:
@@ -41,14 +60,14 @@ def read(hardware: Hardware, stack_name: str) -> Iterator[Result]:
 
 
 def python() -> Result:
-    version = ".".join(str(part) for part in sys.version_info[:3])
+    here = ".".join(str(part) for part in sys.version_info[:3])
     if not (3, 11) <= sys.version_info[:2] <= (3, 13):
         fix = "install Python 3.12, then: bash scripts/setup_h100.sh --recreate --python python3.12"
-        return Result("python", "fail", f"{version}, but the stacks are made for 3.11 to 3.13", fix)
+        return Result("python", "fail", f"{here}, but the stacks are made for 3.11 to 3.13", fix)
     if sys.prefix == sys.base_prefix:
-        detail = f"{version}, not in a virtual environment: other packages may fight the stack"
+        detail = f"{here}, not in a virtual environment: other packages may fight the stack"
         return Result("python", "warn", detail, "bash scripts/setup_h100.sh")
-    return Result("python", "pass", f"{version} in {sys.prefix}")
+    return Result("python", "pass", f"{here} in {sys.prefix}")
 
 
 def operating_system(hardware: Hardware) -> Result:
@@ -138,21 +157,21 @@ def site_packages(stack_name: str) -> Result:
     wanted, seen = stack.read_pins(stack_name), dict[str, tuple[str, Path]]()
     damaged, outside = list[str](), list[str]()
     on_pythonpath = {Path(place).resolve() for place in os.environ.get("PYTHONPATH", "").split(os.pathsep) if place}
-    for name, version, distribution in stack.distributions():
+    for name, found, distribution in stack.distributions():
         if name not in wanted:
             continue
         folder = stack.metadata_folder(distribution)
         if name in seen:  # behind another one of its kind Python does not see it, in the same folder it may
-            if folder.parent == seen[name][1] and version != seen[name][0]:
-                damaged.append(f"{name} is there twice, {seen[name][0]} and {version}")
+            if folder.parent == seen[name][1] and found != seen[name][0]:
+                damaged.append(f"{name} is there twice, {seen[name][0]} and {found}")
             continue
-        seen[name] = (version, folder.parent)
-        if not stack.compare({name: wanted[name]}, {name: version}):
+        seen[name] = (found, folder.parent)
+        if not stack.compare({name: wanted[name]}, {name: found}):
             continue
         if folder.parent.resolve() in on_pythonpath:
-            outside.append(f"{name} {version} comes from {folder.parent} (PYTHONPATH)")
+            outside.append(f"{name} {found} comes from {folder.parent} (PYTHONPATH)")
         elif folder.suffix == ".dist-info" and not (folder / "RECORD").is_file():
-            damaged.append(f"{name} {version} has lost its RECORD, so pip cannot replace it")
+            damaged.append(f"{name} {found} has lost its RECORD, so pip cannot replace it")
     if outside:
         return Result("site-packages", "fail", "; ".join(outside[:3]), "unset PYTHONPATH, then run verify again")
     if damaged:
@@ -172,11 +191,27 @@ def pins(stack_name: str, installed: Mapping[str, str]) -> Result:
     return Result("pins", "fail", f"{len(wrong)} of {len(wanted)} differ: {', '.join(shown)}{more}", fix)
 
 
-# -- only with --online, in a child process: is the hub there, is the token good, may it read Llama
+# -- in child processes
+
+
+def import_alone(module_name: str) -> Iterator[Result]:
+    """One package of the stack, deep enough that a lazy one really loads what fasttune uses."""
+    name, distribution, part = f"import:{module_name}", stack.canonical(module_name), MODULES[module_name]
+    if find_spec(module_name) is None:
+        stack_name = stack.active_stack()
+        if distribution in stack.read_pins(stack_name):
+            yield judged(name, False, "is not installed", reinstall=(distribution,))
+        else:
+            yield Result(name, "skip", f"not in stack {stack_name}")
+        return
+    module = importlib.import_module(module_name)
+    if not hasattr(module, part):
+        importlib.import_module(f"{module_name}.{part}")
+    yield Result(name, "pass", str(getattr(module, "__version__", version(distribution))))
 
 
 def online() -> Iterator[Result]:
-    """The token itself is never printed."""
+    """Is the hub there, is the token good, may it read Llama. The token itself is never printed."""
     import httpx
     from huggingface_hub import HfApi, constants, get_token
     from huggingface_hub.errors import HfHubHTTPError
@@ -207,4 +242,4 @@ def online() -> Iterator[Result]:
         yield Result("online:llama", "warn", f"{name} may not read {GATED} ({error.response.status_code})", fix)
 
 
-CHECKS = {"online:token": online}
+CHECKS = {"online:token": online} | {f"import:{name}": partial(import_alone, name) for name in MODULES}

@@ -14,8 +14,8 @@ from typing import TYPE_CHECKING
 
 from fasttune import errors, gpus, hardware as machines, stack, system
 from fasttune.errors import FasttuneError
-from fasttune.verify import PIP, Result, Status, facts, imports
-from fasttune.verify.runner import Job, run_jobs
+from fasttune.verify import PIP, Result, Status, facts
+from fasttune.verify.runner import CheckJob, run_jobs
 
 if TYPE_CHECKING:
     from rich.console import Console
@@ -24,14 +24,14 @@ BACKENDS = ("sdpa-math", "sdpa-flash", "sdpa-efficient", "sdpa-cudnn", "torch-va
 ARITHMETIC = (*(f"attention:{name}" for name in BACKENDS), "matmul-bf16", "rope-llama31")
 # The long ones first, so that two cores are busy until the end.
 JOBS = (
-    Job("fasttune.verify.smoke_train", ("train-two-steps",), 420, "unset"),
-    Job("fasttune.verify.parity", ("import:unsloth", "unsloth-parity", "privacy-statistics"), 420, "unset"),
-    Job("fasttune.verify.attention", ARITHMETIC, 240),
-    *(Job("fasttune.verify.imports", (name,)) for name in imports.CHECKS),
+    CheckJob("fasttune.verify.smoke_train", ("train-two-steps",), 420, "unset"),
+    CheckJob("fasttune.verify.parity", ("import:unsloth", "unsloth-parity", "privacy-statistics"), 420, "unset"),
+    CheckJob("fasttune.verify.attention", ARITHMETIC, 240),
+    *(CheckJob("fasttune.verify.facts", (f"import:{name}",)) for name in facts.MODULES),
 )
-ONLINE = (Job("fasttune.verify.facts", ("online:token",), 60, "open"),)
+ONLINE = (CheckJob("fasttune.verify.facts", ("online:token",), 60, "open"),)
 TINY_RUN = "train configs/quickstart.yaml --debug model.name=builtin:tiny train.max_steps=2 output_dir=runs/verify"
-REPRODUCE = {"train-two-steps": f"{sys.executable} -m fasttune.cli {TINY_RUN}"}
+SHOW_IN_FULL = {"train-two-steps": f"{sys.executable} -m fasttune.cli {TINY_RUN}"}
 STYLES: dict[Status, str] = {"skip": "dim", "pass": "green", "warn": "yellow", "fail": "bold red"}  # as they are shown
 
 
@@ -39,7 +39,11 @@ def main(argv: list[str] | None = None) -> int:
     """Run the checks, print the table or the JSON document, return the exit code."""
     if argv is None:
         system.leave_current_folder()
-    options = parser().parse_args(argv)
+    parser = errors.Parser(prog="fasttune verify", description="Check this environment by running it.")
+    parser.add_argument("--json", action="store_true", help="one JSON document as the last line of stdout")
+    parser.add_argument("--quick", action="store_true", help="facts, pins and version rules only: under 3 seconds")
+    parser.add_argument("--online", action="store_true", help="also the hub, the token and the gated model")
+    options = parser.parse_args(argv)
     stop: list[int] = []  # signals are noted, and obeyed by the threads that own the children
     for number in (signal.SIGINT, signal.SIGTERM):
         signal.signal(number, lambda received, _: stop.append(received))
@@ -65,14 +69,6 @@ def main(argv: list[str] | None = None) -> int:
     return 0 if ok else 1
 
 
-def parser() -> errors.Parser:
-    parser = errors.Parser(prog="fasttune verify", description="Check this environment by running it.")
-    parser.add_argument("--json", action="store_true", help="one JSON document as the last line of stdout")
-    parser.add_argument("--quick", action="store_true", help="facts, pins and version rules only: under 3 seconds")
-    parser.add_argument("--online", action="store_true", help="also the hub, the token and the gated model")
-    return parser
-
-
 def complete_fixes(results: list[Result]) -> None:
     """A failure without a known cause: fix the pins first; where they are right, show the error in full.
 
@@ -83,7 +79,7 @@ def complete_fixes(results: list[Result]) -> None:
     before_pip = named["site-packages"].fix or (sys.prefix == sys.base_prefix and named["python"].fix)
     for result in results:
         if result.status == "fail" and not result.fix:
-            result.fix = named["pins"].fix or REPRODUCE.get(result.name, "bash scripts/setup_h100.sh --recreate")
+            result.fix = named["pins"].fix or SHOW_IN_FULL.get(result.name, "bash scripts/setup_h100.sh --recreate")
         if before_pip and result.fix.startswith(PIP):
             result.fix = before_pip
 
@@ -112,29 +108,25 @@ def show_table(results: list[Result], stack_name: str, console: "Console") -> No
     from rich.text import Text
 
     order = list(STYLES)
-    results = sorted(results, key=lambda result: order.index(result.status))
     rules = [result for result in results if result.name.startswith("rule:") and result.status == "pass"]
     rows = [result for result in results if result not in rules]
     rows += [Result("rules", "pass", f"{len(rules)} version rules hold")] if rules else []
+    rows.sort(key=lambda row: order.index(row.status))
     table = Table.grid(padding=(0, 2, 0, 0))
     table.add_column(no_wrap=True)
     table.add_column(no_wrap=True)
     table.add_column(overflow="fold")
     table.add_column(no_wrap=True, justify="right")
-    for row in sorted(rows, key=lambda row: order.index(row.status)):
+    for row in rows:
         took = f"{row.seconds:.1f} s" if row.seconds >= 0.05 else ""
         table.add_row(Text(row.status, STYLES[row.status]), Text(row.name), Text(row.detail), Text(took, "dim"))
     console.print(table)
-    for result in results:
-        if result.fix and result.status in ("warn", "fail"):
-            console.print(Text.assemble("\n", (f"{result.status} {result.name}: ", STYLES[result.status]), "fix it by"))
-            console.print(Text(f"  {result.fix}"), soft_wrap=True)
+    for row in rows:
+        if row.fix and row.status in ("warn", "fail"):
+            console.print(Text.assemble("\n", (f"{row.status} {row.name}: ", STYLES[row.status]), "fix it by"))
+            console.print(Text(f"  {row.fix}"), soft_wrap=True)
     count = Counter(result.status for result in results)
     summary = ", ".join(f"{count[status]} {status}" for status in reversed(order) if count[status])
     ok = not count["fail"]
     verdict = ("This environment works" if ok else "This environment is broken", "bold green" if ok else "bold red")
     console.print(Text.assemble("\n", verdict, f" (stack {stack_name}): {summary}"))
-
-
-if __name__ == "__main__":
-    sys.exit(main())

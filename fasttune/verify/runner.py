@@ -29,7 +29,7 @@ PROXIES = ("http_proxy", "https_proxy", "all_proxy")
 
 
 @dataclass(frozen=True)
-class Job:
+class CheckJob:
     """Checks of one module (its CHECKS) that share a process."""
 
     module: str
@@ -38,13 +38,13 @@ class Job:
     hub: Literal["offline", "unset", "open"] = "offline"  # unset: offline is not said, the check blocks the network
 
 
-def run_jobs(jobs: Sequence[Job], announce: Callable[[str], None], stop: Sequence[int] = ()) -> list[Result]:
+def run_jobs(jobs: Sequence[CheckJob], announce: Callable[[str], None], stop: Sequence[int] = ()) -> list[Result]:
     """Every job in processes of its own, PARALLEL at a time; the results in the order of `jobs`.
 
     Once `stop` holds something all children are killed; raises KeyboardInterrupt.
     """
 
-    def results_of(job: Job) -> list[Result]:
+    def results_of(job: CheckJob) -> list[Result]:
         announce(f"running {job.names[0]} …")
         return list(run_job(job, stop))
 
@@ -56,7 +56,7 @@ def run_jobs(jobs: Sequence[Job], announce: Callable[[str], None], stop: Sequenc
     return [result for results in found for result in results]
 
 
-def run_job(job: Job, stop: Sequence[int]) -> Iterator[Result]:
+def run_job(job: CheckJob, stop: Sequence[int]) -> Iterator[Result]:
     """The results of a job. Should its process die, the check that ran has failed; the others run in a new process."""
     names = list(job.names)
     while names and not stop:
@@ -74,15 +74,16 @@ def run_job(job: Job, stop: Sequence[int]) -> Iterator[Result]:
                 yield Result(**line)
         if names:
             name = names.pop(0)
+            suspect = name.partition("import:")[2]
             if returncode is None:
                 detail = f"no answer within {job.limit_s:.0f} s, so its process was ended"
                 broken = Result(name, "fail", detail, f"{sys.executable} -X faulthandler -m fasttune.verify --json")
             else:
-                broken = from_exit(name, returncode, printed, suspect_of(name))
+                broken = from_exit(name, returncode, printed, suspect)
             yield timed(broken, start_s)
 
 
-def run_child(job: Job, names: list[str], folder: Path, stop: Sequence[int]) -> int | None:
+def run_child(job: CheckJob, names: list[str], folder: Path, stop: Sequence[int]) -> int | None:
     """The exit code of a process that runs these checks, None where it was late; nothing of it is left running."""
     with (folder / "printed").open("w+b") as printed:
         process = subprocess.Popen(
@@ -104,7 +105,7 @@ def run_child(job: Job, names: list[str], folder: Path, stop: Sequence[int]) -> 
     return returncode
 
 
-def environment(job: Job, folder: Path) -> dict[str, str]:
+def environment(job: CheckJob, folder: Path) -> dict[str, str]:
     """The child's environment: all temporary files and caches in `folder`."""
     env = system.child_environment()
     if job.hub != "open":
@@ -122,11 +123,6 @@ def environment(job: Job, folder: Path) -> dict[str, str]:
         "PYTHONUNBUFFERED": "1",
         "OMP_NUM_THREADS": str(max(1, hardware.usable_cores() // PARALLEL)),
     }
-
-
-def suspect_of(name: str) -> str:
-    """The module under test, where a check has one."""
-    return name.removeprefix("import:") if name.startswith("import:") else ""
 
 
 def timed(result: Result, start_s: float) -> Result:
@@ -147,13 +143,14 @@ def child(module: str, report: str, *names: str) -> None:
             file.write(json.dumps(document) + "\n")
 
     for name in names:
+        suspect = name.partition("import:")[2]  # the module under test, where a check has one
         start_s, printed_before = time.monotonic(), os.fstat(1).st_size
         try:
             for result in importlib.import_module(module).CHECKS[name]():
-                write(dataclasses.asdict(timed(with_printed(result, printed_before, suspect_of(name)), start_s)))
+                write(dataclasses.asdict(timed(with_printed(result, printed_before, suspect), start_s)))
                 start_s = time.monotonic()
         except Exception as error:
-            write(dataclasses.asdict(timed(from_exception(name, error, suspect_of(name)), start_s)))
+            write(dataclasses.asdict(timed(from_exception(name, error, suspect), start_s)))
         write(None)
 
 

@@ -81,7 +81,7 @@ def judge_training(root: Path, returncode: int, printed: str) -> Result:
         losses = [float(json.loads(line)["loss"]) for line in lines]
         with safe_open(root / "run/adapter/adapter_model.safetensors", "numpy") as adapter:
             saved = list(adapter.keys())
-        seen = read_seen(root)
+        seen = json.loads((root / "seen.json").read_text(encoding="utf-8"))
     except (OSError, ValueError, KeyError, SafetensorError) as error:
         what = f"{type(error).__name__}: {error}"
         return Result(name, "fail", f"`fasttune train` left an incomplete output folder: {what}")
@@ -111,7 +111,7 @@ def judge_training(root: Path, returncode: int, printed: str) -> Result:
 
 def judge_connections(root: Path) -> Result:
     try:
-        hosts = sorted(set(read_seen(root)["connections"]))
+        hosts = sorted(set(json.loads((root / "seen.json").read_text(encoding="utf-8"))["connections"]))
     except (OSError, ValueError, KeyError) as error:
         return Result("privacy-network", "fail", f"the run was not watched: {type(error).__name__}: {error}")
     said = f"training a local model tried to reach {', '.join(hosts)}"
@@ -132,11 +132,6 @@ def judge_token(root: Path, token: str, printed: str) -> Result:
 def judge_current_folder(root: Path) -> Result:
     left = sorted(path.name for path in (root / "cwd").iterdir())
     return judged("privacy-folder", not left, f"training left {', '.join(left[:5]) or 'nothing'} in the current folder")
-
-
-def read_seen(root: Path) -> dict[str, Any]:
-    seen: dict[str, Any] = json.loads((root / "seen.json").read_text(encoding="utf-8"))
-    return seen
 
 
 CHECKS = {"train-two-steps": train}

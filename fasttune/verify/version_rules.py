@@ -1,23 +1,22 @@
-"""Rules for people who come with another stack, as data: what belongs together, why, by which source, and the fix.
+"""Rules for people who come with another stack: version_rules.toml says what belongs together, this file looks.
 
 A rule reads versions, metadata and hardware; it never imports the package: a broken one would take the check down too.
-What packages declare of each other is read from their metadata; only what none of them declares stands here.
+What packages declare of each other is read from their metadata; only what none of them declares is a condition here.
 """
 
 import re
 from collections.abc import Callable, Iterator, Mapping
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from importlib.metadata import PackageNotFoundError, requires
 
 from fasttune import stack
 from fasttune.hardware import Hardware
-from fasttune.verify import PIP, Result, install_command
+from fasttune.verify import PIP, Result, install_command, read_table
 
 Versions = Mapping[str, str]  # canonical name → version, as stack.installed() gives it
-Problem = Callable[[Versions, Hardware], str | None]  # what is wrong, in words
+Condition = Callable[[Versions, Hardware], str | None]  # what is wrong, in words
 
 RECREATE = "bash scripts/setup_h100.sh --recreate"
-REINSTALL_FLASH_ATTN = f"{PIP} uninstall -y flash-attn && bash scripts/setup_h100.sh --flash-attn auto"
 # Releases that were built for numpy 1 and do not all say so: https://github.com/numpy/numpy/issues/26191
 # torch: https://github.com/pytorch/pytorch/issues/107302
 BUILT_FOR_NUMPY_1 = {"torch": "<2.3", "pandas": "<2.2.2", "pyarrow": "<16", "matplotlib": "<3.9"}
@@ -25,20 +24,28 @@ BUILT_FOR_NUMPY_1 = {"torch": "<2.3", "pandas": "<2.2.2", "pyarrow": "<16", "mat
 
 @dataclass(frozen=True)
 class Rule:
-    """What belongs together: `problem` says what is wrong, or None."""
+    """What belongs together, as version_rules.toml has it."""
 
     name: str
     reason: str
     source: str
-    packages: tuple[str, ...]  # the fix puts these to the pins of the stack
-    problem: Problem
-    remedy: str | None = None  # what to do instead of installing the pins
-    slower_only: bool = False  # a warning: the results are right
+    packages: list[str]
+    limits: dict[str, list[str]] = field(default_factory=dict)
+    remedy: str = ""
+    slower_only: bool = False
+
+    def problem(self, installed: Versions, hardware: Hardware) -> str | None:
+        """What is wrong, or None."""
+        if not self.limits:
+            return CONDITIONS[self.name](installed, hardware)
+        names = self.limits.get("by") or [name for name in installed if name != "fasttune"]
+        unmet_limits = [text for name in names for text in unmet(name, installed, self.limits.get("about"))]
+        return "; ".join(dict.fromkeys(unmet_limits)) or None
 
     def fix(self, stack_name: str, installed: Versions) -> str:
         """Puts what differs to the stack's pins and removes what the stack does without."""
         if self.remedy:
-            return self.remedy
+            return self.remedy.format(pip=PIP, cuda_12_torch=stack.fix_command(("torch", "torchvision"), "cu12"))
         pins = stack.read_pins(stack_name)
         needless = [name for name in self.packages if name not in pins and name in installed]
         wrong = stack.compare({name: pins[name] for name in self.packages if name in pins}, installed)
@@ -47,9 +54,13 @@ class Rule:
         return " && ".join(commands) or RECREATE  # all as pinned: a package from outside the stack does not fit
 
 
+def rules() -> list[Rule]:
+    return [Rule(name, **each) for name, each in read_table("version_rules.toml").items()]
+
+
 def results(stack_name: str, installed: Versions, hardware: Hardware) -> Iterator[Result]:
     """What every rule says of this environment."""
-    for rule in RULES:
+    for rule in rules():
         name = f"rule:{rule.name}"
         try:
             wrong = rule.problem(installed, hardware)
@@ -63,20 +74,7 @@ def results(stack_name: str, installed: Versions, hardware: Hardware) -> Iterato
             yield Result(name, "warn" if rule.slower_only else "fail", detail, rule.fix(stack_name, installed))
 
 
-# -- what packages declare
-
-
-def declared(by: tuple[str, ...] | None, about: tuple[str, ...] | None) -> Problem:
-    """A problem where a limit is not met that a package of `by` declares for one of `about`; None: any package."""
-
-    def problem(installed: Versions, hardware: Hardware) -> str | None:
-        names = by or [name for name in installed if name != "fasttune"]
-        return "; ".join(dict.fromkeys(text for name in names for text in unmet(name, installed, about))) or None
-
-    return problem
-
-
-def unmet(package: str, installed: Versions, about: tuple[str, ...] | None) -> Iterator[str]:
+def unmet(package: str, installed: Versions, about: list[str] | None) -> Iterator[str]:
     """What an installed package needs and the installed version is not. Packages that are missing are skipped: the CPU
     stack leaves some out on purpose."""
     from packaging.requirements import InvalidRequirement, Requirement
@@ -120,26 +118,17 @@ def cuda_of(torch: str) -> int | None:
     return int(match[1]) if match else None
 
 
-def where(package: str, wrong: Callable[[str, Hardware], bool], words: str) -> Problem:
+def where(package: str, wrong: Callable[[str, Hardware], bool], words: str) -> Condition:
     """A problem where the installed version of a package is `wrong` on this machine."""
 
-    def problem(installed: Versions, hardware: Hardware) -> str | None:
+    def condition(installed: Versions, hardware: Hardware) -> str | None:
         version = installed.get(package)
         if not version or not wrong(version, hardware):
             return None
         gpu = hardware.gpus[0].name if hardware.gpus else ""
         return f"{package} {version} " + words.format(gpu=gpu, driver=hardware.driver)
 
-    return problem
-
-
-def needs_newer_driver(torch: str, hardware: Hardware) -> bool:
-    """A driver before 525, which runs neither CUDA, fails the check `driver`."""
-    return cuda_of(torch) == 13 and stack.OLDEST_DRIVER <= (hardware.driver_major or 580) < 580
-
-
-def lacks_hopper_kernels(torch: str, hardware: Hardware) -> bool:
-    return cuda_of(torch) == 11 and any(gpu.compute_capability >= (9, 0) for gpu in hardware.gpus)
+    return condition
 
 
 def flash_attn(installed: Versions, hardware: Hardware) -> str | None:
@@ -158,46 +147,22 @@ def flash_attn(installed: Versions, hardware: Hardware) -> str | None:
     return None
 
 
-HUGGING_FACE = ("transformers", "trl", "peft", "accelerate", "datasets", "tokenizers", "huggingface-hub", "safetensors")
-UNSLOTH = ("torch", *HUGGING_FACE, "unsloth", "unsloth-zoo", "bitsandbytes", "xformers", "triton")
-RULES: tuple[Rule, ...] = (
-    Rule("llama-3.1-transformers", "Llama 3.1 has five-field rope_scaling, which older releases refuse"
-         ' ("`rope_scaling` must be a dictionary with two fields")',
-         "https://github.com/huggingface/transformers/releases/tag/v4.43.0",
-         ("transformers", "tokenizers", "huggingface-hub"),
-         where("transformers", lambda version, _: release(version) < (4, 43), "is older than 4.43")),
-    Rule("unsloth-limits", "unsloth patches these packages' insides and declares the releases that it knows",
-         "https://github.com/unslothai/unsloth/blob/main/pyproject.toml",
-         UNSLOTH, declared(("unsloth", "unsloth-zoo"), about=None)),
-    Rule("hugging-face-limits", "transformers and its kin check each other's versions at import and stop",
-         "https://github.com/huggingface/transformers/blob/main/src/transformers/dependency_versions_check.py",
-         HUGGING_FACE, declared(HUGGING_FACE, about=HUGGING_FACE)),
-    Rule("torchvision-torch",
-         'each torchvision is compiled for one torch ("operator torchvision::nms does not exist")',
-         "https://github.com/pytorch/vision#installation",
-         ("torch", "torchvision"), declared(("torchvision",), about=("torch",))),
-    Rule("triton-torch", "torch's compiler is made for one triton, which its CUDA build pins",
-         "https://github.com/pytorch/pytorch/blob/main/RELEASE.md",
-         ("torch", "triton"), declared(("torch",), about=("triton",))),
-    Rule("numpy-abi", "packages compiled for numpy 1 crash under numpy 2, and newer ones refuse numpy 1",
-         "https://numpy.org/doc/stable/dev/depending_on_numpy.html#numpy-2-0-specific-advice",
-         ("numpy", "pandas", "pyarrow", "matplotlib", "contourpy", "torch"), declared(None, about=("numpy",))),
-    Rule("flash-attn-torch", 'flash-attn is compiled for one torch, CUDA and C++ ABI ("undefined symbol")',
-         "https://github.com/Dao-AILab/flash-attention/issues/975",
-         ("flash-attn",), flash_attn, REINSTALL_FLASH_ATTN),
-    Rule("torch-cpu-build", "a CPU build of torch leaves the GPU idle", "https://pytorch.org/get-started/locally/",
-         ("torch", "triton"),
-         where("torch", lambda version, machine: bool(machine.gpus) and "+cpu" in version, "cannot use the {gpu}"),
-         RECREATE),
-    Rule("driver-cuda-13", "CUDA 13 builds need driver 580; an older one runs the CUDA 12 builds",
-         "https://docs.nvidia.com/deploy/cuda-compatibility/minor-version-compatibility.html",
-         ("torch",), where("torch", needs_newer_driver, "needs driver 580, {driver} is installed"),
-         stack.fix_command(("torch", "torchvision"), "cu12")),
-    Rule("cuda-11-hopper", "CUDA 11.8 knows Hopper, but its libraries lack most Hopper kernels",
-         "https://docs.nvidia.com/cuda/hopper-compatibility-guide/",
-         ("torch",), where("torch", lacks_hopper_kernels, "on the {gpu}"), slower_only=True),
-    Rule("unsloth-cpu", "releases until about 2026.8 raise NotImplementedError without a GPU",
-         "https://github.com/unslothai/unsloth/releases", ("unsloth", "unsloth-zoo"),
-         where("unsloth", lambda version, machine: not machine.gpus and release(version) < (2026, 9),
-               "on a machine without a GPU")),
-)  # fmt: skip
+# A driver before 525, which runs neither CUDA, fails the check `driver`.
+CONDITIONS: dict[str, Condition] = {
+    "llama-3.1-transformers": where("transformers", lambda v, _: release(v) < (4, 43), "is older than 4.43"),
+    "flash-attn-torch": flash_attn,
+    "torch-cpu-build": where("torch", lambda v, here: bool(here.gpus) and "+cpu" in v, "cannot use the {gpu}"),
+    "driver-cuda-13": where(
+        "torch",
+        lambda v, here: cuda_of(v) == 13 and stack.OLDEST_DRIVER <= (here.driver_major or 580) < 580,
+        "needs driver 580, {driver} is installed",
+    ),
+    "cuda-11-hopper": where(
+        "torch",
+        lambda v, here: cuda_of(v) == 11 and any(gpu.compute_capability >= (9, 0) for gpu in here.gpus),
+        "on the {gpu}",
+    ),
+    "unsloth-cpu": where(
+        "unsloth", lambda v, here: not here.gpus and release(v) < (2026, 9), "on a machine without a GPU"
+    ),
+}

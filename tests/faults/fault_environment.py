@@ -20,7 +20,7 @@ from typing import Any
 from fault_cases import REQUIRES, Case
 
 from fasttune import stack
-from fasttune.verify import imports, main
+from fasttune.verify import facts, main
 
 ROOT = Path(__file__).resolve().parents[2]
 PYTHON = f"python{sys.version_info[0]}.{sys.version_info[1]}"
@@ -39,7 +39,7 @@ OTHER_PYTHON = """#!/bin/sh
 [ "$1" = -c ] || exit 1
 exec {python} -c 'import sys; sys.version_info = ({version}, 1, "final", 0); exec(sys.argv[1])' "$2"
 """
-MODULES = {stack.canonical(module): module for module in imports.MODULES}
+MODULES = {stack.canonical(module): module for module in facts.MODULES}
 
 
 def build_of(name: str, version: str, stack_name: str) -> str:
