@@ -57,6 +57,11 @@ class Sample:
     micro_batches: list[Workload]
     one_length: bool = False
 
+    @property
+    def mean_length(self) -> float:
+        """Tokens of a row, as it is computed: with padding, and with a beginning that it shares."""
+        return max(self.cells, self.tokens) / self.rows
+
 
 def add_to(job: Job) -> None:
     """The forecast of a run that is ready to train, packed as its live model allows, and the setting that shows it."""

@@ -20,11 +20,6 @@ MEMORY = 0.80  # of the datasheet's bandwidth: 0.73 elementwise, more where matm
 IDLE = 0.027  # of a step no kernel runs: 15 of 562 ms
 OF_KERNELS = f"{MATMUL:.0%} of the dense peak in matmuls, {MEMORY:.0%} of the bandwidth: measured on one H100"
 
-    @property
-    def mean_length(self) -> float:
-        """Tokens of a row, as it is computed: with padding, and with a beginning that it shares."""
-        return max(self.cells, self.tokens) / self.rows
-
 
 def of_step(config: Config, chosen: Plan, sample: Sample, memory: Memory, gpu: str) -> Roofline | None:
     """None of a card whose peaks are not known, of other weights than bf16 ones, and of small models."""
