@@ -5,7 +5,7 @@ from types import SimpleNamespace
 
 import pytest
 
-from fasttune import config, hardware
+from fasttune import chips, config
 from fasttune.core import autoconfig
 from fasttune.core.memory import Shape
 from fasttune.errors import ModelError
@@ -137,10 +137,10 @@ def test_what_needs_a_gpu_is_not_suggested_on_a_cpu() -> None:
     assert "checkpointing" not in " ".join(autoconfig.smaller(settings(gradient_checkpointing="full"), gpu=False))
 
 
-@pytest.mark.parametrize("gpu", [name for name in hardware.KNOWN_GPUS if name != "h200-141"])
+@pytest.mark.parametrize("gpu", [name for name in chips.KNOWN_GPUS if name != "h200-141"])
 def test_what_is_chosen_is_the_fastest_that_fits(gpu: str) -> None:
     """More rows at once, or no recomputation, would not fit."""
-    asked, machine = settings(batch_rows=32), hardware.with_gpu(CPU, gpu)
+    asked, machine = settings(batch_rows=32), chips.with_gpu(CPU, gpu)
     chosen = autoconfig.resolve(asked, machine, LLAMA_8B)
     usable_gib = autoconfig.usable_memory_gib(machine)
     if chosen.fits:

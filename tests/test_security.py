@@ -15,7 +15,7 @@ import yaml
 
 from fasttune import cli, config
 from fasttune.config import ModelConfig
-from fasttune.core import checkpoint, pretrained
+from fasttune.core import checkpoint, pretrained, resume
 from fasttune.data import sources
 from fasttune.errors import ConfigError, DataError, ModelError
 
@@ -349,13 +349,13 @@ def test_a_checkpoint_names_no_file_outside_of_it(tmp_path: Path, kind: str) -> 
     secret = tmp_path / "secret"
     secret.write_text("mine")
     folder = checkpoint.save(tmp_path / "run", 2, {}, {"step": 2})
-    assert checkpoint.broken(folder) is None
+    assert resume.broken(folder) is None
     name = {"parent": "../../../secret", "absolute": str(secret), "dots": "..", "link": "linked"}[kind]
     if kind == "link":
         (folder / name).symlink_to(secret)
     files = json.loads((folder / checkpoint.MANIFEST).read_text())
     files[name] = {"bytes": 4, "sha256": hashlib.sha256(b"mine").hexdigest()}
     (folder / checkpoint.MANIFEST).write_text(json.dumps(files))
-    assert checkpoint.broken(folder) and checkpoint.newest(tmp_path / "run")[0] is None
+    assert resume.broken(folder) and resume.newest(tmp_path / "run")[0] is None
     checkpoint.prune(tmp_path / "run", 0)
     assert secret.read_text() == "mine"

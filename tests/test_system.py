@@ -17,7 +17,7 @@ import pytest
 import fasttune
 from fasttune import cli, config, report, system
 from fasttune.bench.run import Measurements
-from fasttune.core import checkpoint, pretrained, run_folder
+from fasttune.core import checkpoint, pretrained, resume, run_folder
 from fasttune.data import sources
 from fasttune.errors import ConfigError, DataError, ModelError, OutputError
 from fasttune.tools import trained_model
@@ -98,9 +98,9 @@ def test_a_link_in_the_output_folder_is_refused_before_anything_is_written(tmp_p
     (tmp_path / "others").mkdir()
     (tmp_path / "run").mkdir()
     (tmp_path / "run" / name).symlink_to(tmp_path / "others")
-    for resume in (None, tmp_path / "run"):
+    for old in (None, tmp_path / "run"):
         with pytest.raises(OutputError, match=f"{name} is a link, and nothing is written through one"):
-            run_folder.choose(settings(tmp_path / "run"), resume)
+            run_folder.choose(settings(tmp_path / "run"), old)
     assert not any((tmp_path / "others").iterdir())
 
 
@@ -189,7 +189,7 @@ def test_a_pipe_for_an_input_is_refused_and_not_waited_for(
     for name in ("metrics.jsonl", "run.json", "eval.json"):
         (run / name).unlink(missing_ok=True)
         os.mkfifo(run / name)
-    assert run_folder.read_metrics(run, 3, print) == []
+    assert resume.read_metrics(run, 3, print) == []
     assert trained_model.open_run(str(run)).result is None
     from fasttune.tools import card
 

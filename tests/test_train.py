@@ -414,9 +414,9 @@ def test_unsloths_emptying_of_the_cache_is_off(tmp_path: Path, monkeypatch: pyte
 def test_a_gpu_that_torch_cannot_use_is_no_reason_to_train_on_the_cpu(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    from fasttune import hardware
+    from fasttune import chips, hardware
 
-    machine = hardware.with_gpu(hardware.detect(), "h100-80")
+    machine = chips.with_gpu(hardware.detect(), "h100-80")
     monkeypatch.setattr(hardware, "detect", lambda path: machine)
     with pytest.raises(FasttuneError, match="cannot use the NVIDIA H100 80GB HBM3: fasttune verify says what fixes it"):
         train(tmp_path / "run")

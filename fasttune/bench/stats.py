@@ -11,7 +11,7 @@ from dataclasses import asdict, dataclass, field
 from functools import cached_property
 from typing import Any
 
-from fasttune import hardware
+from fasttune import chips
 from fasttune.metrics import Backend
 
 BASELINE = "vanilla"
@@ -197,7 +197,7 @@ class Bench:
         """
         if arm.tflops is None or self.dtype != "bfloat16" or not self.hardware["gpus"]:
             return None
-        peak = hardware.peak_bf16_tflops(self.hardware["gpus"][0]["name"])
+        peak = chips.peak_bf16_tflops(self.hardware["gpus"][0]["name"])
         if not peak or re.search("int|float8", arm.repeats[-1].backend.dtype):  # integers: quantised
             return None
         return arm.tflops / peak

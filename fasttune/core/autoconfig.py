@@ -6,7 +6,6 @@ The fastest settings whose forecast memory fits; recomputing only when memory as
 import math
 from dataclasses import dataclass, replace
 
-from fasttune import hardware as machines
 from fasttune.config import Config, changed
 from fasttune.core.memory import Choices, Shape, Workload, forecast
 from fasttune.hardware import Hardware
@@ -121,8 +120,12 @@ def price_of(config: Config, hardware: Hardware) -> tuple[float | None, Setting 
     """Dollars an hour of this machine, and the setting to show; None where nobody can know."""
     if config.usd_per_hour is not None:
         return config.usd_per_hour, Setting("price", f"${config.usd_per_hour:g} an hour")
-    known = machines.usd_per_hour(hardware.gpus[0].name) if hardware.gpus else None
-    reason = f"an example of {machines.USD_PER_HOUR_DATE}; set usd_per_hour to yours"
+    if not hardware.gpus:
+        return None, None
+    from fasttune import chips
+
+    known = chips.usd_per_hour(hardware.gpus[0].name)
+    reason = f"an example of {chips.USD_PER_HOUR_DATE}; set usd_per_hour to yours"
     return known, Setting("price", f"${known:g} an hour", reason) if known is not None else None
 
 

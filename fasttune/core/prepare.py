@@ -8,7 +8,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from fasttune import config as configuration, gpus, hardware
+from fasttune import config as configuration, hardware
 from fasttune.config import Config, looks_like_hub
 from fasttune.core import autoconfig, pretrained, run_folder
 from fasttune.core.autoconfig import Plan
@@ -70,15 +70,20 @@ def check(config: Config) -> None:
 def prepare(config: Config, folder: Path, reporter: Reporter, start: Path | None = None) -> Job:
     """Plan, model and data, ready to train. Writes nothing. `start`: what a PiSSA run that is resumed began with."""
     machine = hardware.detect(folder)
-    if machine.gpus and (lacks := hardware.triton_lacks()):
-        raise FasttuneError(f"Triton compiles kernels for the GPU at the first step and needs {lacks[0]} ({lacks[1]})")
+    warnings: list[str] = []
+    if machine.gpus:
+        from fasttune import gpus
+
+        warnings += filter(None, map(gpus.capped, machine.gpus))
+        if lacks := gpus.triton_lacks():
+            needed = f"{lacks[0]} ({lacks[1]})"
+            raise FasttuneError(f"Triton compiles kernels for the GPU at the first step and needs {needed}")
     reporter.note("importing unsloth and torch …")
     from fasttune.core import evaluation, model as models, packing, what_ran
     from fasttune.cpu import fused_lora
 
     take_over_loggers()
     machine = hardware.as_torch_sees(machine)
-    warnings = list(filter(None, map(gpus.capped, machine.gpus)))
     config, architecture = fitted(config, warnings.append)
     plan = autoconfig.resolve(config, machine, Shape.of(architecture))
     config, settings = plan.apply(config), list(plan.settings)

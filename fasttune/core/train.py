@@ -56,9 +56,11 @@ def run(
     folder = preflight(config, resume)
     with signals_to(_at_once), library_log() as log, tempfile.TemporaryDirectory() as scratch, ExitStack() as held:
         there = resume is not None and run_folder.is_run(folder)
+        if resume:
+            from fasttune.core import resume as resuming
         if there:
             held.enter_context(run_folder.hold(folder))  # before anything in it is looked at
-            run_folder.refuse_completed(folder)
+            resuming.refuse_completed(folder)
         start = folder / checkpoint.FOLDER / checkpoint.START
         job = prepare(config, folder, reporter, start if there and start.exists() else None)
         when_ready(job)
@@ -66,8 +68,6 @@ def run(
 
         identity, found = checkpoint.identity(job), None
         if resume:
-            from fasttune.core import resume as resuming
-
             found = resuming.find(folder, job.model, identity, reporter.note)
         initial = models.save_initial(job.model, job.config.lora, Path(scratch) / "initial")
         before = evaluation.answer(job, job.problems)
@@ -80,10 +80,11 @@ def run(
         journal = Journal(job, reporter, started)
         validator = evaluation.Validator(job, trainer.args.bf16)
         if found:
+            from fasttune.core import restore
+
             journal.resume(found)
             validator.restore(found.state.get("held_out", {}))
-            resuming.restore_weights(job.model, found)
-            trainer.add_callback(resuming.Resumed(trainer, found))
+            restore.into(trainer, found)
         keeper = checkpoint.Keeper(journal, trainer, validator, identity)
         hours = job.config.checkpoint.max_hours
         recorder = trainers.StepRecorder(
@@ -231,7 +232,11 @@ def result_of(
     tokens, padding = (sum(getattr(step, name) for step in steps) for name in ("tokens", "padding_tokens"))
     tokens_per_s, price, wall_s = metrics.median_rate(steps), job.usd_per_hour, journal.wall_s
     achieved, matmul = speed
-    peak = hardware.peak_bf16_tflops(job.machine.gpus[0].name) if job.machine.gpus else None
+    peak = None
+    if job.machine.gpus:
+        from fasttune import chips
+
+        peak = chips.peak_bf16_tflops(job.machine.gpus[0].name)
     outside = trainer.peak_outside_gib  # None on a CPU, where a peak is that of the whole process
     return RunResult(
         status=status,
