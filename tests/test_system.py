@@ -17,7 +17,7 @@ import pytest
 import fasttune
 from fasttune import cli, config, report, system
 from fasttune.bench.run import Measurements
-from fasttune.core import checkpoint, pretrained, resume, run_folder
+from fasttune.core import checkpoint, model_files, pretrained, resume, run_folder
 from fasttune.data import sources
 from fasttune.errors import ConfigError, DataError, ModelError, OutputError
 from fasttune.tools import trained_model
@@ -144,12 +144,12 @@ def test_links_inside_a_folder_and_of_the_hubs_cache_are_read(tiny_folder: Path,
     for path in tiny_folder.iterdir():
         (snapshot / path.name).symlink_to(Path(shutil.copy(path, tmp_path / "models--a--b")))
     (snapshot / "LICENSE").symlink_to("config.json")
-    system.check_model_folder(snapshot, weights_too=True)
+    model_files.check_folder(snapshot, weights_too=True)
     (tiny_folder / "model.safetensors").unlink()
     (tiny_folder / "model.safetensors").symlink_to(snapshot / "model.safetensors")
-    system.check_model_folder(tiny_folder)  # weights on another disk: they are read, not copied
+    model_files.check_folder(tiny_folder)  # weights on another disk: they are read, not copied
     with pytest.raises(ModelError, match=r"model\.safetensors is a link out of its folder"):
-        system.check_model_folder(tiny_folder, weights_too=True)
+        model_files.check_folder(tiny_folder, weights_too=True)
 
 
 def test_a_linked_adapter_of_a_run_gets_no_card_and_is_not_merged(
@@ -183,7 +183,7 @@ def test_a_pipe_for_an_input_is_refused_and_not_waited_for(
         (folder / name).unlink(missing_ok=True)
         os.mkfifo(folder / name)
         with pytest.raises(ModelError, match=f"{name} is a pipe or a device, not a file"):
-            system.check_model_folder(folder)
+            model_files.check_folder(folder)
         (folder / name).unlink()
     run = Path(shutil.copytree(finished_run, tmp_path / "run"))
     for name in ("metrics.jsonl", "run.json", "eval.json"):
@@ -193,7 +193,7 @@ def test_a_pipe_for_an_input_is_refused_and_not_waited_for(
     assert trained_model.open_run(str(run)).result is None
     from fasttune.tools import card
 
-    assert "eval.json cannot be read" in card.text(trained_model.open_run(str(run)), None)
+    assert "eval.json cannot be read" in card.text(card.of(trained_model.open_run(str(run))), None)
     for folder in (run / "adapter", Path(shutil.copytree(finished_run / "adapter", tmp_path / "alone"))):
         os.mkfifo(folder / "adapter_model.bin")
         with pytest.raises(ModelError, match="is a pipe or a device"):

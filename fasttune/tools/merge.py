@@ -66,7 +66,7 @@ def run(options: argparse.Namespace) -> dict[str, Any]:
                 compared = compare(made, trained)
             except RunFailed as error:
                 raise RunFailed(f"{error}; it is kept as {place(made, unverified(out))}") from error
-            card.write(made, trained, compared)
+            card.write(made, card.of(trained), compared)
             done = place(made, out if compared.verified else unverified(out))
     tell(compared, done, reporter)
     result = {"model": options.model, "out": str(done), "verified": compared.verified, **asdict(compared)}
