@@ -34,7 +34,7 @@ MANIFEST = "manifest.json"
 STATE = "state.json"
 START = "pissa.safetensors"
 # What may differ between a checkpoint and the run that resumes from it: how a step is computed, not what it learns.
-# The length of the run and the model are compared as what they came to: steps, and a probe of the weights.
+# The length of the run and the model are compared as what they came to: steps, and a checksum of the weights.
 FREE = {
     "model.name",
     "model.revision",
@@ -118,7 +118,7 @@ class Keeper:
 def identity(job: "Job") -> dict[str, str]:
     """What a checkpoint belongs to; a run does not resume from one of something else. Before the first step only.
 
-    Settings that change what is learned, the rows themselves, and a probe of every weight.
+    Settings that change what is learned, the rows themselves, and a checksum of every weight.
     """
     from fasttune.core import what_ran
 
@@ -132,9 +132,9 @@ def identity(job: "Job") -> dict[str, str]:
     found["data.eval_share"] = str(job.config.data.eval_share)
     for number, (rows, weight) in enumerate(zip(job.data.parts, job.data.weights, strict=True), 1):
         found[f"rows of data set {number}"] = f"{len(rows)} rows × {weight:g} ({rows.checksum})"
-    found["weights of the base model"] = job.base_probe
+    found["weights of the base model"] = job.base_weights
     if job.config.lora.init == "pissa":  # not the residual weights: their last bits differ by machine
-        found["start of the adapter"] = what_ran.probe(trained(job.model).values())
+        found["start of the adapter"] = what_ran.fingerprint(trained(job.model).values(), None)
     return found
 
 

@@ -224,7 +224,6 @@ def result_of(
     speed: what_ran.achieved_tflops of these steps. status: in place of the journal's.
     """
     from fasttune.core import what_ran
-    from fasttune.core.trainer import backend
 
     job, journal, trainer = recorder.job, recorder.journal, recorder.trainer
     steps, status = journal.steps, status or journal.status
@@ -261,7 +260,7 @@ def result_of(
         cost_usd=None if price is None else price * wall_s / 3600,
         usd_per_hour=price,
         usd_per_million_tokens=price / 3600 / tokens_per_s * 1e6 if price is not None and tokens_per_s else None,
-        backend=backend(trainer),
+        backend=what_ran.backend(trainer),
         versions=system.versions(),
         hardware=asdict(job.machine),
         settings=job.settings,

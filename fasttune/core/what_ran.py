@@ -4,7 +4,6 @@ Needs torch only, so that arms without Unsloth are measured by the same code.
 Shapes: B rows of a micro-batch, T tokens of the longest row (or of the whole packed row).
 """
 
-import hashlib
 import statistics
 import zlib
 from collections.abc import Iterable
@@ -24,7 +23,7 @@ if TYPE_CHECKING:
     from fasttune.core.prepare import Job
     from fasttune.core.trainer import MeasuredTrainer
 
-PROBED = 256  # values of every parameter that tell whether the base model is the same
+PROBED = 256  # values of a parameter
 MOMENTS = {"exp_avg", "exp_avg_sq", "state1", "state2"}  # of torch's and torchao's AdamW, and of bitsandbytes'
 ATTENTION_OPERATORS = (
     "scaled_dot_product",
@@ -191,26 +190,16 @@ def round_by_chance(trainer: Any) -> None:
         torch.compiler.set_stance("force_eager")  # torchao compiles its step, for which a CPU may have no compiler
 
 
-def probe(parameters: Iterable[torch.Tensor], most: int | None = None) -> str:
-    """A checksum of the bits of (the first `most` values of) every parameter."""
-    check = 0
-    for parameter in parameters:
-        values = parameter.detach().flatten()[:most].cpu().contiguous()
-        check = zlib.crc32(values.view(torch.uint8).numpy().tobytes(), check)
-    return f"{check:08x}"
+def fingerprint(parameters: Iterable[torch.Tensor], most: int | None = PROBED) -> str:
+    """A checksum of the first `most` values of every parameter (None: of all), whatever their names, order and dtype.
 
-
-def weights_digest(model: Any) -> str:
-    """The same for models of the same weights, whatever wraps them: of the size and the square of every parameter.
-
-    Values count, not their dtype; packed 4-bit weights are bytes, so never the same as those that they stand for.
+    Packed 4-bit weights are bytes, so never the same as those that they stand for.
     """
     found = []
-    for parameter in model.parameters():
-        parts = parameter.detach().flatten().split(1 << 22)  # a copy of all would be the peak of the memory
-        square = sum(part.double().square().sum().item() for part in parts)
-        found.append(f"{parameter.numel()} {square:.9e}")
-    return hashlib.sha256("\n".join(sorted(found)).encode()).hexdigest()[:16]
+    for parameter in parameters:
+        values = parameter.detach().flatten()[:most].float().cpu()
+        found.append(f"{parameter.numel()} {zlib.crc32(values.numpy().tobytes()):08x}")
+    return f"{zlib.crc32(' '.join(sorted(found)).encode()):08x}"
 
 
 def count_flops(model: Any) -> Flops | None:
@@ -237,9 +226,29 @@ def _names(dtypes: set[torch.dtype]) -> str:
     return "/".join(sorted(str(dtype).removeprefix("torch.") for dtype in dtypes))
 
 
-def broken_promises(job: "Job", trainer: "MeasuredTrainer", ran: Backend) -> list[str]:
+def backend(trainer: "MeasuredTrainer") -> Backend:
+    """What ran in a run of ours, from the live model and trainer."""
+    from fasttune.core import model as models
+    from fasttune.cpu import fused_lora
+
+    model, library = trainer.model, "unsloth + trl"
+    if not torch.cuda.is_available():
+        fused = fused_lora.live_layers(model)
+        library = "unsloth (CPU backend) + trl" + (f", LoRA fused in {fused} layers" if fused else "")
+    return Backend(
+        library=library,
+        attention=trainer.attention_seen or "not seen",
+        packing=f"{trainer.layout} (last step)",
+        **models.patched_layers(model),
+        gradient_checkpointing=trainer.recomputation_seen or "not seen",
+        dtype=dtypes(model, trainer.args.bf16),
+        optimizer=optimizer(trainer.optimizer),
+    )
+
+
+def broken_promises(job: "Job", trainer: "MeasuredTrainer") -> list[str]:
     """What was asked for and is not what runs: a setting is never ignored in silence."""
-    found = []
+    found, ran = [], backend(trainer)
     plan, config = job.plan, job.config
     optimizer = getattr(trainer.args.optim, "value", trainer.args.optim)
     if optimizer != (STOCHASTIC_ADAMW if plan.stochastic_rounding else plan.optimizer):

@@ -20,7 +20,7 @@ from typing import Any
 
 import numpy as np
 
-from fasttune import system
+from fasttune import config as configuration, system
 from fasttune.config import Config
 from fasttune.data import formats, sources, tokenize
 from fasttune.data.arithmetic import Part
@@ -140,7 +140,7 @@ def with_format(config: Config) -> Config:
     forms |= {form_of(config, data.eval, data.held_out_split)[0]} if data.eval else set()
     if len(forms) > 1:
         return config
-    return config.model_copy(update={"data": data.model_copy(update={"format": forms.pop()})})
+    return configuration.changed(config, data={"format": forms.pop()})
 
 
 def describe(data: Batches) -> list[str]:

@@ -53,7 +53,7 @@ def look(config: Config, gpu: str | None, reporter: terminal.Reporter) -> Figure
     """
     if gpu is not None and gpu not in chips.KNOWN_GPUS:
         raise ConfigError([f"--gpu {gpu}: is not known; one of {', '.join(chips.KNOWN_GPUS)}"])
-    prepare.check(config)
+    prepare.check_sources_and_model(config)
     here = hardware.detect()
     machine = here if gpu is None else chips.with_gpu(here, gpu)
     try:
