@@ -28,15 +28,6 @@ OS_ERROR = re.compile(rf"\(os error ({'|'.join(map(str, FULL))})\)")  # as safet
 LEFTOVER_AGE_S = 24 * 3600
 HOME = os.path.dirname(os.path.dirname(os.path.abspath(__file__)))  # of this very package
 WORKING = "fasttune torch triton transformers trl peft unsloth unsloth_zoo xformers flash-attn".split()
-DROPPED = ("PYTHONPATH", "PYTHONSTARTUP")
-# What a child process runs: this very package first, then the path of its parent, then a module as `python -m` does.
-START = """import runpy, sys
-sys.path[:] = [sys.argv[1]]
-import fasttune
-sys.path[:] = sys.argv[2].split(":")
-del sys.argv[:3]
-runpy.run_module(sys.argv[0], run_name="__main__", alter_sys=True)
-"""
 
 # --- names and files
 
@@ -276,16 +267,6 @@ def child_path() -> list[str]:
     here = os.stat(".")
     kept = [place for place in sys.path if place == HOME or (place and not _is_folder(place, here))]
     return kept if HOME in kept else [*kept, HOME]
-
-
-def child_command(module: str, *arguments: str) -> list[str]:
-    """What starts a module of ours as `python -m` does; with `child_environment()`."""
-    return [sys.executable, "-P", "-c", START, HOME, ":".join(child_path()), module, *arguments]
-
-
-def child_environment() -> dict[str, str]:
-    """This process's, without what adds modules of somebody else's choice."""
-    return {name: value for name, value in os.environ.items() if name not in DROPPED}
 
 
 def _is_folder(place: str, folder: os.stat_result) -> bool:

@@ -6,7 +6,7 @@ from types import SimpleNamespace
 import pytest
 
 from fasttune import chips, config
-from fasttune.core import autoconfig
+from fasttune.core import autoconfig, remedies
 from fasttune.core.memory import Shape
 from fasttune.errors import ModelError
 from fasttune.hardware import Gpu, Hardware
@@ -130,11 +130,11 @@ def test_a_model_of_unknown_sizes_is_a_line() -> None:
 
 
 def test_what_needs_a_gpu_is_not_suggested_on_a_cpu() -> None:
-    assert autoconfig.smaller(settings(), gpu=True)[0] == "train.gradient_checkpointing=unsloth"
-    assert autoconfig.smaller(settings(), gpu=False)[0] == "train.gradient_checkpointing=full"
-    text = " ".join(autoconfig.smaller(settings(method="full"), gpu=False) + autoconfig.smaller(settings(), gpu=False))
+    assert remedies.smaller(settings(), gpu=True)[0] == "train.gradient_checkpointing=unsloth"
+    assert remedies.smaller(settings(), gpu=False)[0] == "train.gradient_checkpointing=full"
+    text = " ".join(remedies.smaller(settings(method="full"), gpu=False) + remedies.smaller(settings(), gpu=False))
     assert "unsloth" not in text and "8bit" not in text and "nf4" not in text
-    assert "checkpointing" not in " ".join(autoconfig.smaller(settings(gradient_checkpointing="full"), gpu=False))
+    assert "checkpointing" not in " ".join(remedies.smaller(settings(gradient_checkpointing="full"), gpu=False))
 
 
 @pytest.mark.parametrize("gpu", [name for name in chips.KNOWN_GPUS if name != "h200-141"])

@@ -15,7 +15,7 @@ from typing import Any
 import pytest
 
 import fasttune
-from fasttune import cli, config, report, system
+from fasttune import child_process, cli, config, report, system
 from fasttune.bench.run import Measurements
 from fasttune.core import checkpoint, model_files, pretrained, resume, run_folder
 from fasttune.data import sources
@@ -254,7 +254,7 @@ def test_a_child_finds_what_its_parent_finds_and_nothing_else(
     monkeypatch.setenv("PYTHONPATH", str(stranger))
     monkeypatch.setenv("PYTHONSTARTUP", "x.py")
     monkeypatch.setenv("PYTHONUNBUFFERED", "1")
-    command, clean = system.child_command("seen", "--an option"), system.child_environment()
+    command, clean = child_process.command("seen", "--an option"), child_process.environment()
     done = subprocess.run(command, capture_output=True, text=True, env=clean, check=False)
     assert done.returncode == 0, done.stderr
     arguments, path, environment, package, spawned = json.loads(done.stdout)

@@ -93,22 +93,6 @@ def usable_memory_gib(hardware: Hardware) -> float:
     return USABLE_MEMORY * (hardware.gpus[0].memory_gib if hardware.gpus else hardware.memory_gib)
 
 
-def smaller(config: Config, gpu: bool) -> list[str]:
-    """Settings that take less memory, the cheapest first (docs/oom.md); not those that are set already."""
-    train, full = config.train, config.train.method == "full"
-    recompute = "unsloth" if gpu else "full"  # "unsloth" moves activations from a GPU to the host
-    ways = {
-        f"train.gradient_checkpointing={recompute}": train.gradient_checkpointing not in (recompute, "unsloth"),
-        "train.optimizer=adamw_8bit": gpu and full and train.optimizer != "adamw_8bit",
-        f"model.max_length below {config.model.max_length:,}": True,
-        "train.method=lora": full,
-        "model.quantization=nf4": gpu and not full and config.model.quantization == "none",
-        "a lower lora.rank": not full,
-        "a smaller model, or a GPU with more memory": True,
-    }
-    return [way for way, possible in ways.items() if possible]
-
-
 def packing(packed: bool, proof: str) -> Setting:
     """`packed`: whether rows are; `proof`: how that is known to be exact."""
     if packed:

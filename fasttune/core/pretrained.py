@@ -116,9 +116,9 @@ def explained(name: str) -> Iterator[None]:
         yield
     except BaseException as error:
         if isinstance(error, Exception) or type(error).__name__ == "PanicException":  # tokenizers' is no Exception
-            from fasttune.core import load_errors
+            from fasttune.core import remedies
 
-            raise load_errors.explain(name, error) from error
+            raise remedies.explain(name, error) from error
         raise
 
 

@@ -17,7 +17,6 @@ from typing import TYPE_CHECKING, Any
 from fasttune import hardware, metrics, report, system
 from fasttune.config import Config
 from fasttune.core import checkpoint, run_folder
-from fasttune.core.autoconfig import smaller
 from fasttune.core.prepare import Job, preflight, prepare
 from fasttune.core.run_folder import Journal
 from fasttune.errors import FasttuneError, first_line, kind_and_line
@@ -295,6 +294,8 @@ def _one_line(error: Exception, job: Job) -> str:
     import torch
 
     if isinstance(error, torch.OutOfMemoryError):
-        ways = smaller(job.config, bool(job.machine.gpus))
+        from fasttune.core import remedies
+
+        ways = remedies.smaller(job.config, bool(job.machine.gpus))
         return f"out of memory with the fewest rows at once; try, in this order: {'; '.join(ways)}"
     return first_line(error) if isinstance(error, FasttuneError) else kind_and_line(error)

@@ -16,7 +16,7 @@ from rich.text import Text
 
 from fasttune import chips, hardware, terminal
 from fasttune.config import Config, looks_like_hub
-from fasttune.core import autoconfig, prepare, pretrained
+from fasttune.core import autoconfig, prepare, pretrained, remedies
 from fasttune.core.memory import Shape
 from fasttune.data import chat, load, sources
 from fasttune.errors import ConfigError, DataError, in_one_line
@@ -85,7 +85,7 @@ def look(config: Config, gpu: str | None, reporter: terminal.Reporter) -> Figure
         forecast=expected,
         sampled=scale != 1,
         usd_per_hour=usd_per_hour,
-        smaller=[] if fits else autoconfig.smaller(config, bool(machine.gpus)),
+        smaller=[] if fits else remedies.smaller(config, bool(machine.gpus)),
     )
 
 

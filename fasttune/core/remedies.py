@@ -1,7 +1,8 @@
-"""What libraries say when a model cannot be loaded → what helps, in one line. Loaded only then."""
+"""What helps when a model cannot be loaded, or does not fit into memory. Loaded only then."""
 
 import re
 
+from fasttune.config import Config
 from fasttune.core.model_files import pickled
 from fasttune.errors import FasttuneError, ModelError
 
@@ -47,3 +48,19 @@ def explain(name: str, error: BaseException) -> FasttuneError:
     known = isinstance(error, OSError | ValueError | RuntimeError)
     text = text if known else f"one of its files is damaged or not supported ({type(error).__name__}: {text})"
     return ModelError(f"model.name: {name[:100]} cannot be loaded: {text[:180]}")
+
+
+def smaller(config: Config, gpu: bool) -> list[str]:
+    """Settings that take less memory, the cheapest first (docs/oom.md); not those that are set already."""
+    train, full = config.train, config.train.method == "full"
+    recompute = "unsloth" if gpu else "full"  # "unsloth" moves activations from a GPU to the host
+    ways = {
+        f"train.gradient_checkpointing={recompute}": train.gradient_checkpointing not in (recompute, "unsloth"),
+        "train.optimizer=adamw_8bit": gpu and full and train.optimizer != "adamw_8bit",
+        f"model.max_length below {config.model.max_length:,}": True,
+        "train.method=lora": full,
+        "model.quantization=nf4": gpu and not full and config.model.quantization == "none",
+        "a lower lora.rank": not full,
+        "a smaller model, or a GPU with more memory": True,
+    }
+    return [way for way, possible in ways.items() if possible]
