@@ -33,7 +33,7 @@ FOLDER = "checkpoints"
 MANIFEST = "manifest.json"
 STATE = "state.json"
 START = "pissa.safetensors"
-# What may differ between a checkpoint and the run that resumes from it: how a step is computed, not what it learns.
+# What may differ between a checkpoint and the run that resumes from it: how a step is computed, not its result.
 # The length of the run and the model are compared as what they came to: steps, and a checksum of the weights.
 FREE = {
     "model.name",
@@ -118,7 +118,7 @@ class Keeper:
 def identity(job: "Job") -> dict[str, str]:
     """What a checkpoint belongs to; a run does not resume from one of something else. Before the first step only.
 
-    Settings that change what is learned, the rows themselves, and a checksum of every weight.
+    Settings that change what is trained, the rows themselves, and a checksum of every weight.
     """
     from fasttune.core import what_ran
 

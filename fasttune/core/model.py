@@ -87,7 +87,7 @@ def load(
 def add_lora(model: Any, config: LoraConfig, gradient_checkpointing: str, seed: int, start: Path | None = None) -> Any:
     """A PEFT model with one trainable adapter. Raises ModelError if a target names no layer of this model.
 
-    start: the adapter that PiSSA split the base weights by; computed anew, it would differ from machine to machine.
+    start: the adapter that PiSSA split the base weights by; computed again, it would differ from machine to machine.
     """
     layers = {name.rsplit(".", 1)[-1] for name, module in model.named_modules() if isinstance(module, torch.nn.Linear)}
     if missing := [target for target in config.targets if target not in layers]:

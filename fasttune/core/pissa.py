@@ -22,7 +22,7 @@ def split_again(model: Any, start: Path) -> None:
         if unknown := set_peft_model_state_dict(model, load_file(start)).unexpected_keys:
             raise ValueError(f"{unknown[0]} is of another model")
     except (OSError, ValueError, RuntimeError, SafetensorError) as error:
-        raise ModelError(f"--resume: {start} does not hold ({first_line(error)[:100]}); begin anew") from error
+        raise ModelError(f"--resume: {start} does not hold ({first_line(error)[:100]}); start over") from error
     model.peft_config["default"].init_lora_weights = "pissa"
     for layer in model.modules():
         if "default" in getattr(layer, "lora_A", {}):

@@ -275,7 +275,7 @@ class Journal:
         self.reporter.step(step)
 
     def _write(self, step: StepMetrics) -> None:
-        """Its line. On a full disk the run continues, and the file is made anew as soon as there is room."""
+        """Its line. On a full disk the run continues, and the file is written again as soon as there is room."""
         try:
             if self._disk_is_full or not self._path.exists():
                 self._write_all()

@@ -7,21 +7,23 @@ Shapes: B rows of a micro-batch, T tokens of the longest row (or of the whole pa
 import statistics
 import zlib
 from collections.abc import Iterable
+from dataclasses import asdict
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 import torch
 import torch.utils.checkpoint
 
-from fasttune import hardware, metrics
+from fasttune import hardware, metrics, system
+from fasttune.core import run_folder
 from fasttune.core.memory import MLP, STOCHASTIC_ADAMW, Shape
 from fasttune.data.tokenize import IGNORE
-from fasttune.metrics import Backend, Flops, StepMetrics
+from fasttune.metrics import Backend, ExactMatch, Flops, RunResult, Sample, Status, StepMetrics
 from fasttune.system import native_stderr_closed
 
 if TYPE_CHECKING:
     from fasttune.core.prepare import Job
-    from fasttune.core.trainer import MeasuredTrainer
+    from fasttune.core.trainer import MeasuredTrainer, StepRecorder
 
 PROBED = 256  # values of a parameter
 MOMENTS = {"exp_avg", "exp_avg_sq", "state1", "state2"}  # of torch's and torchao's AdamW, and of bitsandbytes'
@@ -151,7 +153,7 @@ def peak_memory_gib() -> float:
 
 
 def restart_peak() -> float | None:
-    """The peak of a GPU's memory up to now; from here it is counted anew. None on a CPU: that of the process stays."""
+    """The peak of a GPU's memory up to now; from here it is counted again. None on a CPU: that of the process stays."""
     if not torch.cuda.is_available():
         return None
     peak = peak_memory_gib()
@@ -284,3 +286,65 @@ def achieved_tflops(job: "Job", steps: list[StepMetrics], seconds: float) -> tup
     shape = (tokens, job.plan.shape.hidden, job.plan.shape.mlp)
     device = "cuda" if job.machine.gpus else "cpu"
     return achieved / 1e12, hardware.measure_matmul_tflops(device, job.plan.dtype, [shape], seconds)[shape]
+
+
+def result_of(
+    recorder: "StepRecorder",
+    speed: tuple[float | None, float | None] = (None, None),
+    samples: list[Sample] | None = None,
+    exact_match: ExactMatch | None = None,
+    status: Status | None = None,
+) -> RunResult:
+    """Every number of run.json, from the steps that were measured and the objects that ran.
+
+    speed: achieved_tflops of these steps. status: in place of the journal's.
+    """
+    job, journal, trainer = recorder.job, recorder.journal, recorder.trainer
+    steps, status = journal.steps, status or journal.status
+    resumable = status == "running" or (status != "completed" and journal.checkpoint is not None)
+    tokens, padding = (sum(getattr(step, name) for step in steps) for name in ("tokens", "padding_tokens"))
+    tokens_per_s, price, wall_s = metrics.median_rate(steps), job.usd_per_hour, journal.wall_s
+    achieved, matmul = speed
+    peak = None
+    if job.machine.gpus:
+        from fasttune import chips
+
+        peak = chips.peak_bf16_tflops(job.machine.gpus[0].name)
+    outside = trainer.peak_outside_gib  # None on a CPU, where a peak is that of the whole process
+    return RunResult(
+        status=status,
+        name=job.config.name,
+        output_dir=str(job.folder),
+        steps=journal.done,
+        first_loss=steps[0].loss if steps and steps[0].step == 1 else None,
+        last_loss=steps[-1].loss if steps else None,
+        tokens=tokens,
+        loss_tokens=sum(step.loss_tokens for step in steps),
+        padding_fraction=padding / max(tokens + padding, 1),
+        tokens_per_s=tokens_per_s,
+        loss_tokens_per_s=metrics.median_rate(steps, "loss_tokens"),
+        steady_steps=len(metrics.steady(steps)),
+        seconds_to_first_step=trainer.first_step_done - journal.started if trainer.first_step_done else None,
+        wall_s=wall_s,
+        peak_memory_gib=max(s.peak_memory_gib for s in steps) if steps and outside else peak_memory_gib(),
+        mfu=achieved / peak if achieved and peak and job.plan.dtype == "bfloat16" else None,
+        fraction_of_measured_matmul=achieved / matmul if achieved and matmul else None,
+        measured_matmul_tflops=matmul,
+        flops_formula=metrics.FLOPS_FORMULA,
+        cost_usd=None if price is None else price * wall_s / 3600,
+        usd_per_hour=price,
+        usd_per_million_tokens=price / 3600 / tokens_per_s * 1e6 if price is not None and tokens_per_s else None,
+        backend=backend(trainer),
+        versions=system.versions(),
+        hardware=asdict(job.machine),
+        settings=job.settings,
+        exact_match=exact_match,
+        forecast=job.forecast,
+        samples=samples or [],
+        held_out=recorder.validator.result(journal.saved_step),
+        warnings=journal.warnings,
+        error=journal.error,
+        resumed_from_step=journal.resumed_from_step,
+        peak_outside_steps_gib=outside,
+        resume_command=run_folder.resume_command(job) if resumable else None,
+    )

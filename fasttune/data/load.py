@@ -96,7 +96,7 @@ def _encode_one(
     what = f"reading and tokenising {source}"
     progress(what, 0.0)
     form, columns = form_of(config, source, split)
-    settings = data.train_on, config.model.max_length, data.too_long, data.allow_lost, data.control_tokens
+    settings = data.train_on, config.model.max_length, data.too_long, tuple(data.allow_lost), data.control_tokens
     recipe = tokenize.recipe_of(tokenizer, form, columns, *settings)
     key = f"{sources.fingerprint(source, part, split)} {max_rows}"
 

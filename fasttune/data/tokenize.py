@@ -6,7 +6,6 @@ Works on a plain `tokenizers` tokenizer, so that worker processes need neither t
 
 from bisect import bisect_left
 from collections import Counter
-from collections.abc import Sequence
 from dataclasses import dataclass, field
 from itertools import chain
 from typing import Any
@@ -84,20 +83,10 @@ class Rows:
         return self.ids[inside], self.supervised[inside]
 
 
-def recipe_of(
-    tokenizer: Any,
-    form: str,
-    columns: dict[str, str],
-    train_on: str,
-    max_length: int,
-    too_long: str,
-    allow_lost: Sequence[str] = (),
-    control_tokens: str = "keep",
-) -> Recipe:
-    """The Recipe of a transformers fast tokenizer, whose template is `chat.complete`."""
-    text, template, renamed = tokenizer.backend_tokenizer.to_str(), chat.template_of(tokenizer), sorted(columns.items())
-    settings = train_on, max_length, too_long, tuple(allow_lost), control_tokens
-    return Recipe(text, template, form, tuple(renamed), *settings)
+def recipe_of(tokenizer: Any, form: str, columns: dict[str, str], *settings: Any) -> Recipe:
+    """The Recipe of a transformers fast tokenizer, whose template is `chat.complete`. settings: train_on and on."""
+    text, template = tokenizer.backend_tokenizer.to_str(), chat.template_of(tokenizer)
+    return Recipe(text, template, form, tuple(sorted(columns.items())), *settings)
 
 
 def labels(ids: np.ndarray, supervised: np.ndarray) -> np.ndarray:
