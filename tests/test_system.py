@@ -161,7 +161,7 @@ def test_a_linked_adapter_of_a_run_gets_no_card_and_is_not_merged(
     (run / "adapter").rename(others)
     (run / "adapter").symlink_to(others)
     (others / "README.md").write_text("mine")
-    card.of_run(run)
+    card.of_run(run, None)
     assert cli.main(["merge", str(run), "--out", str(tmp_path / "out")]) == 2
     assert "adapter is a link" in capsys.readouterr().err
     assert (others / "README.md").read_text() == "mine" and not (tmp_path / "out").exists()

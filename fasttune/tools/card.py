@@ -52,22 +52,16 @@ def of(trained: "TrainedModel") -> Subject:
     return Subject(trained.name, trained.base.name, adapter, trained.config, trained.result, trained.run)
 
 
-def of_run(folder: Path, result: RunResult | None = None) -> None:
+def of_run(folder: Path, result: RunResult | dict[str, Any] | None) -> None:
     """The card of a run's adapter/ or model/, as far as the run got. Nothing where it saved neither, or a link.
 
-    `result`: what run.json will say, where it is not yet written.
+    `result`: what run.json says, or will.
     """
     weights = next((folder / kind for kind in ("adapter", "model") if (folder / kind).is_dir()), None)
     if weights and not weights.is_symlink():  # that would be somebody else's folder
-        told = json.loads(report.to_json_line(result)) if result else _read(folder / "run.json")
+        told = json.loads(report.to_json_line(result)) if result else None
         config = configuration.load(folder / CONFIG, [f"{TRUST}=false"])
         write(weights, Subject(str(folder), config.model.name, weights.name == "adapter", config, told, folder))
-
-
-def _read(path: Path) -> dict[str, Any]:
-    from fasttune.core import model_files
-
-    return model_files.read_json(path)
 
 
 def write(folder: Path, subject: Subject, compared: "Comparison | None" = None) -> None:
