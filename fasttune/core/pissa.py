@@ -5,7 +5,6 @@ from typing import Any
 
 import torch
 
-from fasttune.core import model as models  # noqa: F401  first: it imports unsloth
 from fasttune.errors import ModelError, first_line
 
 

@@ -7,11 +7,12 @@ import random
 from collections.abc import Callable
 from typing import TYPE_CHECKING, Any
 
+from fasttune.core import model as models  # first: it imports unsloth
+
 import numpy as np
 import torch
 import transformers
 
-from fasttune.core import model as models  # first: it imports unsloth
 from fasttune.core.checkpoint import trained
 from fasttune.core.resume import Checkpoint
 from fasttune.core.what_ran import MOMENTS
