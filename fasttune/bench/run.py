@@ -17,7 +17,7 @@ from datetime import UTC, datetime
 from pathlib import Path
 from typing import Any
 
-from fasttune import config as configuration, gpus, hardware, metrics, report, system
+from fasttune import child_process, config as configuration, gpus, hardware, metrics, report, system
 from fasttune.bench.arms import PLAIN, WHAT
 from fasttune.bench.stats import MIN_REPEATS, NO_REVISION, WARMUP_STEPS, Arm, Bench, Limit, Repeat
 from fasttune.config import Config
@@ -58,7 +58,7 @@ def checked_arms(config: Config, arms: str | None, repeats: int, steps: int | No
             f"bench: {', '.join(plain)} train 16-bit weights, which is other work than model.quantization=nf4; add "
             "model.quantization=none, or --arms fasttune,unsloth-notebook"
         )
-    prepare.check(config)
+    prepare.check_sources_and_model(config)
     return names
 
 
@@ -143,8 +143,8 @@ def share(config: Config, shared: Path, steps: int) -> dict[str, Any]:
 
 def fresh_process(what: str, shared: Path, steps: int) -> dict[str, Any]:
     """One measurement of worker.py; what its libraries print is dropped."""
-    command = system.child_command("fasttune.bench.worker", what, str(shared), str(steps))
-    done = subprocess.run(command, capture_output=True, text=True, check=False, env=system.child_environment())
+    command = child_process.command("fasttune.bench.worker", what, str(shared), str(steps))
+    done = subprocess.run(command, capture_output=True, text=True, check=False, env=child_process.environment())
     try:
         return json.loads(done.stdout.splitlines()[-1])
     except (IndexError, ValueError):

@@ -144,7 +144,7 @@ class Clock:
         from fasttune.core import what_ran
 
         began = time.perf_counter()
-        self.weights_digest = what_ran.weights_digest(model)
+        self.weights_digest = what_ran.fingerprint(model.parameters())
         self._started = PROCESS_STARTED + time.perf_counter() - began  # a digest is not what a person waits for
         self.peak_before_gib = what_ran.restart_peak()
         what_ran.synchronize()

@@ -4,12 +4,10 @@ supervised span.
 Works on a plain `tokenizers` tokenizer, so that worker processes need neither torch nor transformers' classes.
 """
 
-from array import array
-from bisect import bisect_left, bisect_right
+from bisect import bisect_left
 from collections import Counter
-from collections.abc import Sequence
 from dataclasses import dataclass, field
-from itertools import chain, pairwise
+from itertools import chain
 from typing import Any
 
 import numpy as np
@@ -24,10 +22,8 @@ IGNORE = -100  # label of a token that is read, but not supervised
 MOST_COUNTS = 100  # of a chunk; rows whose every column has a name of its own fill no memory
 SHOWN_CHARACTERS = 160  # of a row in an error
 HOPELESS_ROWS = 100  # a template that refuses so many from the first on is not asked again
+WINDOW = 1 << 18  # characters that are encoded at once: a tokenizer takes 200 to 300 times the size of a text
 TOO_LONG = {"drop": "dropped_too_long", "truncate": "truncated", "split": "split"}  # as they are counted
-WINDOW = 1 << 18  # characters; longer texts are encoded in windows
-OVERLAP = 1 << 12
-AGREE = 8  # tokens
 
 
 @dataclass(frozen=True)
@@ -87,20 +83,10 @@ class Rows:
         return self.ids[inside], self.supervised[inside]
 
 
-def recipe_of(
-    tokenizer: Any,
-    form: str,
-    columns: dict[str, str],
-    train_on: str,
-    max_length: int,
-    too_long: str,
-    allow_lost: Sequence[str] = (),
-    control_tokens: str = "keep",
-) -> Recipe:
-    """The Recipe of a transformers fast tokenizer, whose template is `chat.complete`."""
-    text, template, renamed = tokenizer.backend_tokenizer.to_str(), chat.template_of(tokenizer), sorted(columns.items())
-    settings = train_on, max_length, too_long, tuple(allow_lost), control_tokens
-    return Recipe(text, template, form, tuple(renamed), *settings)
+def recipe_of(tokenizer: Any, form: str, columns: dict[str, str], *settings: Any) -> Recipe:
+    """The Recipe of a transformers fast tokenizer, whose template is `chat.complete`. settings: train_on and on."""
+    text, template = tokenizer.backend_tokenizer.to_str(), chat.template_of(tokenizer)
+    return Recipe(text, template, form, tuple(sorted(columns.items())), *settings)
 
 
 def labels(ids: np.ndarray, supervised: np.ndarray) -> np.ndarray:
@@ -145,11 +131,13 @@ class Encoder:
         kept: list[tuple[int, int]] = []  # length and number of each row
         enough = None if recipe.too_long == "split" else recipe.max_length + 1  # tokens; with these a row is too long
         encodings = encode_batch(self.tokenizer, [text for _, text, _, _ in rows], enough)
-        for encoding, (number, text, spans, as_text) in zip(encodings, rows, strict=True):
-            if as_text:
-                row_ids, tokens = self._in_pieces(text, spans, as_text)
+        for encoding, (number, text, spans, apart) in zip(encodings, rows, strict=True):
+            if apart:
+                from fasttune.data import as_text
+
+                row_ids, tokens = as_text.encode(self.tokenizer, text, spans, apart)
             else:
-                row_ids, tokens = encoding.ids, _token_spans(encoding, len(text), spans)
+                row_ids, tokens = encoding.ids, token_spans(encoding, len(text), spans)
             pieces = self._pieces(len(row_ids), [span for span in tokens if span[0] < span[1]], counts)
             for start, end, inside in pieces:
                 supervised += [(len(ids) + a, len(ids) + b) for a, b in inside]
@@ -173,7 +161,6 @@ class Encoder:
         recipe = self.recipe
         row = formats.rename(row, dict(recipe.columns), place)
         formats.check_row(row, place)
-        as_text: list[Span] = []
         conversation = formats.convert(row, recipe.form, place)
         if recipe.train_on == "all" and isinstance(conversation, Conversation) and conversation.left_out:
             raise DataError(
@@ -182,7 +169,9 @@ class Encoder:
             )
         control = self.control.in_row(conversation)
         if apart := bool(control) and recipe.control_tokens == "text":
-            conversation = self.control.marked(conversation)
+            from fasttune.data import as_text
+
+            conversation = as_text.marked(conversation, self.control.pattern)
         try:
             text, spans = recipe.template.text(conversation, recipe.train_on, place, recipe.allow_lost, counts)
         except formats.Refused as reason:
@@ -193,28 +182,15 @@ class Encoder:
                     "or use a model with another template"
                 ) from reason
             raise
+        places: list[Span] = []
         if apart:
-            text, spans, as_text = self.control.unmarked(text, spans)
+            text, spans, places = as_text.unmarked(text, spans, self.control.pattern)
         formats.check_text(text, place)
         counts.update(f"control token: {name}" for name in control)
         if len(counts) < MOST_COUNTS:
             counts.update(f"not used: {name}" for name in formats.not_used(row, recipe.form))
         counts.update(f"only text: {mark}" for mark in formats.MEDIA_MARKS if mark in text)
-        return text, spans, as_text
-
-    def _in_pieces(self, text: str, spans: list[Span], as_text: list[Span]) -> tuple[list[int], list[Span]]:
-        """Ids and supervised tokens of a text of which some places hold no control tokens, whatever they say."""
-        edges = [0, *(at for span in as_text for at in span), len(text)]
-        ids: list[int] = []
-        found: list[Span] = []
-        for number, (start, end) in enumerate(pairwise(edges)):
-            self.tokenizer.encode_special_tokens = number % 2 == 1
-            encoding = self.tokenizer.encode(text[start:end], add_special_tokens=False)
-            inside = [(max(a, start) - start, min(b, end) - start) for a, b in spans if a < end and b > start]
-            found += [(len(ids) + a, len(ids) + b) for a, b in _token_spans(encoding, end - start, inside)]
-            ids += encoding.ids
-        self.tokenizer.encode_special_tokens = False
-        return ids, found
+        return text, spans, places
 
     def _pieces(self, length: int, spans: list[Span], counts: Counter[str]) -> list[tuple[int, int, list[Span]]]:
         """Pieces (start, end, supervised spans inside, relative to start) of a row of `length` tokens.
@@ -237,7 +213,7 @@ class Encoder:
         return pieces
 
 
-def _token_spans(encoding: Any, characters: int, spans: list[Span]) -> list[Span]:
+def token_spans(encoding: Any, characters: int, spans: list[Span]) -> list[Span]:
     """Character spans → spans of the tokens whose first character lies in them."""
     tokens = len(encoding.ids)
     if spans == [(0, characters)]:
@@ -252,54 +228,13 @@ def _token_spans(encoding: Any, characters: int, spans: list[Span]) -> list[Span
     return list(zip(bounds[::2], bounds[1::2], strict=True))
 
 
-class Joined:
-    """What an Encoding of a long text would say. starts: the first character of each token.
-
-    A tokenizer takes 200 to 300 times the size of a text at once, so a long one is encoded in windows that overlap.
-    Two are joined where they agree on AGREE tokens in a row: there the beginning of a window is forgotten, so the
-    tokens are those of the whole text.
-    """
-
-    def __init__(self) -> None:
-        self.ids, self.starts = array("i"), array("q")
-
-    @property
-    def offsets(self) -> list[Span]:
-        return [(start, start) for start in self.starts]
-
-    def char_to_token(self, at: int) -> int:
-        last = max(0, bisect_right(self.starts, at) - 1)
-        return bisect_left(self.starts, self.starts[last])  # the first token of a character that has several
-
-    def token_to_chars(self, token: int) -> Span:
-        return self.starts[token], self.starts[token]
-
-    def add(self, ids: "array[int]", starts: "array[int]") -> None:
-        """The tokens of the next window."""
-        old, new = 0, 0
-        if self.ids:
-            old, new = len(self.ids), bisect_left(starts, self.starts[-1] + 1)  # where they agree nowhere
-            for at in range(bisect_left(starts, starts[0] + OVERLAP // 4), len(ids)):
-                was = bisect_left(self.starts, starts[at])
-                if self.starts[was : was + AGREE] == starts[at : at + AGREE] and (
-                    self.ids[was : was + AGREE] == ids[at : at + AGREE]
-                ):
-                    old, new = was, at
-                    break
-        self.ids[old:], self.starts[old:] = ids[new:], starts[new:]
-
-
 def encode_batch(tokenizer: Any, texts: list[str], enough: int | None) -> list[Any]:
     """As tokenizer.encode_batch without special tokens. Of a long text only `enough` tokens are wanted (None: all)."""
     short = iter(tokenizer.encode_batch([text for text in texts if len(text) <= WINDOW], add_special_tokens=False))
-    return [next(short) if len(text) <= WINDOW else _joined(tokenizer, text, enough) for text in texts]
+    return [next(short) if len(text) <= WINDOW else _in_windows(tokenizer, text, enough) for text in texts]
 
 
-def _joined(tokenizer: Any, text: str, enough: int | None) -> Joined:
-    joined = Joined()
-    for at in range(0, len(text), WINDOW - OVERLAP):
-        encoding = tokenizer.encode(text[at : at + WINDOW], add_special_tokens=False)
-        joined.add(array("i", encoding.ids), array("q", [at + start for start, _ in encoding.offsets]))
-        if enough is not None and len(joined.ids) >= enough + OVERLAP:
-            break  # the last tokens of a window are not yet sure
-    return joined
+def _in_windows(tokenizer: Any, text: str, enough: int | None) -> Any:
+    from fasttune.data import windows
+
+    return windows.encode(tokenizer, text, WINDOW, enough)

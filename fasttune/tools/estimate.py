@@ -169,7 +169,9 @@ def rate_tflops(config: Config, chosen: Plan, machine: Hardware) -> tuple[Range 
         source = f"{middle:.3g} TFLOP/s measured on {name}, {row['date']} ({row['source']})"
         source += "; for another job" if other else ""
         return Range(min(row["tflops"]) / error, middle, max(row["tflops"]) * error), source
-    peak = hardware.peak_bf16_tflops(name)
+    from fasttune import chips
+
+    peak = chips.peak_bf16_tflops(name)
     if peak is None or chosen.dtype != "bfloat16":
         return None, f"nothing measured on {name} in {chosen.dtype}, and no datasheet peak to go by"
     return _share(MFU, peak), f"nothing measured on {name}: {MFU[0]:.0%} to {MFU[1]:.0%} of its {peak:g} TFLOP/s"

@@ -26,7 +26,7 @@ from fasttune import hardware, terminal
 from fasttune.config import Config
 from fasttune.core import autoconfig, prepare, pretrained
 from fasttune.core.memory import Shape
-from fasttune.data import chat, load, sources
+from fasttune.data import chat, files, load
 from fasttune.data.batching import Batches
 from fasttune.data.tokenize import IGNORE, Rows, labels
 from fasttune.report import steps_text
@@ -133,7 +133,7 @@ def look(config: Config, rows: int, reporter: terminal.Reporter) -> DataFigures:
 
     Raises DataError and ModelError.
     """
-    prepare.check(config)
+    prepare.check_sources_and_model(config)
     try:
         with library_log():
             reporter.note(f"reading the tokenizer of {config.model.name} …")
@@ -282,7 +282,7 @@ def show(figures: DataFigures, console: Console = terminal.console) -> None:
     between = "  " if colour else " stands between these marks; all else is "
     indented(Text.assemble(marked("supervised", True), between, marked("only read", False)))
     for row in figures.shown:
-        unit = "line" if sources.kind(row.source) == "jsonl" else "row"
+        unit = "line" if files.kind(row.source) == "jsonl" else "row"
         place = f"{unit} {row.number:,} of {Path(row.source).name}"
         counts = f" · {row.tokens:,} tokens, {row.learned_tokens:,} supervised"
         text = Text.assemble(*(marked(_clip(piece), supervised) for piece, supervised in row.pieces))

@@ -6,7 +6,7 @@ FLOPs and bytes are counted; how much of the card's peaks each kind of kernel re
 (benchmarks/llama3.1-8b_h100_2026-11-26.md). What it is laid beside: benchmarks/profile_step.py, group by group.
 """
 
-from fasttune import hardware
+from fasttune import chips
 from fasttune.config import Config
 from fasttune.core.autoconfig import Plan
 from fasttune.core.memory import BYTES, GIB, GPU_LOGIT_BYTES
@@ -23,7 +23,7 @@ OF_KERNELS = f"{MATMUL:.0%} of the dense peak in matmuls, {MEMORY:.0%} of the ba
 
 def of_step(config: Config, chosen: Plan, sample: Sample, memory: Memory, gpu: str) -> Roofline | None:
     """None of a card whose peaks are not known, of other weights than bf16 ones, and of small models."""
-    peak, bandwidth, shape = hardware.peak_bf16_tflops(gpu), hardware.memory_tb_per_s(gpu), chosen.shape
+    peak, bandwidth, shape = chips.peak_bf16_tflops(gpu), chips.memory_tb_per_s(gpu), chosen.shape
     plain = chosen.dtype == "bfloat16" and config.model.quantization == "none" and shape.experts == 1
     if peak is None or bandwidth is None or not plain or shape.parameters < SMALLEST:
         return None
