@@ -11,7 +11,7 @@ from typing import Any
 import pytest
 
 from fasttune import cli
-from fasttune.data import formats
+from fasttune.data import formats, turns
 from fasttune.errors import DataError, ModelError, OutputError
 from fasttune.tools import generate, questions, trained_model
 
@@ -39,11 +39,11 @@ def lines(path: Path) -> dict[int, str]:
 
 
 def alone(speaker: Any) -> list[str]:
-    return [speaker.batch([speaker.prompt([formats._turn("user", text)])])[0].text for text in PROMPTS]
+    return [speaker.batch([speaker.prompt([formats.turn("user", text)])])[0].text for text in PROMPTS]
 
 
 def test_an_answer_is_the_same_alone_and_in_a_batch(speaker: Any) -> None:
-    together = speaker.batch([speaker.prompt([formats._turn("user", text)]) for text in PROMPTS])
+    together = speaker.batch([speaker.prompt([formats.turn("user", text)]) for text in PROMPTS])
     assert [answer.text for answer in together] == alone(speaker)
     assert len(set(alone(speaker))) > 1  # so the comparison can fail
     assert all(answer.tokens == 12 and answer.finish == "length" for answer in together)
@@ -82,14 +82,14 @@ def test_a_generation_config_of_others_is_no_traceback(tmp_path: Path, capsys: p
 
 
 def test_an_answer_ends_at_the_first_stop_token(speaker: Any, monkeypatch: pytest.MonkeyPatch) -> None:
-    prompt = speaker.prompt([formats._turn("user", PROMPTS[0])])
+    prompt = speaker.prompt([formats.turn("user", PROMPTS[0])])
     seen: list[list[int]] = []
     with monkeypatch.context() as patch:
         patch.setattr(speaker, "_answer", seen.append)
         speaker.batch([prompt])
     [whole] = seen
     monkeypatch.setattr(speaker, "stops", [whole[3]])
-    ended = speaker.batch([prompt, speaker.prompt([formats._turn("user", PROMPTS[1])])])[0]
+    ended = speaker.batch([prompt, speaker.prompt([formats.turn("user", PROMPTS[1])])])[0]
     assert (ended.tokens, ended.finish) == (whole.index(whole[3]) + 1, "stop")
 
 
@@ -152,7 +152,7 @@ def test_other_weights_are_told(finished_run: Path, tmp_path: Path) -> None:
     assert questions._weights(str(tmp_path)) != of_run["adapter"]
 
 
-USER, SYSTEM = [formats._turn("user", "Hi")], [formats._turn("system", "Be kind.")]
+USER, SYSTEM = [formats.turn("user", "Hi")], [formats.turn("system", "Be kind.")]
 
 
 @pytest.mark.parametrize(
@@ -165,15 +165,15 @@ USER, SYSTEM = [formats._turn("user", "Hi")], [formats._turn("system", "Be kind.
         ({"query": "Hi"}, USER),
         ({"instruction": "Hi", "output": "Ho", "system": "Be kind."}, SYSTEM + USER),
         ({"messages": USER}, USER),
-        ({"messages": [*USER, formats._turn("assistant", "Ho")]}, USER),
+        ({"messages": [*USER, formats.turn("assistant", "Ho")]}, USER),
         (
-            {"messages": [*USER, formats._turn("assistant", "Ho"), *USER]},
-            [*USER, formats._turn("assistant", "Ho"), *USER],
+            {"messages": [*USER, formats.turn("assistant", "Ho"), *USER]},
+            [*USER, formats.turn("assistant", "Ho"), *USER],
         ),
         ({"conversations": [{"from": "human", "value": "Hi"}]}, USER),
         *(
             ({"conversations": [{"from": "human", "value": "Hi"}, {"from": speaker, "value": '{"name": "f"}'}]}, USER)
-            for speaker, role in formats.SHAREGPT_ROLES.items()
+            for speaker, role in turns.SHAREGPT_ROLES.items()
             if role == "assistant"
         ),
     ],
@@ -184,7 +184,7 @@ def test_the_question_part_of_every_form(tmp_path: Path, row: dict[str, Any], me
     [(number, question)] = questions.read(str(path), {}, None, "train", {})
     assert (number, question) == (2, formats.Conversation(messages, []))
     [(_, question)] = questions.read(str(path), {}, "Be brief.", "train", {})
-    first = messages if messages[0]["role"] == "system" else [formats._turn("system", "Be brief."), *messages]
+    first = messages if messages[0]["role"] == "system" else [formats.turn("system", "Be brief."), *messages]
     assert question == formats.Conversation(first, [])
 
 
@@ -330,7 +330,7 @@ def test_rows_of_the_run_are_read_as_it_read_them(finished_run: Path) -> None:
 
 
 def test_the_command_streams_a_prompt(speaker: Any, finished_run: Path, capsys: pytest.CaptureFixture[str]) -> None:
-    shown = speaker.batch([speaker.prompt([formats._turn("user", PROMPTS[1])])])[0].text
+    shown = speaker.batch([speaker.prompt([formats.turn("user", PROMPTS[1])])])[0].text
     arguments = ["generate", str(finished_run), "--prompt", PROMPTS[1], "--max-new-tokens", "12"]
     assert cli.main(arguments) == 0
     assert capsys.readouterr().out == shown + "\n"

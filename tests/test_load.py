@@ -16,7 +16,7 @@ from typing import Any
 import pytest
 
 from fasttune import config, system, terminal
-from fasttune.data import arithmetic, load, sources
+from fasttune.data import arithmetic, files, load, sources, workers
 from fasttune.data.sources import Chunk
 from fasttune.data.tokenize import Recipe, Rows
 from fasttune.errors import DataError, FasttuneError
@@ -252,7 +252,7 @@ def _blank(tmp_path: Path) -> str:
 def test_progress_rises_to_the_end(
     tmp_path: Path, cache: Path, recipe: Recipe, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    monkeypatch.setattr(sources, "BLOCK_BYTES", 4000)
+    monkeypatch.setattr(files, "BLOCK_BYTES", 4000)
     source = write(tmp_path / "rows.jsonl", arithmetic.generate("train", rows=200))
     shares: list[float] = []
     load.stored(source, "key", recipe, lambda: sources.read(source, "train"), shares.append)
@@ -264,7 +264,7 @@ def test_progress_rises_to_the_end(
 def test_workers_give_the_same_bytes_as_one_process(
     tmp_path: Path, cache: Path, recipe: Recipe, encoded: list[int], monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    monkeypatch.setattr(sources, "BLOCK_BYTES", 4000)
+    monkeypatch.setattr(files, "BLOCK_BYTES", 4000)
     source = write(tmp_path / "rows.jsonl", [*arithmetic.generate("train", rows=300), EMPTY])
     alone = contents(stored(recipe, source))
     assert sum(encoded) == 301
@@ -304,7 +304,7 @@ def test_a_stalled_worker_is_named_and_leaves_no_process(
     tmp_path: Path, cache: Path, recipe: Recipe, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     monkeypatch.setattr(load, "POOL_FROM_CHUNKS", 2)
-    monkeypatch.setattr(load, "STALLED_S", 1.0)
+    monkeypatch.setattr(workers, "STALLED_S", 1.0)
     monkeypatch.setattr(os, "sched_getaffinity", lambda _: {0, 1})
 
     def chunks() -> Iterator[Chunk]:

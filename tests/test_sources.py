@@ -18,7 +18,7 @@ import pyarrow
 import pyarrow.parquet
 import pytest
 
-from fasttune.data import arithmetic, sources
+from fasttune.data import arithmetic, arrow, files, sources
 from fasttune.errors import DataError
 
 ROWS = [*arithmetic.generate("train", rows=4), {"question": 'a "b", c\nd', "answer": "é 😀 #### 3"}]
@@ -47,7 +47,7 @@ def as_parquet(rows: list[dict[str, Any]]) -> bytes:
 
 
 def write(path: Path, content: bytes) -> str:
-    compression = sources.COMPRESSIONS.get(path.suffix)
+    compression = files.COMPRESSIONS.get(path.suffix)
     if compression is None:
         path.write_bytes(content)
     else:
@@ -115,7 +115,7 @@ def test_keys_that_only_the_column_type_brings_are_left_out(tmp_path: Path, monk
     import datasets
 
     monkeypatch.setattr(datasets, "load_dataset", lambda *_, **__: datasets.Dataset.from_list(rows))
-    assert [row for chunk in sources._hub("owner/name", "train", False, ()) for row in chunk.rows] == rows
+    assert [row for chunk in arrow.hub("owner/name", "train", False, ()) for row in chunk.rows] == rows
 
 
 def test_hand_compressed_gzip_of_two_members_is_read_whole(tmp_path: Path) -> None:
@@ -153,7 +153,7 @@ def test_a_chunk_stays_small_however_long_the_file(tmp_path: Path) -> None:
     chunks = list(sources.read(source, "train"))
     sizes = [sum(map(len, chunk.rows)) for chunk in chunks]
     assert sum(map(len, chunks)) == 5000
-    assert max(sizes) <= sources.BLOCK_BYTES + 1100
+    assert max(sizes) <= files.BLOCK_BYTES + 1100
     done = [chunk.done for chunk in chunks]
     assert done == sorted(done)
     assert (0 < done[0] < 0.3, done[-1]) == (True, 1.0)
@@ -170,7 +170,7 @@ def test_a_line_of_10_mb_is_read(tmp_path: Path) -> None:
 
 
 def test_a_line_without_end_is_refused(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(sources, "MAX_LINE_BYTES", 3 << 20)
+    monkeypatch.setattr(files, "MAX_LINE_BYTES", 3 << 20)
     source = write(tmp_path / "rows.jsonl", jsonl([ROWS[0]]) + b"x" * (5 << 20))
     assert "line 2 is over 3 MiB: is it JSONL?" in refused(source)
 

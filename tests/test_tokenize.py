@@ -10,7 +10,7 @@ import tokenizers
 from hypothesis import given, strategies as st
 from tokenizers import decoders, models, pre_tokenizers, processors, trainers
 
-from fasttune.data import tokenize
+from fasttune.data import tokenize, windows
 from fasttune.data.chat import Template
 from fasttune.data.sources import Chunk
 from fasttune.data.tokenize import IGNORE, Block, Encoder, Recipe
@@ -269,7 +269,7 @@ def test_a_row_longer_than_a_window_is_cut_as_any_other(
     rows = [chat(("q" * 90, "été " * 300), ("r", "b" * 700)), chat(("q", "a"))]
     at_once = encode(recipe, rows)
     monkeypatch.setattr(tokenize, "WINDOW", 400)
-    monkeypatch.setattr(tokenize, "OVERLAP", 80)
+    monkeypatch.setattr(windows, "OVERLAP", 80)
     in_windows = encode(recipe, rows)
     assert (in_windows.ids.tolist(), in_windows.supervised.tolist()) == (
         at_once.ids.tolist(),
@@ -370,7 +370,7 @@ class Watched:
 
 def test_windows_give_the_tokens_of_the_whole(tokenizer: Any, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(tokenize, "WINDOW", 1500)
-    monkeypatch.setattr(tokenize, "OVERLAP", 300)
+    monkeypatch.setattr(windows, "OVERLAP", 300)
     long, short = long_text(3000), "the river"
     watched = Watched(tokenizer)
     first, whole, last = tokenize.encode_batch(watched, [short, long, short], enough=None)
@@ -387,7 +387,7 @@ def test_windows_give_the_tokens_of_the_whole(tokenizer: Any, monkeypatch: pytes
 
 def test_what_is_cut_off_is_not_encoded(tokenizer: Any, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(tokenize, "WINDOW", 1500)
-    monkeypatch.setattr(tokenize, "OVERLAP", 300)
+    monkeypatch.setattr(windows, "OVERLAP", 300)
     watched, long = Watched(tokenizer), long_text(30_000)
     (cut,) = tokenize.encode_batch(watched, [long], enough=100)
     assert cut.ids[:100].tolist() == tokenizer.encode(long, add_special_tokens=False).ids[:100]

@@ -17,7 +17,7 @@ from itertools import chain
 from pathlib import Path
 from typing import Any
 
-from fasttune import hub, system
+from fasttune import system
 from fasttune.config import ModelConfig
 from fasttune.core.memory import NEEDED, Shape
 from fasttune.errors import FasttuneError, ModelError, first_line
@@ -45,7 +45,6 @@ REMEDIES = {
 NO_SAFETENSORS = "file named model.safetensors"
 UNREACHABLE = (
     r"[Cc]onnection\b|couldn't connect|offline mode|[Ff]ailed to resolve|name resolution|Max retries|timed out"
-    r"|did not answer"
 )
 
 CHATML = (
@@ -229,7 +228,9 @@ def explain(name: str, error: BaseException) -> FasttuneError:
     if re.search(UNREACHABLE, text):
         remedy = "the hub cannot be reached; check the name and the network, try again later, or download it elsewhere"
         remedy += " and give the folder"
-        if hub.is_offline():
+        import huggingface_hub
+
+        if huggingface_hub.is_offline_mode():
             remedy = f"HF_HUB_OFFLINE is set; check the name, unset it, or run `hf download {name}` where there is a "
             remedy += "network"
         return ModelError(f"model.name: {name} is neither a local folder nor in the hub's cache, and {remedy}")

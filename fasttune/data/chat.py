@@ -13,9 +13,8 @@ from dataclasses import dataclass, replace
 from functools import cached_property
 from typing import Any
 
-from fasttune.data import calls, sandbox
-from fasttune.data.calls import Message, Shown
-from fasttune.data.formats import Conversation, Refused, Unusable
+from fasttune.data import sandbox
+from fasttune.data.formats import REASONING, Conversation, Message, Refused, Unusable
 from fasttune.errors import DataError, ModelError
 
 # For base models that come without a template: role headings, the answer closed by EOS.
@@ -87,7 +86,7 @@ class Template:
         """Text and supervised spans of a row. `train_on`: assistant (every answer), last, or all.
 
         `notes` counts what the template left out. Raises DataError where that may not be (only if `allow_lost` has its
-        name, of calls.LOSSES), and where a later turn changes earlier text, since then no label could be trusted;
+        name, of config.LOSSES), and where a later turn changes earlier text, since then no label could be trusted;
         Unusable where the template refuses the row.
         """
         if isinstance(conversation, str):
@@ -105,9 +104,12 @@ class Template:
                 gaps += [] if closed else [end]
         everything = dict.fromkeys(range(len(messages)), (0, len(whole)))
         supervised = everything if train_on == "all" else dict(zip(answers, spans, strict=True))
-        lost = self._check_losses(whole, messages, tools, supervised, place, allow_lost)
-        if notes is not None:
-            notes.update(f"lost: {name}" for name in lost)
+        if tools or not _all_plainly_there(whole, messages, supervised):
+            from fasttune.data import losses
+
+            lost = losses.check(whole, messages, tools, self.source_for(tools), supervised, place, allow_lost)
+            if notes is not None:
+                notes.update(f"lost: {name}" for name in lost)
         for gap in reversed(gaps):  # the end of a span, which EOS is supervised with
             whole = whole[:gap] + self.eos + whole[gap:]
             spans = [(a + len(self.eos) * (a >= gap), b + len(self.eos) * (b >= gap)) for a, b in spans]
@@ -127,64 +129,12 @@ class Template:
             raise Refused(f"refused by the chat template ({said[:120]})") from error
 
     def _fitting(self, messages: list[Message], tools: Any, ask: bool = False) -> tuple[list[Message], str]:
-        """The turns in the first of the ways that loses nothing (else the first that renders), and their text."""
+        """The turns as the template wants them, and their text."""
         if all(len(turn) == 2 for turn in messages):
             return messages, self._render(messages, tools, ask)
-        best: tuple[int, list[Message], str] | None = None
-        refused: Unusable | None = None
-        for way in calls.ways(messages):
-            try:
-                whole = self._render(way, tools, ask)
-            except Unusable as error:
-                refused = error
-                continue
-            shown = Shown(whole)
-            last = next((turn for turn in reversed(way) if any(key in turn for key in calls.REASONING)), None)
-            parts = [calls.lost_of_turn(turn, shown) - ({"reasoning"} if turn is not last else set()) for turn in way]
-            flaws = 2 * any(parts) + calls.is_python(way, whole)
-            if best is None or flaws < best[0]:
-                best = flaws, way, whole
-            if not flaws:
-                break
-        if best is None:
-            assert refused is not None
-            raise refused
-        return best[1:]
+        from fasttune.data import losses
 
-    def _check_losses(
-        self,
-        whole: str,
-        turns: list[Message],
-        tools: Any,
-        supervised: dict[int, Span],
-        place: str,
-        allowed: Collection[str],
-    ) -> set[str]:
-        """What is not in the text of what the turns have; of a supervised turn in its span. Raises DataError."""
-
-        def refuse(kind: str, where: str) -> None:
-            raise DataError(
-                f"data: {place}: the chat template leaves out {calls.LOSSES[kind]}{where}: use a model whose template "
-                f"has a place for it, or train without: data.allow_lost=[{kind}]"
-            )
-
-        all_of_it, names, source = Shown(whole), set[str](), self.source_for(tools)
-        for index, turn in enumerate(turns):
-            span = supervised.get(index)
-            part = whole[span[0] : span[1]] if span else whole
-            if len(turn) == 2 and turn["content"] in part:
-                continue  # most turns
-            asked = any(later["role"] == "user" for later in turns[index:])
-            for kind in sorted(calls.lost_of_turn(turn, Shown(part) if span else all_of_it)):
-                dropped_by_design = kind == "reasoning" and asked and len(part) == len(whole)
-                if kind not in allowed and (kind == "tool_turns" or (span and not dropped_by_design)):
-                    refuse(kind, f" (turn {index + 1})")
-                names.add(kind if span or kind == "tool_turns" else f"{kind} of a turn that is only read")
-            names |= {f"{key}, a key of a turn" for key in turn.keys() - calls.KEYS if key not in source}
-        missing = calls.lost_of_tools(tools or [], all_of_it)
-        if "tools" in missing - set(allowed):
-            refuse("tools", "")
-        return names | missing
+        return losses.fitting(messages, lambda way: self._render(way, tools, ask))
 
     def _answer(self, whole: str, messages: list[Message], index: int, tools: Any, place: str) -> Span:
         before = self._render(messages[:index], tools, ask=True)
@@ -245,6 +195,12 @@ def template_of(tokenizer: Any) -> Template:
     return Template(source["default"], special, adds_bos, source.get("tool_use"))
 
 
+def _all_plainly_there(whole: str, turns: list[Message], supervised: dict[int, Span]) -> bool:
+    """Whether every turn says one text and nothing else, which stands in its span (else anywhere) as it is."""
+    spans = (supervised.get(index, (0, len(whole))) for index in range(len(turns)))
+    return all(len(turn) == 2 and turn["content"] in whole[a:b] for turn, (a, b) in zip(turns, spans, strict=True))
+
+
 def _end_of_turn(answer: str, content: str | None, start: int) -> tuple[bool, int]:
     """Where supervision ends: with the end-of-turn token, not with the line break that usually follows it.
 
@@ -283,7 +239,7 @@ class ControlTokens:
         """The row with a MARK in each of them. Raises Unusable for one that has the mark already."""
         if isinstance(row, str):
             return self._marked(row)
-        said = ("content", *calls.REASONING)
+        said = ("content", *REASONING)
         messages = [
             {key: self._marked(part) if key in said and isinstance(part, str) else part for key, part in turn.items()}
             for turn in row.messages

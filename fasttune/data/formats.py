@@ -16,14 +16,12 @@ Nothing that a row has is ignored silently: it is followed, refused by its name,
 
 import re
 from dataclasses import dataclass
-from functools import lru_cache
 from typing import Any
 
-from fasttune.data import calls
-from fasttune.data.calls import Message
 from fasttune.errors import DataError, short
 
 Row = dict[str, Any]
+Message = dict[str, Any]  # a turn, as chat templates take it
 
 COLUMNS = {  # by the names of config.FORMATS
     "messages": ("messages",),
@@ -34,13 +32,10 @@ COLUMNS = {  # by the names of config.FORMATS
     "alpaca": ("instruction", "output"),
     "text": ("text",),
 }
-BESIDE = ("system", "history", "tools", "functions")  # beside every form but text
+LISTED = ("history", "tools", "functions")
+BESIDE = ("system", *LISTED)  # beside every form but text
 QUESTIONS = {"prompt": "completion", "question": "answer", "query": "response", "instruction": "output"}
-ROLES = ("system", "developer", "user", "assistant", "tool", "function")
-SHAREGPT_ROLES = {"human": "user", **dict.fromkeys(("gpt", "chatgpt", "bing", "bard", "function_call"), "assistant")}
-SHAREGPT_ROLES["observation"] = "tool"
 FLAGS = ("weight", "loss_weight", "train", "loss", "masked")  # of a turn, or of a whole row; `masked` is torchtune's
-LIKE_FLAGS = ("train", "loss", "weight", "mask", "learn")  # what a part of the name of another flag begins with
 FLAG_VALUES = {"0": False, "0.0": False, "false": False, "1": True, "1.0": True, "true": True}
 LABELS = ("label", "kto_tag")  # false: the answer is a bad one
 PREFERENCE = re.compile(r"(chosen|rejected).*")
@@ -49,6 +44,7 @@ USED = {form: {*own, *LABELS, *(BESIDE if form != "text" else ())} for form, own
 USED["alpaca"].add("input")
 MEDIA_MARKS = ("<image>", "<audio>", "<video>")  # in a text alone they may as well be markup
 NAME_CHARACTERS = 60
+REASONING = ("reasoning_content", "reasoning", "thinking")  # of a turn, as templates call it
 
 
 class Unusable(Exception):
@@ -187,35 +183,32 @@ def convert(row: Row, form: str, place: str) -> Conversation | str:
         raise Unusable("marked as not to be trained on")
     if form == "text":
         return _filled(row, "text", place)
-    only_read = 0  # first turns
-    if form in ("messages", "conversations"):
-        turns = _turns(row[form], place, _openai if form == "messages" else _sharegpt)
-    elif form == "prompt_completion" and isinstance(row["prompt"], list):
-        turns = _turns(row["prompt"], place, _openai)
-        only_read = len(turns)
-        turns += _turns(row["completion"], place, _openai)
-    else:
-        question, answer = COLUMNS[form]
-        asked = _filled(row, question, place)
-        if form == "alpaca" and (extra := _filled(row, "input", place, optional=True)):
-            asked += "\n\n" + extra
-        turns = [_turn("user", asked), _turn("assistant", _filled(row, answer, place))]
-    before = _system_and_history(row, turns, place)
+    turns, only_read = _flat_or_listed(row, form, place)
+    told = turns[0]["role"] in ("system", "developer")  # a system turn overrules the column
+    system = "" if told else _filled(row, "system", place, optional=True)
+    before, tools = [turn("system", system)] if system else [], None
+    if any(row.get(name) for name in LISTED):
+        from fasttune.data import turns as listed
+
+        before += listed.history_of(row, place)
+        tools = listed.tools_of(row, place)
     only_read = only_read and only_read + len(before)
-    if turns[0]["role"] in ("system", "developer"):
+    if told:
         before = [turns.pop(0), *before]
-    return _conversation([*before, *turns], calls.tools_of(row, place), only_read)
+    return _conversation([*before, *turns], tools, only_read)
 
 
-def _system_and_history(row: Row, turns: list[Message], place: str) -> list[Message]:
-    """The turns of the columns `system`, which a system turn overrules, and `history`."""
-    system = "" if turns[0]["role"] in ("system", "developer") else _filled(row, "system", place, optional=True)
-    history = calls.from_json(row.get("history"), "history", place) or []
-    pairs = isinstance(history, list) and all(isinstance(pair, list) and len(pair) == 2 for pair in history)
-    if not pairs or not all(isinstance(text, str) for pair in history for text in pair):
-        raise DataError(f"data: {place}: history is {short(history)}, expected [question, answer] pairs")
-    earlier = [turn for asked, said in history for turn in (_turn("user", asked), _turn("assistant", said))]
-    return [_turn("system", system), *earlier] if system else earlier
+def _flat_or_listed(row: Row, form: str, place: str) -> tuple[list[Message], int]:
+    """(the turns of a row without those of other columns, how many of the first ones are only read)."""
+    if form in ("messages", "conversations") or (form == "prompt_completion" and isinstance(row["prompt"], list)):
+        from fasttune.data import turns
+
+        return turns.of_row(row, form, place)
+    question, answer = COLUMNS[form]
+    asked = _filled(row, question, place)
+    if form == "alpaca" and (extra := _filled(row, "input", place, optional=True)):
+        asked += "\n\n" + extra
+    return [turn("user", asked), turn("assistant", _filled(row, answer, place))], 0
 
 
 def _conversation(messages: list[Message], tools: Any, only_read: int) -> Conversation:
@@ -234,94 +227,7 @@ def _conversation(messages: list[Message], tools: Any, only_read: int) -> Conver
     return Conversation(plain, answers, tools, left_out)
 
 
-def _turns(value: Any, place: str, convert_turn: Any) -> list[Message]:
-    if not isinstance(value, list) or not value:
-        raise DataError(f"data: {place}: expected a list of turns, found {short(value)}")
-    return [convert_turn(turn, place) | _weight(turn, place) for turn in value]
-
-
-def _openai(turn: Any, place: str) -> Message:
-    if not isinstance(turn, dict) or turn.get("role") not in ROLES:
-        raise DataError(f"data: {place}: a turn needs a role ({', '.join(ROLES)}), found {short(turn)}")
-    # Parquet fills absent keys with null
-    left_out = ("tool_calls", "function_call", *FLAGS)
-    kept = {key: part for key, part in turn.items() if part is not None and key not in left_out}
-    if kept["role"] == "function":
-        kept["role"] = "tool"
-    called = calls.from_json(turn.get("tool_calls"), "tool_calls", place) or turn.get("function_call")
-    if called:
-        kept["tool_calls"] = [calls.in_form(call, place) for call in (called if isinstance(called, list) else [called])]
-    wordless = called and turn.get("content") is None  # some templates ask whether it is null
-    return {**kept, "content": None if wordless else _text_of(turn.get("content"), place)}
-
-
-def _sharegpt(turn: Any, place: str) -> Message:
-    speaker = str(turn.get("from")) if isinstance(turn, dict) else ""
-    role = SHAREGPT_ROLES.get(speaker, speaker)
-    if role not in ROLES or not isinstance(turn.get("value"), str):
-        raise DataError(
-            f"data: {place}: a turn needs `from` ({', '.join(SHAREGPT_ROLES)}) and a text `value`, found {short(turn)}"
-        )
-    if speaker == "function_call":
-        if (turn := calls.of_text(turn["value"])) is None:
-            raise Unusable("a function_call turn that is no JSON of name and arguments")
-        return turn
-    return _turn("tool" if role == "function" else role, turn["value"])
-
-
-def _weight(marked: Row, place: str) -> dict[str, int]:
-    """{"weight": 0} for a turn or a part of one that its flags say not to train on, else {}.
-
-    Raises DataError for a flag that is not known or says something else.
-    """
-    trained = True
-    for key, value in marked.items():
-        if value is None:
-            continue
-        if key in FLAGS:
-            said = FLAG_VALUES.get(str(value).strip().lower())
-            if said is None:
-                raise DataError(f"data: {place}: {key} is {short(value)}; it can be 1 or true, 0 or false")
-            trained = trained and said is not (key == "masked")
-        elif value and _is_like_a_flag(key):
-            raise DataError(
-                f"data: {place}: a turn has {key[:60]}, which is not known; whole turns are left out with weight: 0"
-            )
-    return {} if trained else {"weight": 0}
-
-
-@lru_cache
-def _is_like_a_flag(key: str) -> bool:
-    return any(part.startswith(LIKE_FLAGS) for part in key.lower().split("_"))
-
-
-def _text_of(content: Any, place: str) -> str:
-    """OpenAI's content: a text, nothing (beside a tool call), or a list of text parts."""
-    if isinstance(content, list):
-        return "".join(_text_of_part(part, place) for part in content)
-    if content is not None and not isinstance(content, str):
-        raise DataError(f"data: {place}: content is {short(content)}, expected text")
-    return content or ""
-
-
-def _text_of_part(part: Any, place: str) -> str:
-    kind = part.get("type") if isinstance(part, dict) else None
-    if kind not in ("text", "input_text", "output_text"):
-        why = "expected {type: text, text: …}"
-        if re.search("image|picture|audio|sound|video", str(kind)):
-            why = "pictures, sound and video cannot be used"
-        elif kind in ("reasoning", "thinking"):
-            why = "write its text as reasoning_content of the turn"
-        raise DataError(f"data: {place}: a part of a turn is {short(part)}; {why}")
-    if _weight(part, place):
-        raise DataError(f"data: {place}: a part of a turn has weight 0; only whole turns can be left out")
-    text = next((part[key] for key in ("text", "value", "content") if part.get(key) is not None), "")
-    if not isinstance(text, str) or (len(part) > 1 and not {"text", "value", "content"} & set(part)):
-        raise DataError(f"data: {place}: a part of a turn is {short(part)}, which holds no text")
-    return text
-
-
-def _turn(role: str, content: str) -> Message:
+def turn(role: str, content: str) -> Message:
     return {"role": role, "content": content}
 
 

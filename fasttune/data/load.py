@@ -4,21 +4,14 @@ Tokens are made once for each content (file, template, tokenizer, settings), in 
 
     <cache>/data/<key>/   ids.i32 (tokens) · learned.bool (tokens: whether supervised) · lengths.i32 (rows)
                           numbers.i64 (rows) · manifest.json: CRC of each file, counts
-
-Each core has a process that renders and tokenises. The tokenizer's own threads would not do: a quarter of the work is
-Python, so that on 16 cores they would give a third of the speed.
 """
 
 import hashlib
 import json
-import multiprocessing
 import os
-import signal
 import zlib
-from collections import Counter, deque
+from collections import Counter
 from collections.abc import Callable, Iterator, Sequence
-from concurrent.futures import Future, ProcessPoolExecutor
-from concurrent.futures.process import BrokenProcessPool
 from contextlib import ExitStack
 from dataclasses import astuple
 from itertools import chain, islice
@@ -41,8 +34,6 @@ VERSION = 3  # raise it when the same recipe gives other tokens or counts
 ARRAYS = {"ids.i32": np.int32, "learned.bool": np.bool_, "lengths.i32": np.int32, "numbers.i64": np.int64}
 MAX_UNUSABLE_SHARE = 0.05
 POOL_FROM_CHUNKS = 24  # about 24 MB of JSONL: below, starting workers costs more than they save
-CHUNKS_IN_FLIGHT = 2  # per worker
-STALLED_S = 600.0  # a chunk (1 MB) takes a second or two
 
 Progress = Callable[[str, float], None]  # what is being done, and the share of it that is
 
@@ -262,45 +253,6 @@ def _blocks(recipe: Recipe, chunks: Iterator[Chunk]) -> Iterator[tuple[Block, fl
             os.environ["TOKENIZERS_PARALLELISM"] = "false"
             yield block, chunk.done
         return
-    waiting: deque[tuple[Future[Block], Chunk]] = deque()
-    context = multiprocessing.get_context("spawn")  # a fork of a process with threads (torch) may hang
-    with ProcessPoolExecutor(workers, context, _start_worker, (recipe,)) as pool:
-        try:
-            for chunk in chain(first, chunks):
-                waiting.append((pool.submit(_encode_in_worker, chunk), chunk))
-                if len(waiting) > CHUNKS_IN_FLIGHT * workers:
-                    yield _finished(*waiting.popleft())
-            while waiting:
-                yield _finished(*waiting.popleft())
-        except BrokenProcessPool as error:
-            raise DataError(
-                "data: a process that tokenises was ended from outside, most likely for memory: free some and run again"
-            ) from error
-        finally:
-            pool.shutdown(cancel_futures=True)  # waits for the chunks in work: no process is left behind
+    from fasttune.data import workers as pool
 
-
-def _finished(future: Future[Block], chunk: Chunk) -> tuple[Block, float]:
-    try:
-        return future.result(timeout=STALLED_S), chunk.done
-    except TimeoutError as error:
-        for worker in multiprocessing.active_children():
-            worker.kill()
-        raise DataError(
-            f"data: tokenising stalled: no answer within {STALLED_S:.0f} s for {len(chunk):,} rows of {chunk.source} "
-            f"from {chunk.first:,} on; look whether one of them is enormous or the machine out of memory, and run again"
-        ) from error
-
-
-_encoder: Encoder  # of this worker process
-
-
-def _start_worker(recipe: Recipe) -> None:
-    global _encoder
-    signal.signal(signal.SIGINT, signal.SIG_IGN)  # Ctrl-C is the parent's to handle
-    os.environ["TOKENIZERS_PARALLELISM"] = "false"  # every core has a worker already
-    _encoder = Encoder(recipe)
-
-
-def _encode_in_worker(chunk: Chunk) -> Block:
-    return _encoder.encode(chunk)
+    yield from pool.blocks(recipe, chain(first, chunks), workers)

@@ -4,8 +4,7 @@ supervised span.
 Works on a plain `tokenizers` tokenizer, so that worker processes need neither torch nor transformers' classes.
 """
 
-from array import array
-from bisect import bisect_left, bisect_right
+from bisect import bisect_left
 from collections import Counter
 from collections.abc import Sequence
 from dataclasses import dataclass, field
@@ -24,10 +23,8 @@ IGNORE = -100  # label of a token that is read, but not supervised
 MOST_COUNTS = 100  # of a chunk; rows whose every column has a name of its own fill no memory
 SHOWN_CHARACTERS = 160  # of a row in an error
 HOPELESS_ROWS = 100  # a template that refuses so many from the first on is not asked again
+WINDOW = 1 << 18  # characters that are encoded at once: a tokenizer takes 200 to 300 times the size of a text
 TOO_LONG = {"drop": "dropped_too_long", "truncate": "truncated", "split": "split"}  # as they are counted
-WINDOW = 1 << 18  # characters; longer texts are encoded in windows
-OVERLAP = 1 << 12
-AGREE = 8  # tokens
 
 
 @dataclass(frozen=True)
@@ -252,54 +249,13 @@ def _token_spans(encoding: Any, characters: int, spans: list[Span]) -> list[Span
     return list(zip(bounds[::2], bounds[1::2], strict=True))
 
 
-class Joined:
-    """What an Encoding of a long text would say. starts: the first character of each token.
-
-    A tokenizer takes 200 to 300 times the size of a text at once, so a long one is encoded in windows that overlap.
-    Two are joined where they agree on AGREE tokens in a row: there the beginning of a window is forgotten, so the
-    tokens are those of the whole text.
-    """
-
-    def __init__(self) -> None:
-        self.ids, self.starts = array("i"), array("q")
-
-    @property
-    def offsets(self) -> list[Span]:
-        return [(start, start) for start in self.starts]
-
-    def char_to_token(self, at: int) -> int:
-        last = max(0, bisect_right(self.starts, at) - 1)
-        return bisect_left(self.starts, self.starts[last])  # the first token of a character that has several
-
-    def token_to_chars(self, token: int) -> Span:
-        return self.starts[token], self.starts[token]
-
-    def add(self, ids: "array[int]", starts: "array[int]") -> None:
-        """The tokens of the next window."""
-        old, new = 0, 0
-        if self.ids:
-            old, new = len(self.ids), bisect_left(starts, self.starts[-1] + 1)  # where they agree nowhere
-            for at in range(bisect_left(starts, starts[0] + OVERLAP // 4), len(ids)):
-                was = bisect_left(self.starts, starts[at])
-                if self.starts[was : was + AGREE] == starts[at : at + AGREE] and (
-                    self.ids[was : was + AGREE] == ids[at : at + AGREE]
-                ):
-                    old, new = was, at
-                    break
-        self.ids[old:], self.starts[old:] = ids[new:], starts[new:]
-
-
 def encode_batch(tokenizer: Any, texts: list[str], enough: int | None) -> list[Any]:
     """As tokenizer.encode_batch without special tokens. Of a long text only `enough` tokens are wanted (None: all)."""
     short = iter(tokenizer.encode_batch([text for text in texts if len(text) <= WINDOW], add_special_tokens=False))
-    return [next(short) if len(text) <= WINDOW else _joined(tokenizer, text, enough) for text in texts]
+    return [next(short) if len(text) <= WINDOW else _in_windows(tokenizer, text, enough) for text in texts]
 
 
-def _joined(tokenizer: Any, text: str, enough: int | None) -> Joined:
-    joined = Joined()
-    for at in range(0, len(text), WINDOW - OVERLAP):
-        encoding = tokenizer.encode(text[at : at + WINDOW], add_special_tokens=False)
-        joined.add(array("i", encoding.ids), array("q", [at + start for start, _ in encoding.offsets]))
-        if enough is not None and len(joined.ids) >= enough + OVERLAP:
-            break  # the last tokens of a window are not yet sure
-    return joined
+def _in_windows(tokenizer: Any, text: str, enough: int | None) -> Any:
+    from fasttune.data import windows
+
+    return windows.encode(tokenizer, text, WINDOW, enough)

@@ -25,7 +25,7 @@ from fasttune import hardware, terminal
 from fasttune.config import Config
 from fasttune.core import autoconfig, prepare, pretrained
 from fasttune.core.memory import Shape
-from fasttune.data import chat, load, sources
+from fasttune.data import chat, files, load
 from fasttune.data.batching import Batches
 from fasttune.data.tokenize import IGNORE, Rows, labels
 from fasttune.report import steps_text
@@ -269,7 +269,7 @@ def show(figures: Figures, console: Console = terminal.console) -> None:
     marks = "" if colour else " stands between these marks; all else is"
     indented(Text.assemble(supervised, marks, "  " if colour else " ", read))
     for row in figures.shown:
-        unit = "line" if sources.kind(row.source) == "jsonl" else "row"
+        unit = "line" if files.kind(row.source) == "jsonl" else "row"
         place = f"{unit} {row.number:,} of {Path(row.source).name}"
         counts = f" · {row.tokens:,} tokens, {row.learned_tokens:,} supervised"
         text = Text.assemble(*(_marked(_clip(piece), supervised, colour) for piece, supervised in row.pieces))

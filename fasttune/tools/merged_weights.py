@@ -15,7 +15,7 @@ from typing import Any
 
 import safetensors
 
-from fasttune import hub, system
+from fasttune import system
 from fasttune.config import ModelConfig
 from fasttune.core import pretrained
 from fasttune.errors import ModelError, in_one_line
@@ -80,9 +80,7 @@ def _files(base: ModelConfig) -> Path:
 
     patterns = {"allow_patterns": ["*.json", "*.safetensors", *BESIDE, CODE], "ignore_patterns": ["original/*"]}
     with pretrained.explained(base.name):
-        return Path(
-            hub.patiently(lambda: huggingface_hub.snapshot_download(source, revision=base.revision, **patterns))
-        )
+        return Path(huggingface_hub.snapshot_download(source, revision=base.revision, **patterns))
 
 
 def _shards(folder: Path, name: str) -> dict[str, list[str]]:

@@ -14,7 +14,7 @@ from pathlib import Path
 from typing import IO, Any
 
 from fasttune import report, system
-from fasttune.data import formats, sources
+from fasttune.data import formats, sources, turns
 from fasttune.data.formats import Conversation, Row, Unusable
 from fasttune.errors import DataError, OutputError, in_one_line
 from fasttune.tools.trained_model import TrainedModel
@@ -54,12 +54,12 @@ def read(
 
 def _answered(row: Row) -> Row:
     """The row, with something where its answer would stand: then it is a row as training has them."""
-    for turns, (speaker, text, assistant) in TURNS.items():
-        said = row.get(turns)
+    for form, (speaker, text, assistant) in TURNS.items():
+        said = row.get(form)
         if isinstance(said, list) and said and isinstance(said[-1], dict):
             last = str(said[-1].get(speaker))
-            over = formats.SHAREGPT_ROLES.get(last, last) != "assistant"
-            return {**row, turns: [*said, {speaker: assistant, text: NONE_YET}]} if over else row
+            over = turns.SHAREGPT_ROLES.get(last, last) != "assistant"
+            return {**row, form: [*said, {speaker: assistant, text: NONE_YET}]} if over else row
     for question, answer in formats.QUESTIONS.items():
         if question in row and not row.get(answer):
             turns_of = isinstance(row[question], list)

@@ -1,21 +1,20 @@
-"""Tools, calls and reasoning: as rows have them → as chat templates take them, and what of them a template left out.
+"""What a chat template leaves out of a row, and the way of writing its turns that loses the least. Loaded for rows with
+more than a text a turn: tools, calls, reasoning.
 
-Templates take OpenAI's `tool_calls` of `{"type": "function", "function": {"name", "arguments"}}`, arguments an object.
-What they left out is looked for without whitespace, quotes and JSON escapes: they trim, indent and escape.
+What was left out is looked for without whitespace, quotes and JSON escapes: templates trim, indent and escape.
 """
 
 import json
 import re
-from collections.abc import Iterator
+from collections.abc import Callable, Collection, Iterator
 from functools import cached_property
 from itertools import product
 from typing import Any
 
-from fasttune.errors import DataError, short
+from fasttune.data.formats import REASONING, Message, Unusable
+from fasttune.data.turns import Arguments
+from fasttune.errors import DataError
 
-Message = dict[str, Any]
-
-REASONING = ("reasoning_content", "reasoning", "thinking")  # what templates call it
 LOSSES = {  # by the names of config.LOSSES
     "content": "what a turn says",
     "reasoning": "its reasoning",
@@ -28,78 +27,70 @@ THINK = re.compile(r"</?think(?:ing)?>")
 ESCAPED = re.compile(r"\\u([0-9a-fA-F]{4})|\\[nrtbf]|[\\\s\"']")  # of several levels of escaping, each goes
 
 
-class Arguments(dict[str, Any]):
-    """A call's arguments that its row has as JSON text: the object, and that text for templates that want it."""
+def fitting(messages: list[Message], render: Callable[[list[Message]], str]) -> tuple[list[Message], str]:
+    """The turns in the first of the ways that loses nothing (else the first that renders), and their text.
 
-    _text = "{}"  # a template cannot reach a name that begins so: `arguments.text` is the argument
-
-
-def tools_of(row: dict[str, Any], place: str) -> list[Any] | None:
-    """The tools a conversation may call: JSON schemas, or one text of JSON that holds them; `functions` are tools."""
-    name = "tools" if row.get("tools") else "functions"
-    tools = from_json(row.get(name), name, place) or None
-    if tools is None:
-        return None
-    if not isinstance(tools, list) or not all(isinstance(tool, dict) for tool in tools):
-        raise DataError(f"data: {place}: {name} is {short(tools)}, expected a list of JSON schemas")
-    return [{"type": "function", **_wrapped(tool)} if _is_bare(tool) else tool for tool in tools]
-
-
-def in_form(call: Any, place: str) -> dict[str, Any]:
-    """A call in today's form, its arguments an object where they are one or the JSON text of one; else as they are."""
-    call = _wrapped(call) if _is_bare(call) else call
-    function = call.get("function") if isinstance(call, dict) else None
-    if not isinstance(function, dict) or not isinstance(function.get("name"), str):
-        raise DataError(f"data: {place}: a tool call is {short(call)}, expected {{function: {{name, arguments}}}}")
-    given = function.get("arguments")
-    arguments: Any = {} if given is None or given == "" else given
-    if isinstance(arguments, str):
+    Raises Unusable where the template refuses all of them.
+    """
+    best: tuple[int, list[Message], str] | None = None
+    refused: Unusable | None = None
+    for way in ways(messages):
         try:
-            read = json.loads(arguments)
-        except RecursionError:
-            what = f"the arguments of a call of {function['name'][:60]}"
-            raise DataError(f"data: {place}: {what} are nested too deeply") from None
-        except ValueError:
-            read = None
-        if isinstance(read, dict):
-            arguments = Arguments(read)
-            arguments._text = given
-    return {**call, "type": call.get("type") or "function", "function": {**function, "arguments": arguments}}
+            whole = render(way)
+        except Unusable as error:
+            refused = error
+            continue
+        shown = Shown(whole)
+        last = next((turn for turn in reversed(way) if any(key in turn for key in REASONING)), None)
+        parts = [lost_of_turn(turn, shown) - ({"reasoning"} if turn is not last else set()) for turn in way]
+        flaws = 2 * any(parts) + is_python(way, whole)
+        if best is None or flaws < best[0]:
+            best = flaws, way, whole
+        if not flaws:
+            break
+    if best is None:
+        assert refused is not None
+        raise refused
+    return best[1:]
 
 
-def _is_bare(value: Any) -> bool:
-    return isinstance(value, dict) and isinstance(value.get("name"), str) and "function" not in value
+def check(
+    whole: str,
+    turns: list[Message],
+    tools: list[Any] | None,
+    source: str,
+    supervised: dict[int, tuple[int, int]],
+    place: str,
+    allowed: Collection[str],
+) -> set[str]:
+    """What is not in the text `whole` of what the turns have; of a supervised turn in its span. `source`: the template.
 
+    Raises DataError for what may not be lost.
+    """
 
-def _wrapped(bare: dict[str, Any]) -> dict[str, Any]:
-    """A tool or a call that is given as its function alone."""
-    outside = {key: bare[key] for key in ("id",) if key in bare}
-    return outside | {"function": {key: part for key, part in bare.items() if key not in ("id", "type")}}
+    def refuse(kind: str, where: str) -> None:
+        raise DataError(
+            f"data: {place}: the chat template leaves out {LOSSES[kind]}{where}: use a model whose template "
+            f"has a place for it, or train without: data.allow_lost=[{kind}]"
+        )
 
-
-def from_json(value: Any, what: str, place: str) -> Any:
-    """A value that may be written as JSON text. Raises DataError."""
-    if not isinstance(value, str) or not value.strip():
-        return value or None if isinstance(value, str | list) else value
-    try:
-        return json.loads(value)
-    except (ValueError, RecursionError) as error:
-        deep = "nested too deeply" if isinstance(error, RecursionError) else "no JSON"
-        raise DataError(f"data: {place}: {what} is {short(value)}, {deep}: expected a list of JSON objects") from None
-
-
-def of_text(value: str) -> Message | None:
-    """ShareGPT's function_call turn: JSON of a call or several, perhaps after `<think>…</think>`; else None."""
-    thought, closed, rest = value.rpartition("</think>")
-    try:
-        calls = json.loads(rest)
-    except (ValueError, RecursionError):
-        return None
-    calls = calls if isinstance(calls, list) else [calls]
-    if not calls or not all(isinstance(call, dict) and isinstance(call.get("name"), str) for call in calls):
-        return None
-    calls = [in_form(call, "a function_call turn") for call in calls]
-    return {"role": "assistant", "content": thought + closed or None, "tool_calls": calls}
+    all_of_it, names = Shown(whole), set[str]()
+    for index, turn in enumerate(turns):
+        span = supervised.get(index)
+        part = whole[span[0] : span[1]] if span else whole
+        if len(turn) == 2 and turn["content"] in part:
+            continue  # most turns
+        asked = any(later["role"] == "user" for later in turns[index:])
+        for kind in sorted(lost_of_turn(turn, Shown(part) if span else all_of_it)):
+            dropped_by_design = kind == "reasoning" and asked and len(part) == len(whole)
+            if kind not in allowed and (kind == "tool_turns" or (span and not dropped_by_design)):
+                refuse(kind, f" (turn {index + 1})")
+            names.add(kind if span or kind == "tool_turns" else f"{kind} of a turn that is only read")
+        names |= {f"{key}, a key of a turn" for key in turn.keys() - KEYS if key not in source}
+    missing = lost_of_tools(tools or [], all_of_it)
+    if "tools" in missing - set(allowed):
+        refuse("tools", "")
+    return names | missing
 
 
 def ways(messages: list[Message]) -> Iterator[list[Message]]:

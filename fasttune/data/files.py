@@ -1,0 +1,199 @@
+"""Files of rows → chunks of rows: JSONL, JSON and CSV, each plain, .gz or .zst, and Parquet (arrow.py); on this machine
+or behind a URL.
+
+JSONL is read by hand: Arrow's reader would give each object the keys of all of them, which changes tool calls.
+"""
+
+import codecs
+import csv
+import io
+import os
+import re
+from collections.abc import Collection, Iterator
+from contextlib import contextmanager
+from pathlib import Path
+from typing import Any
+from urllib.parse import urlsplit
+
+from fasttune import system
+from fasttune.data.formats import Row
+from fasttune.data.sources import Chunk, grouped, not_utf8, parse
+from fasttune.errors import DataError, first_line, kind_and_line
+
+KINDS = {".jsonl": "jsonl", ".ndjson": "jsonl", ".json": "json", ".csv": "csv", ".parquet": "parquet"}
+COMPRESSIONS = {".gz": "gzip", ".zst": "zstd"}
+PACKAGES = {"s3": "s3fs", "gs": "gcsfs", "gcs": "gcsfs"}  # what fsspec needs beside itself; released together with it
+# How a file begins that has several bytes a letter; the last without its mark: {, [ or a letter, and nothing.
+WIDE = {codecs.BOM_UTF32_LE: "utf-32", codecs.BOM_UTF32_BE: "utf-32"}
+WIDE |= {codecs.BOM_UTF16_LE: "utf-16", codecs.BOM_UTF16_BE: "utf-16", b"(?s:.)\0": "utf-16le"}
+SEPARATORS = {";": "semicolons", "\t": "tabs", "|": "bars"}  # of what is called CSV and is not separated by commas
+COMMAS = "import csv, sys; csv.writer(sys.stdout).writerows(csv.reader(sys.stdin, delimiter={!r}))"
+AS_PARQUET = "write it as Parquet, python -c \"from datasets import {} as d; {}.to_parquet('rows.parquet')\""
+BLOCK_BYTES = 1 << 20  # of a JSONL file read at once
+MAX_LINE_BYTES = 64 << 20
+
+
+def check(source: str, split: str) -> None:
+    """DataError for a file that is missing or of an unknown kind; what may be a hub id passes."""
+    path = Path(os.path.expanduser(source))  # Path's own raises for a user who is not there
+    url = urlsplit(source) if "://" in source else None
+    if url or os.path.isfile(path):
+        if split != "train":
+            raise DataError(f"data.split={split} would be ignored: {source} is a file, it has no splits; remove it")
+        if url and (url.query or "@" in url.netloc):
+            why = "holds a password or a ?query, which may be secret and would be written into the run's files"
+            raise DataError(f"data: the URL of {url.hostname} {why}: download the file and name it")
+        if kind(source) is None:
+            endings = f"use {', '.join(KINDS)} (all but the last also .gz, .zst)"
+            remedy = AS_PARQUET.format("Dataset", "d.from_file('FILE')") if path.suffix == ".arrow" else endings
+            raise DataError(f"data: {source} has an unknown ending; {remedy}")
+        if not url and path.stat().st_size == 0:
+            raise DataError(f"data: {source} is empty")
+    elif os.path.isdir(path):
+        remedy = "; name one file of it"
+        for name, rows in (("state.json", "d('FOLDER')"), ("dataset_dict.json", "d('FOLDER')['train']")):
+            if os.path.isfile(path / name):
+                remedy = f" that save_to_disk wrote; {AS_PARQUET.format('load_from_disk', rows)}"
+        raise DataError(f"data: {source} is a folder{remedy}")
+    elif system.not_a_file(path):
+        raise DataError(f"data: {source} is a pipe or a device, not a file; save what comes out of it, and name that")
+    elif kind(source) or source.startswith((".", "/", "~")) or source.count("/") != 1:
+        why = f"no file {source} (looked in {Path.cwd()}); check the path, or give a hub id, owner/name"
+        try:
+            path.stat()
+        except PermissionError:
+            why = f"{source} cannot be reached: a folder on its way cannot be entered; allow it, chmod +x FOLDER"
+        except (OSError, ValueError):
+            pass
+        raise DataError(f"data: {why}")
+
+
+def kind(source: str) -> str | None:
+    """jsonl, json, csv or parquet, by the ending; None for any other. Parquet compresses by itself."""
+    path = Path(source.lower())
+    compressed = path.suffix in COMPRESSIONS
+    found = KINDS.get(Path(path.stem).suffix if compressed else path.suffix)
+    return None if found == "parquet" and compressed else found
+
+
+def find(source: str) -> Path | None:
+    """The file of a source, downloaded once a process where it is behind a URL; None for a hub data set."""
+    if "://" not in source:
+        path = os.path.expanduser(source)
+        return Path(path) if os.path.isfile(path) else None
+    import fsspec
+
+    try:
+        with fsspec.open(f"simplecache::{source}") as file:
+            return Path(file.name)  # of a temporary copy
+    except ImportError as error:
+        package = PACKAGES.get(source.partition("://")[0])
+        remedy = f"pip install {package}=={fsspec.__version__}" if package else "download the file and name it"
+        raise DataError(f"data: {source} needs a package that is not installed ({error}): {remedy}") from error
+    except Exception as error:  # of whatever library speaks the protocol
+        why = f"cannot be downloaded ({kind_and_line(error)}); check the address, or download the file and name it"
+        raise DataError(f"data: {source} {why}") from error
+
+
+def read(source: str, path: Path, also: Collection[str]) -> Iterator[Chunk]:
+    """All rows of a file. Of Parquet only the columns that mean something, and `also`. Raises DataError."""
+    readers: dict[str, Any] = {"jsonl": _jsonl, "json": _json, "csv": _csv}
+    try:
+        if kind(source) == "parquet":
+            from fasttune.data import arrow
+
+            yield from arrow.parquet(source, path, also)
+        else:
+            yield from readers[kind(source) or ""](source, path)
+    except OSError as error:
+        what = f"cannot be read: {error.strerror}" if error.strerror else damaged(error)  # pyarrow's has no strerror
+        raise DataError(f"data: {source} {what}") from error
+
+
+@contextmanager
+def _opened(source: str, path: Path) -> Iterator[tuple[Any, Any, bytes]]:
+    """(the file on the disk, what is in it, how that begins), after the mark of UTF-8. Other encodings are refused."""
+    with path.open("rb") as raw:
+        stream: Any = raw
+        if compression := COMPRESSIONS.get(Path(source).suffix.lower()):
+            import pyarrow
+
+            stream = io.BufferedReader(pyarrow.CompressedInputStream(raw, compression))
+        try:
+            start = stream.peek()
+        except OSError:
+            start = b""  # what is damaged from the beginning is reported by who reads
+        if name := next((name for mark, name in WIDE.items() if re.match(mark, start)), None):
+            raise DataError(f"data: {source} is {name}, not UTF-8: convert it, iconv -f {name} -t utf-8 OLD > NEW")
+        if start.startswith(codecs.BOM_UTF8):
+            stream.read(len(codecs.BOM_UTF8))
+        yield raw, stream, start.removeprefix(codecs.BOM_UTF8)
+
+
+def _jsonl(source: str, path: Path) -> Iterator[Chunk]:
+    size, number, rest = path.stat().st_size, 1, b""
+    with _opened(source, path) as (raw, stream, _):
+        try:
+            while block := stream.read(BLOCK_BYTES):
+                head, newline, tail = block.rpartition(b"\n")
+                if newline:
+                    lines, rest = (rest + head).split(b"\n"), tail
+                    yield Chunk(source, number, raw.tell() / size, lines)
+                    number += len(lines)
+                elif len(rest := rest + tail) > MAX_LINE_BYTES:
+                    raise DataError(f"data: {source} line {number} is over {MAX_LINE_BYTES >> 20} MiB: is it JSONL?")
+        except OSError as error:
+            raise DataError(f"data: {source} after line {number - 1} {damaged(error)}") from error
+        if rest.strip():
+            yield Chunk(source, number, 1.0, [rest])
+
+
+def _json(source: str, path: Path) -> Iterator[Chunk]:
+    """One JSON array of rows; a .json file that begins otherwise is JSONL under another name."""
+    with _opened(source, path) as (_, stream, start):
+        if not start.lstrip().startswith(b"["):
+            yield from _jsonl(source, path)
+            return
+        rows = parse(stream.read(), source, list)
+    for number, row in enumerate(rows, 1):
+        if not isinstance(row, dict):
+            raise DataError(f"data: {source} row {number} is no JSON object, it is {type(row).__name__}")
+    yield from grouped(source, iter(rows), lambda read: read / len(rows))
+
+
+def _csv(source: str, path: Path) -> Iterator[Chunk]:
+    csv.field_size_limit(MAX_LINE_BYTES)
+    with _opened(source, path) as (raw, stream, _):
+        reader = csv.reader(io.TextIOWrapper(stream, "utf-8", newline=""), strict=True)
+        try:
+            names = next(reader, [])
+            check_names(f"{source} line 1", names)
+            if len(names) == 1 and (mark := next((mark for mark in SEPARATORS if mark in names[0]), None)):
+                raise DataError(
+                    f"data: {source} line 1 is separated by {SEPARATORS[mark]}, not by commas: write it with commas, "
+                    f'python -c "{COMMAS.format(mark)}" <OLD >NEW'
+                )
+            yield from grouped(source, _csv_rows(source, reader, names), lambda _: raw.tell() / path.stat().st_size)
+        except csv.Error as error:
+            raise DataError(f"data: {source} line {reader.line_num} is no valid CSV: {error}") from error
+        except UnicodeDecodeError as error:  # of a block of which no line has been read yet
+            number = reader.line_num + len((error.object[: error.start] + b"x").splitlines())
+            raise DataError(f"data: {source} line {number} is {not_utf8(error)}") from error
+
+
+def _csv_rows(source: str, reader: Any, names: list[str]) -> Iterator[Row]:
+    for fields in reader:
+        if fields and len(fields) != len(names):
+            what = f"has {len(fields)} fields, the header has {len(names)}: quote those with a comma or a line break"
+            raise DataError(f"data: {source} line {reader.line_num} {what}")
+        if fields:  # a blank line has none
+            yield dict(zip(names, fields, strict=True))
+
+
+def check_names(place: str, names: list[str]) -> None:
+    if len(set(names)) < len(names):
+        raise DataError(f"data: {place} names a column twice ({', '.join(names)[:100]}): rename one")
+
+
+def damaged(error: BaseException) -> str:
+    return f"is cut off or damaged ({first_line(error)}): copy it again"
