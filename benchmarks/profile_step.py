@@ -37,7 +37,7 @@ def main() -> int:
         import torch
         import transformers
 
-        from fasttune.core import trainer as trainers
+        from fasttune.core import trainer as trainers, what_ran
 
         trainer = trainers.build(job, Path(scratch))
         steps: list[dict[str, Any]] = []
@@ -73,7 +73,7 @@ def main() -> int:
         kernels = {event.key: event.self_device_time_total / 1e3 for event in profiled.profile.key_averages()}
         result = {
             "device": torch.cuda.get_device_name(),
-            "backend": vars(trainers.backend(trainer)),
+            "backend": vars(what_ran.backend(trainer)),
             "steps": [step | {"seconds": s} for step, s in zip(steps, profiled.seconds, strict=True)],
             "peak_memory_gib": torch.cuda.max_memory_allocated() / 2**30,
             "groups_ms": grouped(kernels),

@@ -55,9 +55,12 @@ def main(argv: list[str] | None = None) -> int:
     options.overrides += rest  # argparse takes no key=value that stands behind an option
     try:
         _check_limits(options)
-        from fasttune import gpus
+        from fasttune import hardware
 
-        gpus.pin()
+        if hardware.has_nvidia_smi():
+            from fasttune import gpus
+
+            gpus.pin()
         code, document = options.run(options)
     except KeyboardInterrupt as error:
         print(f"fasttune: interrupted{options.interrupted}", file=sys.stderr)
@@ -210,9 +213,13 @@ def train(options: argparse.Namespace) -> Done:
     if options.config is None:
         raise ConfigError(["train: name a config, e.g. configs/quickstart.yaml, or --resume RUN"])
     settings = config.load(options.config, options.overrides)
-    resume = None if options.resume is None else run_folder.to_resume(settings, options.resume)
+    folder = None
+    if options.resume is not None:
+        from fasttune.core import resume
+
+        folder = resume.to_resume(settings, options.resume)
     reporter = terminal.Reporter()
-    result = training.run(settings, reporter, resume, when_ready=estimate.add_to, when_saved=card.of_run)
+    result = training.run(settings, reporter, folder, when_ready=estimate.add_to, when_saved=card.of_run)
     reporter.finish(result)
     if result.status == "interrupted":
         by_hand = result.error in (Stopped.SIGINT, Stopped.AT_ONCE)

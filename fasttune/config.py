@@ -240,7 +240,7 @@ class Config(Section):
     overwrite: bool = _setting(False, "replace a run that is already in output_dir")
     samples: int = _setting(0, "held-out problems shown before and after", ge=0, le=16)
     usd_per_hour: float | None = _setting(
-        None, "price of this machine; default: an example for its GPU, see hardware.py", ge=0, le=1_000_000
+        None, "price of this machine; default: an example for its GPU, see chips.json", ge=0, le=1_000_000
     )
     model: ModelConfig
     lora: LoraConfig = Field(default_factory=LoraConfig)

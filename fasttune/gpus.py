@@ -5,35 +5,21 @@ Only the standard library is imported here, so that a bare system Python can use
 
 import os
 import re
+import shutil
 import subprocess
 import sys
+import sysconfig
 from collections.abc import Mapping
-from dataclasses import dataclass, replace
+from dataclasses import replace
+from pathlib import Path
 
 from fasttune.errors import FasttuneError
+from fasttune.hardware import VISIBLE, Gpu
 
-VISIBLE = "CUDA_VISIBLE_DEVICES"
 # https://docs.nvidia.com/deploy/nvidia-smi/ (--help-query-gpu). The limits are watts.
 QUERY = "name,compute_cap,memory.total,driver_version,uuid,mig.mode.current"
 QUERY += ",power.default_limit,power.limit,enforced.power.limit"
 SLICE = re.compile(r"\s+MIG (\S+)\s+Device\s+(\d+): \(UUID: (MIG-\S+)\)")
-
-
-@dataclass(frozen=True)
-class Gpu:
-    """A card, or a slice of one (MIG), whose power is that of its card. None: the driver does not say."""
-
-    name: str
-    compute_capability: tuple[int, int]
-    memory_gib: float
-    uuid: str = ""  # as CUDA_VISIBLE_DEVICES takes it
-    card: str = ""  # as `nvidia-smi -i` takes it
-    power_limit_w: float | None = None  # the lowest of those that are set
-    default_power_limit_w: float | None = None
-
-    @property
-    def sliced(self) -> bool:
-        return self.uuid.startswith("MIG-")
 
 
 def read() -> tuple[list[list[Gpu]], str | None]:
@@ -129,6 +115,29 @@ def capped(gpu: Gpu) -> str | None:
     if limit is None or default is None or limit >= default:
         return None
     return f"power cap {limit:.0f} W of {default:.0f} W: slower than a full card"
+
+
+def nvidia_smi_error() -> str:
+    """Why there is no GPU: what nvidia-smi says, in one line; empty where there is no nvidia-smi or it sees one."""
+    try:
+        done = subprocess.run(["nvidia-smi", "-L"], capture_output=True, text=True, timeout=20, check=False)
+    except (OSError, subprocess.SubprocessError):
+        return ""
+    return " ".join((done.stdout + done.stderr).split()) if done.returncode or "GPU " not in done.stdout else ""
+
+
+def triton_lacks() -> tuple[str, str] | None:
+    """What Triton does not find when it compiles its launcher, at the first step on a GPU, and what installs it.
+
+    Source: triton/runtime/build.py (3.6.0)
+    """
+    header = Path(sysconfig.get_paths("posix_prefix")["include"]) / "Python.h"
+    missing = {}
+    if not (os.environ.get("CC") or shutil.which("gcc") or shutil.which("clang")):
+        missing["gcc"] = "a C compiler"
+    if not header.is_file():
+        missing["python{}.{}-dev".format(*sys.version_info)] = f"Python's headers ({header})"
+    return (" and ".join(missing.values()), f"apt-get install -y {' '.join(missing)}") if missing else None
 
 
 def smi(*arguments: str) -> str:

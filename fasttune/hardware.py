@@ -1,4 +1,4 @@
-"""What this machine is: cores, memory, GPU and driver; datasheet peak, measured matmul rate, $/hour.
+"""What this machine is: cores, memory, GPU and driver, measured matmul rate. Of GPUs more: gpus.py, chips.py.
 
 Only the standard library is imported here, so a bare system Python can use it before anything is installed.
 """
@@ -8,21 +8,34 @@ import platform
 import re
 import shutil
 import statistics
-import subprocess
-import sys
-import sysconfig
 import time
 from collections.abc import Callable, Sequence
 from dataclasses import asdict, dataclass, replace
 from functools import partial
 from pathlib import Path
-from typing import Any, NamedTuple
+from typing import Any
 
-from fasttune import gpus as cards
 from fasttune.errors import FasttuneError
-from fasttune.gpus import Gpu as Gpu
 
 GIB = 2**30
+VISIBLE = "CUDA_VISIBLE_DEVICES"
+
+
+@dataclass(frozen=True)
+class Gpu:
+    """A card, or a slice of one (MIG), whose power is that of its card. None: the driver does not say."""
+
+    name: str
+    compute_capability: tuple[int, int]
+    memory_gib: float
+    uuid: str = ""  # as CUDA_VISIBLE_DEVICES takes it
+    card: str = ""  # as `nvidia-smi -i` takes it
+    power_limit_w: float | None = None  # the lowest of those that are set
+    default_power_limit_w: float | None = None
+
+    @property
+    def sliced(self) -> bool:
+        return self.uuid.startswith("MIG-")
 
 
 @dataclass(frozen=True)
@@ -65,8 +78,12 @@ def detect(path: str | Path = ".", hidden_too: bool = False) -> Hardware:
     `path` may not exist yet: the free disk is that of its nearest existing parent. hidden_too: also GPUs that
     CUDA_VISIBLE_DEVICES hides, which choose what is to be installed.
     """
-    found, driver = cards.read()
-    gpus = tuple(cards.visible(found, {} if hidden_too else os.environ))
+    found, driver, seen = list[list[Gpu]](), None, list[Gpu]()
+    if has_nvidia_smi():
+        from fasttune import gpus
+
+        found, driver = gpus.read()
+        seen = gpus.visible(found, {} if hidden_too else os.environ)
     libc, version = platform.libc_ver()
     return Hardware(
         os=platform.system().lower(),
@@ -77,7 +94,7 @@ def detect(path: str | Path = ".", hidden_too: bool = False) -> Hardware:
         cores=usable_cores(),
         memory_gib=_memory_gib(),
         disk_free_gib=disk_free_gib(path),
-        gpus=gpus,
+        gpus=tuple(seen),
         driver=driver,
         silent_gpu=not found and _nvidia_on_pci_bus(),
     )
@@ -94,11 +111,11 @@ def as_torch_sees(machine: Hardware) -> Hardware:
         if machine.gpus:
             raise FasttuneError(
                 f"torch {torch.__version__} cannot use the {machine.gpus[0].name}: fasttune verify says what fixes it "
-                f"({cards.VISIBLE}= before the command: the CPU)"
+                f"({VISIBLE}= before the command: the CPU)"
             )
         return machine
     if torch.cuda.device_count() > 1 and "LOCAL_RANK" not in os.environ:
-        raise FasttuneError(f"torch sees {torch.cuda.device_count()} GPUs; choose one: export {cards.VISIBLE}=0")
+        raise FasttuneError(f"torch sees {torch.cuda.device_count()} GPUs; choose one: export {VISIBLE}=0")
     seen = torch.cuda.get_device_properties(torch.cuda.current_device())
     gib = seen.total_memory / GIB
     gpu = machine.gpus[0] if machine.gpus else Gpu(seen.name, (seen.major, seen.minor), gib)
@@ -143,27 +160,9 @@ def _cpu_model() -> str:
     return match[1].strip() if match else platform.processor() or platform.machine()
 
 
-def triton_lacks() -> tuple[str, str] | None:
-    """What Triton does not find when it compiles its launcher, at the first step on a GPU, and what installs it.
-
-    Source: triton/runtime/build.py (3.6.0)
-    """
-    header = Path(sysconfig.get_paths("posix_prefix")["include"]) / "Python.h"
-    missing = {}
-    if not (os.environ.get("CC") or shutil.which("gcc") or shutil.which("clang")):
-        missing["gcc"] = "a C compiler"
-    if not header.is_file():
-        missing["python{}.{}-dev".format(*sys.version_info)] = f"Python's headers ({header})"
-    return (" and ".join(missing.values()), f"apt-get install -y {' '.join(missing)}") if missing else None
-
-
-def nvidia_smi_error() -> str:
-    """Why there is no GPU: what nvidia-smi says, in one line; empty where there is no nvidia-smi or it sees one."""
-    try:
-        done = subprocess.run(["nvidia-smi", "-L"], capture_output=True, text=True, timeout=20, check=False)
-    except (OSError, subprocess.SubprocessError):
-        return ""
-    return " ".join((done.stdout + done.stderr).split()) if done.returncode or "GPU " not in done.stdout else ""
+def has_nvidia_smi() -> bool:
+    """Without it no GPU is used, and gpus.py is not loaded."""
+    return shutil.which("nvidia-smi") is not None
 
 
 def _nvidia_on_pci_bus() -> bool:
@@ -178,82 +177,6 @@ def _read(path: str | Path) -> str:
         return Path(path).read_text().strip()
     except OSError:
         return ""
-
-
-class Chip(NamedTuple):
-    """What a GPU's datasheet says, and an example of an on-demand price of it."""
-
-    pattern: str  # of nvidia-smi's name; a MIG slice or a laptop chip matches nothing
-    bf16_tflops: float  # dense tensor-core peak: datasheets print the figure with sparsity, half of it is here
-    memory_tb_per_s: float | None
-    usd_per_hour: float | None
-    source: str
-
-
-# The first pattern that matches wins. Prices are the low end among specialised providers on that date; they move and
-# differ 2.5-fold between providers, so a config can override them.
-USD_PER_HOUR_DATE = "2026-05"
-USD_PER_HOUR_SOURCE = "https://www.mercatus-ai.com/blog/cloud-gpu-pricing"
-H100 = "https://resources.nvidia.com/en-us-tensor-core/nvidia-tensor-core-gpu-datasheet"
-NVIDIA = "https://www.nvidia.com/en-us/data-center"
-ADA = "https://images.nvidia.com/aem-dam/Solutions/geforce/ada/nvidia-ada-gpu-architecture.pdf"
-AMPERE = "https://www.nvidia.com/content/PDF/nvidia-ampere-ga-102-gpu-architecture-whitepaper-v2.pdf"
-CHIPS = (
-    Chip(r"\bH200 NVL", 835.5, 4.8, 3.50, f"{NVIDIA}/h200/"),
-    Chip(r"\bH200\b", 989.0, 4.8, 3.50, f"{NVIDIA}/h200/"),
-    Chip(r"\bGH200\b", 989.0, 4.8, None, f"{NVIDIA}/h200/"),
-    Chip(r"\bH100 PCIe", 756.0, 2.0, 2.50, H100),
-    Chip(r"\bH100 NVL", 835.5, 3.9, 2.50, f"{NVIDIA}/h100/"),
-    Chip(r"\bH100\b", 989.0, 3.35, 2.50, f"{NVIDIA}/h100/"),
-    Chip(r"\bB200\b", 2250.0, None, None, f"{NVIDIA}/hgx/"),
-    Chip(r"\bA100\b", 312.0, None, 1.10, f"{NVIDIA}/a100/"),
-    Chip(r"\bL40S\b", 362.0, None, None, f"{NVIDIA}/l40s/"),
-    Chip(r"\bL4\b", 121.0, None, None, f"{NVIDIA}/l4/"),
-    Chip(r"\bA10\b", 125.0, None, None, f"{NVIDIA}/products/a10-gpu/"),
-    Chip(r"RTX 4090$", 165.2, None, None, ADA),
-    Chip(r"RTX 3090$", 71.0, None, None, AMPERE),
-)
-
-# GPUs a plan can be made for without having one: name, compute capability and MiB as nvidia-smi says them (with ECC on
-# where the card has it). Source: https://docs.nvidia.com/deploy/nvidia-smi/, output on machines with these cards.
-KNOWN_GPUS: dict[str, tuple[str, tuple[int, int], int]] = {
-    "h200-141": ("NVIDIA H200", (9, 0), 143771),
-    "h100-80": ("NVIDIA H100 80GB HBM3", (9, 0), 81559),
-    "a100-80": ("NVIDIA A100-SXM4-80GB", (8, 0), 81920),
-    "a100-40": ("NVIDIA A100-SXM4-40GB", (8, 0), 40960),
-    "l40s-48": ("NVIDIA L40S", (8, 9), 46068),
-    "l4-24": ("NVIDIA L4", (8, 9), 23034),
-    "rtx4090-24": ("NVIDIA GeForce RTX 4090", (8, 9), 24564),
-    "rtx3090-24": ("NVIDIA GeForce RTX 3090", (8, 6), 24576),
-}
-
-
-def with_gpu(machine: Hardware, known: str) -> Hardware:
-    """This machine, if it had one of KNOWN_GPUS."""
-    name, capability, memory_mib = KNOWN_GPUS[known]
-    return replace(machine, gpus=(Gpu(name, capability, memory_mib / 1024),), driver=None, silent_gpu=False)
-
-
-def chip(gpu_name: str) -> Chip | None:
-    """The datasheet of a GPU, or None for one that is not in the table."""
-    if re.search(r"\bMIG\b|Laptop", gpu_name):
-        return None
-    return next((chip for chip in CHIPS if re.search(chip.pattern, gpu_name)), None)
-
-
-def peak_bf16_tflops(gpu_name: str) -> float | None:
-    """Dense bf16 peak of the datasheet in TFLOP/s (989 for H100/H200 SXM), or None for a chip not in the table."""
-    return known.bf16_tflops if (known := chip(gpu_name)) else None
-
-
-def memory_tb_per_s(gpu_name: str) -> float | None:
-    """Bandwidth of the datasheet, or None where the table has none."""
-    return known.memory_tb_per_s if (known := chip(gpu_name)) else None
-
-
-def usd_per_hour(gpu_name: str) -> float | None:
-    """An example on-demand price in US dollars an hour (see USD_PER_HOUR_DATE), or None where the table has none."""
-    return known.usd_per_hour if (known := chip(gpu_name)) else None
 
 
 def measure_matmul_tflops(

@@ -13,13 +13,11 @@ import yaml
 from fasttune import system
 
 MAX_BYTES = 100_000
-MAX_VALUES, MAX_DEPTH = 10_000, 20  # with every alias written out: a few lines can stand for billions
-TOO_DEEP = f"nested more than {MAX_DEPTH} deep: no setting is"
-TEXT, MERGE = "tag:yaml.org,2002:str", "tag:yaml.org,2002:merge"
+MAX_DEPTH = 20
+TEXT = "tag:yaml.org,2002:str"
 PLAIN = {  # what a value without quotes is, unless it is text
     "tag:yaml.org,2002:bool": r"true|True|TRUE|false|False|FALSE",
     "tag:yaml.org,2002:null": r"~|null|Null|NULL|",
-    MERGE: r"<<",
 }
 
 
@@ -60,53 +58,36 @@ def parse(text: str) -> Any:
 
 
 class _Loader(yaml.SafeLoader):
-    """SafeLoader with fewer types, and bounds that are checked before anything is built."""
+    """SafeLoader with fewer types and without aliases, of which a few lines can stand for billions of values."""
 
     yaml_implicit_resolvers = {  # noqa: RUF012 - PyYAML's own way
-        first: [(tag, re.compile(f"(?:{pattern})$")) for tag, pattern in PLAIN.items()] for first in ("", *"~nNtTfF<")
+        first: [(tag, re.compile(f"(?:{pattern})$")) for tag, pattern in PLAIN.items()] for first in ("", *"~nNtTfF")
     }
 
     def __init__(self, stream: str):
         super().__init__(stream)
-        self._measured: dict[yaml.Node, tuple[int, int]] = {}  # (values, depth)
         self._open = 0  # lists and mappings around what is read now
 
     def compose_node(self, parent: yaml.Node | None, index: Any) -> yaml.Node | None:
         event = self.peek_event()
+        if isinstance(event, yaml.AliasEvent):
+            raise _malformed(event, f"the alias *{event.anchor} is not read: write the value out")
         if (tag := getattr(event, "tag", None)) not in (None, "!"):
             short = tag.replace("tag:yaml.org,2002:", "!!")
             raise _malformed(event, f"the tag {short} is not read: write the value alone")
         if self._open > MAX_DEPTH:
-            raise _malformed(event, TOO_DEEP)
+            raise _malformed(event, f"nested more than {MAX_DEPTH} deep: no setting is")
         self._open += 1
         node = super().compose_node(parent, index)
         self._open -= 1
-        if node is not None and node not in self._measured:
-            if isinstance(event, yaml.AliasEvent):
-                raise _malformed(event, "an alias stands inside what it names")
-            self._measured[node] = self._measure(node)
-        return node
-
-    def _measure(self, node: yaml.Node) -> tuple[int, int]:
-        """(values, depth) of a node, every alias written out."""
-        parts: list[yaml.Node] = []
-        if isinstance(node, yaml.ScalarNode):
+        if isinstance(node, yaml.MappingNode):
+            _check_keys(node)
+        elif isinstance(node, yaml.ScalarNode):
             try:
                 system.writable(node.value)
             except ValueError as error:
                 raise _malformed(node, f"a value {error}") from error
-        elif isinstance(node, yaml.MappingNode):
-            _check_keys(node)
-            parts = [part for pair in node.value for part in pair]
-        else:
-            parts = node.value
-        values = 1 + sum(self._measured[part][0] for part in parts)
-        depth = 1 + max((self._measured[part][1] for part in parts), default=0)
-        if values > MAX_VALUES:
-            raise _malformed(node, f"more than {MAX_VALUES:,} values, aliases written out: that is no config")
-        if depth > MAX_DEPTH:
-            raise _malformed(node, TOO_DEEP)
-        return values, depth
+        return node
 
 
 def _check_keys(node: yaml.MappingNode) -> None:
@@ -117,8 +98,7 @@ def _check_keys(node: yaml.MappingNode) -> None:
         if key.value in lines:
             raise _malformed(key, f"{key.value} is given twice (first on line {lines[key.value]}): keep one")
         lines[key.value] = key.start_mark.line + 1
-        if key.tag != MERGE:
-            key.tag = TEXT
+        key.tag = TEXT
 
 
 def _malformed(place: Any, what: str) -> Malformed:

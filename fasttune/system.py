@@ -19,25 +19,15 @@ from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import TextIO, cast
 
-from fasttune.errors import FasttuneError, ModelError, first_line, one_line
+from fasttune.errors import FasttuneError, first_line, one_line
 
 LONGEST_NAME = 255  # bytes of one name in a path, on every usual file system
 LONGEST_PATH = 4095  # bytes, Linux
-TEMPLATES = "additional_chat_templates"
 FULL = (errno.ENOSPC, errno.EDQUOT, errno.EFBIG, errno.EROFS)
 OS_ERROR = re.compile(rf"\(os error ({'|'.join(map(str, FULL))})\)")  # as safetensors says it, with a class of its own
 LEFTOVER_AGE_S = 24 * 3600
 HOME = os.path.dirname(os.path.dirname(os.path.abspath(__file__)))  # of this very package
 WORKING = "fasttune torch triton transformers trl peft unsloth unsloth_zoo xformers flash-attn".split()
-DROPPED = ("PYTHONPATH", "PYTHONSTARTUP")
-# What a child process runs: this very package first, then the path of its parent, then a module as `python -m` does.
-START = """import runpy, sys
-sys.path[:] = [sys.argv[1]]
-import fasttune
-sys.path[:] = sys.argv[2].split(":")
-del sys.argv[:3]
-runpy.run_module(sys.argv[0], run_name="__main__", alter_sys=True)
-"""
 
 # --- names and files
 
@@ -118,23 +108,6 @@ def _umask() -> int:
     mask = os.umask(0o077)
     os.umask(mask)
     return mask
-
-
-def check_model_folder(folder: Path, weights_too: bool = False) -> None:
-    """Raise ModelError for a pipe in a model's or adapter's folder, and for a link that leads out of it: what is behind
-    it (a template, say) would be copied into what is saved. Weights are only read, unless they are to be merged.
-    """
-    root = folder.resolve()
-    root = root.parents[1] if root.parent.name == "snapshots" else root  # the hub's cache: all files are links in it
-    for path in (*folder.iterdir(), *folder.glob(f"{TEMPLATES}/*")):
-        if not_a_file(path):
-            raise ModelError(f"{path} is a pipe or a device, not a file: remove it, or get the model again")
-        copied = path.name == TEMPLATES or (path.is_file() and (weights_too or path.suffix != ".safetensors"))
-        if copied and path.is_symlink() and not path.resolve().is_relative_to(root):
-            raise ModelError(
-                f"{path} is a link out of its folder, to {path.resolve()}, and nothing is copied through one: put the "
-                "file itself there"
-            )
 
 
 # --- the cache: what is made once
@@ -294,16 +267,6 @@ def child_path() -> list[str]:
     here = os.stat(".")
     kept = [place for place in sys.path if place == HOME or (place and not _is_folder(place, here))]
     return kept if HOME in kept else [*kept, HOME]
-
-
-def child_command(module: str, *arguments: str) -> list[str]:
-    """What starts a module of ours as `python -m` does; with `child_environment()`."""
-    return [sys.executable, "-P", "-c", START, HOME, ":".join(child_path()), module, *arguments]
-
-
-def child_environment() -> dict[str, str]:
-    """This process's, without what adds modules of somebody else's choice."""
-    return {name: value for name, value in os.environ.items() if name not in DROPPED}
 
 
 def _is_folder(place: str, folder: os.stat_result) -> bool:

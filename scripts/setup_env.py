@@ -27,7 +27,8 @@ import shell  # noqa: E402  scripts/shell.py
 
 from fasttune import stack  # noqa: E402
 from fasttune.errors import FasttuneError  # noqa: E402
-from fasttune.hardware import Hardware, detect, triton_lacks  # noqa: E402
+from fasttune.gpus import triton_lacks  # noqa: E402
+from fasttune.hardware import Hardware, detect  # noqa: E402
 
 LOG_FILE = "setup.log"
 KEPT = {stack.MARKER_FILE, LOG_FILE, "pyvenv.cfg"}  # deleted last, or not at all, when an environment is rebuilt

@@ -5,8 +5,8 @@ from types import SimpleNamespace
 
 import pytest
 
-from fasttune import config, hardware
-from fasttune.core import autoconfig
+from fasttune import chips, config
+from fasttune.core import autoconfig, remedies
 from fasttune.core.memory import Shape
 from fasttune.errors import ModelError
 from fasttune.hardware import Gpu, Hardware
@@ -130,17 +130,17 @@ def test_a_model_of_unknown_sizes_is_a_line() -> None:
 
 
 def test_what_needs_a_gpu_is_not_suggested_on_a_cpu() -> None:
-    assert autoconfig.smaller(settings(), gpu=True)[0] == "train.gradient_checkpointing=unsloth"
-    assert autoconfig.smaller(settings(), gpu=False)[0] == "train.gradient_checkpointing=full"
-    text = " ".join(autoconfig.smaller(settings(method="full"), gpu=False) + autoconfig.smaller(settings(), gpu=False))
+    assert remedies.smaller(settings(), gpu=True)[0] == "train.gradient_checkpointing=unsloth"
+    assert remedies.smaller(settings(), gpu=False)[0] == "train.gradient_checkpointing=full"
+    text = " ".join(remedies.smaller(settings(method="full"), gpu=False) + remedies.smaller(settings(), gpu=False))
     assert "unsloth" not in text and "8bit" not in text and "nf4" not in text
-    assert "checkpointing" not in " ".join(autoconfig.smaller(settings(gradient_checkpointing="full"), gpu=False))
+    assert "checkpointing" not in " ".join(remedies.smaller(settings(gradient_checkpointing="full"), gpu=False))
 
 
-@pytest.mark.parametrize("gpu", [name for name in hardware.KNOWN_GPUS if name != "h200-141"])
+@pytest.mark.parametrize("gpu", [name for name in chips.KNOWN_GPUS if name != "h200-141"])
 def test_what_is_chosen_is_the_fastest_that_fits(gpu: str) -> None:
     """More rows at once, or no recomputation, would not fit."""
-    asked, machine = settings(batch_rows=32), hardware.with_gpu(CPU, gpu)
+    asked, machine = settings(batch_rows=32), chips.with_gpu(CPU, gpu)
     chosen = autoconfig.resolve(asked, machine, LLAMA_8B)
     usable_gib = autoconfig.usable_memory_gib(machine)
     if chosen.fits:

@@ -19,7 +19,7 @@ from typing import Any
 import numpy as np
 import pytest
 
-from fasttune import cli, config, hardware
+from fasttune import chips, cli, config, hardware
 from fasttune.bench import run, stats
 from fasttune.bench.run import Measurements
 from fasttune.bench.stats import Arm, Bench, Repeat
@@ -251,11 +251,11 @@ def test_weights_are_the_same_in_another_dtype_and_not_as_bytes(unsloth: None) -
     from fasttune.core import what_ran
 
     layer = torch.nn.Linear(64, 64).bfloat16()
-    before = what_ran.weights_digest(layer)
-    assert what_ran.weights_digest(layer.float()) == before
+    before = what_ran.fingerprint(layer.parameters())
+    assert what_ran.fingerprint(layer.float().parameters()) == before
     packed = torch.nn.Module()
     packed.weight = torch.nn.Parameter(torch.zeros(2048, 1, dtype=torch.uint8), requires_grad=False)
-    assert what_ran.weights_digest(packed) != before
+    assert what_ran.fingerprint(packed.parameters()) != before
 
 
 def test_plain_arms_load_the_revision_and_the_code_of_the_config(
@@ -449,7 +449,7 @@ def stub_smi(folder: Path, monkeypatch: pytest.MonkeyPatch, *lines: str) -> Path
     return program.with_name("nvidia-smi.said")
 
 
-H200 = hardware.with_gpu(hardware.Hardware("linux", "x86_64", "2.36", "3.11.2", "CPU", 2, 23.4, 99.0), "h200-141")
+H200 = chips.with_gpu(hardware.Hardware("linux", "x86_64", "2.36", "3.11.2", "CPU", 2, 23.4, 99.0), "h200-141")
 
 
 def test_throttling_and_power_are_seen_while_they_last(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
@@ -559,7 +559,7 @@ def test_a_benchmark_is_not_relabelled(tmp_path: Path, monkeypatch: pytest.Monke
         with monkeypatch.context() as changed, pytest.raises(OutputError, match="of another job"):
             changed.setattr(owner, name, lambda value=value: value)
             run_it(tmp_path / "out", ["fasttune"])
-    monkeypatch.setattr(run.hardware, "detect", lambda path: hardware.with_gpu(H200, "h100-80"))
+    monkeypatch.setattr(run.hardware, "detect", lambda path: chips.with_gpu(H200, "h100-80"))
     with pytest.raises(OutputError, match="machine was NVIDIA H200, is NVIDIA H100 80GB HBM3"):
         run_it(tmp_path / "out", ["fasttune"])
     assert len(measured) == 3

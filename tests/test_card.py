@@ -15,7 +15,7 @@ pytestmark = pytest.mark.usefixtures("unsloth")
 def test_the_card_says_what_was_measured(finished_run: Path) -> None:
     compared = merge_check.Comparison("float32", "float32", 9, 1e-6, 1e-3, 0.1, 1.0, [], True)
     for merged in (compared, None):
-        text = card.text(trained_model.open_run(str(finished_run)), merged)
+        text = card.text(card.of(trained_model.open_run(str(finished_run))), merged)
         _, head, body = text.split("---\n", 2)
         metadata = yaml.safe_load(head)
         assert metadata["library_name"] == ("transformers" if merged else "peft")
@@ -51,14 +51,14 @@ def test_scores_and_hub_ids_are_on_the_card_and_paths_are_not(finished_run: Path
     (tmp_path / "run" / "run.json").write_text(json.dumps(result))
     score = {"task": "gsm|8k", "metric": "exact", "value": 0.25, "stderr": None, "problems": 4}
     (tmp_path / "run" / "eval.json").write_text(json.dumps({"scores": [score]}))
-    text = card.text(trained_model.open_run(str(tmp_path / "run")), None)
+    text = card.text(card.of(trained_model.open_run(str(tmp_path / "run"))), None)
     metadata = yaml.safe_load(text.split("---\n")[1])
     assert (metadata["base_model"], metadata["datasets"]) == ("owner/name", ["some/set"])
     assert "| gsm\\|8k | exact | 0.2500 | – | 4 |" in text
     assert "- rows.jsonl: 32 rows" in text and "Warning: held_out.jsonl: 3 rows cut" in text
     config["model"]["name"] = local
     (tmp_path / "run" / "config.yaml").write_text(yaml.safe_dump(config))
-    text = card.text(trained_model.open_run(str(tmp_path / "run")), None)
+    text = card.text(card.of(trained_model.open_run(str(tmp_path / "run"))), None)
     assert "| model | the-model | weights of the-model |" in text and "(data=x.jsonl)" in text
     assert "secret" not in text and str(tmp_path) not in text
 
@@ -78,7 +78,7 @@ def test_what_names_warnings_and_scores_say_is_text_on_a_card(finished_run: Path
     (run / "run.json").write_text(json.dumps(result))
     score = {"task": HOSTILE, "metric": HOSTILE, "value": None, "stderr": 0.5, "problems": 4}
     (run / "eval.json").write_text(json.dumps({"scores": [score]}))
-    text = card.text(trained_model.open_run(str(run)), None)
+    text = card.text(card.of(trained_model.open_run(str(run))), None)
     recipe = text.split("````yaml\n")[1].split("````")[0]
     assert yaml.safe_load(recipe)["model"]["name"] == config["model"]["name"]
     rest = text.replace(recipe, "")
@@ -91,7 +91,7 @@ def test_a_damaged_eval_json_is_said_on_the_card(finished_run: Path, tmp_path: P
     run = Path(shutil.copytree(finished_run, tmp_path / "run"))
     for text in ("[]", "{", '{"scores": 7}', '{"scores": [{"task": "x"}]}', "[" * 99999):
         (run / "eval.json").write_text(text)
-        assert "Not known: eval.json cannot be read." in card.text(trained_model.open_run(str(run)), None)
+        assert "Not known: eval.json cannot be read." in card.text(card.of(trained_model.open_run(str(run))), None)
 
 
 def test_figures_that_cannot_be_shown_are_left_out(finished_run: Path, tmp_path: Path) -> None:
@@ -99,4 +99,4 @@ def test_figures_that_cannot_be_shown_are_left_out(finished_run: Path, tmp_path:
     result = json.loads((run / "run.json").read_text())
     for wrong in ({"wall_s": float("inf")}, {"backend": 7}):
         (run / "run.json").write_text(json.dumps(result | wrong))
-        assert "Nothing was measured." in card.text(trained_model.open_run(str(run)), None)
+        assert "Nothing was measured." in card.text(card.of(trained_model.open_run(str(run))), None)

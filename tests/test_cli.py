@@ -68,7 +68,7 @@ def test_held_out_rows_are_looked_at_in_their_own_split(tmp_path: Path) -> None:
     """That of the hub's rows is no split of a file."""
     (tmp_path / "rows.jsonl").write_text('{"text": "a"}\n')
     data = {"train": "owner/name", "split": "validation", "eval": str(tmp_path / "rows.jsonl")}
-    prepare.check(config.parse({"model": {"name": "builtin:tiny"}, "data": data}))
+    prepare.check_sources_and_model(config.parse({"model": {"name": "builtin:tiny"}, "data": data}))
 
 
 def test_names_of_columns_that_no_source_has_are_refused(tmp_path: Path) -> None:
@@ -77,7 +77,7 @@ def test_names_of_columns_that_no_source_has_are_refused(tmp_path: Path) -> None
     sources = {str(tmp_path / "a.jsonl"): 1.0, str(tmp_path / "b.jsonl"): 1.0}
     for columns in ({"text": "body"}, {"question": "ask", "answer": "say"}):
         with pytest.raises(DataError, match=f"data.columns: no source has {', '.join(columns.values())}"):
-            prepare.check(
+            prepare.check_sources_and_model(
                 config.parse({"model": {"name": "builtin:tiny"}, "data": {"train": sources, "columns": columns}})
             )
 

@@ -12,7 +12,7 @@ from typing import Any
 import numpy as np
 import pytest
 
-from fasttune import cli, config, hardware, metrics, report, terminal
+from fasttune import chips, cli, config, hardware, metrics, report, terminal
 from fasttune.core import autoconfig, memory as memory_forecast
 from fasttune.core.memory import Choices, Shape, Workload
 from fasttune.data.batching import Batches, flat, padded
@@ -121,7 +121,7 @@ def test_parts_of_llama_8b_on_an_80_gb_card() -> None:
 
 
 def test_speed_is_a_rate_on_file_or_a_wide_range(monkeypatch: pytest.MonkeyPatch) -> None:
-    h100 = hardware.with_gpu(CPU, "h100-80")
+    h100 = chips.with_gpu(CPU, "h100-80")
     chosen = autoconfig.resolve(settings(train={"batch_rows": 64}), h100, LLAMA_8B)
     monkeypatch.setattr(estimate, "on_file", list)
     wide, source = estimate.rate_tflops(settings(), chosen, h100)
@@ -154,7 +154,7 @@ def forty_rows() -> Batches:
 def test_on_a_gpu_small_work_is_bound_by_launches() -> None:
     """Half the arithmetic of a small micro-batch is not half the time: dollars must not fall to nothing."""
     data, asked = forty_rows(), settings(train={"batch_rows": 4, "epochs": 3})
-    h200 = hardware.with_gpu(CPU, "h200-141")
+    h200 = chips.with_gpu(CPU, "h200-141")
     small = replace(LLAMA_8B, hidden=512, mlp=1024, query_width=512, key_width=512)
     expected = estimate.of_run(asked, autoconfig.resolve(asked, h200, small), data, h200, 3.5)
     assert (expected.steps, expected.tokens, expected.largest_micro_batch_tokens) == (30, 12000, 400)
@@ -175,7 +175,7 @@ def test_launches_are_not_added_to_the_work_they_overlap(monkeypatch: pytest.Mon
     rows = Rows("x", ids, np.ones(len(ids), bool), np.arange(0, len(ids) + 1, 4096), np.arange(4), Counter())
     data = Batches([rows], [1.0], 0, 0.0, 4, 2, 4096, True, 0)
     asked = settings(model={"name": "a/b", "max_length": 4096}, train={"batch_rows": 4, "micro_batch_rows": 2})
-    h100 = hardware.with_gpu(CPU, "h100-80")
+    h100 = chips.with_gpu(CPU, "h100-80")
     chosen = replace(autoconfig.resolve(asked, h100, LLAMA_8B), gradient_checkpointing="none")
     tflops = estimate.step_flops(asked, chosen, estimate.lay_out(data, 1)) / 1.1245 / 1e12
     monkeypatch.setattr(estimate, "rate_tflops", lambda *_: (Range(tflops / 1.2, tflops, 1.2 * tflops), "measured"))

@@ -12,7 +12,7 @@ from typing import Any
 import pytest
 from tiny_run import STEPS, break_off_after, learned, losses, run
 
-from fasttune.core import checkpoint, run_folder
+from fasttune.core import checkpoint, resume, run_folder
 from fasttune.errors import OutputError
 
 pytestmark = pytest.mark.usefixtures("unsloth")
@@ -46,7 +46,7 @@ def test_a_full_disk_costs_a_checkpoint_and_not_the_run(tmp_path: Path) -> None:
     assert warning.startswith("step 4: no checkpoint could be written (")
     assert warning.endswith("; step-2 is the last good checkpoint")
     assert [step for step, _ in checkpoint.steps(tmp_path / "run")] == [6, 2]
-    assert all(checkpoint.broken(path) is None for _, path in checkpoint.steps(tmp_path / "run"))
+    assert all(resume.broken(path) is None for _, path in checkpoint.steps(tmp_path / "run"))
     assert not list((tmp_path / "run" / "checkpoints").glob(".*")), "nothing half-written is left"
 
 

@@ -8,7 +8,7 @@ from typing import Any
 
 import pytest
 
-from fasttune import cli, gpus, hardware
+from fasttune import chips, cli, gpus, hardware
 from fasttune.errors import FasttuneError
 from fasttune.gpus import VISIBLE, Gpu
 
@@ -108,7 +108,7 @@ def test_facts_are_those_of_the_pinned_card_or_slice(box: Path, monkeypatch: pyt
     show(monkeypatch, "2")
     (cut,) = hardware.detect().gpus
     assert cut == Gpu("NVIDIA A100-SXM4-80GB MIG 3g.40gb", (8, 0), 40192 / 1024, BIG, CUT, 400.0, 400.0)
-    assert cut.sliced and gpus.capped(cut) is None and hardware.peak_bf16_tflops(cut.name) is None
+    assert cut.sliced and gpus.capped(cut) is None and chips.peak_bf16_tflops(cut.name) is None
     show(monkeypatch, SMALL)  # whose memory nvidia-smi does not say
     assert hardware.detect().gpus[0].memory_gib == 10
 
@@ -182,7 +182,7 @@ def test_the_gpu_is_what_torch_can_use_of_it(monkeypatch: pytest.MonkeyPatch) ->
     import torch
 
     nothing = hardware.Hardware("linux", "x86_64", "2.36", "3.11.2", "CPU", 2, 23.4, 99.0)
-    machine = hardware.with_gpu(nothing, "h100-80")
+    machine = chips.with_gpu(nothing, "h100-80")
     seen = SimpleNamespace(name="NVIDIA H100 80GB HBM3", major=9, minor=0, total_memory=int(79.2 * 2**30))
     monkeypatch.setattr(torch.cuda, "is_available", lambda: False)
     assert hardware.as_torch_sees(nothing) is nothing

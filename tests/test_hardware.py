@@ -8,7 +8,7 @@ from pathlib import Path
 
 import pytest
 
-from fasttune import hardware
+from fasttune import chips, gpus, hardware
 
 
 def test_detect_reads_this_machine(tmp_path: Path) -> None:
@@ -53,15 +53,15 @@ def test_what_triton_lacks_is_named_with_the_package_that_has_it(
     headers = "python{}.{}-dev".format(*sys.version_info)
     monkeypatch.delenv("CC", raising=False)
     monkeypatch.setenv("PATH", str(tmp_path))
-    monkeypatch.setattr(hardware.sysconfig, "get_paths", lambda scheme: {"include": str(tmp_path)})
-    assert hardware.triton_lacks() is None
+    monkeypatch.setattr(gpus.sysconfig, "get_paths", lambda scheme: {"include": str(tmp_path)})
+    assert gpus.triton_lacks() is None
     (tmp_path / "Python.h").unlink()
-    assert hardware.triton_lacks() == (f"Python's headers ({tmp_path}/Python.h)", f"apt-get install -y {headers}")
+    assert gpus.triton_lacks() == (f"Python's headers ({tmp_path}/Python.h)", f"apt-get install -y {headers}")
     (tmp_path / "gcc").unlink()
-    said, command = hardware.triton_lacks() or ("", "")
+    said, command = gpus.triton_lacks() or ("", "")
     assert said.startswith("a C compiler and Python's headers") and command == f"apt-get install -y gcc {headers}"
     monkeypatch.setenv("CC", "/opt/cc")
-    assert (hardware.triton_lacks() or ("", ""))[1] == f"apt-get install -y {headers}"
+    assert (gpus.triton_lacks() or ("", ""))[1] == f"apt-get install -y {headers}"
 
 
 def test_a_run_on_a_gpu_is_refused_before_anything_is_loaded_where_triton_could_not_compile(tmp_path: Path) -> None:
@@ -89,8 +89,8 @@ def test_a_chip_is_known_by_its_name_whole_and_not_by_another_that_begins_alike(
         "NVIDIA A10G": None,
         "": None,
     }
-    assert {name: hardware.peak_bf16_tflops(name) for name in peaks} == peaks
-    assert hardware.usd_per_hour("NVIDIA H100 80GB HBM3") and hardware.usd_per_hour("Tesla T4") is None
+    assert {name: chips.peak_bf16_tflops(name) for name in peaks} == peaks
+    assert chips.usd_per_hour("NVIDIA H100 80GB HBM3") and chips.usd_per_hour("Tesla T4") is None
 
 
 def test_matmul_rate_is_measured() -> None:

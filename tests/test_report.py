@@ -442,5 +442,5 @@ def test_a_card_of_a_name_that_is_no_unicode(tmp_path):
 
     odd = "caf\udce9"  # a folder's name in another encoding, as Python gives it
     opened = trained_model.TrainedModel(f"/old/runs/{odd}", ModelConfig(name="builtin:tiny"), adapter=tmp_path / odd)
-    card.write(tmp_path, opened)
+    card.write(tmp_path, card.of(opened))
     assert "# caf\\udce9\n" in (tmp_path / "README.md").read_text(encoding="utf-8")

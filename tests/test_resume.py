@@ -19,7 +19,7 @@ from typing import Any
 import pytest
 from tiny_run import STEPS, break_off_after, learned, losses, run, settings
 
-from fasttune.core import checkpoint, run_folder
+from fasttune.core import checkpoint, resume, run_folder
 from fasttune.errors import ModelError, OutputError
 
 pytestmark = pytest.mark.usefixtures("unsloth")
@@ -123,10 +123,10 @@ def test_without_the_random_states_dropout_would_differ(
     tmp_path: Path, whole: Any, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     """The comparison above can fail."""
-    from fasttune.core import resume
+    from fasttune.core import restore
 
     run(tmp_path / "run", KINDS["dropout"], after=break_off_after(5))
-    monkeypatch.setattr(resume, "restore_random", lambda checkpoint: None)
+    monkeypatch.setattr(restore, "restore_random", lambda checkpoint: None)
     run(tmp_path / "run", KINDS["dropout"], resume=True)
     assert losses(tmp_path / "run")[:4] == losses(whole("dropout"))[:4]
     assert losses(tmp_path / "run") != losses(whole("dropout"))
@@ -167,7 +167,7 @@ def flip(path: Path) -> None:
 )
 def test_a_checkpoint_that_does_not_hold_is_skipped(copy: Path, damage: Any, told: str) -> None:
     damage(copy / "checkpoints" / "step-4")
-    found, skipped = checkpoint.newest(copy)
+    found, skipped = resume.newest(copy)
     assert found is not None and found.state["step"] == 2
     assert len(skipped) == 1 and f"step-4: {told}" in skipped[0]
 
@@ -177,7 +177,7 @@ def test_a_pipe_in_place_of_a_file_is_skipped(copy: Path) -> None:
         path = copy / "checkpoints" / "step-4" / name
         path.unlink()
         os.mkfifo(path)
-        assert checkpoint.newest(copy)[1] == [f"step-4: {name} is a link or a pipe, not a file of the checkpoint"]
+        assert resume.newest(copy)[1] == [f"step-4: {name} is a link or a pipe, not a file of the checkpoint"]
 
 
 def forge(path: Path, name: str, content: bytes) -> None:
@@ -223,13 +223,12 @@ def test_moments_of_other_shapes_end_the_run_in_one_line(copy: Path) -> None:
     ],
 )
 def test_a_state_with_missing_fields_is_skipped(copy: Path, change: Any, told: str) -> None:
-    from fasttune.core import resume
 
     path = copy / "checkpoints" / "step-4"
     values = json.loads((path / "state.json").read_text())
     change(values)
     forge(path, "state.json", json.dumps(values).encode())
-    assert (resume.misfit(checkpoint.read(path), None) or "").startswith(told)
+    assert (resume.misfit(resume.read(path), None) or "").startswith(told)
 
 
 def test_a_checkpoint_killed_while_it_is_removed_is_none(copy: Path, monkeypatch: pytest.MonkeyPatch) -> None:
@@ -347,7 +346,7 @@ def test_a_run_resumes_from_the_one_before_it(copy: Path, whole: Any) -> None:
     result = run(copy, resume=True)
     assert result.resumed_from_step == 2 and any("skipped step-4: weights" in text for text in result.told)
     assert learned(copy) == learned(whole())
-    assert checkpoint.newest(copy)[1] == [], "the one that did not hold was written again, or is gone"
+    assert resume.newest(copy)[1] == [], "the one that did not hold was written again, or is gone"
 
 
 @pytest.mark.parametrize(
@@ -391,7 +390,6 @@ def test_how_a_step_is_computed_may_change(copy: Path) -> None:
 
 
 def test_a_resumed_run_keeps_no_second_copy_of_its_weights(copy: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    from fasttune.core import resume
 
     find, held = resume.find, []
     seen: list[tuple[set[str], int]] = []
@@ -433,23 +431,23 @@ def test_a_completed_run_is_left_as_it_is(copy: Path) -> None:
 def test_the_folder_to_resume(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.chdir(tmp_path)
     named, unnamed = settings(tmp_path / "mine"), settings(tmp_path / "mine").model_copy(update={"output_dir": None})
-    assert run_folder.to_resume(named, "") == tmp_path / "mine"
+    assert resume.to_resume(named, "") == tmp_path / "mine"
     with pytest.raises(OutputError, match="no runs/tiny-DATE has a checkpoint"):
-        run_folder.to_resume(unnamed, "")
+        resume.to_resume(unnamed, "")
     for name in ("tiny-20260101-000000", "tiny-20260102-000000", "tiny-20260103-000000"):
         (tmp_path / "runs" / name).mkdir(parents=True)
     for name in ("20260101-000000", "20260102-000000", "20260102-000000-2", "b-20270101-000000", "b-9"):
         (tmp_path / "runs" / f"tiny-{name}" / "checkpoints").mkdir(parents=True)
-    assert run_folder.to_resume(unnamed, "") == Path("runs/tiny-20260102-000000-2"), "tiny-b is another name"
-    assert run_folder.to_resume(unnamed, "runs/tiny-20260101-000000") == Path("runs/tiny-20260101-000000")
+    assert resume.to_resume(unnamed, "") == Path("runs/tiny-20260102-000000-2"), "tiny-b is another name"
+    assert resume.to_resume(unnamed, "runs/tiny-20260101-000000") == Path("runs/tiny-20260101-000000")
     (tmp_path / "runs" / "tiny-21260101-000000" / "checkpoints").mkdir(parents=True)
     with pytest.raises(OutputError, match="tiny-21260101-000000 is dated in the future"):
-        run_folder.to_resume(unnamed, "")
-    assert run_folder.to_resume(unnamed, "runs/tiny-20260101-000000") == Path("runs/tiny-20260101-000000")
+        resume.to_resume(unnamed, "")
+    assert resume.to_resume(unnamed, "runs/tiny-20260101-000000") == Path("runs/tiny-20260101-000000")
     with pytest.raises(OutputError, match="leave output_dir="):
-        run_folder.to_resume(named, "runs/tiny-20260101-000000")
+        resume.to_resume(named, "runs/tiny-20260101-000000")
     with pytest.raises(OutputError, match="no such folder"):
-        run_folder.to_resume(unnamed, "runs/other")
+        resume.to_resume(unnamed, "runs/other")
 
 
 def test_max_hours_saves_and_says_how_to_resume(tmp_path: Path, whole: Any) -> None:
@@ -531,7 +529,7 @@ def test_kills_lose_nothing(tmp_path: Path, seed: int, most: int) -> None:
             kills += 1
             torn += len(half_written(folder))
             for _, path in checkpoint.steps(folder):
-                assert checkpoint.broken(path) is None, "a torn checkpoint has the name of a whole one"
+                assert resume.broken(path) is None, "a torn checkpoint has the name of a whole one"
         assert attempt("run", True, None) == 0
         nursery.stdin.close()
     assert kills == most and torn >= most / 10, f"{kills} kills, {torn} of them while a checkpoint was being written"

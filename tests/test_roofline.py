@@ -7,7 +7,7 @@ from typing import Any
 
 import pytest
 
-from fasttune import cli, config, hardware
+from fasttune import chips, cli, config, hardware
 from fasttune.core import autoconfig, memory as memory_forecast, pretrained
 from fasttune.core.memory import Shape, Workload
 from fasttune.metrics import Roofline
@@ -18,7 +18,7 @@ LLAMA_8B = Shape(
     layers=32, hidden=4096, mlp=14336, heads=32, query_width=4096, key_width=1024, vocab=128256, tied=False
 )
 STEP = roofline.Sample(1, 4, 16384, 16380, 16384, [Workload(8192, 8190, 0, 0)] * 2, one_length=True)
-H100 = hardware.with_gpu(hardware.detect(), "h100-80")
+H100 = chips.with_gpu(hardware.detect(), "h100-80")
 
 
 def table(train: dict[str, Any], gpu: hardware.Hardware = H100, sample: roofline.Sample = STEP) -> Roofline | None:
@@ -58,8 +58,8 @@ def test_times_are_those_of_the_step_that_was_profiled() -> None:
 
 
 def test_no_table_where_rates_are_not_known() -> None:
-    assert table({}, hardware.with_gpu(hardware.detect(), "l4-24")) is None
-    faster, slower = table({}, hardware.with_gpu(hardware.detect(), "h200-141")), table({})
+    assert table({}, chips.with_gpu(hardware.detect(), "l4-24")) is None
+    faster, slower = table({}, chips.with_gpu(hardware.detect(), "h200-141")), table({})
     assert faster is not None and slower is not None
     assert 1 < faster.tokens_per_s / slower.tokens_per_s < 4.8 / 3.35  # only what memory bounds
 

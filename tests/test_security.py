@@ -15,7 +15,7 @@ import yaml
 
 from fasttune import cli, config
 from fasttune.config import ModelConfig
-from fasttune.core import checkpoint, pretrained
+from fasttune.core import checkpoint, pretrained, remedies, resume
 from fasttune.data import sources
 from fasttune.errors import ConfigError, DataError, ModelError
 
@@ -166,17 +166,17 @@ def test_a_hub_that_does_not_answer_is_one_line(monkeypatch: pytest.MonkeyPatch,
 
 def test_a_model_that_the_hub_does_not_give_in_time_is_reported(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr("huggingface_hub.is_offline_mode", lambda: False)
-    error = pretrained.explain("owner/name", TimeoutError("The read operation timed out"))
+    error = remedies.explain("owner/name", TimeoutError("The read operation timed out"))
     assert "the hub cannot be reached" in str(error) and "try again later" in str(error)
 
 
 def test_a_gated_model_says_where_and_the_two_commands() -> None:
     name = "meta-llama/Llama-3.1-8B-Instruct"
-    error = str(pretrained.explain(name, OSError("401 Client Error: gated repo")))
+    error = str(remedies.explain(name, OSError("401 Client Error: gated repo")))
     assert f"https://huggingface.co/{name}" in error and "\n" not in error
     assert "`hf auth login`" in error and f"`hf download {name} config.json`" in error
     folder = "/data/run-403/model"  # whose number is no answer of the hub
-    assert "gated" not in str(pretrained.explain(folder, ValueError(f"{folder}: trust_remote_code is needed")))
+    assert "gated" not in str(remedies.explain(folder, ValueError(f"{folder}: trust_remote_code is needed")))
 
 
 OUT_OF_MEMORY = (
@@ -208,7 +208,7 @@ OUT_OF_MEMORY = (
 )
 def test_what_a_load_says_is_read_as_it_is_meant(monkeypatch: pytest.MonkeyPatch, text: str, told: str) -> None:
     monkeypatch.setattr("huggingface_hub.is_offline_mode", lambda: False)
-    line = str(pretrained.explain("owner/name", RuntimeError(text)))
+    line = str(remedies.explain("owner/name", RuntimeError(text)))
     assert told in line and "\n" not in line
 
 
@@ -349,13 +349,13 @@ def test_a_checkpoint_names_no_file_outside_of_it(tmp_path: Path, kind: str) -> 
     secret = tmp_path / "secret"
     secret.write_text("mine")
     folder = checkpoint.save(tmp_path / "run", 2, {}, {"step": 2})
-    assert checkpoint.broken(folder) is None
+    assert resume.broken(folder) is None
     name = {"parent": "../../../secret", "absolute": str(secret), "dots": "..", "link": "linked"}[kind]
     if kind == "link":
         (folder / name).symlink_to(secret)
     files = json.loads((folder / checkpoint.MANIFEST).read_text())
     files[name] = {"bytes": 4, "sha256": hashlib.sha256(b"mine").hexdigest()}
     (folder / checkpoint.MANIFEST).write_text(json.dumps(files))
-    assert checkpoint.broken(folder) and checkpoint.newest(tmp_path / "run")[0] is None
+    assert resume.broken(folder) and resume.newest(tmp_path / "run")[0] is None
     checkpoint.prune(tmp_path / "run", 0)
     assert secret.read_text() == "mine"

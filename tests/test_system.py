@@ -15,9 +15,9 @@ from typing import Any
 import pytest
 
 import fasttune
-from fasttune import cli, config, report, system
+from fasttune import child_process, cli, config, report, system
 from fasttune.bench.run import Measurements
-from fasttune.core import checkpoint, pretrained, run_folder
+from fasttune.core import checkpoint, model_files, pretrained, resume, run_folder
 from fasttune.data import sources
 from fasttune.errors import ConfigError, DataError, ModelError, OutputError
 from fasttune.tools import trained_model
@@ -98,9 +98,9 @@ def test_a_link_in_the_output_folder_is_refused_before_anything_is_written(tmp_p
     (tmp_path / "others").mkdir()
     (tmp_path / "run").mkdir()
     (tmp_path / "run" / name).symlink_to(tmp_path / "others")
-    for resume in (None, tmp_path / "run"):
+    for old in (None, tmp_path / "run"):
         with pytest.raises(OutputError, match=f"{name} is a link, and nothing is written through one"):
-            run_folder.choose(settings(tmp_path / "run"), resume)
+            run_folder.choose(settings(tmp_path / "run"), old)
     assert not any((tmp_path / "others").iterdir())
 
 
@@ -144,12 +144,12 @@ def test_links_inside_a_folder_and_of_the_hubs_cache_are_read(tiny_folder: Path,
     for path in tiny_folder.iterdir():
         (snapshot / path.name).symlink_to(Path(shutil.copy(path, tmp_path / "models--a--b")))
     (snapshot / "LICENSE").symlink_to("config.json")
-    system.check_model_folder(snapshot, weights_too=True)
+    model_files.check_folder(snapshot, weights_too=True)
     (tiny_folder / "model.safetensors").unlink()
     (tiny_folder / "model.safetensors").symlink_to(snapshot / "model.safetensors")
-    system.check_model_folder(tiny_folder)  # weights on another disk: they are read, not copied
+    model_files.check_folder(tiny_folder)  # weights on another disk: they are read, not copied
     with pytest.raises(ModelError, match=r"model\.safetensors is a link out of its folder"):
-        system.check_model_folder(tiny_folder, weights_too=True)
+        model_files.check_folder(tiny_folder, weights_too=True)
 
 
 def test_a_linked_adapter_of_a_run_gets_no_card_and_is_not_merged(
@@ -161,7 +161,7 @@ def test_a_linked_adapter_of_a_run_gets_no_card_and_is_not_merged(
     (run / "adapter").rename(others)
     (run / "adapter").symlink_to(others)
     (others / "README.md").write_text("mine")
-    card.of_run(run)
+    card.of_run(run, None)
     assert cli.main(["merge", str(run), "--out", str(tmp_path / "out")]) == 2
     assert "adapter is a link" in capsys.readouterr().err
     assert (others / "README.md").read_text() == "mine" and not (tmp_path / "out").exists()
@@ -183,17 +183,17 @@ def test_a_pipe_for_an_input_is_refused_and_not_waited_for(
         (folder / name).unlink(missing_ok=True)
         os.mkfifo(folder / name)
         with pytest.raises(ModelError, match=f"{name} is a pipe or a device, not a file"):
-            system.check_model_folder(folder)
+            model_files.check_folder(folder)
         (folder / name).unlink()
     run = Path(shutil.copytree(finished_run, tmp_path / "run"))
     for name in ("metrics.jsonl", "run.json", "eval.json"):
         (run / name).unlink(missing_ok=True)
         os.mkfifo(run / name)
-    assert run_folder.read_metrics(run, 3, print) == []
+    assert resume.read_metrics(run, 3, print) == []
     assert trained_model.open_run(str(run)).result is None
     from fasttune.tools import card
 
-    assert "eval.json cannot be read" in card.text(trained_model.open_run(str(run)), None)
+    assert "eval.json cannot be read" in card.text(card.of(trained_model.open_run(str(run))), None)
     for folder in (run / "adapter", Path(shutil.copytree(finished_run / "adapter", tmp_path / "alone"))):
         os.mkfifo(folder / "adapter_model.bin")
         with pytest.raises(ModelError, match="is a pipe or a device"):
@@ -254,7 +254,7 @@ def test_a_child_finds_what_its_parent_finds_and_nothing_else(
     monkeypatch.setenv("PYTHONPATH", str(stranger))
     monkeypatch.setenv("PYTHONSTARTUP", "x.py")
     monkeypatch.setenv("PYTHONUNBUFFERED", "1")
-    command, clean = system.child_command("seen", "--an option"), system.child_environment()
+    command, clean = child_process.command("seen", "--an option"), child_process.environment()
     done = subprocess.run(command, capture_output=True, text=True, env=clean, check=False)
     assert done.returncode == 0, done.stderr
     arguments, path, environment, package, spawned = json.loads(done.stdout)

@@ -11,6 +11,7 @@ from pathlib import Path
 from typing import Any
 
 import pytest
+import test_budgets
 import yaml
 
 from fasttune import config
@@ -64,8 +65,8 @@ def losses(folder: Path) -> list[float]:
     return [json.loads(line)["loss"] for line in (folder / "metrics.jsonl").read_text().splitlines()]
 
 
-def command(*arguments: str) -> list[str]:
-    return [sys.executable, "-m", "fasttune.cli", "train", *arguments]
+def command(*arguments: str, python: tuple[str, ...] = ()) -> list[str]:
+    return [sys.executable, *python, "-m", "fasttune.cli", "train", *arguments]
 
 
 def machine_kind() -> str:
@@ -84,21 +85,23 @@ def machine_kind() -> str:
 
 @pytest.fixture(scope="module")
 def run(tmp_path_factory: pytest.TempPathFactory) -> Path:
-    """A finished run through the real command; its stdout is kept in stdout.txt."""
+    """A finished run through the real command; its stdout is kept in stdout.txt, its imports in imports.txt."""
     folder = tmp_path_factory.mktemp("train")
     path = folder / "tiny.yaml"
     path.write_text(yaml.safe_dump(tree(samples=1, eval={"problems": 3}, data={"eval": "builtin:arithmetic"})))
     output = folder / "run"
     arguments = [str(path), f"output_dir={output}", "usd_per_hour=3.6", "--json"]
-    done = subprocess.run(command(*arguments), capture_output=True, text=True, cwd=folder)
-    assert done.returncode == 0, done.stderr
+    timed = command(*arguments, python=("-X", "importtime"))
+    done = subprocess.run(timed, capture_output=True, text=True, cwd=folder)
+    assert done.returncode == 0, done.stderr[-5000:]
     assert sorted(entry.name for entry in folder.iterdir()) == ["run", "tiny.yaml"]  # nothing strayed into the cwd
     (output / "stdout.txt").write_text(done.stdout)
+    (output / "imports.txt").write_text("\n".join(re.findall(r"^import time:.*\| +(fasttune\S*)$", done.stderr, re.M)))
     return output
 
 
 def test_the_command_writes_the_contract(run: Path) -> None:
-    written = {path.name for path in run.iterdir()} - {"stdout.txt"}
+    written = {path.name for path in run.iterdir()} - {"stdout.txt", "imports.txt"}
     assert written == {"config.yaml", "metrics.jsonl", "run.json", "report.html", "adapter", "library.log", ".lock"}
     result = json.loads((run / "run.json").read_text())
     assert result.keys() >= CONTRACT
@@ -109,6 +112,17 @@ def test_the_command_writes_the_contract(run: Path) -> None:
     assert result["forecast"]["steps"] == 4 and "forecast" in {each["name"] for each in result["settings"]}
     assert len(result["samples"]) == 1 and result["samples"][0]["reference"].count("####") == 1
     assert result["exact_match"] == {"problems": 3, "before": 0.0, "after": 0.0}  # what a random model can do
+
+
+def test_a_run_loads_only_what_it_needs(run: Path) -> None:
+    """Of this package: what is for rare cases (other data, a GPU, --resume, an error) stays unread."""
+    loaded = {"fasttune.cli", *(run / "imports.txt").read_text().split()}
+    loaded -= {"fasttune.core.builtin_models"}  # makes the model, once a machine
+    assert {"fasttune", "fasttune.core.train", "fasttune.tools.card"} <= loaded
+    files = [Path(*name.split(".")) for name in loaded]
+    files = [path / "__init__.py" if path.is_dir() else path.with_suffix(".py") for path in files]
+    assert len(loaded) <= test_budgets.RUN_MODULES, sorted(loaded)
+    test_budgets.check("a run", files, test_budgets.RUN_LINES, test_budgets.RUN_CODE_LINES)
 
 
 def test_the_numbers_are_those_of_the_steps(run: Path) -> None:
@@ -414,9 +428,9 @@ def test_unsloths_emptying_of_the_cache_is_off(tmp_path: Path, monkeypatch: pyte
 def test_a_gpu_that_torch_cannot_use_is_no_reason_to_train_on_the_cpu(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    from fasttune import hardware
+    from fasttune import chips, hardware
 
-    machine = hardware.with_gpu(hardware.detect(), "h100-80")
+    machine = chips.with_gpu(hardware.detect(), "h100-80")
     monkeypatch.setattr(hardware, "detect", lambda path: machine)
     with pytest.raises(FasttuneError, match="cannot use the NVIDIA H100 80GB HBM3: fasttune verify says what fixes it"):
         train(tmp_path / "run")

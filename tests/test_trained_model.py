@@ -12,7 +12,7 @@ import pytest
 
 from fasttune import cli
 from fasttune.config import ModelConfig
-from fasttune.core import pretrained
+from fasttune.core import model_files, pretrained
 from fasttune.errors import ModelError
 from fasttune.tools import merged_weights, trained_model
 
@@ -113,7 +113,6 @@ def test_weights_that_are_a_pickle_a_pipe_or_nothing(finished_run: Path, tmp_pat
 def test_an_adapter_is_no_model_to_train(
     finished_run: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: Any, kind: str
 ) -> None:
-    from fasttune.core import pretrained
 
     name, told = str(finished_run / "adapter"), "fasttune merge"
     if kind == "with a config":
@@ -139,4 +138,4 @@ def test_patterns_of_ordinary_adapters_are_as_peft_takes_them(finished_run: Path
     folder = changed(finished_run, tmp_path / "adapter", target_modules=pattern)
     plan = merged_weights.plan(ModelConfig(name="builtin:tiny"), folder)
     assert plan.deltas == merged_weights.plan(ModelConfig(name="builtin:tiny"), finished_run / "adapter").deltas
-    assert pretrained.read_json(folder / trained_model.SETTINGS)["target_modules"] == pattern
+    assert model_files.read_json(folder / trained_model.SETTINGS)["target_modules"] == pattern

@@ -12,7 +12,7 @@ import pytest
 from tiny_run import STEPS, break_off_after, learned, losses, run, settings
 
 from fasttune import config
-from fasttune.core import checkpoint
+from fasttune.core import checkpoint, resume
 from fasttune.errors import ConfigError
 
 pytestmark = pytest.mark.usefixtures("unsloth")
@@ -131,7 +131,7 @@ def test_the_best_checkpoint_is_kept_and_its_weights_saved(tmp_path: Path, monke
     result = run(tmp_path / "run", kept, resume=True)
     assert (result.held_out.before.step, result.held_out.best.step, result.held_out.saved_step) == (0, 2, 2)
     assert [step for step, _ in checkpoint.steps(tmp_path / "run")] == [7, 2]
-    best = checkpoint.read(tmp_path / "run" / "checkpoints" / "step-2").tensors["weights"]
+    best = resume.read(tmp_path / "run" / "checkpoints" / "step-2").tensors["weights"]
     saved = safetensors.torch.load_file(tmp_path / "run" / "adapter" / "adapter_model.safetensors")
     assert all((saved[name.replace(".default", "")] == tensor).all() for name, tensor in best.items())
     last = run(tmp_path / "last", changed(eval={"keep_best": False}))

@@ -62,10 +62,10 @@ def backend(arm: str, trainer: Any, layout: str) -> Backend:
 
     patched: dict[str, int] = {"patched_layers": 0}
     if arm not in PLAIN:
-        from fasttune.core import model as models, trainer as trainers
+        from fasttune.core import model as models
 
         if arm == "fasttune":
-            return trainers.backend(trainer)
+            return what_ran.backend(trainer)
         patched = models.patched_layers(trainer.model)
     return Backend(
         library=trainer.library,

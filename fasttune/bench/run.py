@@ -17,10 +17,10 @@ from datetime import UTC, datetime
 from pathlib import Path
 from typing import Any
 
-from fasttune import config as configuration, gpus, hardware, metrics, report, system
+from fasttune import child_process, config as configuration, gpus, hardware, metrics, report, system
 from fasttune.bench.arms import PLAIN, WHAT
 from fasttune.bench.stats import MIN_REPEATS, NO_REVISION, WARMUP_STEPS, Arm, Bench, Limit, Repeat
-from fasttune.config import Config, EvalConfig
+from fasttune.config import Config
 from fasttune.core import autoconfig, prepare
 from fasttune.errors import DataError, FasttuneError, OutputError, RunFailed, last_line
 from fasttune.hardware import Hardware
@@ -58,7 +58,7 @@ def checked_arms(config: Config, arms: str | None, repeats: int, steps: int | No
             f"bench: {', '.join(plain)} train 16-bit weights, which is other work than model.quantization=nf4; add "
             "model.quantization=none, or --arms fasttune,unsloth-notebook"
         )
-    prepare.check(config)
+    prepare.check_sources_and_model(config)
     return names
 
 
@@ -123,10 +123,9 @@ def revision() -> str:
 
 def share(config: Config, shared: Path, steps: int) -> dict[str, Any]:
     """What all arms start from, made once in a process of its own."""
-    train = config.train.model_copy(update={"max_steps": steps})
-    data = config.data.model_copy(update={"eval": None})
-    nothing = {"samples": 0, "eval": EvalConfig(every="never"), "output_dir": None}
-    job = config.model_copy(update={"train": train, "data": data, **nothing})
+    evaluation = {"every": "never", "problems": 0, "keep_best": False}
+    nothing = {"samples": 0, "eval": evaluation, "output_dir": None}
+    job = configuration.changed(config, train={"max_steps": steps}, data={"eval": None}, **nothing)
     only = configuration.dump(job, exclude_unset=True)  # what was not written may be fitted to the model
     (shared / "job.yaml").write_text(only, encoding="utf-8")
     facts = fresh_process("share", shared, steps)
@@ -144,8 +143,8 @@ def share(config: Config, shared: Path, steps: int) -> dict[str, Any]:
 
 def fresh_process(what: str, shared: Path, steps: int) -> dict[str, Any]:
     """One measurement of worker.py; what its libraries print is dropped."""
-    command = system.child_command("fasttune.bench.worker", what, str(shared), str(steps))
-    done = subprocess.run(command, capture_output=True, text=True, check=False, env=system.child_environment())
+    command = child_process.command("fasttune.bench.worker", what, str(shared), str(steps))
+    done = subprocess.run(command, capture_output=True, text=True, check=False, env=child_process.environment())
     try:
         return json.loads(done.stdout.splitlines()[-1])
     except (IndexError, ValueError):

@@ -11,7 +11,7 @@ from dataclasses import asdict, dataclass, field
 from functools import cached_property
 from typing import Any
 
-from fasttune import hardware
+from fasttune import chips
 from fasttune.metrics import Backend
 
 BASELINE = "vanilla"
@@ -32,7 +32,7 @@ class Repeat:
     """One arm, once. Lists have one entry a step. Tokens count no padding; seconds are device-synchronised.
 
     rows_digest: hash of every step's rows, read from the tensors that were trained on.
-    weights_digest: of the live model before the first step, see what_ran.weights_digest; "" in older files.
+    weights_digest: of the live model before the first step, see what_ran.fingerprint; "" in older files.
     peak_memory_gib: of a GPU in the steps, peak_before_gib before them; of a CPU of all the process.
     power_w: mean of the seconds in which the GPU worked; at_power_limit: the share of them in which its clocks were
     lower for its power limit. None where it is not known, as on a CPU.
@@ -197,7 +197,7 @@ class Bench:
         """
         if arm.tflops is None or self.dtype != "bfloat16" or not self.hardware["gpus"]:
             return None
-        peak = hardware.peak_bf16_tflops(self.hardware["gpus"][0]["name"])
+        peak = chips.peak_bf16_tflops(self.hardware["gpus"][0]["name"])
         if not peak or re.search("int|float8", arm.repeats[-1].backend.dtype):  # integers: quantised
             return None
         return arm.tflops / peak

@@ -92,7 +92,7 @@ def measure(arm: str, config: Config, steps: int, shared: Path, scratch: Path) -
             torch.cuda.empty_cache()
             torch.cuda.reset_peak_memory_stats()
         fewer = max(n for n in range(1, at_once) if config.train.batch_rows % n == 0)
-        config = config.model_copy(update={"train": config.train.model_copy(update={"micro_batch_rows": fewer})})
+        config = configuration.changed(config, train={"micro_batch_rows": fewer})
 
 
 def measure_once(arm: str, config: Config, steps: int, shared: Path, scratch: Path) -> Repeat:
@@ -140,7 +140,7 @@ class Clock:
         from fasttune.core import what_ran
 
         began = time.perf_counter()
-        self.weights_digest = what_ran.weights_digest(model)
+        self.weights_digest = what_ran.fingerprint(model.parameters())
         self._started = PROCESS_STARTED + time.perf_counter() - began  # a digest is not what a person waits for
         self.peak_before_gib = what_ran.restart_peak()
         what_ran.synchronize()

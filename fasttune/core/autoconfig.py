@@ -6,7 +6,6 @@ The fastest settings whose forecast memory fits; recomputing only when memory as
 import math
 from dataclasses import dataclass, replace
 
-from fasttune import hardware as machines
 from fasttune.config import Config, changed
 from fasttune.core.memory import Choices, Shape, Workload, forecast
 from fasttune.hardware import Hardware
@@ -94,22 +93,6 @@ def usable_memory_gib(hardware: Hardware) -> float:
     return USABLE_MEMORY * (hardware.gpus[0].memory_gib if hardware.gpus else hardware.memory_gib)
 
 
-def smaller(config: Config, gpu: bool) -> list[str]:
-    """Settings that take less memory, the cheapest first (docs/oom.md); not those that are set already."""
-    train, full = config.train, config.train.method == "full"
-    recompute = "unsloth" if gpu else "full"  # "unsloth" moves activations from a GPU to the host
-    ways = {
-        f"train.gradient_checkpointing={recompute}": train.gradient_checkpointing not in (recompute, "unsloth"),
-        "train.optimizer=adamw_8bit": gpu and full and train.optimizer != "adamw_8bit",
-        f"model.max_length below {config.model.max_length:,}": True,
-        "train.method=lora": full,
-        "model.quantization=nf4": gpu and not full and config.model.quantization == "none",
-        "a lower lora.rank": not full,
-        "a smaller model, or a GPU with more memory": True,
-    }
-    return [way for way, possible in ways.items() if possible]
-
-
 def packing(packed: bool, proof: str) -> Setting:
     """`packed`: whether rows are; `proof`: how that is known to be exact."""
     if packed:
@@ -121,8 +104,12 @@ def price_of(config: Config, hardware: Hardware) -> tuple[float | None, Setting 
     """Dollars an hour of this machine, and the setting to show; None where nobody can know."""
     if config.usd_per_hour is not None:
         return config.usd_per_hour, Setting("price", f"${config.usd_per_hour:g} an hour")
-    known = machines.usd_per_hour(hardware.gpus[0].name) if hardware.gpus else None
-    reason = f"an example of {machines.USD_PER_HOUR_DATE}; set usd_per_hour to yours"
+    if not hardware.gpus:
+        return None, None
+    from fasttune import chips
+
+    known = chips.usd_per_hour(hardware.gpus[0].name)
+    reason = f"an example of {chips.USD_PER_HOUR_DATE}; set usd_per_hour to yours"
     return known, Setting("price", f"${known:g} an hour", reason) if known is not None else None
 
 

@@ -4,7 +4,7 @@ RUN/checkpoints/step-N/   weights, optimizer, random .safetensors · state.json:
                           manifest.json: size and SHA-256 of each of them, written last
 RUN/checkpoints/pissa.safetensors   the adapter that a PiSSA run began with
 
-The position in the data is the step alone. resume.py puts a run back where a checkpoint left off.
+The position in the data is the step alone. resume.py reads them, restore.py puts a run back where one left off.
 """
 
 import hashlib
@@ -15,12 +15,9 @@ import random
 import re
 import secrets
 import shutil
-import stat
 import tempfile
 import time
-from collections.abc import Callable
 from contextlib import suppress
-from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -36,8 +33,8 @@ FOLDER = "checkpoints"
 MANIFEST = "manifest.json"
 STATE = "state.json"
 START = "pissa.safetensors"
-# What may differ between a checkpoint and the run that resumes from it: how a step is computed, not what it learns.
-# The length of the run and the model are compared as what they came to: steps, and a probe of the weights.
+# What may differ between a checkpoint and the run that resumes from it: how a step is computed, not its result.
+# The length of the run and the model are compared as what they came to: steps, and a checksum of the weights.
 FREE = {
     "model.name",
     "model.revision",
@@ -53,19 +50,6 @@ SECTIONS = ("seed", "model", "lora", "train")
 WHOLE = "steps of the whole run"
 
 Tensors = dict[str, Any]  # name → torch.Tensor
-
-
-class Broken(Exception):
-    """A checkpoint that does not hold: why, in a few words."""
-
-
-@dataclass(frozen=True)
-class Checkpoint:
-    """One that holds. tensors: by the name of their file; state: plain values (resume.State)."""
-
-    path: Path
-    tensors: dict[str, Tensors]
-    state: dict[str, Any]
 
 
 class Keeper:
@@ -117,24 +101,24 @@ class Keeper:
         best = self.validator.best
         if not self.job.config.eval.keep_best or best is None or best.step == step:
             return step
-        from fasttune.core import resume
+        from fasttune.core import restore, resume
 
         path = self.job.folder / FOLDER / f"step-{best.step}"
         try:
-            found = read(path)
+            found = resume.read(path)
             if problem := resume.misfit(found, self.trainer.model):
-                raise Broken(problem)
-        except Broken as error:
+                raise resume.Broken(problem)
+        except resume.Broken as error:
             self.warn(f"eval.keep_best: {path.name} does not hold ({error}): the weights of the last step are saved")
             return step
-        resume.restore_weights(self.trainer.model, found)
+        restore.restore_weights(self.trainer.model, found)
         return best.step
 
 
 def identity(job: "Job") -> dict[str, str]:
     """What a checkpoint belongs to; a run does not resume from one of something else. Before the first step only.
 
-    Settings that change what is learned, the rows themselves, and a probe of every weight.
+    Settings that change what is trained, the rows themselves, and a checksum of every weight.
     """
     from fasttune.core import what_ran
 
@@ -148,9 +132,9 @@ def identity(job: "Job") -> dict[str, str]:
     found["data.eval_share"] = str(job.config.data.eval_share)
     for number, (rows, weight) in enumerate(zip(job.data.parts, job.data.weights, strict=True), 1):
         found[f"rows of data set {number}"] = f"{len(rows)} rows × {weight:g} ({rows.checksum})"
-    found["weights of the base model"] = job.base_probe
+    found["weights of the base model"] = job.base_weights
     if job.config.lora.init == "pissa":  # not the residual weights: their last bits differ by machine
-        found["start of the adapter"] = what_ran.probe(trained(job.model).values())
+        found["start of the adapter"] = what_ran.fingerprint(trained(job.model).values(), None)
     return found
 
 
@@ -214,7 +198,7 @@ def save(run: Path, step: int, tensors: dict[str, Tensors], state: dict[str, Any
         for name, group in tensors.items():
             _save_tensors(made / f"{name}.safetensors", group)
         (made / STATE).write_text(json.dumps(state), encoding="utf-8")
-        files = {path.name: {"bytes": path.stat().st_size, "sha256": _sha256(path)} for path in sorted(made.iterdir())}
+        files = {path.name: {"bytes": path.stat().st_size, "sha256": sha256(path)} for path in sorted(made.iterdir())}
         (made / MANIFEST).write_text(json.dumps(files, indent=1), encoding="utf-8")
         system.make_readable(made)
         for path in (*made.iterdir(), made):
@@ -252,58 +236,6 @@ def steps(run: Path) -> list[tuple[int, Path]]:
     return sorted(((int(match[1]), path) for match, path in found if match), reverse=True)
 
 
-def newest(
-    run: Path, misfit: Callable[[Checkpoint], str | None] = lambda found: None
-) -> tuple[Checkpoint | None, list[str]]:
-    """The newest checkpoint that holds and is no `misfit`, and why newer ones were skipped."""
-    skipped: list[str] = []
-    for _, path in steps(run):
-        try:
-            found = read(path)
-            if (problem := misfit(found)) is None:
-                return found, skipped
-        except Broken as error:
-            problem = str(error)
-        skipped.append(f"{path.name}: {problem}")
-    return None, skipped
-
-
-def read(path: Path) -> Checkpoint:
-    """A checkpoint whose files are what its manifest says. Raises Broken."""
-    from safetensors import SafetensorError
-    from safetensors.torch import load_file
-
-    if problem := broken(path):
-        raise Broken(problem)
-    try:
-        files = [path / name for name in json.loads((path / MANIFEST).read_text(encoding="utf-8"))]
-        tensors = {file.stem: load_file(file) for file in files if file.suffix == ".safetensors"}
-        return Checkpoint(path, tensors, json.loads((path / STATE).read_text(encoding="utf-8")))
-    except (OSError, ValueError, RecursionError, SafetensorError) as error:
-        raise Broken(f"its files cannot be read ({type(error).__name__})") from error
-
-
-def broken(path: Path) -> str | None:
-    """What is wrong with the files of a checkpoint, or None if every one is what the manifest says."""
-    try:
-        files = json.loads(_regular(path / MANIFEST).read_text(encoding="utf-8"))
-        for name, expected in files.items():
-            if Path(name).name != name:
-                return f"{MANIFEST} names a file outside of the checkpoint"
-            size = _regular(path / name).stat().st_size
-            if size != expected["bytes"]:
-                return f"{name} has {size:,} bytes, not {expected['bytes']:,}"
-            if _sha256(path / name) != expected["sha256"]:
-                return f"{name} was changed after it was written"
-    except FileNotFoundError as error:
-        return f"{Path(error.filename).name} is missing"
-    except Broken as error:
-        return str(error)
-    except (OSError, ValueError, KeyError, TypeError, AttributeError, RecursionError) as error:
-        return f"{MANIFEST} cannot be read ({type(error).__name__})"
-    return None if STATE in files else f"{STATE} is not in {MANIFEST}"
-
-
 def prune(run: Path, keep: int, best: int | None = None) -> None:
     """Remove all but the newest `keep` checkpoints and that of step `best`."""
     for step, path in steps(run)[keep:]:
@@ -325,12 +257,6 @@ def sweep(run: Path) -> None:
         shutil.rmtree(path, ignore_errors=True) if path.is_dir() else path.unlink()
 
 
-def _regular(path: Path) -> Path:
-    if not stat.S_ISREG(path.lstat().st_mode):  # a link may lead out of the checkpoint, and a pipe never ends
-        raise Broken(f"{path.name} is a link or a pipe, not a file of the checkpoint")
-    return path
-
-
 def _save_tensors(path: Path, tensors: Tensors) -> None:
     from safetensors import SafetensorError
     from safetensors.torch import save_file
@@ -341,7 +267,7 @@ def _save_tensors(path: Path, tensors: Tensors) -> None:
         raise OSError(str(error)) from error
 
 
-def _sha256(path: Path) -> str:
+def sha256(path: Path) -> str:
     with path.open("rb") as file:
         return hashlib.file_digest(file, "sha256").hexdigest()
 

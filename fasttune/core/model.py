@@ -20,7 +20,7 @@ from fasttune import system, cpu
 from fasttune.config import LoraConfig, ModelConfig
 from fasttune.core import pretrained
 from fasttune.data import sandbox
-from fasttune.errors import ModelError, first_line
+from fasttune.errors import ModelError
 
 # Before the import: no usage statistics, no telemetry, no unsloth_compiled_cache/ in the current folder.
 os.environ["UNSLOTH_DISABLE_STATISTICS"] = "1"
@@ -87,7 +87,7 @@ def load(
 def add_lora(model: Any, config: LoraConfig, gradient_checkpointing: str, seed: int, start: Path | None = None) -> Any:
     """A PEFT model with one trainable adapter. Raises ModelError if a target names no layer of this model.
 
-    start: the adapter that PiSSA split the base weights by; computed anew, it would differ from machine to machine.
+    start: the adapter that PiSSA split the base weights by; computed again, it would differ from machine to machine.
     """
     layers = {name.rsplit(".", 1)[-1] for name, module in model.named_modules() if isinstance(module, torch.nn.Linear)}
     if missing := [target for target in config.targets if target not in layers]:
@@ -104,30 +104,10 @@ def add_lora(model: Any, config: LoraConfig, gradient_checkpointing: str, seed: 
         random_state=seed,
     )
     if config.init == "pissa" and start is not None:
-        _split_again(model, start)
+        from fasttune.core import pissa
+
+        pissa.split_again(model, start)
     return model
-
-
-@torch.no_grad()
-def _split_again(model: Any, start: Path) -> None:
-    """What PiSSA leaves of the base weights, W - B·A, by an adapter that was saved; in fp32, as Unsloth computes it."""
-    from peft.utils import set_peft_model_state_dict
-    from safetensors import SafetensorError
-    from safetensors.torch import load_file
-
-    try:
-        if start.is_symlink() or not start.is_file():
-            raise ValueError("it is no file")
-        if unknown := set_peft_model_state_dict(model, load_file(start)).unexpected_keys:
-            raise ValueError(f"{unknown[0]} is of another model")
-    except (OSError, ValueError, RuntimeError, SafetensorError) as error:
-        raise ModelError(f"--resume: {start} does not hold ({first_line(error)[:100]}); begin anew") from error
-    model.peft_config["default"].init_lora_weights = "pissa"
-    for layer in model.modules():
-        if "default" in getattr(layer, "lora_A", {}):
-            weight, b, a = layer.get_base_layer().weight, layer.lora_B["default"].weight, layer.lora_A["default"].weight
-            residual = weight.float().clone().addmm_(b, a, alpha=-layer.scaling["default"])
-            weight.data = residual.to(weight.dtype)
 
 
 def save(

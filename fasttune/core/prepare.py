@@ -8,7 +8,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from fasttune import config as configuration, gpus, hardware
+from fasttune import config as configuration, hardware
 from fasttune.config import Config, looks_like_hub
 from fasttune.core import autoconfig, pretrained, run_folder
 from fasttune.core.autoconfig import Plan
@@ -22,6 +22,8 @@ from fasttune.system import take_over_loggers
 from fasttune.terminal import Reporter
 
 if TYPE_CHECKING:
+    from transformers import PreTrainedModel, PreTrainedTokenizerBase
+
     from fasttune.core.evaluation import Problem
 
 
@@ -33,9 +35,9 @@ class Job:
     folder: Path
     machine: Hardware
     plan: Plan
-    model: Any  # of transformers, wrapped by PEFT where an adapter is trained
-    base_probe: str  # of the weights before an adapter came
-    tokenizer: Any
+    model: "PreTrainedModel"  # wrapped by PEFT where an adapter is trained
+    base_weights: str  # fingerprint of those before an adapter came
+    tokenizer: "PreTrainedTokenizerBase"
     data: Batches
     held_out: list[Encoded]
     problems: "list[Problem]"
@@ -49,11 +51,11 @@ class Job:
 def preflight(config: Config, resume: Path | None = None) -> Path:
     """Everything that can be refused without importing torch. Returns the output folder, not yet made."""
     folder = run_folder.choose(config, resume)
-    check(config)
+    check_sources_and_model(config)
     return folder
 
 
-def check(config: Config) -> None:
+def check_sources_and_model(config: Config) -> None:
     """As `preflight`, of everything but the folder. Raises DataError and ModelError."""
     splits = dict.fromkeys(config.data.sources, config.data.split)
     splits |= {config.data.eval: config.data.held_out_split} if config.data.eval else {}
@@ -70,15 +72,20 @@ def check(config: Config) -> None:
 def prepare(config: Config, folder: Path, reporter: Reporter, start: Path | None = None) -> Job:
     """Plan, model and data, ready to train. Writes nothing. `start`: what a PiSSA run that is resumed began with."""
     machine = hardware.detect(folder)
-    if machine.gpus and (lacks := hardware.triton_lacks()):
-        raise FasttuneError(f"Triton compiles kernels for the GPU at the first step and needs {lacks[0]} ({lacks[1]})")
+    warnings: list[str] = []
+    if machine.gpus:
+        from fasttune import gpus
+
+        warnings += filter(None, map(gpus.capped, machine.gpus))
+        if lacks := gpus.triton_lacks():
+            needed = f"{lacks[0]} ({lacks[1]})"
+            raise FasttuneError(f"Triton compiles kernels for the GPU at the first step and needs {needed}")
     reporter.note("importing unsloth and torch …")
     from fasttune.core import evaluation, model as models, packing, what_ran
     from fasttune.cpu import fused_lora
 
     take_over_loggers()
     machine = hardware.as_torch_sees(machine)
-    warnings = list(filter(None, map(gpus.capped, machine.gpus)))
     config, architecture = fitted(config, warnings.append)
     plan = autoconfig.resolve(config, machine, Shape.of(architecture))
     config, settings = plan.apply(config), list(plan.settings)
@@ -90,7 +97,7 @@ def prepare(config: Config, folder: Path, reporter: Reporter, start: Path | None
     reporter.note(f"loading {config.model.name} …")
     policy, full = plan.gradient_checkpointing, config.train.method == "full"
     model, tokenizer = models.load(config.model, plan.dtype, policy, full, config.seed, plan.fp32_masters)
-    base_probe = what_ran.probe(model.parameters(), what_ran.PROBED)
+    base_weights = what_ran.fingerprint(model.parameters())
     if not full:
         model = models.add_lora(model, config.lora, policy, config.seed, start)
         if not machine.gpus and (fused := fused_lora.enable(model)):
@@ -121,7 +128,7 @@ def prepare(config: Config, folder: Path, reporter: Reporter, start: Path | None
         machine=machine,
         plan=plan,
         model=model,
-        base_probe=base_probe,
+        base_weights=base_weights,
         tokenizer=tokenizer,
         data=data,
         held_out=held_out,

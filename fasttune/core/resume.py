@@ -1,26 +1,79 @@
-"""With --resume: which checkpoint a run resumes from, and the trainer put where it left off. Loaded only then."""
+"""What a run is resumed from: which run --resume means, which of its checkpoints holds, and the steps before it.
 
-import random
+A checkpoint may come from another machine or be damaged: its files are checked before anything of it is used
+(restore.py uses it).
+"""
+
+import json
+import math
+import re
+import stat
 from collections.abc import Callable
+from contextlib import suppress
 from dataclasses import dataclass, field
+from datetime import datetime
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from fasttune.core import model as models  # first: it imports unsloth
-
-import numpy as np
 import pydantic
-import torch
-import transformers
 
-from fasttune.core import checkpoint as checkpoints
-from fasttune.core.checkpoint import WHOLE, Checkpoint, trained
-from fasttune.core.what_ran import MOMENTS
-from fasttune.errors import OutputError, RunFailed, kind_and_line
-from fasttune.metrics import Evaluation
+from fasttune.config import Config
+from fasttune.core.checkpoint import MANIFEST, STATE, WHOLE, Tensors, sha256, steps, trained
+from fasttune.core.run_folder import METRICS
+from fasttune.errors import OutputError
+from fasttune.metrics import Evaluation, StepMetrics
 
 if TYPE_CHECKING:
-    from fasttune.core.trainer import MeasuredTrainer
+    import torch
+
+
+def to_resume(config: Config, named: str) -> Path:
+    """The folder of the run that --resume means: `named`, else the config's, else the newest of this name in runs/.
+
+    Raises OutputError.
+    """
+    own = Path(config.output_dir).expanduser() if config.output_dir else None
+    if named:
+        folder = Path(named).expanduser()
+        if own is not None and own.absolute() != folder.absolute():
+            raise OutputError(f"--resume {named}: a run is resumed in its own folder; leave output_dir={own} out")
+        if not folder.is_dir():
+            raise OutputError(f"--resume {named}: no such folder; name that of the run to resume")
+        return folder
+    if own is not None:
+        return own
+    dated = re.compile(re.escape(config.name) + r"-(\d{8}-\d{6})(?:-(\d+))?")  # not those of another name: NAME-B-DATE
+    found = [(dated.fullmatch(path.name), path) for path in Path("runs").glob("*/") if (path / "checkpoints").is_dir()]
+    runs = sorted((match[1], int(match[2] or 1), path) for match, path in found if match)
+    if not runs:
+        raise OutputError(f"--resume: no runs/{config.name}-DATE has a checkpoint; name the folder of the run")
+    if len(runs) > 1 and runs[-1][0] > f"{datetime.now():%Y%m%d-%H%M%S}":
+        raise OutputError(
+            f"--resume: {runs[-1][2]} is dated in the future, so it is not known which run is the newest: "
+            "name its folder, and rename the one with the wrong date"
+        )
+    return runs[-1][2]
+
+
+def refuse_completed(run: Path) -> None:
+    """Raise OutputError if nothing of a run is left to do. Under its lock: it may be completed any moment."""
+    path = run / "run.json"
+    with suppress(OSError, ValueError, KeyError, TypeError, RecursionError):
+        if path.is_file() and json.loads(path.read_text(encoding="utf-8"))["status"] == "completed":
+            raise OutputError(f"--resume: {run} is completed, nothing is left to do; start over in another output_dir")
+
+
+class Broken(Exception):
+    """A checkpoint that does not hold: why, in a few words."""
+
+
+@dataclass(frozen=True)
+class Checkpoint:
+    """One that holds. tensors: by the name of their file; state: plain values (State)."""
+
+    path: Path
+    tensors: dict[str, Tensors]
+    state: dict[str, Any]
 
 
 @dataclass
@@ -53,7 +106,7 @@ def find(run: Path, model: Any, identity: dict[str, str], note: Callable[[str], 
 
     Raises OutputError if none holds, or if it belongs to another model, rows or settings. Under the run's lock.
     """
-    found, skipped = checkpoints.newest(run, lambda found: misfit(found, model, identity))
+    found, skipped = newest(run, lambda found: misfit(found, model, identity))
     for reason in skipped:
         note(f"skipped {reason}")
     if found is None and skipped:
@@ -97,82 +150,81 @@ def misfit(checkpoint: Checkpoint, model: Any, identity: dict[str, str] | None =
     return None
 
 
-def _kind(tensor: torch.Tensor) -> str:
+def _kind(tensor: "torch.Tensor") -> str:
     return f"{str(tensor.dtype).removeprefix('torch.')} {'×'.join(map(str, tensor.shape))}"
 
 
-class Resumed(transformers.TrainerCallback):
-    """Puts a new trainer where a checkpoint left off: optimizer and counters at once, random states at its step."""
-
-    def __init__(self, trainer: "MeasuredTrainer", checkpoint: Checkpoint):
-        self.trainer, self.checkpoint = trainer, checkpoint
-        self.done = checkpoint.state["step"]
-
-    def on_train_begin(self, args: Any, state: Any, control: Any, **kwargs: Any) -> None:
-        self._restored(lambda: restore_optimizer(self.trainer, self.checkpoint))
-        models.begin_after(self.trainer, state, self.done)
-
-    def on_step_begin(self, args: Any, state: Any, control: Any, **kwargs: Any) -> None:
-        if state.global_step == self.done:  # not before: beginning to load data draws random numbers too
-            self._restored(lambda: restore_random(self.checkpoint))
-
-    def _restored(self, restore: Callable[[], None]) -> None:
+def newest(
+    run: Path, misfit: Callable[[Checkpoint], str | None] = lambda found: None
+) -> tuple[Checkpoint | None, list[str]]:
+    """The newest checkpoint that holds and is no `misfit`, and why newer ones were skipped."""
+    skipped: list[str] = []
+    for _, path in steps(run):
         try:
-            restore()
-        except (KeyError, ValueError, TypeError, IndexError, AttributeError, RuntimeError, AssertionError) as error:
-            raise RunFailed(
-                f"{self.checkpoint.path} cannot be resumed from ({kind_and_line(error)}); "
-                "remove it, and --resume takes the one before it"
-            ) from error
+            found = read(path)
+            if (problem := misfit(found)) is None:
+                return found, skipped
+        except Broken as error:
+            problem = str(error)
+        skipped.append(f"{path.name}: {problem}")
+    return None, skipped
 
 
-def restore_weights(model: Any, checkpoint: Checkpoint) -> None:
-    """The trained parameters as they were. The checkpoint gives them away: a second copy would fill the host."""
-    now, saved = trained(model), checkpoint.tensors.pop("weights")
-    with torch.no_grad():
-        for name, parameter in now.items():
-            parameter.copy_(saved[name])
+def read(path: Path) -> Checkpoint:
+    """A checkpoint whose files are what its manifest says. Raises Broken."""
+    from safetensors import SafetensorError
+    from safetensors.torch import load_file
+
+    if problem := broken(path):
+        raise Broken(problem)
+    try:
+        files = [path / name for name in json.loads((path / MANIFEST).read_text(encoding="utf-8"))]
+        tensors = {file.stem: load_file(file) for file in files if file.suffix == ".safetensors"}
+        return Checkpoint(path, tensors, json.loads((path / STATE).read_text(encoding="utf-8")))
+    except (OSError, ValueError, RecursionError, SafetensorError) as error:
+        raise Broken(f"its files cannot be read ({type(error).__name__})") from error
 
 
-def restore_optimizer(trainer: Any, checkpoint: Checkpoint) -> None:
-    """Optimizer and scheduler as they were. The checkpoint gives the moments away, as it does the weights."""
-    saved, scheduler = checkpoint.state["optimizer"], checkpoint.state["scheduler"]
-    entries: dict[int, dict[str, Any]] = {}
-    for name, value in [*checkpoint.tensors.pop("optimizer").items(), *saved["plain"].items()]:
-        index, _, key = name.partition(".")
-        entries.setdefault(int(index), {})[key] = value
-    parameters = [parameter for group in trainer.optimizer.param_groups for parameter in group["params"]]
-    for index, values in entries.items():
-        _put_together(values, parameters[index])
-        for key in MOMENTS & set(values):
-            if values[key].shape != parameters[index].shape:
-                raise ValueError(f"{index}.{key} has another shape than its parameter")
-    if torch.is_tensor(trainer.optimizer.param_groups[0]["lr"]):
-        for group in saved["groups"]:
-            group |= {key: torch.tensor(group[key]) for key in ("lr", "initial_lr")}
-        scheduler |= {key: [torch.tensor(rate) for rate in scheduler[key]] for key in ("base_lrs", "_last_lr")}
-    trainer.optimizer.load_state_dict({"state": entries, "param_groups": saved["groups"]})
-    trainer.lr_scheduler.load_state_dict(scheduler)
+def broken(path: Path) -> str | None:
+    """What is wrong with the files of a checkpoint, or None if every one is what the manifest says."""
+    try:
+        files = json.loads(_regular(path / MANIFEST).read_text(encoding="utf-8"))
+        for name, expected in files.items():
+            if Path(name).name != name:
+                return f"{MANIFEST} names a file outside of the checkpoint"
+            size = _regular(path / name).stat().st_size
+            if size != expected["bytes"]:
+                return f"{name} has {size:,} bytes, not {expected['bytes']:,}"
+            if sha256(path / name) != expected["sha256"]:
+                return f"{name} was changed after it was written"
+    except FileNotFoundError as error:
+        return f"{Path(error.filename).name} is missing"
+    except Broken as error:
+        return str(error)
+    except (OSError, ValueError, KeyError, TypeError, AttributeError, RecursionError) as error:
+        return f"{MANIFEST} cannot be read ({type(error).__name__})"
+    return None if STATE in files else f"{STATE} is not in {MANIFEST}"
 
 
-def _put_together(entries: dict[str, Any], parameter: torch.Tensor) -> None:
-    """What checkpoint.flat has taken apart of torchao's moments."""
-    for name in {key.partition(":")[0] for key in entries if ":" in key}:
-        from torchao.optim.subclass_8bit import OptimState8bit
-
-        parts = {part: entries.pop(f"{name}:{part}").to(parameter.device) for part in OptimState8bit.tensor_attrs}
-        entries[name] = OptimState8bit(**parts, signed=name == "exp_avg", dtype=parameter.dtype)
+def _regular(path: Path) -> Path:
+    if not stat.S_ISREG(path.lstat().st_mode):  # a link may lead out of the checkpoint, and a pipe never ends
+        raise Broken(f"{path.name} is a link or a pipe, not a file of the checkpoint")
+    return path
 
 
-def restore_random(checkpoint: Checkpoint) -> None:
-    """Python's, numpy's, torch's and every GPU's generator as they were."""
-    values, tensors = checkpoint.state["random"], checkpoint.tensors["random"]
-    version, numbers, gauss = values["python"]
-    random.setstate((version, tuple(numbers), gauss))
-    kind, keys, *rest = values["numpy"]
-    np.random.set_state((kind, np.array(keys, np.uint32), *rest))
-    torch.set_rng_state(tensors["torch"])
-    if torch.cuda.is_available():
-        for i in range(torch.cuda.device_count()):
-            if f"cuda.{i}" in tensors:  # the machine may have had fewer
-                torch.cuda.set_rng_state(tensors[f"cuda.{i}"], i)
+def read_metrics(folder: Path, step: int, warn: Callable[[str], object]) -> list[StepMetrics]:
+    """The steps of a run up to `step`, from its metrics.jsonl; a warning for those whose line cannot be read."""
+    path, found = folder / METRICS, dict[int, StepMetrics]()
+    form = pydantic.TypeAdapter(StepMetrics)
+    for line in path.read_bytes().splitlines() if path.is_file() else []:
+        with suppress(ValueError, TypeError, KeyError, RecursionError):  # a machine that went down may have torn it
+            values = json.loads(line)
+            one = form.validate_python(values | {"loss": math.nan if values["loss"] is None else values["loss"]})
+            found[one.step] = one
+    kept = [found[number] for number in sorted(found) if 0 < number <= step]
+    if lost := step - len(kept):
+        warn(
+            f"{METRICS}: the lines of {lost:,} of the {step:,} steps before the checkpoint cannot be read: the weights "
+            "are right, but tokens, losses and speeds of the report are without these steps"
+        )
+    return kept

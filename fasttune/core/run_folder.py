@@ -3,26 +3,19 @@ config.yaml, and metrics.jsonl step by step.
 """
 
 import fcntl
-import json
-import math
 import os
 import platform
-import re
 import shlex
 import shutil
 import time
-from collections.abc import Callable
 from contextlib import AbstractContextManager, suppress
 from datetime import datetime
 from pathlib import Path
 from typing import IO, TYPE_CHECKING
 
-import pydantic
-
 from fasttune import config as configuration, hardware, report, system
 from fasttune.config import TRUST, Config
 from fasttune.core import checkpoint
-from fasttune.core.checkpoint import Checkpoint
 from fasttune.errors import OutputError, in_one_line
 from fasttune.metrics import Status, StepMetrics
 from fasttune.system import LibraryLog
@@ -30,6 +23,7 @@ from fasttune.terminal import Reporter
 
 if TYPE_CHECKING:
     from fasttune.core.prepare import Job
+    from fasttune.core.resume import Checkpoint
     from fasttune.core.trackers import Tracker
 
 CONFIG, METRICS, LOG = "config.yaml", "metrics.jsonl", "library.log"
@@ -81,42 +75,6 @@ def _check_free(folder: Path, replace: bool) -> None:
     for name in RUN_FILES:
         if os.path.lexists(folder / name):
             raise OutputError(f"output_dir: {folder} holds {name}, which no run of fasttune wrote; name another folder")
-
-
-def refuse_completed(run: Path) -> None:
-    """Raise OutputError if nothing of a run is left to do. Under its lock: it may be completed any moment."""
-    path = run / "run.json"
-    with suppress(OSError, ValueError, KeyError, TypeError, RecursionError):
-        if path.is_file() and json.loads(path.read_text(encoding="utf-8"))["status"] == "completed":
-            raise OutputError(f"--resume: {run} is completed, nothing is left to do; start over in another output_dir")
-
-
-def to_resume(config: Config, named: str) -> Path:
-    """The folder of the run that --resume means: `named`, else the config's, else the newest of this name in runs/.
-
-    Raises OutputError.
-    """
-    own = Path(config.output_dir).expanduser() if config.output_dir else None
-    if named:
-        folder = Path(named).expanduser()
-        if own is not None and own.absolute() != folder.absolute():
-            raise OutputError(f"--resume {named}: a run is resumed in its own folder; leave output_dir={own} out")
-        if not folder.is_dir():
-            raise OutputError(f"--resume {named}: no such folder; name that of the run to resume")
-        return folder
-    if own is not None:
-        return own
-    dated = re.compile(re.escape(config.name) + r"-(\d{8}-\d{6})(?:-(\d+))?")  # not those of another name: NAME-B-DATE
-    found = [(dated.fullmatch(path.name), path) for path in Path("runs").glob("*/") if (path / "checkpoints").is_dir()]
-    runs = sorted((match[1], int(match[2] or 1), path) for match, path in found if match)
-    if not runs:
-        raise OutputError(f"--resume: no runs/{config.name}-DATE has a checkpoint; name the folder of the run")
-    if len(runs) > 1 and runs[-1][0] > f"{datetime.now():%Y%m%d-%H%M%S}":
-        raise OutputError(
-            f"--resume: {runs[-1][2]} is dated in the future, so it is not known which run is the newest: "
-            "name its folder, and rename the one with the wrong date"
-        )
-    return runs[-1][2]
 
 
 def resume_command(job: "Job") -> str:
@@ -243,24 +201,6 @@ def _portable(config: Config) -> Config:
     )
 
 
-def read_metrics(folder: Path, step: int, warn: Callable[[str], object]) -> list[StepMetrics]:
-    """The steps of a run up to `step`, from its metrics.jsonl; a warning for those whose line cannot be read."""
-    path, found = folder / METRICS, dict[int, StepMetrics]()
-    form = pydantic.TypeAdapter(StepMetrics)
-    for line in path.read_bytes().splitlines() if path.is_file() else []:
-        with suppress(ValueError, TypeError, KeyError, RecursionError):  # a machine that went down may have torn it
-            values = json.loads(line)
-            one = form.validate_python(values | {"loss": math.nan if values["loss"] is None else values["loss"]})
-            found[one.step] = one
-    kept = [found[number] for number in sorted(found) if 0 < number <= step]
-    if lost := step - len(kept):
-        warn(
-            f"{METRICS}: the lines of {lost:,} of the {step:,} steps before the checkpoint cannot be read: the weights "
-            "are right, but tokens, losses and speeds of the report are without these steps"
-        )
-    return kept
-
-
 class Journal:
     """What a run has done so far, and how it ended. Told of every step and warning: keeps, shows and writes them."""
 
@@ -279,11 +219,13 @@ class Journal:
         self._disk_is_full = False
         self._tracker: Tracker | None = None
 
-    def resume(self, found: Checkpoint) -> None:
+    def resume(self, found: "Checkpoint") -> None:
         """Go back to a checkpoint, with the steps that lie before it."""
         self.checkpoint, self.earlier_s = found.path, found.state["wall_s"]
         self.resumed_from_step = found.state["step"]
-        self.steps = read_metrics(self.job.folder, found.state["step"], self.warnings.append)
+        from fasttune.core import resume
+
+        self.steps = resume.read_metrics(self.job.folder, found.state["step"], self.warnings.append)
 
     @property
     def done(self) -> int:
@@ -333,7 +275,7 @@ class Journal:
         self.reporter.step(step)
 
     def _write(self, step: StepMetrics) -> None:
-        """Its line. On a full disk the run continues, and the file is made anew as soon as there is room."""
+        """Its line. On a full disk the run continues, and the file is written again as soon as there is room."""
         try:
             if self._disk_is_full or not self._path.exists():
                 self._write_all()

@@ -38,7 +38,7 @@ def check_installed(report_to: str) -> None:
 
 
 class Tracker:
-    """Where the steps go. What it cannot send is one warning, and the run goes on."""
+    """Where the steps go. What it cannot send is one warning, and the run continues."""
 
     def __init__(self, job: "Job", resumed_from_step: int | None, warn: Callable[[str], None]):
         self.warn = warn

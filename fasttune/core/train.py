@@ -10,18 +10,16 @@ import time
 import traceback
 from collections.abc import Callable, Iterator
 from contextlib import ExitStack, contextmanager, suppress
-from dataclasses import asdict
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from fasttune import hardware, metrics, report, system
+from fasttune import hardware, report
 from fasttune.config import Config
 from fasttune.core import checkpoint, run_folder
-from fasttune.core.autoconfig import smaller
 from fasttune.core.prepare import Job, preflight, prepare
 from fasttune.core.run_folder import Journal
 from fasttune.errors import FasttuneError, first_line, kind_and_line
-from fasttune.metrics import ExactMatch, RunResult, Sample, Status, Stopped
+from fasttune.metrics import ExactMatch, RunResult, Sample, Stopped
 from fasttune.system import library_log
 from fasttune.terminal import Reporter
 
@@ -56,18 +54,18 @@ def run(
     folder = preflight(config, resume)
     with signals_to(_at_once), library_log() as log, tempfile.TemporaryDirectory() as scratch, ExitStack() as held:
         there = resume is not None and run_folder.is_run(folder)
+        if resume:
+            from fasttune.core import resume as resuming
         if there:
             held.enter_context(run_folder.hold(folder))  # before anything in it is looked at
-            run_folder.refuse_completed(folder)
+            resuming.refuse_completed(folder)
         start = folder / checkpoint.FOLDER / checkpoint.START
         job = prepare(config, folder, reporter, start if there and start.exists() else None)
         when_ready(job)
-        from fasttune.core import evaluation, model as models, trainer as trainers  # torch is loaded
+        from fasttune.core import evaluation, model as models, trainer as trainers, what_ran  # torch is loaded
 
         identity, found = checkpoint.identity(job), None
         if resume:
-            from fasttune.core import resume as resuming
-
             found = resuming.find(folder, job.model, identity, reporter.note)
         initial = models.save_initial(job.model, job.config.lora, Path(scratch) / "initial")
         before = evaluation.answer(job, job.problems)
@@ -80,17 +78,18 @@ def run(
         journal = Journal(job, reporter, started)
         validator = evaluation.Validator(job, trainer.args.bf16)
         if found:
+            from fasttune.core import restore
+
             journal.resume(found)
             validator.restore(found.state.get("held_out", {}))
-            resuming.restore_weights(job.model, found)
-            trainer.add_callback(resuming.Resumed(trainer, found))
+            restore.into(trainer, found)
         keeper = checkpoint.Keeper(journal, trainer, validator, identity)
         hours = job.config.checkpoint.max_hours
         recorder = trainers.StepRecorder(
             trainer, journal, validator, keeper, ends_at=started + 3600 * hours if hours else math.inf
         )
         trainer.add_callback(recorder)
-        report.write_json(job.folder / "run.json", result_of(recorder))
+        report.write_json(job.folder / "run.json", what_ran.result_of(recorder))
         reporter.start(job.config.name, hardware.line(job.machine), job.settings, job.total_steps, job.usd_per_hour)
         with signals_to(recorder.stop):
             try:
@@ -166,9 +165,9 @@ def finish(recorder: "StepRecorder", before: list[str], when_saved: Callable[[Pa
     speed = what_ran.achieved_tflops(job, journal.steps, MATMUL_SECONDS)
     try:
         if journal.status == "completed":  # said only when all of it is there: until then --resume does the rest
-            report.write_json(path, result_of(recorder, speed, status="running"))
+            report.write_json(path, what_ran.result_of(recorder, speed, status="running"))
             samples, match = answer_again(recorder, before)
-        result = result_of(recorder, speed, samples, match)
+        result = what_ran.result_of(recorder, speed, samples, match)
         report.write_html(job.folder / "report.html", result, journal.steps)
         when_saved(job.folder, result)
         report.write_json(path, result)
@@ -178,7 +177,7 @@ def finish(recorder: "StepRecorder", before: list[str], when_saved: Callable[[Pa
             journal.status, journal.error = "failed", told
         else:
             journal.warnings.append(told)
-        result = result_of(recorder, speed, samples, match)
+        result = what_ran.result_of(recorder, speed, samples, match)
         with suppress(FasttuneError):
             report.write_json(path, result)
     if journal.status == "completed":
@@ -211,67 +210,6 @@ def answer_again(recorder: "StepRecorder", before: list[str]) -> tuple[list[Samp
     return [], None
 
 
-def result_of(
-    recorder: "StepRecorder",
-    speed: tuple[float | None, float | None] = (None, None),
-    samples: list[Sample] | None = None,
-    exact_match: ExactMatch | None = None,
-    status: Status | None = None,
-) -> RunResult:
-    """Every number of run.json, from the steps that were measured and the objects that ran.
-
-    speed: what_ran.achieved_tflops of these steps. status: in place of the journal's.
-    """
-    from fasttune.core import what_ran
-    from fasttune.core.trainer import backend
-
-    job, journal, trainer = recorder.job, recorder.journal, recorder.trainer
-    steps, status = journal.steps, status or journal.status
-    resumable = status == "running" or (status != "completed" and journal.checkpoint is not None)
-    tokens, padding = (sum(getattr(step, name) for step in steps) for name in ("tokens", "padding_tokens"))
-    tokens_per_s, price, wall_s = metrics.median_rate(steps), job.usd_per_hour, journal.wall_s
-    achieved, matmul = speed
-    peak = hardware.peak_bf16_tflops(job.machine.gpus[0].name) if job.machine.gpus else None
-    outside = trainer.peak_outside_gib  # None on a CPU, where a peak is that of the whole process
-    return RunResult(
-        status=status,
-        name=job.config.name,
-        output_dir=str(job.folder),
-        steps=journal.done,
-        first_loss=steps[0].loss if steps and steps[0].step == 1 else None,
-        last_loss=steps[-1].loss if steps else None,
-        tokens=tokens,
-        loss_tokens=sum(step.loss_tokens for step in steps),
-        padding_fraction=padding / max(tokens + padding, 1),
-        tokens_per_s=tokens_per_s,
-        loss_tokens_per_s=metrics.median_rate(steps, "loss_tokens"),
-        steady_steps=len(metrics.steady(steps)),
-        seconds_to_first_step=trainer.first_step_done - journal.started if trainer.first_step_done else None,
-        wall_s=wall_s,
-        peak_memory_gib=max(s.peak_memory_gib for s in steps) if steps and outside else what_ran.peak_memory_gib(),
-        mfu=achieved / peak if achieved and peak and job.plan.dtype == "bfloat16" else None,
-        fraction_of_measured_matmul=achieved / matmul if achieved and matmul else None,
-        measured_matmul_tflops=matmul,
-        flops_formula=metrics.FLOPS_FORMULA,
-        cost_usd=None if price is None else price * wall_s / 3600,
-        usd_per_hour=price,
-        usd_per_million_tokens=price / 3600 / tokens_per_s * 1e6 if price is not None and tokens_per_s else None,
-        backend=backend(trainer),
-        versions=system.versions(),
-        hardware=asdict(job.machine),
-        settings=job.settings,
-        exact_match=exact_match,
-        forecast=job.forecast,
-        samples=samples or [],
-        held_out=recorder.validator.result(journal.saved_step),
-        warnings=journal.warnings,
-        error=journal.error,
-        resumed_from_step=journal.resumed_from_step,
-        peak_outside_steps_gib=outside,
-        resume_command=run_folder.resume_command(job) if resumable else None,
-    )
-
-
 def _at_once(number: int, _frame: Any) -> None:
     raise KeyboardInterrupt(number)
 
@@ -291,6 +229,8 @@ def _one_line(error: Exception, job: Job) -> str:
     import torch
 
     if isinstance(error, torch.OutOfMemoryError):
-        ways = smaller(job.config, bool(job.machine.gpus))
+        from fasttune.core import remedies
+
+        ways = remedies.smaller(job.config, bool(job.machine.gpus))
         return f"out of memory with the fewest rows at once; try, in this order: {'; '.join(ways)}"
     return first_line(error) if isinstance(error, FasttuneError) else kind_and_line(error)

@@ -18,11 +18,10 @@ import trl
 from datasets import Dataset
 
 from fasttune.core import what_ran
-from fasttune.core.what_ran import Watched, count_tokens, dtypes, optimizer, round_by_chance, synchronize
-from fasttune.cpu import fused_lora
+from fasttune.core.what_ran import Watched, count_tokens, round_by_chance, synchronize
 from fasttune.data.batching import ON_HOST, Batches
 from fasttune.errors import RunFailed
-from fasttune.metrics import Backend, StepMetrics, Stopped
+from fasttune.metrics import StepMetrics, Stopped
 
 if TYPE_CHECKING:
     from fasttune.core.checkpoint import Keeper
@@ -206,7 +205,7 @@ class StepRecorder(transformers.TrainerCallback):
         """Where that is not what was asked for, or not any more."""
         if not self._promises_looked_at:
             self._promises_looked_at = True
-            for text in what_ran.broken_promises(self.job, self.trainer, backend(self.trainer)):
+            for text in what_ran.broken_promises(self.job, self.trainer):
                 self.journal.warn(text)
         if self.trainer.rows_at_once != self._rows_at_once:
             self._rows_at_once = self.trainer.rows_at_once
@@ -272,24 +271,3 @@ def build(job: "Job", scratch: Path, done: int = 0) -> MeasuredTrainer:
     if job.data.packed:
         fasttune_model.scope_packed_kernels(job.model, trainer)
     return trainer
-
-
-def backend(trainer: MeasuredTrainer) -> Backend:
-    """What ran, from the live model and trainer."""
-    model = trainer.model
-    return Backend(
-        library=_library(model),
-        attention=trainer.attention_seen or "not seen",
-        packing=f"{trainer.layout} (last step)",
-        **fasttune_model.patched_layers(model),
-        gradient_checkpointing=trainer.recomputation_seen or "not seen",
-        dtype=dtypes(model, trainer.args.bf16),
-        optimizer=optimizer(trainer.optimizer),
-    )
-
-
-def _library(model: Any) -> str:
-    if torch.cuda.is_available():
-        return "unsloth + trl"
-    fused = fused_lora.live_layers(model)
-    return "unsloth (CPU backend) + trl" + (f", LoRA fused in {fused} layers" if fused else "")

@@ -4,27 +4,28 @@ Needs torch only, so that arms without Unsloth are measured by the same code.
 Shapes: B rows of a micro-batch, T tokens of the longest row (or of the whole packed row).
 """
 
-import hashlib
 import statistics
 import zlib
 from collections.abc import Iterable
+from dataclasses import asdict
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 import torch
 import torch.utils.checkpoint
 
-from fasttune import hardware, metrics
+from fasttune import hardware, metrics, system
+from fasttune.core import run_folder
 from fasttune.core.memory import MLP, STOCHASTIC_ADAMW, Shape
 from fasttune.data.tokenize import IGNORE
-from fasttune.metrics import Backend, Flops, StepMetrics
+from fasttune.metrics import Backend, ExactMatch, Flops, RunResult, Sample, Status, StepMetrics
 from fasttune.system import native_stderr_closed
 
 if TYPE_CHECKING:
     from fasttune.core.prepare import Job
-    from fasttune.core.trainer import MeasuredTrainer
+    from fasttune.core.trainer import MeasuredTrainer, StepRecorder
 
-PROBED = 256  # values of every parameter that tell whether the base model is the same
+PROBED = 256  # values of a parameter
 MOMENTS = {"exp_avg", "exp_avg_sq", "state1", "state2"}  # of torch's and torchao's AdamW, and of bitsandbytes'
 ATTENTION_OPERATORS = (
     "scaled_dot_product",
@@ -152,7 +153,7 @@ def peak_memory_gib() -> float:
 
 
 def restart_peak() -> float | None:
-    """The peak of a GPU's memory up to now; from here it is counted anew. None on a CPU: that of the process stays."""
+    """The peak of a GPU's memory up to now; from here it is counted again. None on a CPU: that of the process stays."""
     if not torch.cuda.is_available():
         return None
     peak = peak_memory_gib()
@@ -191,26 +192,16 @@ def round_by_chance(trainer: Any) -> None:
         torch.compiler.set_stance("force_eager")  # torchao compiles its step, for which a CPU may have no compiler
 
 
-def probe(parameters: Iterable[torch.Tensor], most: int | None = None) -> str:
-    """A checksum of the bits of (the first `most` values of) every parameter."""
-    check = 0
-    for parameter in parameters:
-        values = parameter.detach().flatten()[:most].cpu().contiguous()
-        check = zlib.crc32(values.view(torch.uint8).numpy().tobytes(), check)
-    return f"{check:08x}"
+def fingerprint(parameters: Iterable[torch.Tensor], most: int | None = PROBED) -> str:
+    """A checksum of the first `most` values of every parameter (None: of all), whatever their names, order and dtype.
 
-
-def weights_digest(model: Any) -> str:
-    """The same for models of the same weights, whatever wraps them: of the size and the square of every parameter.
-
-    Values count, not their dtype; packed 4-bit weights are bytes, so never the same as those that they stand for.
+    Packed 4-bit weights are bytes, so never the same as those that they stand for.
     """
     found = []
-    for parameter in model.parameters():
-        parts = parameter.detach().flatten().split(1 << 22)  # a copy of all would be the peak of the memory
-        square = sum(part.double().square().sum().item() for part in parts)
-        found.append(f"{parameter.numel()} {square:.9e}")
-    return hashlib.sha256("\n".join(sorted(found)).encode()).hexdigest()[:16]
+    for parameter in parameters:
+        values = parameter.detach().flatten()[:most].float().cpu()
+        found.append(f"{parameter.numel()} {zlib.crc32(values.numpy().tobytes()):08x}")
+    return f"{zlib.crc32(' '.join(sorted(found)).encode()):08x}"
 
 
 def count_flops(model: Any) -> Flops | None:
@@ -237,9 +228,29 @@ def _names(dtypes: set[torch.dtype]) -> str:
     return "/".join(sorted(str(dtype).removeprefix("torch.") for dtype in dtypes))
 
 
-def broken_promises(job: "Job", trainer: "MeasuredTrainer", ran: Backend) -> list[str]:
+def backend(trainer: "MeasuredTrainer") -> Backend:
+    """What ran in a run of ours, from the live model and trainer."""
+    from fasttune.core import model as models
+    from fasttune.cpu import fused_lora
+
+    model, library = trainer.model, "unsloth + trl"
+    if not torch.cuda.is_available():
+        fused = fused_lora.live_layers(model)
+        library = "unsloth (CPU backend) + trl" + (f", LoRA fused in {fused} layers" if fused else "")
+    return Backend(
+        library=library,
+        attention=trainer.attention_seen or "not seen",
+        packing=f"{trainer.layout} (last step)",
+        **models.patched_layers(model),
+        gradient_checkpointing=trainer.recomputation_seen or "not seen",
+        dtype=dtypes(model, trainer.args.bf16),
+        optimizer=optimizer(trainer.optimizer),
+    )
+
+
+def broken_promises(job: "Job", trainer: "MeasuredTrainer") -> list[str]:
     """What was asked for and is not what runs: a setting is never ignored in silence."""
-    found = []
+    found, ran = [], backend(trainer)
     plan, config = job.plan, job.config
     optimizer = getattr(trainer.args.optim, "value", trainer.args.optim)
     if optimizer != (STOCHASTIC_ADAMW if plan.stochastic_rounding else plan.optimizer):
@@ -275,3 +286,65 @@ def achieved_tflops(job: "Job", steps: list[StepMetrics], seconds: float) -> tup
     shape = (tokens, job.plan.shape.hidden, job.plan.shape.mlp)
     device = "cuda" if job.machine.gpus else "cpu"
     return achieved / 1e12, hardware.measure_matmul_tflops(device, job.plan.dtype, [shape], seconds)[shape]
+
+
+def result_of(
+    recorder: "StepRecorder",
+    speed: tuple[float | None, float | None] = (None, None),
+    samples: list[Sample] | None = None,
+    exact_match: ExactMatch | None = None,
+    status: Status | None = None,
+) -> RunResult:
+    """Every number of run.json, from the steps that were measured and the objects that ran.
+
+    speed: achieved_tflops of these steps. status: in place of the journal's.
+    """
+    job, journal, trainer = recorder.job, recorder.journal, recorder.trainer
+    steps, status = journal.steps, status or journal.status
+    resumable = status == "running" or (status != "completed" and journal.checkpoint is not None)
+    tokens, padding = (sum(getattr(step, name) for step in steps) for name in ("tokens", "padding_tokens"))
+    tokens_per_s, price, wall_s = metrics.median_rate(steps), job.usd_per_hour, journal.wall_s
+    achieved, matmul = speed
+    peak = None
+    if job.machine.gpus:
+        from fasttune import chips
+
+        peak = chips.peak_bf16_tflops(job.machine.gpus[0].name)
+    outside = trainer.peak_outside_gib  # None on a CPU, where a peak is that of the whole process
+    return RunResult(
+        status=status,
+        name=job.config.name,
+        output_dir=str(job.folder),
+        steps=journal.done,
+        first_loss=steps[0].loss if steps and steps[0].step == 1 else None,
+        last_loss=steps[-1].loss if steps else None,
+        tokens=tokens,
+        loss_tokens=sum(step.loss_tokens for step in steps),
+        padding_fraction=padding / max(tokens + padding, 1),
+        tokens_per_s=tokens_per_s,
+        loss_tokens_per_s=metrics.median_rate(steps, "loss_tokens"),
+        steady_steps=len(metrics.steady(steps)),
+        seconds_to_first_step=trainer.first_step_done - journal.started if trainer.first_step_done else None,
+        wall_s=wall_s,
+        peak_memory_gib=max(s.peak_memory_gib for s in steps) if steps and outside else peak_memory_gib(),
+        mfu=achieved / peak if achieved and peak and job.plan.dtype == "bfloat16" else None,
+        fraction_of_measured_matmul=achieved / matmul if achieved and matmul else None,
+        measured_matmul_tflops=matmul,
+        flops_formula=metrics.FLOPS_FORMULA,
+        cost_usd=None if price is None else price * wall_s / 3600,
+        usd_per_hour=price,
+        usd_per_million_tokens=price / 3600 / tokens_per_s * 1e6 if price is not None and tokens_per_s else None,
+        backend=backend(trainer),
+        versions=system.versions(),
+        hardware=asdict(job.machine),
+        settings=job.settings,
+        exact_match=exact_match,
+        forecast=job.forecast,
+        samples=samples or [],
+        held_out=recorder.validator.result(journal.saved_step),
+        warnings=journal.warnings,
+        error=journal.error,
+        resumed_from_step=journal.resumed_from_step,
+        peak_outside_steps_gib=outside,
+        resume_command=run_folder.resume_command(job) if resumable else None,
+    )

@@ -5,7 +5,6 @@ Imports neither torch nor the tokenizer classes of transformers, so that workers
 """
 
 import re
-from bisect import bisect_left
 from collections import Counter
 from collections.abc import Collection
 from contextlib import suppress
@@ -14,7 +13,7 @@ from functools import cached_property
 from typing import Any
 
 from fasttune.data import sandbox
-from fasttune.data.formats import REASONING, Conversation, Message, Refused, Unusable
+from fasttune.data.formats import Conversation, Message, Refused, Unusable
 from fasttune.errors import DataError, ModelError
 
 # For base models that come without a template: role headings, the answer closed by EOS.
@@ -28,8 +27,6 @@ PLAIN_TEMPLATE = (
 BOS_FIRST = "{{ bos_token }}"
 PROBE_ANSWER = "Certainly, 1.2.3"
 PROBE = [{"role": "user", "content": "Hello, 4.5.6"}, {"role": "assistant", "content": PROBE_ANSWER}]
-
-MARK = "\ue000"  # of Unicode's private use; put into a control token, it travels through the template
 
 Span = tuple[int, int]  # characters [start, end)
 
@@ -213,7 +210,7 @@ def _end_of_turn(answer: str, content: str | None, start: int) -> tuple[bool, in
 
 
 class ControlTokens:
-    """Control tokens (`<|im_end|>`) that stand in a row's own texts: found, and kept apart from those of the template.
+    """Control tokens (`<|im_end|>`) that stand in a row's own texts.
 
     Only the special ones of a plain `tokenizers` tokenizer: others, as <think>, are meant to be written in texts.
     """
@@ -234,32 +231,3 @@ class ControlTokens:
                     found.update(self.pattern.findall(text))
                     break
         return found
-
-    def marked(self, row: Conversation | str) -> Conversation | str:
-        """The row with a MARK in each of them. Raises Unusable for one that has the mark already."""
-        if isinstance(row, str):
-            return self._marked(row)
-        said = ("content", *REASONING)
-        messages = [
-            {key: self._marked(part) if key in said and isinstance(part, str) else part for key, part in turn.items()}
-            for turn in row.messages
-        ]
-        return replace(row, messages=messages)
-
-    def _marked(self, text: str) -> str:
-        if MARK in text:
-            raise Unusable("control tokens beside U+E000, which would mark them")
-        return self.pattern.sub(lambda found: found[0][0] + MARK + found[0][1:], text)
-
-    def unmarked(self, text: str, spans: list[Span]) -> tuple[str, list[Span], list[Span]]:
-        """(text, spans, where the control tokens of the row are) without the marks. Raises Unusable."""
-        if "\\ue000" in text:
-            raise Unusable("control tokens that the chat template writes as JSON escapes")
-        marks = [at for at, character in enumerate(text) if character == MARK]
-        text = text.replace(MARK, "")
-
-        def before(at: int) -> int:
-            return at - bisect_left(marks, at)
-
-        found = [self.pattern.match(text, before(mark) - 1) for mark in marks]
-        return text, [(before(a), before(b)) for a, b in spans], [match.span() for match in found if match]

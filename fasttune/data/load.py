@@ -20,7 +20,7 @@ from typing import Any
 
 import numpy as np
 
-from fasttune import system
+from fasttune import config as configuration, system
 from fasttune.config import Config
 from fasttune.data import formats, sources, tokenize
 from fasttune.data.arithmetic import Part
@@ -96,7 +96,7 @@ def _encode_one(
     what = f"reading and tokenising {source}"
     progress(what, 0.0)
     form, columns = form_of(config, source, split)
-    settings = data.train_on, config.model.max_length, data.too_long, data.allow_lost, data.control_tokens
+    settings = data.train_on, config.model.max_length, data.too_long, tuple(data.allow_lost), data.control_tokens
     recipe = tokenize.recipe_of(tokenizer, form, columns, *settings)
     key = f"{sources.fingerprint(source, part, split)} {max_rows}"
 
@@ -140,7 +140,7 @@ def with_format(config: Config) -> Config:
     forms |= {form_of(config, data.eval, data.held_out_split)[0]} if data.eval else set()
     if len(forms) > 1:
         return config
-    return config.model_copy(update={"data": data.model_copy(update={"format": forms.pop()})})
+    return configuration.changed(config, data={"format": forms.pop()})
 
 
 def describe(data: Batches) -> list[str]:

@@ -6,9 +6,8 @@ Works on a plain `tokenizers` tokenizer, so that worker processes need neither t
 
 from bisect import bisect_left
 from collections import Counter
-from collections.abc import Sequence
 from dataclasses import dataclass, field
-from itertools import chain, pairwise
+from itertools import chain
 from typing import Any
 
 import numpy as np
@@ -84,20 +83,10 @@ class Rows:
         return self.ids[inside], self.supervised[inside]
 
 
-def recipe_of(
-    tokenizer: Any,
-    form: str,
-    columns: dict[str, str],
-    train_on: str,
-    max_length: int,
-    too_long: str,
-    allow_lost: Sequence[str] = (),
-    control_tokens: str = "keep",
-) -> Recipe:
-    """The Recipe of a transformers fast tokenizer, whose template is `chat.complete`."""
-    text, template, renamed = tokenizer.backend_tokenizer.to_str(), chat.template_of(tokenizer), sorted(columns.items())
-    settings = train_on, max_length, too_long, tuple(allow_lost), control_tokens
-    return Recipe(text, template, form, tuple(renamed), *settings)
+def recipe_of(tokenizer: Any, form: str, columns: dict[str, str], *settings: Any) -> Recipe:
+    """The Recipe of a transformers fast tokenizer, whose template is `chat.complete`. settings: train_on and on."""
+    text, template = tokenizer.backend_tokenizer.to_str(), chat.template_of(tokenizer)
+    return Recipe(text, template, form, tuple(sorted(columns.items())), *settings)
 
 
 def labels(ids: np.ndarray, supervised: np.ndarray) -> np.ndarray:
@@ -142,11 +131,13 @@ class Encoder:
         kept: list[tuple[int, int]] = []  # length and number of each row
         enough = None if recipe.too_long == "split" else recipe.max_length + 1  # tokens; with these a row is too long
         encodings = encode_batch(self.tokenizer, [text for _, text, _, _ in rows], enough)
-        for encoding, (number, text, spans, as_text) in zip(encodings, rows, strict=True):
-            if as_text:
-                row_ids, tokens = self._in_pieces(text, spans, as_text)
+        for encoding, (number, text, spans, apart) in zip(encodings, rows, strict=True):
+            if apart:
+                from fasttune.data import as_text
+
+                row_ids, tokens = as_text.encode(self.tokenizer, text, spans, apart)
             else:
-                row_ids, tokens = encoding.ids, _token_spans(encoding, len(text), spans)
+                row_ids, tokens = encoding.ids, token_spans(encoding, len(text), spans)
             pieces = self._pieces(len(row_ids), [span for span in tokens if span[0] < span[1]], counts)
             for start, end, inside in pieces:
                 supervised += [(len(ids) + a, len(ids) + b) for a, b in inside]
@@ -170,7 +161,6 @@ class Encoder:
         recipe = self.recipe
         row = formats.rename(row, dict(recipe.columns), place)
         formats.check_row(row, place)
-        as_text: list[Span] = []
         conversation = formats.convert(row, recipe.form, place)
         if recipe.train_on == "all" and isinstance(conversation, Conversation) and conversation.left_out:
             raise DataError(
@@ -179,7 +169,9 @@ class Encoder:
             )
         control = self.control.in_row(conversation)
         if apart := bool(control) and recipe.control_tokens == "text":
-            conversation = self.control.marked(conversation)
+            from fasttune.data import as_text
+
+            conversation = as_text.marked(conversation, self.control.pattern)
         try:
             text, spans = recipe.template.text(conversation, recipe.train_on, place, recipe.allow_lost, counts)
         except formats.Refused as reason:
@@ -190,28 +182,15 @@ class Encoder:
                     "or use a model with another template"
                 ) from reason
             raise
+        places: list[Span] = []
         if apart:
-            text, spans, as_text = self.control.unmarked(text, spans)
+            text, spans, places = as_text.unmarked(text, spans, self.control.pattern)
         formats.check_text(text, place)
         counts.update(f"control token: {name}" for name in control)
         if len(counts) < MOST_COUNTS:
             counts.update(f"not used: {name}" for name in formats.not_used(row, recipe.form))
         counts.update(f"only text: {mark}" for mark in formats.MEDIA_MARKS if mark in text)
-        return text, spans, as_text
-
-    def _in_pieces(self, text: str, spans: list[Span], as_text: list[Span]) -> tuple[list[int], list[Span]]:
-        """Ids and supervised tokens of a text of which some places hold no control tokens, whatever they say."""
-        edges = [0, *(at for span in as_text for at in span), len(text)]
-        ids: list[int] = []
-        found: list[Span] = []
-        for number, (start, end) in enumerate(pairwise(edges)):
-            self.tokenizer.encode_special_tokens = number % 2 == 1
-            encoding = self.tokenizer.encode(text[start:end], add_special_tokens=False)
-            inside = [(max(a, start) - start, min(b, end) - start) for a, b in spans if a < end and b > start]
-            found += [(len(ids) + a, len(ids) + b) for a, b in _token_spans(encoding, end - start, inside)]
-            ids += encoding.ids
-        self.tokenizer.encode_special_tokens = False
-        return ids, found
+        return text, spans, places
 
     def _pieces(self, length: int, spans: list[Span], counts: Counter[str]) -> list[tuple[int, int, list[Span]]]:
         """Pieces (start, end, supervised spans inside, relative to start) of a row of `length` tokens.
@@ -234,7 +213,7 @@ class Encoder:
         return pieces
 
 
-def _token_spans(encoding: Any, characters: int, spans: list[Span]) -> list[Span]:
+def token_spans(encoding: Any, characters: int, spans: list[Span]) -> list[Span]:
     """Character spans → spans of the tokens whose first character lies in them."""
     tokens = len(encoding.ids)
     if spans == [(0, characters)]:

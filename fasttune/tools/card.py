@@ -7,17 +7,19 @@ import json
 import re
 from dataclasses import dataclass, replace
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 import pydantic
 import yaml
 
-from fasttune import hardware, report, system
-from fasttune.config import Config, looks_like_hub
-from fasttune.core.run_folder import EVAL_FILES
+from fasttune import config as configuration, hardware, report, system
+from fasttune.config import TRUST, Config, looks_like_hub
+from fasttune.core.run_folder import CONFIG, EVAL_FILES
 from fasttune.metrics import RunResult
-from fasttune.tools.merge_check import Comparison
-from fasttune.tools.trained_model import TrainedModel, open_run
+
+if TYPE_CHECKING:
+    from fasttune.tools.merge_check import Comparison
+    from fasttune.tools.trained_model import TrainedModel
 
 FIELDS = {"seed", "model", "lora", "data", "train", "eval"}  # of a config: what makes the weights
 
@@ -33,37 +35,55 @@ class Score:
     problems: int
 
 
-def of_run(folder: Path, result: RunResult | None = None) -> None:
+@dataclass(frozen=True)
+class Subject:
+    """What a card is of: a run, or a model without one. result: what run.json says, or will."""
+
+    name: str
+    base: str
+    adapter: bool
+    config: Config | None = None
+    result: dict[str, Any] | None = None
+    run: Path | None = None
+
+
+def of(trained: "TrainedModel") -> Subject:
+    adapter = trained.adapter is not None
+    return Subject(trained.name, trained.base.name, adapter, trained.config, trained.result, trained.run)
+
+
+def of_run(folder: Path, result: RunResult | dict[str, Any] | None) -> None:
     """The card of a run's adapter/ or model/, as far as the run got. Nothing where it saved neither, or a link.
 
-    `result`: what run.json will say, where it is not yet written.
+    `result`: what run.json says, or will.
     """
     weights = next((folder / kind for kind in ("adapter", "model") if (folder / kind).is_dir()), None)
     if weights and not weights.is_symlink():  # that would be somebody else's folder
-        trained = open_run(str(folder))
-        write(weights, trained if result is None else replace(trained, result=json.loads(report.to_json_line(result))))
+        told = json.loads(report.to_json_line(result)) if result else None
+        config = configuration.load(folder / CONFIG, [f"{TRUST}=false"])
+        write(weights, Subject(str(folder), config.model.name, weights.name == "adapter", config, told, folder))
 
 
-def write(folder: Path, trained: TrainedModel, compared: Comparison | None = None) -> None:
+def write(folder: Path, subject: Subject, compared: "Comparison | None" = None) -> None:
     """README.md into a folder of weights; `compared` is what a merge has shown. Raises OutputError."""
-    report.write_text(folder / "README.md", text(trained, compared))
+    report.write_text(folder / "README.md", text(subject, compared))
 
 
-def text(trained: TrainedModel, compared: Comparison | None = None) -> str:
+def text(subject: Subject, compared: "Comparison | None" = None) -> str:
     """The card. Evaluations are those of eval.json in the run's folder."""
     import huggingface_hub
     from markupsafe import Markup
 
-    config, result = trained.config, result_of(trained)
-    base = config.model.name if config else trained.base.name
+    config, result = subject.config, result_of(subject)
+    base = config.model.name if config else subject.base
     names = [*config.data.sources, config.data.eval or ""] if config else []
-    adapter = trained.adapter is not None and compared is None
+    adapter = subject.adapter and compared is None
     data = huggingface_hub.ModelCardData(
         base_model=base if looks_like_hub(base) else None,
         datasets=[name.partition(":")[0] for name in names[:-1] if looks_like_hub(name)] or None,
         library_name="peft" if adapter else "transformers",
         pipeline_tag="text-generation",
-        tags=["fasttune", *(["lora"] if trained.adapter else [])],
+        tags=["fasttune", *(["lora"] if subject.adapter else [])],
     )
 
     def clean(line: str | None) -> str:
@@ -73,10 +93,10 @@ def text(trained: TrainedModel, compared: Comparison | None = None) -> str:
     return report.fill(
         "card.md.j2",
         metadata=Markup(data.to_yaml()),
-        name=config.name if config else shown(trained.name),
+        name=config.name if config else shown(subject.name),
         base=shown(base),
         adapter=adapter,
-        method="LoRA" if trained.adapter else "full fine-tuning",
+        method="LoRA" if subject.adapter else "full fine-tuning",
         data=[setting.value for setting in settings if setting.name == "data"],
         settings=[setting for setting in settings if setting.name != "data"],
         warnings=[clean(warning) for warning in result.warnings] if result else [],
@@ -84,7 +104,7 @@ def text(trained: TrainedModel, compared: Comparison | None = None) -> str:
         result=result,
         figures=report.key_figures(result) if result else [],
         hardware=hardware.line(result.hardware) if result else "",
-        scores=_scores(trained),
+        scores=_scores(subject),
         compared=compared,
     )
 
@@ -94,10 +114,10 @@ def shown(name: str) -> str:
     return name if name.startswith("builtin:") or looks_like_hub(name) else Path(name).name
 
 
-def result_of(trained: TrainedModel) -> RunResult | None:
+def result_of(subject: Subject) -> RunResult | None:
     """run.json as it was written; None where there is none, or one of another version that cannot be shown."""
     try:
-        result = pydantic.TypeAdapter(RunResult).validate_python(trained.result)
+        result = pydantic.TypeAdapter(RunResult).validate_python(subject.result)
         report.key_figures(result), hardware.line(result.hardware)
     except (ValueError, ArithmeticError, KeyError, TypeError):
         return None
@@ -125,9 +145,9 @@ def _recipe(config: Config) -> str:
     return f"{fence}yaml\n{code}{fence}"
 
 
-def _scores(trained: TrainedModel) -> list[list[str]] | None:
+def _scores(subject: Subject) -> list[list[str]] | None:
     """The cells of eval.json's table; None where there is no such file, nothing of one that cannot be read."""
-    path = trained.run / EVAL_FILES[0] if trained.run else None
+    path = subject.run / EVAL_FILES[0] if subject.run else None
     if path is None or not path.exists():
         return None
     try:

@@ -12,7 +12,7 @@ import json
 import math
 import statistics
 from collections.abc import Callable
-from dataclasses import replace
+from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
 
@@ -26,9 +26,8 @@ from fasttune.data.tokenize import IGNORE
 from fasttune.hardware import Hardware
 from fasttune.metrics import Forecast, Range, Setting
 from fasttune.report import duration, usd
-from fasttune.tools import roofline
-from fasttune.tools.roofline import SMALLEST, Sample
 
+SMALLEST = 20e6  # parameters: below, Python and launches take the time, not arithmetic
 SAMPLED_STEPS, SAMPLED_TOKENS = 100, 2_000_000  # of a run are laid out, until the first of them is reached
 MEMORY_ERROR = {"cpu": (0.9, 1.1), "gpu": (0.9, 1.2)}  # as measured; two runs of one GPU
 RATE_ERROR = 1.2  # around the repeats of a rate on file
@@ -41,6 +40,22 @@ UNFUSED_LORA = 1.4  # times as long: PEFT's own layers on a CPU, which dropout n
 START_S, CPU_START_S = Range(10.0, 20.0, 60.0), Range(8.0, 14.0, 30.0)  # imports and preparation; the first a guess
 LOAD_S_A_GIB = Range(0.3, 1.0, 3.0)  # of weights, on a GPU: a guess
 TOUCH_S_A_GIB = Range(0.5, 1.0, 4.0)  # of peak memory, on a CPU: its first step has the pages given (docs/LOG.md)
+
+
+@dataclass(frozen=True)
+class Sample:
+    """The first steps of a run as they are laid out. cells: positions that are computed.
+
+    one_length: everything lies in rectangles, none in packs of rows of many lengths.
+    """
+
+    steps: int
+    rows: int
+    tokens: int
+    labels: int
+    cells: int
+    micro_batches: list[Workload]
+    one_length: bool = False
 
 
 def add_to(job: Job) -> None:
@@ -63,7 +78,11 @@ def of_run(
     peak = Range(low * memory.total, memory.total, high * memory.total)
     rate, source = rate_tflops(config, chosen, machine)
     name = hardware.machine_name(machine)
-    groups = roofline.of_step(config, chosen, sample, memory, name)
+    groups = None
+    if machine.gpus:
+        from fasttune.tools import roofline
+
+        groups = roofline.of_step(config, chosen, sample, memory, name)
     if rate is None:
         return Forecast(memory, peak, largest.tokens, steps, tokens, None, None, None, source, False, groups)
     flops, tokens_a_step = step_flops(config, chosen, sample), sample.tokens / sample.steps
@@ -145,7 +164,9 @@ def rate_tflops(config: Config, chosen: Plan, machine: Hardware) -> tuple[Range 
         source = f"{middle:.3g} TFLOP/s measured on {name}, {row['date']} ({row['source']})"
         source += "; for another job" if other else ""
         return Range(min(row["tflops"]) / error, middle, max(row["tflops"]) * error), source
-    peak = hardware.peak_bf16_tflops(name)
+    from fasttune import chips
+
+    peak = chips.peak_bf16_tflops(name)
     if peak is None or chosen.dtype != "bfloat16":
         return None, f"nothing measured on {name} in {chosen.dtype}, and no datasheet peak to go by"
     return _share(MFU, peak), f"nothing measured on {name}: {MFU[0]:.0%} to {MFU[1]:.0%} of its {peak:g} TFLOP/s"

@@ -98,7 +98,7 @@ def run(options: argparse.Namespace) -> dict[str, Any]:
     report.write_bytes(folder / EVAL_FILES[1], lines.encode())
     report.write_json(folder / EVAL_FILES[0], result)
     if trained.run and folder.resolve() == trained.run.resolve():
-        card.of_run(trained.run)
+        card.of_run(trained.run, trained.result)
     return result
 
 

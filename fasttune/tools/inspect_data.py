@@ -129,7 +129,7 @@ def look(config: Config, rows: int, reporter: terminal.Reporter) -> Figures:
 
     Raises DataError and ModelError.
     """
-    prepare.check(config)
+    prepare.check_sources_and_model(config)
     try:
         with library_log():
             reporter.note(f"reading the tokenizer of {config.model.name} …")

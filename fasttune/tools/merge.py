@@ -14,7 +14,7 @@ from typing import Any
 
 import safetensors
 
-from fasttune import report, system, terminal
+from fasttune import child_process, report, terminal
 from fasttune.core import pretrained, run_folder
 from fasttune.errors import FasttuneError, ModelError, OutputError, RunFailed, in_one_line, last_line
 from fasttune.system import library_log, take_over_loggers
@@ -66,7 +66,7 @@ def run(options: argparse.Namespace) -> dict[str, Any]:
                 compared = compare(made, trained)
             except RunFailed as error:
                 raise RunFailed(f"{error}; it is kept as {place(made, unverified(out))}") from error
-            card.write(made, trained, compared)
+            card.write(made, card.of(trained), compared)
             done = place(made, out if compared.verified else unverified(out))
     tell(compared, done, reporter)
     result = {"model": options.model, "out": str(done), "verified": compared.verified, **asdict(compared)}
@@ -109,8 +109,8 @@ def compare(made: Path, trained: TrainedModel) -> Comparison:
         "adapter": str(trained.adapter) if trained.adapter else None,
         "trust_remote_code": trained.base.trust_remote_code,
     }
-    command = system.child_command("fasttune.tools.merge_check", str(made), json.dumps(given))
-    done = subprocess.run(command, capture_output=True, text=True, check=False, env=system.child_environment())
+    command = child_process.command("fasttune.tools.merge_check", str(made), json.dumps(given))
+    done = subprocess.run(command, capture_output=True, text=True, check=False, env=child_process.environment())
     if done.returncode:
         told = last_line(done.stderr, f"code {done.returncode}")
         raise RunFailed(f"the merged model could not be compared with base + adapter: {told}")
@@ -163,7 +163,7 @@ def to_gguf(program: str, folder: Path, reporter: terminal.Reporter) -> str:
     """DIR/NAME.gguf in the dtype of the files. Raises RunFailed; the merged model stays."""
     target, temporary = folder / f"{folder.name}.gguf", folder / f".{folder.name}.gguf"
     reporter.note(f"converting to {target} …")
-    clean = system.child_environment()
+    clean = child_process.environment()
     clean.pop("PYTHONSAFEPATH", None)  # llama.cpp's script has modules beside it, and is started by its path
     command = [program, str(folder), "--outfile", str(temporary)]
     done = subprocess.run(command, capture_output=True, text=True, check=False, env=clean)

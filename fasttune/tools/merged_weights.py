@@ -17,7 +17,7 @@ import safetensors
 
 from fasttune import system
 from fasttune.config import ModelConfig
-from fasttune.core import pretrained
+from fasttune.core import model_files, pretrained
 from fasttune.errors import ModelError, in_one_line
 from fasttune.tools import trained_model
 from fasttune.tools.trained_model import PREFIX
@@ -61,8 +61,8 @@ def plan(base: ModelConfig, adapter: Path | None) -> Merge:
     pretrained.read_architecture(base)  # says what is wrong with it
     folder = _files(base)
     for place in filter(None, (folder, adapter)):
-        system.check_model_folder(place, weights_too=True)
-    if pretrained.read_json(folder / "config.json").get("quantization_config"):
+        model_files.check_folder(place, weights_too=True)
+    if model_files.read_json(folder / "config.json").get("quantization_config"):
         raise ModelError(
             f"{base.name}: these weights are quantized, so nothing can be added to them exactly; merge into the 16-bit "
             "model they were made from: put its name into model.name of config.yaml"
@@ -86,7 +86,7 @@ def _files(base: ModelConfig) -> Path:
 def _shards(folder: Path, name: str) -> dict[str, list[str]]:
     files = ["model.safetensors"]
     if (folder / INDEX).is_file():
-        named = pretrained.read_json(folder / INDEX).get("weight_map")
+        named = model_files.read_json(folder / INDEX).get("weight_map")
         if not isinstance(named, dict) or not named or not all(isinstance(file, str) for file in named.values()):
             raise ModelError(f"{folder / INDEX}: has no weight_map from weights to files; get the model again")
         files = sorted(set(named.values()))

@@ -14,9 +14,9 @@ from rich.rule import Rule
 from rich.table import Table
 from rich.text import Text
 
-from fasttune import hardware, terminal
+from fasttune import chips, hardware, terminal
 from fasttune.config import Config, looks_like_hub
-from fasttune.core import autoconfig, prepare, pretrained
+from fasttune.core import autoconfig, prepare, pretrained, remedies
 from fasttune.core.memory import Shape
 from fasttune.data import chat, load, sources
 from fasttune.errors import ConfigError, DataError, in_one_line
@@ -47,15 +47,15 @@ class Figures:
 
 
 def look(config: Config, gpu: str | None, reporter: terminal.Reporter) -> Figures:
-    """The plan of a config. `gpu`: one of hardware.KNOWN_GPUS, or None for this machine.
+    """The plan of a config. `gpu`: one of chips.KNOWN_GPUS, or None for this machine.
 
     Raises ConfigError, DataError and ModelError.
     """
-    if gpu is not None and gpu not in hardware.KNOWN_GPUS:
-        raise ConfigError([f"--gpu {gpu}: is not known; one of {', '.join(hardware.KNOWN_GPUS)}"])
-    prepare.check(config)
+    if gpu is not None and gpu not in chips.KNOWN_GPUS:
+        raise ConfigError([f"--gpu {gpu}: is not known; one of {', '.join(chips.KNOWN_GPUS)}"])
+    prepare.check_sources_and_model(config)
     here = hardware.detect()
-    machine = here if gpu is None else hardware.with_gpu(here, gpu)
+    machine = here if gpu is None else chips.with_gpu(here, gpu)
     try:
         with library_log():
             reporter.note(f"reading the architecture and the tokenizer of {config.model.name} …")
@@ -85,7 +85,7 @@ def look(config: Config, gpu: str | None, reporter: terminal.Reporter) -> Figure
         forecast=expected,
         sampled=scale != 1,
         usd_per_hour=usd_per_hour,
-        smaller=[] if fits else autoconfig.smaller(config, bool(machine.gpus)),
+        smaller=[] if fits else remedies.smaller(config, bool(machine.gpus)),
     )
 
 

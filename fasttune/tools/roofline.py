@@ -6,13 +6,12 @@ FLOPs and bytes are counted; how much of the card's peaks each kind of kernel re
 (benchmarks/llama3.1-8b_h100_2026-11-26.md). What it is laid beside: benchmarks/profile_step.py, group by group.
 """
 
-from dataclasses import dataclass
-
-from fasttune import hardware
+from fasttune import chips
 from fasttune.config import Config
 from fasttune.core.autoconfig import Plan
-from fasttune.core.memory import BYTES, GIB, GPU_LOGIT_BYTES, Workload
+from fasttune.core.memory import BYTES, GIB, GPU_LOGIT_BYTES
 from fasttune.metrics import KernelGroup, Memory, Roofline
+from fasttune.tools.estimate import SMALLEST, Sample
 
 # Of the dense peak: 691 TFLOP/s at the model's shapes. Attention by its FLOPs as metrics counts them: of rectangles
 # (cuDNN) 355 TFLOP/s; of packs of many lengths 238, computed from Flash Attention 2's published rates, never measured.
@@ -20,28 +19,11 @@ MATMUL, ATTENTION_RECTANGLES, ATTENTION_PACKS = 0.70, 0.36, 0.24
 MEMORY = 0.80  # of the datasheet's bandwidth: 0.73 elementwise, more where matmuls read
 IDLE = 0.027  # of a step no kernel runs: 15 of 562 ms
 OF_KERNELS = f"{MATMUL:.0%} of the dense peak in matmuls, {MEMORY:.0%} of the bandwidth: measured on one H100"
-SMALLEST = 20e6  # parameters: below, Python and launches take the time, not arithmetic
-
-
-@dataclass(frozen=True)
-class Sample:
-    """The first steps of a run as they are laid out. cells: positions that are computed.
-
-    one_length: everything lies in rectangles, none in packs of rows of many lengths.
-    """
-
-    steps: int
-    rows: int
-    tokens: int
-    labels: int
-    cells: int
-    micro_batches: list[Workload]
-    one_length: bool = False
 
 
 def of_step(config: Config, chosen: Plan, sample: Sample, memory: Memory, gpu: str) -> Roofline | None:
     """None of a card whose peaks are not known, of other weights than bf16 ones, and of small models."""
-    peak, bandwidth, shape = hardware.peak_bf16_tflops(gpu), hardware.memory_tb_per_s(gpu), chosen.shape
+    peak, bandwidth, shape = chips.peak_bf16_tflops(gpu), chips.memory_tb_per_s(gpu), chosen.shape
     plain = chosen.dtype == "bfloat16" and config.model.quantization == "none" and shape.experts == 1
     if peak is None or bandwidth is None or not plain or shape.parameters < SMALLEST:
         return None

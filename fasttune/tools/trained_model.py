@@ -16,9 +16,9 @@ from typing import Annotated, Any, Literal
 
 import pydantic
 
-from fasttune import config as configuration, hints, system
+from fasttune import config as configuration, hints
 from fasttune.config import Config, ModelConfig, looks_like_hub
-from fasttune.core import pretrained
+from fasttune.core import model_files, pretrained
 from fasttune.errors import ConfigError, ModelError, in_one_line
 
 Dtype = Literal["bfloat16", "float32"]
@@ -110,7 +110,7 @@ def _run(name: str, folder: Path) -> TrainedModel:
         config = configuration.load(folder / "config.yaml", [f"{configuration.TRUST}=false"])
     except ConfigError as error:
         raise ModelError(f"{name}: its config.yaml cannot be used: {error.problems[0]}") from error
-    result = pretrained.read_json(folder / "run.json") if (folder / "run.json").is_file() else {}
+    result = model_files.read_json(folder / "run.json") if (folder / "run.json").is_file() else {}
     status = result.get("status", "running")
     status = "not finished" if status == "running" else status  # or it was killed
     full = config.train.method == "full"
@@ -118,7 +118,7 @@ def _run(name: str, folder: Path) -> TrainedModel:
     if not weights.is_dir():
         resume = f"fasttune train --resume {shlex.quote(str(folder))}"
         raise ModelError(f"{name}: this run is {status} and has no {weights.name}/; resume it: {resume}")
-    system.check_model_folder(weights)
+    model_files.check_folder(weights)
     base = config.model.model_copy(update={"name": str(weights), "revision": None}) if full else config.model
     if not full:
         adapter_settings(weights)
@@ -129,12 +129,12 @@ def _run(name: str, folder: Path) -> TrainedModel:
 
 def _adapter(name: str, folder: Path) -> TrainedModel:
     """A PEFT folder that is no part of a run: it names its base itself."""
-    system.check_model_folder(folder)
+    model_files.check_folder(folder)
     said = adapter_settings(folder)
     base, where = said.base_model_name_or_path, f"{folder / SETTINGS}: base_model_name_or_path"
     if not base:
         raise ModelError(f"{where} is empty; set it to the folder or hub id of the base model")
-    if pretrained.is_path(base) and pretrained.folder_of(base) is None:
+    if model_files.is_path(base) and model_files.folder_of(base) is None:
         raise ModelError(f"{where} is {base[:100]}, which is not here; set it to the folder or hub id of that model")
     pretrained.check_name(base)
     return TrainedModel(name, ModelConfig(name=base, revision=said.revision), folder)
@@ -160,10 +160,10 @@ class AdapterSettings(pydantic.BaseModel):
 
 def adapter_settings(folder: Path) -> AdapterSettings:
     """Of a LoRA adapter whose weights are safetensors. Raises ModelError for any other folder."""
-    found = pretrained.read_json(folder / SETTINGS)
+    found = model_files.read_json(folder / SETTINGS)
     if not (folder / WEIGHTS).is_file():
         if (folder / "adapter_model.bin").exists():
-            raise pretrained.pickled(str(folder), "adapter_model.bin")
+            raise model_files.pickled(str(folder), "adapter_model.bin")
         raise ModelError(f"{folder}: has no {WEIGHTS}; copy the whole folder, or name another adapter")
     if used := [name for name in REFUSED if found.get(name)]:
         raise ModelError(

@@ -9,7 +9,7 @@ from collections.abc import Iterator, Mapping
 from importlib.util import find_spec
 from pathlib import Path
 
-from fasttune import gpus, hardware as machines, stack
+from fasttune import gpus, stack
 from fasttune.hardware import Hardware
 from fasttune.verify import PIP, Result, judged, version_rules
 
@@ -66,7 +66,7 @@ def driver(hardware: Hardware) -> Result:
         fix = f"update it to 580 or newer ({stack.DRIVERS_URL}), then: bash scripts/setup_h100.sh"
         detail = hardware.driver if ok else f"{hardware.driver}, {stack.OLDEST_DRIVER} is needed"
         return judged("driver", ok, detail, fix)
-    said = machines.nvidia_smi_error()
+    said = gpus.nvidia_smi_error()
     fix = "install NVIDIA driver 580 or newer (in a container: start it with --gpus all), then: nvidia-smi"
     if "version mismatch" in said:  # the driver was upgraded, the kernel still runs the old one
         fix = "reboot, so that the upgraded driver is loaded (in a container: the host), then: nvidia-smi"
@@ -95,7 +95,7 @@ def gpu(hardware: Hardware) -> Result:
 def compiler(hardware: Hardware) -> Result:
     if not hardware.gpus:
         return Result("compiler", "skip", "no GPU to compile kernels for")
-    if lacks := machines.triton_lacks():
+    if lacks := gpus.triton_lacks():
         return Result("compiler", "fail", f"Triton compiles at the first step of a run and needs {lacks[0]}", lacks[1])
     return Result("compiler", "pass", "a C compiler and Python's headers are there, for Triton")
 

@@ -12,7 +12,7 @@ from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
-from fasttune import system
+from fasttune import child_process
 from fasttune.verify import Result, judged
 from fasttune.verify.error_hints import from_exit
 from fasttune.verify.smoke_train import block_network
@@ -52,7 +52,7 @@ def parity() -> Iterator[Result]:
         return
     with tempfile.TemporaryDirectory() as temporary:
         folder = Path(temporary)
-        command, clean = system.child_command("fasttune.verify.parity", temporary), system.child_environment()
+        command, clean = child_process.command("fasttune.verify.parity", temporary), child_process.environment()
         plain = subprocess.run(command, capture_output=True, text=True, timeout=300, env=clean)
         if plain.returncode:
             result = from_exit("unsloth-parity", plain.returncode, plain.stderr, "transformers")

@@ -19,7 +19,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Literal
 
-from fasttune import hardware, system
+from fasttune import child_process, hardware
 from fasttune.verify import Result
 from fasttune.verify.error_hints import explain, from_exception, from_exit
 
@@ -86,7 +86,7 @@ def run_child(job: Job, names: list[str], folder: Path, stop: Sequence[int]) -> 
     """The exit code of a process that runs these checks, None where it was late; nothing of it is left running."""
     with (folder / "printed").open("w+b") as printed:
         process = subprocess.Popen(
-            system.child_command("fasttune.verify.runner", job.module, str(folder / "report"), *names),
+            child_process.command("fasttune.verify.runner", job.module, str(folder / "report"), *names),
             stdin=subprocess.DEVNULL,
             stdout=printed,
             stderr=printed,
@@ -106,7 +106,7 @@ def run_child(job: Job, names: list[str], folder: Path, stop: Sequence[int]) -> 
 
 def environment(job: Job, folder: Path) -> dict[str, str]:
     """The child's environment: all temporary files and caches in `folder`."""
-    env = system.child_environment()
+    env = child_process.environment()
     if job.hub != "open":
         env = {name: value for name, value in env.items() if name.lower() not in PROXIES}
     for name in (*OFFLINE, "UNSLOTH_DISABLE_STATISTICS"):

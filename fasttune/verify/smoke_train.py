@@ -17,7 +17,7 @@ from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
-from fasttune import system
+from fasttune import child_process
 from fasttune.verify import Result, judged
 from fasttune.verify.error_hints import from_exit
 
@@ -51,7 +51,7 @@ def run(root: Path, token: str) -> subprocess.CompletedProcess[str]:
     (root / "verify.yaml").write_text(json.dumps(config), encoding="utf-8")  # JSON is YAML
     for name in ("cwd", "cache", "tmp"):
         (root / name).mkdir()
-    environment = {k: v for k, v in system.child_environment().items() if not k.startswith(("HF_", "HUGGING_FACE_"))}
+    environment = {k: v for k, v in child_process.environment().items() if not k.startswith(("HF_", "HUGGING_FACE_"))}
     environment |= {
         "HF_TOKEN": token,
         "HF_HOME": str(root / "cache/huggingface"),
@@ -59,7 +59,7 @@ def run(root: Path, token: str) -> subprocess.CompletedProcess[str]:
         "TMPDIR": str(root / "tmp"),
     }
     watched = ("fasttune.cli", "train", str(root / "verify.yaml"))
-    command = system.child_command("fasttune.verify.smoke_train", str(root / "seen.json"), *watched)
+    command = child_process.command("fasttune.verify.smoke_train", str(root / "seen.json"), *watched)
     return subprocess.run(command, cwd=root / "cwd", env=environment, capture_output=True, text=True, timeout=400)
 
 

@@ -109,7 +109,7 @@ def test_only_plain_fp32_layers_are_fused(unsloth: None) -> None:
 
 def test_a_run_says_that_it_was_fused(unsloth: None, tmp_path: Path) -> None:
     from fasttune import config, terminal
-    from fasttune.core import prepare, trainer as trainers
+    from fasttune.core import prepare, trainer as trainers, what_ran
 
     wanted = config.parse(
         {
@@ -122,4 +122,4 @@ def test_a_run_says_that_it_was_fused(unsloth: None, tmp_path: Path) -> None:
     job = prepare.prepare(wanted, tmp_path / "run", terminal.Reporter(quiet=True))
     layers = 7 * job.plan.shape.layers
     assert any(setting.value == f"fused in {layers} layers" for setting in job.settings)
-    assert f"LoRA fused in {layers} layers" in trainers.backend(trainers.build(job, tmp_path)).library
+    assert f"LoRA fused in {layers} layers" in what_ran.backend(trainers.build(job, tmp_path)).library

@@ -140,7 +140,7 @@ def _loaded(found: tuple[Any, Any]) -> tuple[Any, Any]:
 
 def _show_the_card_to(package: str) -> None:
     """CUDA is available to what `package` asks, and to nobody else: the libraries would look for its driver."""
-    from fasttune import hardware
+    from fasttune import chips, hardware
 
     available, detect = torch.cuda.is_available, hardware.detect
 
@@ -148,7 +148,7 @@ def _show_the_card_to(package: str) -> None:
         return sys._getframe(1).f_globals.get("__name__", "").partition(".")[0] == package or available()
 
     torch.cuda.is_available = is_available
-    hardware.detect = lambda *path: hardware.with_gpu(detect(*path), "h100-80")
+    hardware.detect = lambda *path: chips.with_gpu(detect(*path), "h100-80")
 
 
 def _modules(package: str) -> Iterator[Any]:

@@ -22,7 +22,7 @@ sys.path.insert(0, str(ROOT / "benchmarks"))
 import inputs  # noqa: E402
 from stages import STAGES  # noqa: E402
 
-from fasttune import cli, config as configuration, hardware  # noqa: E402
+from fasttune import chips, cli, config as configuration, hardware  # noqa: E402
 from fasttune.bench import arms, run  # noqa: E402
 from fasttune.config import Config  # noqa: E402
 from fasttune.core import autoconfig, memory as memory_forecast, pretrained  # noqa: E402
@@ -61,7 +61,7 @@ class Job:
 
     def plan(self, gpu: str) -> autoconfig.Plan:
         here = hardware.Hardware("linux", "x86_64", "2.39", "3.12.3", "a CPU", 16, 128, 100)
-        return autoconfig.resolve(self.config, hardware.with_gpu(here, gpu), self.shape)
+        return autoconfig.resolve(self.config, chips.with_gpu(here, gpu), self.shape)
 
     def plain(self, arm: str, at_once: int, gpu: str) -> Case:
         """What fake_memory.py takes: the largest micro-batch of a plain arm, which has bf16 weights, and the optimizer

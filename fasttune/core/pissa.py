@@ -1,0 +1,30 @@
+"""A PiSSA run that is resumed: the base weights, split by the adapter that it began with. Loaded only then."""
+
+from pathlib import Path
+from typing import Any
+
+import torch
+
+from fasttune.errors import ModelError, first_line
+
+
+@torch.no_grad()
+def split_again(model: Any, start: Path) -> None:
+    """What PiSSA leaves of the base weights, W - B·A, by an adapter that was saved; in fp32, as Unsloth computes it."""
+    from peft.utils import set_peft_model_state_dict
+    from safetensors import SafetensorError
+    from safetensors.torch import load_file
+
+    try:
+        if start.is_symlink() or not start.is_file():
+            raise ValueError("it is no file")
+        if unknown := set_peft_model_state_dict(model, load_file(start)).unexpected_keys:
+            raise ValueError(f"{unknown[0]} is of another model")
+    except (OSError, ValueError, RuntimeError, SafetensorError) as error:
+        raise ModelError(f"--resume: {start} does not hold ({first_line(error)[:100]}); start over") from error
+    model.peft_config["default"].init_lora_weights = "pissa"
+    for layer in model.modules():
+        if "default" in getattr(layer, "lora_A", {}):
+            weight, b, a = layer.get_base_layer().weight, layer.lora_B["default"].weight, layer.lora_A["default"].weight
+            residual = weight.float().clone().addmm_(b, a, alpha=-layer.scaling["default"])
+            weight.data = residual.to(weight.dtype)
