@@ -110,7 +110,7 @@ for line in sys.stdin:
     name, resume, steps = line.split()
     child = os.fork()
     if child == 0:
-        TREE["checkpoint"] = {"every": "1 steps", "keep": 2}
+        TREE["checkpoint"] = {"every": "never" if name == "whole" else "1 steps", "keep": 2}
         TREE["train"] = TREE["train"] | {"max_steps": int(steps)}
         os._exit(0 if run(folder / name, resume=resume == "yes").status == "completed" else 1)
     print(child, file=answers, flush=True)

@@ -9,7 +9,8 @@ from tiny_run import losses, run
 
 from fasttune.core.memory import Choices
 
-pytestmark = pytest.mark.usefixtures("unsloth")
+# By night: tests/golden/ holds the same kinds of run to the bit.
+pytestmark = [pytest.mark.nightly, pytest.mark.usefixtures("unsloth")]
 
 SMALL = {"method": "full", "scheduler": "constant", "warmup_ratio": 0.0, "max_steps": 24, "learning_rate": 2e-5}
 KINDS = {"fp32 weights": {}, "rounded by chance": {"optimizer": "adamw_8bit"}}
