@@ -1,10 +1,12 @@
 """What every test shares: no network, no trace on the machine, and the tiny model's tokenizer."""
 
 import functools
+import gc
 import os
 import tempfile
 import warnings
 from collections.abc import Iterator
+from pathlib import Path
 from typing import Any
 
 import hypothesis
@@ -54,6 +56,7 @@ def unsloth() -> None:
     with warnings.catch_warnings():
         warnings.simplefilter("ignore")
         import fasttune.core.trainer  # noqa: F401
+    gc.freeze()  # a million objects that stay: every run collects garbage, and would look through them
 
 
 class GpuMemory:
@@ -79,6 +82,13 @@ def gpu_memory(unsloth: None, monkeypatch: pytest.MonkeyPatch) -> GpuMemory:
     monkeypatch.setattr(what_ran, "peak_memory_gib", lambda: memory.peak)
     monkeypatch.setattr(what_ran, "restart_peak", memory.restart)
     return memory
+
+
+@pytest.fixture
+def cache(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
+    """An empty cache of encoded rows; returns where its entries are."""
+    monkeypatch.setenv("FASTTUNE_CACHE", str(tmp_path / "cache"))
+    return tmp_path / "cache" / "data"
 
 
 @pytest.fixture

@@ -144,17 +144,6 @@ def test_an_epoch_has_every_row_once_packed_or_padded(
         assert learned_rows(flats).total() == len(chosen[step])
 
 
-def test_the_learned_tokens_of_a_step_are_those_of_its_rows() -> None:
-    part = rows([5, 9, 3])
-    (batch,) = batches([part], micro_rows=4).micro_batches(0)
-    expected = Counter()
-    for index in range(3):
-        ids, learned = part.row(index)
-        target = [int(i) if on and at else IGNORE for at, (i, on) in enumerate(zip(ids, learned, strict=True))]
-        expected[tuple(map(int, ids)), tuple(target)] += 1
-    assert learned_rows([batch]) == expected
-
-
 def test_a_step_does_not_depend_on_the_steps_before() -> None:
     part = rows([5] * 30)
     forward, backward = batches([part]), batches([part])

@@ -6,20 +6,30 @@ import statistics
 import subprocess
 import sys
 from pathlib import Path
+from typing import Any
 
 import pytest
 
 from fasttune import cli, config
 from fasttune.core import prepare
-from fasttune.errors import DataError
+from fasttune.errors import ConfigError, DataError
 
 TINY = "model: {name: builtin:tiny}\ndata: {train: builtin:arithmetic}\n"
 
 
-def fasttune(*arguments: str, cwd: Path | None = None) -> subprocess.CompletedProcess[str]:
-    return subprocess.run(
-        [sys.executable, "-m", "fasttune.cli", *arguments], capture_output=True, text=True, cwd=cwd, check=False
-    )
+@pytest.fixture
+def fasttune(tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]) -> Any:
+    """Runs a command in a folder that holds tiny.yaml; returns its exit code and what stderr got."""
+    monkeypatch.chdir(tmp_path)
+    Path("tiny.yaml").write_text(TINY)
+
+    def run(*arguments: str) -> tuple[int, str]:
+        code = cli.main([*arguments])
+        said = capsys.readouterr()
+        assert said.out == ""
+        return code, said.err
+
+    return run
 
 
 def test_help_answers_at_once() -> None:
@@ -34,33 +44,21 @@ def test_help_answers_at_once() -> None:
     assert statistics.median(seconds) < 0.3
 
 
-@pytest.mark.parametrize(
-    ("override", "told"),
-    [
-        ("data.train=nowhere.jsonl", "no file nowhere.jsonl"),
-        ("model.name=builtin:large", "builtin:tiny"),
-        ("output_dir=tiny.yaml", "is a file"),
-        ("train.batch_size=3", "did you mean train.batch_rows?"),
-    ],
-)
-def test_a_user_error_is_one_line_and_exit_2(tmp_path: Path, override: str, told: str) -> None:
+def test_a_user_error_is_one_line_and_exit_2(tmp_path: Path) -> None:
     (tmp_path / "tiny.yaml").write_text(TINY)
-    done = fasttune("train", "tiny.yaml", override, cwd=tmp_path)
-    assert done.returncode == 2
-    assert told in done.stderr and done.stderr.count("\n") == 1 and "Traceback" not in done.stderr
+    command = [sys.executable, "-m", "fasttune.cli", "train", "tiny.yaml", "train.batch_size=3"]
+    done = subprocess.run(command, capture_output=True, text=True, cwd=tmp_path, check=False)
+    assert done.returncode == 2 and "did you mean train.batch_rows?" in done.stderr
+    assert done.stderr.count("\n") == 1 and "Traceback" not in done.stderr
     assert [path.name for path in tmp_path.iterdir()] == ["tiny.yaml"]
 
 
 @pytest.mark.parametrize("command", ["train", "plan", "data", "bench"])
-def test_what_train_refuses_is_refused_by_those_that_look(
-    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str], command: str
-) -> None:
-    monkeypatch.chdir(tmp_path)
-    Path("tiny.yaml").write_text(TINY)
+def test_what_train_refuses_is_refused_by_those_that_look(fasttune: Any, tmp_path: Path, command: str) -> None:
     Path("empty.jsonl").write_text("\n")
     for name, told in (("nowhere.jsonl", "no file nowhere.jsonl"), ("empty.jsonl", "empty.jsonl holds no rows")):
-        assert cli.main([command, "tiny.yaml", f"data.eval={name}"]) == 2
-        assert told in capsys.readouterr().err
+        code, said = fasttune(command, "tiny.yaml", f"data.eval={name}")
+        assert code == 2 and told in said
     assert sorted(path.name for path in tmp_path.iterdir()) == ["empty.jsonl", "tiny.yaml"]
 
 
@@ -82,28 +80,19 @@ def test_names_of_columns_that_no_source_has_are_refused(tmp_path: Path) -> None
             )
 
 
-def test_debug_shows_the_traceback(tmp_path: Path) -> None:
-    done = fasttune("train", "nowhere.yaml", "--debug", cwd=tmp_path)
-    assert "Traceback" in done.stderr and "ConfigError" in done.stderr
+def test_debug_shows_the_traceback(fasttune: Any) -> None:
+    with pytest.raises(ConfigError):
+        fasttune("train", "nowhere.yaml", "--debug")
 
 
-def test_a_missing_config_names_one_that_exists(tmp_path: Path) -> None:
-    done = fasttune("train", "nowhere.yaml", cwd=tmp_path)
-    assert (done.returncode, done.stderr.count("\n")) == (2, 1)
-    assert "configs/quickstart.yaml" in done.stderr
-
-
-def test_a_run_goes_on_by_its_folder_alone(tmp_path: Path) -> None:
-    (tmp_path / "old").mkdir()
-    done = fasttune("train", "--resume", "old", cwd=tmp_path)
-    assert (done.returncode, done.stderr.count("\n")) == (2, 1) and "old/config.yaml: cannot be read" in done.stderr
-    done = fasttune("train", "--resume", "old", "train.max_steps=0", cwd=tmp_path)
-    assert "old/config.yaml: cannot be read" in done.stderr
-    done = fasttune("train", cwd=tmp_path)
-    assert (done.returncode, done.stderr.count("\n")) == (2, 1) and "name a config" in done.stderr
-    os.mkfifo(tmp_path / "old" / "config.yaml")
-    done = fasttune("train", "--resume", "old", cwd=tmp_path)
-    assert (done.returncode, done.stderr.count("\n")) == (2, 1) and "did not write its config.yaml" in done.stderr
+def test_a_run_is_resumed_by_its_folder_alone(fasttune: Any) -> None:
+    Path("old").mkdir()
+    for more in ([], ["train.max_steps=0"]):
+        code, said = fasttune("train", "--resume", "old", *more)
+        assert (code, said.count("\n")) == (2, 1) and "old/config.yaml: cannot be read" in said
+    os.mkfifo("old/config.yaml")
+    code, said = fasttune("train", "--resume", "old")
+    assert (code, said.count("\n")) == (2, 1) and "did not write its config.yaml" in said
 
 
 @pytest.mark.parametrize(
@@ -113,6 +102,11 @@ def test_a_run_goes_on_by_its_folder_alone(tmp_path: Path) -> None:
         (["plan", "tiny.yaml", "x" * 2000 + "=1"], "unknown setting"),
         (["plan", "tiny.yaml", "y" * 2000], "not of the form key=value"),
         (["train", "c" * 300], "config: "),
+        (["train"], "name a config"),
+        (["train", "nowhere.yaml"], "configs/quickstart.yaml"),
+        (["train", "tiny.yaml", "data.train=nowhere.jsonl"], "no file nowhere.jsonl"),
+        (["train", "tiny.yaml", "model.name=builtin:large"], "builtin:tiny"),
+        (["train", "tiny.yaml", "output_dir=tiny.yaml"], "is a file"),
         (["eval", "~nosuchuser/run"], "model: ~nosuchuser is no user"),
         (["generate", "builtin:tiny", "--prompt", "x", "--out", "o" * 300], "--out: "),
         (["merge", "run\udcff", "--out", "merged"], "U+DCFF"),
@@ -122,14 +116,12 @@ def test_a_run_goes_on_by_its_folder_alone(tmp_path: Path) -> None:
     ],
 )
 def test_no_error_is_longer_than_a_few_lines_of_a_terminal(
-    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str], arguments: list[str], told: str
+    fasttune: Any, tmp_path: Path, arguments: list[str], told: str
 ) -> None:
     """The place is said at its beginning and the fix at its end: what is too long is cut in the middle."""
-    monkeypatch.chdir(tmp_path)
-    Path("tiny.yaml").write_text(TINY)
-    assert cli.main(arguments) == 2
-    (line,) = capsys.readouterr().err.splitlines()
-    assert line.startswith("fasttune: ") and told in line and len(line) <= 300
+    code, said = fasttune(*arguments)
+    (line,) = said.splitlines()
+    assert code == 2 and line.startswith("fasttune: ") and told in line and len(line) <= 300
     assert [path.name for path in tmp_path.iterdir()] == ["tiny.yaml"]
 
 

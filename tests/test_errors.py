@@ -14,8 +14,3 @@ from fasttune import errors
 )
 def test_an_error_in_one_line(error: Exception, line: str) -> None:
     assert errors.kind_and_line(error) == line and errors.first_line(error) == line.partition(": ")[2]
-
-
-def test_the_last_line_that_says_something() -> None:
-    assert errors.last_line("a\n  b \n\n", "nothing") == "b"
-    assert errors.last_line(" \n", "nothing") == "nothing"

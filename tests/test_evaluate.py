@@ -9,6 +9,7 @@ from pathlib import Path
 from types import SimpleNamespace
 from typing import Any
 
+import goldens
 import pytest
 
 from fasttune import cli, report
@@ -36,6 +37,18 @@ CHOICES = [
     {"question": "The longest?", "answer": "C", "options": ["xy", "z", "pqrs"]},
     {"question": "The last?", "answer": 1, "options": ["yes", "no"]},
 ]
+
+
+GUARDED = """
+import sys
+from fasttune import cli
+from fasttune.verify.smoke_train import block_network
+attempts = []
+block_network(attempts)
+code = cli.main(sys.argv[1:])
+print(attempts, file=sys.stderr)
+sys.exit(code)
+"""
 
 
 @pytest.fixture(scope="module")
@@ -205,18 +218,32 @@ def test_an_adapter_of_another_scale_is_another_model(harness: Any, tiny_tokeniz
     assert harness.fingerprint(model, tiny_tokenizer) != first
 
 
-def test_the_command_scores_multiple_choice_without_a_network(tmp_path: Path, harness: Any) -> None:
-    rows = write(tmp_path / "choices.jsonl", CHOICES)
-    guarded = (
-        "import sys; from fasttune.verify.smoke_train import block_network; attempts = []; block_network(attempts)\n"
-        "from fasttune import cli; code = cli.main(sys.argv[1:]); print(attempts, file=sys.stderr); sys.exit(code)"
-    )
-    command = [sys.executable, "-c", guarded, "eval", "builtin:tiny", "--data", rows, "--out", "scores", "--json"]
-    done = subprocess.run(command, capture_output=True, text=True, cwd=tmp_path)
-    assert done.returncode == 0, done.stderr
-    assert done.stderr.splitlines()[-1] == "[]"
-    result = json.loads(done.stdout.splitlines()[-1])
+@pytest.mark.parametrize("blocked", [False, pytest.param(True, marks=pytest.mark.nightly)])
+def test_the_command_scores_multiple_choice_without_a_network(
+    tmp_path: Path, harness: Any, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str], blocked: bool
+) -> None:
+    """By night in a process of its own, which notes every attempt to reach a network."""
+    monkeypatch.chdir(tmp_path)
+    command = [
+        "eval",
+        "builtin:tiny",
+        "--data",
+        write(tmp_path / "choices.jsonl", CHOICES),
+        "--out",
+        "scores",
+        "--json",
+    ]
+    if blocked:
+        done = subprocess.run([sys.executable, "-c", GUARDED, *command], capture_output=True, text=True)
+        assert done.returncode == 0, done.stderr
+        assert done.stderr.splitlines()[-1] == "[]"
+        out, err = done.stdout, done.stderr
+    else:
+        assert cli.main(command) == 0
+        out, err = capsys.readouterr()
+    result = json.loads(out.splitlines()[-1])
     assert result == json.loads((tmp_path / "scores" / "eval.json").read_text())
+    goldens.contract("eval --json", result)
     assert sorted(path.name for path in tmp_path.iterdir()) == ["choices.jsonl", "scores"]
     lines = [json.loads(line) for line in (tmp_path / "scores" / "eval_samples.jsonl").read_text().splitlines()]
     right = []
@@ -227,7 +254,7 @@ def test_the_command_scores_multiple_choice_without_a_network(tmp_path: Path, ha
     assert [line["target"] for line in lines] == [0, 2, 1]
     accuracy = next(score for score in result["scores"] if score["metric"] == "acc")
     assert accuracy["value"] == pytest.approx(sum(right) / 3) and accuracy["problems"] == 3
-    assert f"{100 * accuracy['value']:.1f} % ±" in done.stderr
+    assert f"{100 * accuracy['value']:.1f} % ±" in err
 
 
 @pytest.mark.parametrize(

@@ -221,10 +221,11 @@ def test_what_fails_after_training_costs_a_warning(tmp_path: Path, monkeypatch: 
     def failing(*arguments: Any) -> list[str]:
         if file.exists():
             written.append(json.loads(file.read_text())["wall_s"])
-            time.sleep(0.2)
+            time.sleep(0.2)  # the clock of a run goes on
             raise RuntimeError("CUDA out of memory\nand a lot more")
         return answer(*arguments)
 
+    monkeypatch.setattr(evaluation, "MOST_NEW_TOKENS", 8)
     monkeypatch.setattr(evaluation, "answer", failing)
     changes = {"data": {"eval": "builtin:arithmetic"}, "samples": 1, "usd_per_hour": 3.6}
     result = run(tmp_path / "run", changes | {"train": {"max_steps": 2}})

@@ -8,6 +8,7 @@ import sys
 from pathlib import Path
 from typing import Any
 
+import goldens
 import pytest
 
 from fasttune import cli
@@ -126,6 +127,7 @@ def test_a_file_is_gone_on_with(speaker: Any, finished_run: Path, tmp_path: Path
         assert out.read_bytes() == before
     rows(tmp_path)
     done = answer()
+    goldens.contract("generate --file --json", done)
     assert (done["answered"], done["answered_before"], done["left_out"]) == (3, 2, 0)
     assert lines(out) == dict(enumerate(alone(speaker), 1))
     assert answer()["answered"] == 0
@@ -336,6 +338,7 @@ def test_the_command_streams_a_prompt(speaker: Any, finished_run: Path, capsys: 
     assert capsys.readouterr().out == shown + "\n"
     assert cli.main([*arguments, "--json"]) == 0
     result = json.loads(capsys.readouterr().out)
+    goldens.contract("generate --prompt --json", result)
     assert (result["text"], result["tokens"], result["finish"]) == (shown, 12, "length")
 
 

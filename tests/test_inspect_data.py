@@ -9,6 +9,7 @@ from itertools import pairwise
 from pathlib import Path
 from typing import Any
 
+import goldens
 import numpy as np
 import pytest
 from hypothesis import given, strategies
@@ -26,11 +27,6 @@ model: {name: builtin:tiny, max_length: 160}
 data: {train: builtin:arithmetic}
 train: {batch_rows: 4}
 """
-
-
-def fasttune(*arguments: str, cwd: Path) -> subprocess.CompletedProcess[str]:
-    command = [sys.executable, "-m", "fasttune.cli", "data", *arguments]
-    return subprocess.run(command, capture_output=True, text=True, cwd=cwd, check=False)
 
 
 @pytest.fixture
@@ -86,6 +82,7 @@ def test_the_command_shows_the_mask_of_its_rows(folder: Path) -> None:
     options = ["--rows", "6", "model.max_length=512", "--json"]  # as people type it: an option before a key=value
     done = subprocess.run([*command, *options], capture_output=True, text=True, check=True)
     assert "| unsloth" not in done.stderr and "fasttune.tools.inspect_data" in done.stderr  # no model, so no unsloth
+    goldens.contract("data --json", json.loads(done.stdout))
     shown = json.loads(done.stdout)["shown"]
     rows = arithmetic.generate("train", rows=2000)
     assert len({row["number"] for row in shown}) == 6
@@ -100,17 +97,16 @@ def test_the_command_shows_the_mask_of_its_rows(folder: Path) -> None:
         assert f"«{answer.splitlines()[0]}" in done.stderr and answer.splitlines()[-1] + "»" in done.stderr
 
 
-def test_the_figures_of_the_command_add_up(folder: Path) -> None:
+def test_the_figures_of_the_command_add_up(folder: Path, unsloth: None, capsys: Any) -> None:
     rows = [{"question": f"What is {i} + 1?", "answer": f"{i + 1}" * (1 + i % 3)} for i in range(60)]
     rows[7]["answer"] = " "
     rows[9]["answer"] = "9" * 400
     write(folder / "rows.jsonl", rows)
-    done = fasttune(
-        "c.yaml", "--rows", "0", "--json", "data.train={rows.jsonl: 1, builtin:arithmetic: 0.5}", cwd=folder
-    )
-    assert done.returncode == 0, done.stderr
-    assert done.stdout.count("\n") == 1 and "rows as they are trained" not in done.stderr
-    found = json.loads(done.stdout)
+    sets = "data.train={rows.jsonl: 1, builtin:arithmetic: 0.5}"
+    assert cli.main(["data", "c.yaml", "--rows", "0", "--json", sets]) == 0
+    out, err = capsys.readouterr()
+    assert out.count("\n") == 1 and "rows as they are trained" not in err
+    found = json.loads(out)
     own, builtin = found["data_sets"]
     assert (own["rows_read"], own["rows_kept"], own["rows_truncated"]) == (60, 59, 1)
     assert own["rows_dropped"] == {"empty answer": 1}
@@ -123,9 +119,9 @@ def test_the_figures_of_the_command_add_up(folder: Path) -> None:
     assert found["lengths"]["longest_tokens"] <= found["max_length_tokens"] == 160
     assert found["padding"]["packed_share"] == 0 < found["padding"]["padded_share"] < 1
     assert found["padding"]["steps"] == 100 and found["padding"]["rows_at_once"] == 4
-    assert f"padded  {found['padding']['padded_share']:6.1%}" in done.stderr and "packed    0.0%" in done.stderr
-    assert "1 row (1.7%) truncated: longer than model.max_length=160 tokens" in done.stderr
-    assert "1 row (1.7%) dropped: empty answer" in done.stderr
+    assert f"padded  {found['padding']['padded_share']:6.1%}" in err and "packed    0.0%" in err
+    assert "1 row (1.7%) truncated: longer than model.max_length=160 tokens" in err
+    assert "1 row (1.7%) dropped: empty answer" in err
     assert not {"c.yaml", "rows.jsonl"} ^ {path.name for path in folder.iterdir()}
 
 
@@ -166,30 +162,12 @@ def test_every_length_is_in_one_bin(lengths: list[int]) -> None:
     assert (found.shortest_tokens, found.longest_tokens) == (min(lengths), max(lengths))
 
 
-def test_a_few_very_long_rows_do_not_flatten_the_histogram() -> None:
-    bins = inspect_data._lengths(np.array([*range(100, 300), 9000])).histogram
-    assert bins[-1].to_tokens == 9000 and bins[-1].rows < 10
-    assert sum(each.rows > 10 for each in bins) >= 5
-
-
 def test_the_first_token_is_read_only_even_where_all_is_learned(folder: Path, unsloth: None) -> None:
     write(folder / "rows.jsonl", [{"text": "x" * (8 + i)} for i in range(8)])
     found = look(8, "data.train=rows.jsonl")
     assert found.learned_tokens == found.tokens - 8 == sum(row.learned_tokens for row in found.shown)
     for row in found.shown:
         assert row.pieces == [("x", False), ("x" * (6 + row.number) + "<|im_end|>", True)]
-
-
-def test_pieces_keep_their_blanks() -> None:
-    class Trims(Letters):  # as SentencePiece does: the first blank of a text is lost
-        def decode(self, ids: list[int], **_: Any) -> str:
-            return "".join(" b"[i % 2] for i in ids).removeprefix(" ")
-
-    assert inspect_data._pieces(Trims(), [1, 0, 1, 0, 1], np.array([0, 1, 1, 0, 0], bool)) == [
-        ("b", False),
-        (" b", True),
-        (" b", False),
-    ]
 
 
 def test_data_cannot_steer_the_terminal(folder: Path, unsloth: None) -> None:
@@ -209,13 +187,6 @@ def test_colour_or_marks_set_apart_what_is_learned() -> None:
     for plain in (page(figures), page(figures, force_terminal=True, color_system="standard", no_color=True)):
         assert "«def»" in plain and "\x1b[32m" not in plain and "1;32" not in plain
         assert "«supervised» stands between these marks" in plain
-
-
-def test_a_long_piece_is_shortened_on_the_page_only() -> None:
-    figures = measured(encoded([8]), rows=1)
-    row = inspect_data.Row("rows.jsonl", 1, 5000, 4999, [("A" * 5000, True)])
-    text = "".join(page(inspect_data.replace(figures, shown=[row])).split())
-    assert text.count("A") == inspect_data.PIECE_CHARACTERS and "[3,800characters]" in text
 
 
 def test_what_is_dropped_split_and_held_out_is_told(folder: Path, unsloth: None) -> None:

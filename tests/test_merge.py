@@ -8,6 +8,7 @@ import sys
 from pathlib import Path
 from typing import Any
 
+import goldens
 import pytest
 
 from fasttune import cli
@@ -66,6 +67,7 @@ def test_a_wrong_merge_is_found(
     monkeypatch.setattr(merged_weights, "_read", wrong)
     assert cli.main(["merge", str(finished_run), "--out", str(tmp_path / "m"), "--dtype", dtype, "--json"]) == 1
     said = capsys.readouterr()
+    goldens.contract("merge --json", json.loads(said.out))
     assert json.loads(said.out)["verified"] is False and "does not answer as base + adapter does" in said.err
     assert [path.name for path in tmp_path.iterdir()] == ["m.unverified"]
     (tmp_path / "m.unverified" / "mine").touch()

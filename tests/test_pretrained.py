@@ -1,7 +1,6 @@
 """A model's files, which may come from anywhere: broken ones in one line, and no token without an embedding."""
 
 import json
-import os
 import shutil
 from pathlib import Path
 from typing import Any
@@ -55,13 +54,6 @@ def test_sizes_that_cannot_be_are_refused_before_anything_is_built(
     change(folder / "config.json", **changes)
     with pytest.raises(ModelError, match=told):
         pretrained.read_architecture(ModelConfig(name=str(folder)))
-
-
-def test_a_pipe_is_not_waited_for(folder: Path) -> None:
-    (folder / "tokenizer.json").unlink()
-    os.mkfifo(folder / "tokenizer.json")
-    with pytest.raises(ModelError, match=r"tokenizer.json is a pipe or a device, not a file"):
-        pretrained.read_tokenizer(ModelConfig(name=str(folder)))
 
 
 @pytest.mark.filterwarnings("ignore")

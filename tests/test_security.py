@@ -10,8 +10,10 @@ import sys
 from pathlib import Path
 from typing import Any
 
+import guarded
 import pytest
 import yaml
+from guarded import SECRETS, leaks, written
 
 from fasttune import cli, config
 from fasttune.config import ModelConfig
@@ -19,7 +21,6 @@ from fasttune.core import checkpoint, pretrained, remedies, resume
 from fasttune.data import sources
 from fasttune.errors import ConfigError, DataError, ModelError
 
-CANARY = "hf_canary0123456789abcdefghijklmnop"
 TREE: dict[str, Any] = {
     "name": "tiny",
     "model": {"name": "builtin:tiny", "max_length": 256},
@@ -27,7 +28,6 @@ TREE: dict[str, Any] = {
     "train": {"batch_rows": 8, "max_steps": 2},
     "checkpoint": {"every": "1 steps"},
 }
-SECRETS = {"HF_TOKEN": CANARY, "HUGGING_FACE_HUB_TOKEN": CANARY, "WANDB_API_KEY": CANARY}
 ENDINGS: dict[str, tuple[list[str], int]] = {
     "failed": (["train.max_grad_norm=1e30", "train.max_bad_steps=0"], 1),
     "no such model": (["model.name=nobody/nothing"], 2),
@@ -36,10 +36,11 @@ ENDINGS: dict[str, tuple[list[str], int]] = {
 }
 # Every ending of `fasttune train` in a process of its own, forked from one that has made the imports: they are slow.
 SEVERAL = """
-import json, os, sys
-import fasttune.core.trainer
+import gc, json, os, sys
+import matplotlib.figure, fasttune.core.resume, fasttune.core.trainer, fasttune.tools.card, fasttune.tools.estimate
 from fasttune import cli
 from fasttune.core import trainer
+gc.freeze()
 build = trainer.build
 def diverging(*arguments, **more):
     built = build(*arguments, **more)
@@ -56,40 +57,11 @@ for folder, arguments in json.loads(sys.argv[1]).items():
     with open(f"{folder}/code", "w") as file:
         file.write(str(os.waitstatus_to_exitcode(os.waitpid(child, 0)[1])))
 """
-# Loaded by every Python that a command starts: refuses all sockets but local ones, and writes down who was asked for.
-GUARD = """
-import os, socket, sys
-def hook(event, arguments):
-    if event in ("socket.connect", "socket.sendto", "socket.sendmsg"):
-        if arguments[0].family == socket.AF_UNIX:
-            return
-        asked = arguments[1]
-    elif event in ("socket.getaddrinfo", "socket.gethostbyname", "socket.gethostbyaddr"):
-        asked = arguments[0]
-    else:
-        return
-    with open(os.environ["ATTEMPTS"], "a") as file:
-        file.write(f"{event} {asked}\\n")
-    raise OSError(f"no network in this test: {asked}")
-sys.addaudithook(hook)
-"""
 
 
 @pytest.fixture
 def guard(tmp_path_factory: pytest.TempPathFactory) -> tuple[dict[str, str], Path]:
-    """What to add to a command's environment, and the file that then holds each attempt to reach a network."""
-    folder = tmp_path_factory.mktemp("guard")
-    (folder / "sitecustomize.py").write_text(GUARD)
-    path = os.pathsep.join(filter(None, [str(folder), os.environ.get("PYTHONPATH")]))
-    return {"PYTHONPATH": path, "ATTEMPTS": str(folder / "attempts")}, folder / "attempts"
-
-
-def leaks(texts: dict[str, bytes]) -> list[str]:
-    return [where for where, text in texts.items() if CANARY.encode() in text]
-
-
-def written(folder: Path) -> dict[str, bytes]:
-    return {str(path.relative_to(folder)): path.read_bytes() for path in folder.rglob("*") if path.is_file()}
+    return guarded.environment(tmp_path_factory.mktemp("guard"))
 
 
 def test_tokens_appear_nowhere_and_nothing_is_asked_for_offline(
@@ -116,28 +88,6 @@ def test_tokens_appear_nowhere_and_nothing_is_asked_for_offline(
             line = errors.splitlines()[-1]
             assert line.startswith("fasttune: ") and "nobody/nothing" in line and "HF_HUB_OFFLINE is set" in line
             assert not (tmp_path / ending / "out").exists()
-
-
-def test_a_local_run_asks_for_nothing_by_itself_and_writes_no_token(
-    tmp_path: Path, guard: tuple[dict[str, str], Path]
-) -> None:
-    """The real command without HF_HUB_OFFLINE, with the model and the rows on this machine."""
-    rows = [{"question": f"<script>alert({i})</script>", "answer": f"<img src=x>{i}"} for i in range(16)]
-    (tmp_path / "<script>rows.jsonl").write_text("\n".join(map(json.dumps, rows)))
-    (tmp_path / "run.yaml").write_text(yaml.safe_dump(TREE))
-    environment, attempts = guard
-    command = [sys.executable, "-m", "fasttune.cli", "train", "run.yaml", "--json", "output_dir=out"]
-    command += ["data.train=<script>rows.jsonl", "data.eval_share=0.1", "samples=1"]
-    online = os.environ | SECRETS | environment | {"HF_HUB_OFFLINE": ""}
-    done = subprocess.run(command, capture_output=True, cwd=tmp_path, env=online, check=False)
-    assert done.returncode == 0, done.stderr.decode()
-    assert not attempts.exists(), attempts.read_text()
-    files = written(tmp_path)
-    assert "out/library.log" in files and any("checkpoints" in file for file in files)
-    assert not leaks(files | {"stdout": done.stdout, "stderr": done.stderr})
-    page = (tmp_path / "out" / "report.html").read_text()
-    assert "<script" not in page and "<img" not in page, "what a row or a file's name says is text"
-    assert "&lt;script&gt;rows.jsonl" in page and "&lt;script&gt;alert(" in page and "&lt;img src=x&gt;" in page
 
 
 def test_the_guard_sees_an_attempt(guard: tuple[dict[str, str], Path]) -> None:

@@ -1,16 +1,12 @@
 """Files → rows: every kind and compression gives the same rows; every bad file is one line that names the place."""
 
 import csv
-import functools
-import gzip
-import http.server
 import io
 import json
 import os
 import subprocess
 import sys
-import threading
-from collections.abc import Callable, Iterator
+from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
@@ -87,10 +83,6 @@ def test_every_kind_of_file_holds_the_same_rows(
     assert read(by_mark) == ROWS
 
 
-def test_a_mark_before_a_blank_line_is_no_row(tmp_path: Path) -> None:
-    assert read(write(tmp_path / "rows.jsonl", b"\xef\xbb\xbf\n" + jsonl(ROWS))) == ROWS
-
-
 def test_parquet_holds_the_same_rows(tmp_path: Path) -> None:
     source = write(tmp_path / "rows.parquet", as_parquet(ROWS))
     assert read(source) == ROWS
@@ -116,12 +108,6 @@ def test_keys_that_only_the_column_type_brings_are_left_out(tmp_path: Path, monk
 
     monkeypatch.setattr(datasets, "load_dataset", lambda *_, **__: datasets.Dataset.from_list(rows))
     assert [row for chunk in arrow.hub("owner/name", "train", False, ()) for row in chunk.rows] == rows
-
-
-def test_hand_compressed_gzip_of_two_members_is_read_whole(tmp_path: Path) -> None:
-    path = tmp_path / "rows.jsonl.gz"
-    path.write_bytes(gzip.compress(jsonl(ROWS[:2])) + gzip.compress(jsonl(ROWS[2:])))
-    assert read(str(path)) == ROWS
 
 
 def test_blank_lines_are_no_rows_but_count_as_lines(tmp_path: Path) -> None:
@@ -274,11 +260,6 @@ def test_a_source_that_cannot_be_is_refused_early(source: str, told: str) -> Non
         sources.check_source(source)
 
 
-@pytest.mark.parametrize("name", ["rows.txt", "rows.gz", "rows.parquet.gz", "rows.jsonl.xz", "rows"])
-def test_an_unknown_ending_is_refused(tmp_path: Path, name: str) -> None:
-    assert "unknown ending" in refused(write(tmp_path / name, b"x"))
-
-
 @pytest.mark.parametrize("ending", ["jsonl", "json", "csv", "parquet", "jsonl.gz"])
 def test_an_empty_file_is_refused(tmp_path: Path, ending: str) -> None:
     path = tmp_path / f"rows.{ending}"
@@ -404,39 +385,3 @@ def test_a_folder_that_cannot_be_entered_is_named(tmp_path: Path) -> None:
         sources.check_source("~nobody-of-that-name/rows.jsonl")
     with pytest.raises(DataError, match="no file"):
         sources.check_source("x" * 300 + ".jsonl")
-
-
-@pytest.fixture
-def served(tmp_path: Path) -> Iterator[str]:
-    """The URL of a folder, while it is served from this machine."""
-    handler = functools.partial(http.server.SimpleHTTPRequestHandler, directory=str(tmp_path))
-    with http.server.ThreadingHTTPServer(("127.0.0.1", 0), handler) as server:
-        threading.Thread(target=server.serve_forever, daemon=True).start()
-        yield f"http://127.0.0.1:{server.server_port}"
-        server.shutdown()
-
-
-def test_a_file_behind_a_url_is_read_as_here(tmp_path: Path, served: str) -> None:
-    for name, content in (
-        ("rows.jsonl.gz", jsonl(ROWS)),
-        ("rows.parquet", as_parquet(ROWS)),
-        ("rows.csv", as_csv(ROWS)),
-    ):
-        here = write(tmp_path / name, content)
-        assert read(f"{served}/{name}") == read(here) == ROWS
-        there = sources.fingerprint(f"{served}/{name}", "train", "train")
-        assert there == sources.fingerprint(here, "train", "train")
-    assert "cannot be downloaded (FileNotFoundError" in refused(f"{served}/none.jsonl")
-    with pytest.raises(DataError, match="unknown ending"):
-        sources.check_source(f"{served}/rows.txt")
-    for secret in ("https://me:word@host/rows.jsonl", "https://host/rows.jsonl?token=word"):
-        with pytest.raises(DataError, match="URL of host holds a password or a .query") as caught:
-            sources.check_source(secret)
-        assert "word@" not in str(caught.value) and "token" not in str(caught.value)
-
-
-def test_what_s3_needs_is_named_with_its_version(monkeypatch: pytest.MonkeyPatch) -> None:
-    import fsspec
-
-    monkeypatch.setitem(sys.modules, "s3fs", None)
-    assert f"pip install s3fs=={fsspec.__version__}" in refused("s3://bucket/rows.jsonl")

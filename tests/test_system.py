@@ -5,12 +5,9 @@ process of ours takes a file of the current folder for a module.
 import json
 import os
 import shutil
-import stat
 import subprocess
 import sys
-from collections.abc import Iterator
 from pathlib import Path
-from typing import Any
 
 import pytest
 
@@ -21,44 +18,6 @@ from fasttune.core import checkpoint, model_files, pretrained, resume, run_folde
 from fasttune.data import sources
 from fasttune.errors import ConfigError, DataError, ModelError, OutputError
 from fasttune.tools import trained_model
-
-
-@pytest.fixture(params=[0o022, 0o077, 0o002], ids=oct)
-def umask(request: pytest.FixtureRequest) -> Iterator[int]:
-    old = os.umask(request.param)
-    yield request.param
-    os.umask(old)
-
-
-def modes(folder: Path) -> dict[str, int]:
-    return {str(path.relative_to(folder)): stat.S_IMODE(path.stat().st_mode) for path in folder.rglob("*")}
-
-
-def test_a_file_is_as_readable_as_the_umask_says(tmp_path: Path, umask: int) -> None:
-    report.write_json(tmp_path / "run.json", {})
-    assert modes(tmp_path) == {"run.json": 0o666 & ~umask}
-
-
-def test_a_checkpoint_is_as_readable_as_the_umask_says(unsloth: None, tmp_path: Path, umask: int) -> None:
-    import torch
-
-    checkpoint.save(tmp_path, 1, {"weights": {"a": torch.ones(2)}}, {})
-    for name, mode in modes(tmp_path).items():
-        assert mode == (0o666 if "." in name else 0o777) & ~umask, name
-
-
-def test_the_saved_weights_are_as_readable_as_the_umask_says(unsloth: None, tmp_path: Path) -> None:
-    from fasttune.core import model
-
-    class Saved:
-        def save_pretrained(self, folder: Path, **_: Any) -> None:
-            folder.mkdir(exist_ok=True)
-            (folder / "adapter_model.safetensors").touch(0o600)
-
-    old = os.umask(0o022)
-    model.save(Saved(), Saved(), tmp_path / "adapter")
-    os.umask(old)
-    assert modes(tmp_path) == {"adapter": 0o755, "adapter/adapter_model.safetensors": 0o644}
 
 
 def test_a_write_replaces_a_link_and_leaves_its_target(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:

@@ -102,12 +102,6 @@ def test_training_does_not_notice(tmp_path: Path, monkeypatch: pytest.MonkeyPatc
     assert "Held-out loss" not in (tmp_path / "never" / "report.html").read_text()
 
 
-def test_held_out_share_is_looked_at_and_start_and_end_is_the_default(tmp_path: Path) -> None:
-    result = run(tmp_path / "run", {"data": {"eval_share": 0.25}, "train": {"max_steps": 2}})
-    assert result.held_out.rows == 6
-    assert (result.held_out.before.step, result.held_out.after.step) == (0, 2)
-
-
 def losses_are(monkeypatch: pytest.MonkeyPatch, curve: dict[int, float]) -> None:
     """Step → held-out loss."""
     from fasttune.core import evaluation

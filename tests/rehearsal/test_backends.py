@@ -11,6 +11,7 @@ import pytest
 
 from fasttune import stack
 
+pytestmark = pytest.mark.nightly  # it changes with the pins only
 XFORMERS = {  # as much of it as Unsloth imports
     "__init__.py": "__version__ = '0.0.35'\n",
     "_cpp_lib.py": "def _register_extensions(): ...\n",
@@ -36,7 +37,6 @@ def table(tmp_path_factory: pytest.TempPathFactory) -> dict[str, Any]:
     return json.loads(done.stdout.splitlines()[-1])
 
 
-@pytest.mark.slow
 def test_a_pack_of_ours_runs_one_kernel_and_copies_no_keys(table: dict[str, Any]) -> None:
     """Although xformers is installed: Unsloth would take it, with keys and values copied for each of 32 heads."""
     assert table["xformers is hidden"]

@@ -24,7 +24,7 @@ LAUNCHES = {
 }
 
 
-@pytest.mark.slow
+@pytest.mark.nightly  # it changes with the pins only
 def test_the_kernels_of_an_8b_model_compile_for_an_h100(tmp_path: Path) -> None:
     command = [sys.executable, "-W", "ignore", Path(__file__).with_name("compile_sm90.py")]
     own = {"UNSLOTH_COMPILE_LOCATION": str(tmp_path / "unsloth"), "TRITON_CACHE_DIR": str(tmp_path / "triton")}
