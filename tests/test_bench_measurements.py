@@ -100,7 +100,7 @@ def stub_smi(folder: Path, monkeypatch: pytest.MonkeyPatch, *lines: str) -> Path
     return program.with_name("nvidia-smi.said")
 
 
-H200 = hardware.with_gpu(hardware.Hardware("linux", "x86_64", "2.36", "3.11.2", "CPU", 2, 23.4, 99.0), "h200-141")
+H200 = chips.with_gpu(hardware.Hardware("linux", "x86_64", "2.36", "3.11.2", "CPU", 2, 23.4, 99.0), "h200-141")
 
 
 def test_throttling_and_power_are_seen_while_they_last(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
@@ -210,7 +210,7 @@ def test_a_benchmark_is_not_relabelled(tmp_path: Path, monkeypatch: pytest.Monke
         with monkeypatch.context() as changed, pytest.raises(OutputError, match="of another job"):
             changed.setattr(owner, name, lambda value=value: value)
             run_it(tmp_path / "out", ["fasttune"])
-    monkeypatch.setattr(run.hardware, "detect", lambda path: hardware.with_gpu(H200, "h100-80"))
+    monkeypatch.setattr(run.hardware, "detect", lambda path: chips.with_gpu(H200, "h100-80"))
     with pytest.raises(OutputError, match="machine was NVIDIA H200, is NVIDIA H100 80GB HBM3"):
         run_it(tmp_path / "out", ["fasttune"])
     assert len(measured) == 3
