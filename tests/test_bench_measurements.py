@@ -13,7 +13,7 @@ from typing import Any
 
 import pytest
 
-from fasttune import cli, config, hardware
+from fasttune import chips, cli, config, hardware
 from fasttune.bench import run
 from fasttune.bench.run import Measurements
 from fasttune.bench.stats import Bench

@@ -208,7 +208,7 @@ def converse(speaker: Speaker, system: str | None, read: Callable[[], str | None
             try:
                 answer = speaker.stream(asked, write)
             except Unusable as error:
-                write(f"({error}; /new starts a new conversation)\n")
+                write(f"({error}; /new starts a new one)\n")
                 continue
             write("\n")
             messages = [*asked, {"role": "assistant", "content": answer.text}]

@@ -32,7 +32,7 @@ ON_A_GPU = "fitted to two runs on an H100, shown on none"
 
 
 @dataclass(frozen=True)
-class PlanFigures:
+class Figures:
     """Everything the page shows. sampled: the data is larger than what was read, so tokens and steps are scaled."""
 
     name: str
@@ -46,7 +46,7 @@ class PlanFigures:
     smaller: list[str]  # what to change where it does not fit
 
 
-def look(config: Config, gpu: str | None, reporter: terminal.Reporter) -> PlanFigures:
+def look(config: Config, gpu: str | None, reporter: terminal.Reporter) -> Figures:
     """The plan of a config. `gpu`: one of chips.KNOWN_GPUS, or None for this machine.
 
     Raises ConfigError, DataError and ModelError.
@@ -78,7 +78,7 @@ def look(config: Config, gpu: str | None, reporter: terminal.Reporter) -> PlanFi
     usable_gib = autoconfig.usable_memory_gib(machine)
     fits = expected.peak_memory_gib.expected <= usable_gib
     packing = autoconfig.packing(chosen.packed, "where the live model proves to be exact")
-    return PlanFigures(
+    return Figures(
         name=config.name,
         machine=hardware.machine_name(machine),
         usable_gib=usable_gib,
@@ -135,7 +135,7 @@ def _rows_of(source: str, split: str) -> int:
     return rows
 
 
-def show(figures: PlanFigures, console: Console = terminal.console) -> None:
+def show(figures: Figures, console: Console = terminal.console) -> None:
     """Print the page: settings with their reasons, memory by part, tokens, time and dollars."""
     console.print(Rule(Text.assemble(("plan ", "bold"), figures.name, (" on ", "dim"), figures.machine), align="left"))
     settings = terminal.grid((each.name, each.value, each.reason) for each in figures.settings)
@@ -150,7 +150,7 @@ def show(figures: PlanFigures, console: Console = terminal.console) -> None:
         console.print(Text(f"  {way}"), soft_wrap=True)
 
 
-def _memory(figures: PlanFigures) -> list[tuple[str, str | Text, str]]:
+def _memory(figures: Figures) -> list[tuple[str, str | Text, str]]:
     """A line for every part that is not nothing, and the peak."""
     expected, peak = figures.forecast, figures.forecast.peak_memory_gib
     note = f"{peak.low:,.1f} to {peak.high:,.1f}; {figures.usable_gib:,.1f} can be used"
@@ -176,7 +176,7 @@ def _groups(roofline: Roofline | None) -> Iterator[Table]:
     yield table
 
 
-def _bill(figures: PlanFigures) -> list[tuple[str, str, str]]:
+def _bill(figures: Figures) -> list[tuple[str, str, str]]:
     expected = figures.forecast
     about = "by the first rows of the data" if figures.sampled else ""
     lines = [("tokens", f"{expected.tokens:,} in {steps_text(expected.steps)}", about)]

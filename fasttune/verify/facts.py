@@ -3,11 +3,11 @@ only, read in verify's own process. In child processes: each package imported al
 """
 
 import importlib
+import importlib.metadata
 import os
 import sys
 from collections.abc import Iterator, Mapping
 from functools import partial
-from importlib.metadata import version
 from importlib.util import find_spec
 from pathlib import Path
 
@@ -60,14 +60,14 @@ def read(hardware: Hardware, stack_name: str) -> Iterator[Result]:
 
 
 def python() -> Result:
-    here = ".".join(str(part) for part in sys.version_info[:3])
+    version = ".".join(str(part) for part in sys.version_info[:3])
     if not (3, 11) <= sys.version_info[:2] <= (3, 13):
         fix = "install Python 3.12, then: bash scripts/setup_h100.sh --recreate --python python3.12"
-        return Result("python", "fail", f"{here}, but the stacks are made for 3.11 to 3.13", fix)
+        return Result("python", "fail", f"{version}, but the stacks are made for 3.11 to 3.13", fix)
     if sys.prefix == sys.base_prefix:
-        detail = f"{here}, not in a virtual environment: other packages may fight the stack"
+        detail = f"{version}, not in a virtual environment: other packages may fight the stack"
         return Result("python", "warn", detail, "bash scripts/setup_h100.sh")
-    return Result("python", "pass", f"{here} in {sys.prefix}")
+    return Result("python", "pass", f"{version} in {sys.prefix}")
 
 
 def operating_system(hardware: Hardware) -> Result:
@@ -157,21 +157,21 @@ def site_packages(stack_name: str) -> Result:
     wanted, seen = stack.read_pins(stack_name), dict[str, tuple[str, Path]]()
     damaged, outside = list[str](), list[str]()
     on_pythonpath = {Path(place).resolve() for place in os.environ.get("PYTHONPATH", "").split(os.pathsep) if place}
-    for name, found, distribution in stack.distributions():
+    for name, version, distribution in stack.distributions():
         if name not in wanted:
             continue
         folder = stack.metadata_folder(distribution)
         if name in seen:  # behind another one of its kind Python does not see it, in the same folder it may
-            if folder.parent == seen[name][1] and found != seen[name][0]:
-                damaged.append(f"{name} is there twice, {seen[name][0]} and {found}")
+            if folder.parent == seen[name][1] and version != seen[name][0]:
+                damaged.append(f"{name} is there twice, {seen[name][0]} and {version}")
             continue
-        seen[name] = (found, folder.parent)
-        if not stack.compare({name: wanted[name]}, {name: found}):
+        seen[name] = (version, folder.parent)
+        if not stack.compare({name: wanted[name]}, {name: version}):
             continue
         if folder.parent.resolve() in on_pythonpath:
-            outside.append(f"{name} {found} comes from {folder.parent} (PYTHONPATH)")
+            outside.append(f"{name} {version} comes from {folder.parent} (PYTHONPATH)")
         elif folder.suffix == ".dist-info" and not (folder / "RECORD").is_file():
-            damaged.append(f"{name} {found} has lost its RECORD, so pip cannot replace it")
+            damaged.append(f"{name} {version} has lost its RECORD, so pip cannot replace it")
     if outside:
         return Result("site-packages", "fail", "; ".join(outside[:3]), "unset PYTHONPATH, then run verify again")
     if damaged:
@@ -207,7 +207,7 @@ def import_alone(module_name: str) -> Iterator[Result]:
     module = importlib.import_module(module_name)
     if not hasattr(module, part):
         importlib.import_module(f"{module_name}.{part}")
-    yield Result(name, "pass", str(getattr(module, "__version__", version(distribution))))
+    yield Result(name, "pass", str(getattr(module, "__version__", importlib.metadata.version(distribution))))
 
 
 def online() -> Iterator[Result]:
