@@ -31,5 +31,8 @@ if [ -n "$dry" ]; then
     exit
 fi
 uv="$(bash "$here/uv.sh")"
-"$uv" python install --quiet 3.12
+if ! "$uv" python install 3.12 >&2; then
+    echo "setup: uv cannot bring a Python (see above); install one, e.g. apt-get install python3.12, or name it with --python PATH" >&2
+    exit 2
+fi
 exec "$("$uv" python find --managed-python 3.12)" "$here/setup_env.py" "$@"

@@ -25,7 +25,7 @@ def test_a_named_python_that_does_not_fit_is_one_line() -> None:
 UV = """#!/bin/sh
 case "$1 $2" in
     "--version ") echo "uv {version} (made up)" ;;
-    "python install") echo "$0 $*" >>{calls} ;;
+    "python install") echo "$0 $*" >>{calls}; exit {fails} ;;
     "python find") echo {python} ;;
 esac
 """
@@ -42,7 +42,7 @@ INSTALLER = (
 )
 
 
-@pytest.mark.parametrize("brought_by", ["PATH", "pip", "curl", "wget", "nothing"])
+@pytest.mark.parametrize("brought_by", ["PATH", "pip", "curl", "wget", "nothing", "PATH, in vain"])
 def test_where_no_python_fits_uv_is_brought_and_brings_one(tmp_path: Path, brought_by: str) -> None:
     """A bare Ubuntu 22.04 of stand-ins; what is shown at the end is the help of scripts/setup_env.py."""
     tools, calls = tmp_path / "tools", tmp_path / "calls"
@@ -50,8 +50,9 @@ def test_where_no_python_fits_uv_is_brought_and_brings_one(tmp_path: Path, broug
     for name in "bash sh dirname sed sort head mkdir mktemp mv rm cp".split():
         (tools / name).symlink_to(shutil.which(name) or f"/bin/{name}")
     values = {"calls": calls, "python": sys.executable, "uv": tmp_path / "uv", "without_pip": int(brought_by != "pip")}
+    values |= {"fails": int("vain" in brought_by)}
     scripts = {tmp_path / "uv": UV.format(version="0.13.9", **values), tools / "python3": OLD_PYTHON.format(**values)}
-    scripts[tools / "uv"] = UV.format(version="0.13.9" if brought_by == "PATH" else "0.9.9", **values)  # else too old
+    scripts[tools / "uv"] = UV.format(version="0.13.9" if "PATH" in brought_by else "0.9.9", **values)  # else too old
     if brought_by in ("curl", "wget"):
         scripts[tools / brought_by] = INSTALLER.format(**values)
     for path, text in scripts.items():
@@ -69,9 +70,11 @@ def test_where_no_python_fits_uv_is_brought_and_brings_one(tmp_path: Path, broug
     done = run("--help")
     if brought_by == "nothing":
         return refused(done, "pip, curl or wget is needed to bring uv (apt-get install -y curl")
+    if "vain" in brought_by:
+        return refused(done, "uv cannot bring a Python (see above); install one, e.g. apt-get install python3.12")
     assert done.returncode == 0 and "usage: setup_h100.sh" in done.stdout, done.stderr
     said = calls.read_text().splitlines()
-    assert said[-1].endswith("python install --quiet 3.12")
+    assert said[-1].endswith("python install 3.12")
     assert ("https://astral.sh/uv/" in said[0]) == (brought_by in ("curl", "wget"))
     left = [path.name for path in (tmp_path / "cache").glob("fasttune/*")]
     assert left == ([] if brought_by == "PATH" else ["uv-0.13.9"])
