@@ -18,15 +18,27 @@ from fasttune.errors import FasttuneError
 from fasttune.hardware import Hardware, detect
 
 MARKER_FILE = "fasttune-setup.json"  # written into the environment by the set-up
-CPU_INDEX = "https://download.pytorch.org/whl/cpu"
-# torch 2.11's newest CUDA 12 build; any driver >= 525 runs it, Blackwell included.
-# https://github.com/pytorch/pytorch/pull/175253 and https://docs.nvidia.com/deploy/cuda-compatibility/
-CU12_INDEX = "https://download.pytorch.org/whl/cu128"
-TORCH_FAMILY = ("torch", "torchvision", "triton")  # what comes from PyTorch's own index on the cu12 stack
+TORCH_FAMILY = ("torch", "torchvision", "triton")
 CUDA_WHEEL = re.compile(r"^(nvidia-|cuda-)")
 OLDEST_DRIVER = 525  # of CUDA 12: https://docs.nvidia.com/deploy/cuda-compatibility/minor-version-compatibility.html
 DISK_NEEDED_GIB = {"cpu": 4, "cu130": 12, "cu12": 12}
 DRIVERS_URL = "https://docs.nvidia.com/datacenter/tesla/driver-installation-guide/"
+
+
+@dataclass(frozen=True)
+class Build:
+    """Another build than PyPI's: the index that has it, and its versions. No other file carries these versions."""
+
+    index: str
+    versions: Mapping[str, str]
+
+
+TORCH: Mapping[str, Build] = {
+    "cpu": Build("https://download.pytorch.org/whl/cpu", {"torch": "2.13.0+cpu"}),
+    # torch 2.11's newest CUDA 12 build; any driver >= 525 runs it, Blackwell included.
+    # https://github.com/pytorch/pytorch/pull/175253 and https://docs.nvidia.com/deploy/cuda-compatibility/
+    "cu12": Build("https://download.pytorch.org/whl/cu128", {"torch": "2.11.0+cu128", "torchvision": "0.26.0+cu128"}),
+}
 
 
 def _stack_dir() -> Path:
@@ -35,14 +47,6 @@ def _stack_dir() -> Path:
 
 
 STACK_DIR = _stack_dir()
-
-
-@dataclass(frozen=True)
-class Pin:
-    """A version, and the SHA-256 of the files it may be installed from (none: a build that depends on the index)."""
-
-    version: str
-    hashes: tuple[str, ...]
 
 
 @dataclass(frozen=True)
@@ -67,75 +71,40 @@ def stack_names() -> list[str]:
 
 
 def stack_file(name: str) -> Path:
-    """The pin file of a stack; `cu12` shares that of `cu130`, only its torch comes from elsewhere."""
     if name not in stack_names():
         raise FasttuneError(f"--stack {name}: no such stack (choose one of {', '.join(stack_names())})")
-    return STACK_DIR / f"{'cu130' if name == 'cu12' else name}.txt"
+    return STACK_DIR / f"{name}.txt"
 
 
 def read_pins(name: str, python: tuple[int, int] | None = None) -> dict[str, str]:
     """The pins of a stack for a Python version (default: this one), canonical name → version.
 
-    `cu12` carries a local version for torch and torchvision and no pins for the CUDA libraries that they bring along.
     Raises FasttuneError for an unknown stack or an unreadable file.
     """
     pins = read_pin_file(stack_file(name), python)
-    if name == "cu12":
-        tag = CU12_INDEX.rsplit("/", 1)[1]
-        pins = {package: version for package, version in pins.items() if not CUDA_WHEEL.match(package)}
-        pins |= {package: f"{pins[package]}+{tag}" for package in ("torch", "torchvision")}
-    return pins
+    return pins | dict(TORCH[name].versions) if name in TORCH else pins
 
 
 def read_pin_file(path: Path, python: tuple[int, int] | None = None) -> dict[str, str]:
-    """The pins of a file, canonical name → version."""
-    return {name: pin.version for name, pin in parse_pin_file(path, python).items()}
-
-
-def requirements(name: str, python: tuple[int, int] | None = None) -> list[str]:
-    """Lines for `pip install --require-hashes -r`: the packages of a stack with their hashes.
-
-    What comes from PyTorch's own index is left out: torch of `cpu`, and TORCH_FAMILY with the CUDA libraries of `cu12`.
-    """
-    pins = parse_pin_file(stack_file(name), python)
-    elsewhere = set(TORCH_FAMILY) if name == "cu12" else set()
-    return [
-        " ".join([f"{package}=={pins[package].version}", *(f"--hash={digest}" for digest in pins[package].hashes)])
-        for package in read_pins(name, python)
-        if package not in elsewhere and pins[package].hashes
-    ]
-
-
-def parse_pin_file(path: Path, python: tuple[int, int] | None = None) -> dict[str, Pin]:
-    """Parse `name==version [; python_version < "3.12"] [--hash=sha256:…]`, what stacks/regenerate.py writes."""
+    """The pins of a file, canonical name → version: what stacks/regenerate.py writes, without the hashes."""
     python = python or sys.version_info[:2]
-    pin = r'([\w.-]+)==([^\s;]+)(?:\s*;\s*python_version (<|>=) "(\d+)\.(\d+)")?'
-    line_form = re.compile(pin + r"((?:\s+--hash=sha256:[0-9a-f]{64})*)")
-    pins = {}
-    for number, line in _joined_lines(path):
-        match = line_form.fullmatch(line)
-        if not match:
-            raise FasttuneError(f"{path}:{number}: not a pin `name==version`: {line} (run stacks/regenerate.py)")
-        package, version, operator, major, minor, hashes = match.groups()
-        if operator and (python < (int(major), int(minor))) != (operator == "<"):
-            continue
-        pins[canonical(package)] = Pin(version, tuple(digest.removeprefix("--hash=") for digest in hashes.split()))
-    return pins
-
-
-def _joined_lines(path: Path) -> Iterator[tuple[int, str]]:
-    """The lines of a requirements file with their numbers, without comments, continued ones (`\\`) joined."""
+    form = re.compile(
+        r'([\w.-]+)==([^\s;]+)(?:\s*;\s*python_version (<|>=) "(\d+)\.(\d+)")?(\s+--hash=sha256:[0-9a-f]{64})*'
+    )
     try:
-        lines = path.read_text().splitlines()
+        text = path.read_text().replace("\\\n", " ")
     except OSError as error:
         raise FasttuneError(f"{path}: cannot read the pins of the stack ({error.strerror})") from None
-    joined: list[str] = []
-    for number, line in enumerate([*lines, ""], 1):
-        text = line.partition("#")[0].strip()
-        joined += text.removesuffix("\\").split()
-        if joined and not text.endswith("\\"):
-            yield number, " ".join(joined)
-            joined = []
+    pins = {}
+    for line in text.splitlines():
+        if not (line := line.partition("#")[0].strip()):
+            continue
+        if not (match := form.fullmatch(line)):
+            raise FasttuneError(f"{path}: not a pin `name==version`: {line} (run stacks/regenerate.py)")
+        package, version, operator, major, minor, _ = match.groups()
+        if not operator or (python < (int(major), int(minor))) == (operator == "<"):
+            pins[canonical(package)] = version
+    return pins
 
 
 def choose_stack(hardware: Hardware) -> tuple[str, str]:
@@ -236,19 +205,15 @@ def repair_command(packages: Iterable[str], stack: str) -> str:
 
 
 def fix_command(packages: Iterable[str], stack: str, *options: str) -> str:
-    """The command that puts these packages to the stack's pins in the running interpreter."""
+    """The command that puts these packages to the stack's pins in the running interpreter.
+
+    A torch from PyTorch's own index brings the CUDA libraries that belong to it.
+    """
     pins, packages = read_pins(stack), list(packages)
-    pip = [sys.executable, "-m", "pip", "install", *options]
-    commands = []
-    if stack == "cu12" and (torch := [name for name in packages if name in TORCH_FAMILY and "+" in pins[name]]):
-        # with what it needs: the CUDA 12 libraries of this torch are no pins of ours
-        commands.append([*pip, *(f"{name}=={pins[name]}" for name in torch), "--index-url", CU12_INDEX])
-        packages = [name for name in packages if name not in TORCH_FAMILY]
-    extra = ["--extra-index-url", CPU_INDEX] if stack == "cpu" and "torch" in packages else []
-    if wanted := [f"{name}=={pins[name]}" for name in packages if name in pins]:
-        commands.append([*pip, "--no-deps", *extra, *wanted])
-    return " && ".join(map(shlex.join, commands)) or "bash scripts/setup_h100.sh"
-
-
-if __name__ == "__main__":  # `python -m fasttune.stack cu12`: what the set-up gives to pip
-    print("\n".join(requirements(sys.argv[1])))
+    index: list[str] = []
+    if stack in TORCH and not TORCH[stack].versions.keys().isdisjoint(packages):
+        index = ["--extra-index-url", TORCH[stack].index]
+        packages += [name for name in pins if CUDA_WHEEL.match(name) and name not in packages]
+    wanted = [f"{name}=={pins[name]}" for name in packages if name in pins]
+    command = [sys.executable, "-m", "pip", "install", *options, "--no-deps", *index, *wanted]
+    return shlex.join(command) if wanted else "bash scripts/setup_h100.sh"

@@ -39,8 +39,9 @@ class Finding:
 
 def all_pins() -> list[Pin]:
     """What any stack installs on any Python, and the tools of the tests."""
-    files = [stack.STACK_DIR / f"{name}.txt" for name in ("cpu", "cu130", "dev")]
-    return sorted({pin for file in files for python in PYTHONS for pin in stack.read_pin_file(file, python).items()})
+    pins = [stack.read_pins(name, python) for name in stack.stack_names() for python in PYTHONS]
+    pins += [stack.read_pin_file(stack.STACK_DIR / f"{name}.txt") for name in ("dev", "setup")]
+    return sorted({(name, version.partition("+")[0]) for each in pins for name, version in each.items()})
 
 
 def ask(pins: list[Pin]) -> Any:

@@ -8,10 +8,8 @@ import json
 import os
 import shutil
 import subprocess
-import urllib.error
-import urllib.request
 
-from shell import Shell
+from shell import Shell, reachable
 
 from fasttune.hardware import Hardware
 
@@ -42,31 +40,29 @@ def install(mode: str, hardware: Hardware, shell: Shell) -> str:
     """Try `auto` or `build`, and say in one line what came of it."""
     if not hardware.gpus:
         return "no GPU: not used"
-    if version := _proven(shell):
+    if version := run(shell, PROVE):
         return f"{version} is installed and its kernel runs"
-    facts = _describe(shell)
-    if facts is None or not facts["cuda"]:
+    facts = json.loads(run(shell, DESCRIBE) or "{}")
+    if not facts.get("cuda"):
         return f"torch is no CUDA build; {FALLBACK}"
-    broken = _run(shell, INSTALLED)
-    if broken:  # pip would take it for the one that is wanted
-        shell.try_pip("uninstall", "-y", "flash-attn")
-    said = _get(mode, facts, hardware, shell)
-    return f"{broken.strip()} did not run and was removed; {said}" if broken else said
+    broken = run(shell, INSTALLED)
+    if broken:  # uv would take it for the one that is wanted
+        shell.try_uv("uninstall", "flash-attn")
+    said = build(hardware, facts["cuda"], shell) if mode == "build" else get_wheel(facts, shell)
+    if not said and (version := run(shell, PROVE)):
+        said = f"{version} installed and its kernel runs"
+    elif not said:
+        shell.try_uv("uninstall", "flash-attn")
+        said = f"was installed, but its kernel does not run, so it was removed; {FALLBACK}"
+    return f"{broken} did not run and was removed; {said}" if broken else said
 
 
-def _get(mode: str, facts: dict[str, str], hardware: Hardware, shell: Shell) -> str:
-    if mode == "build":
-        problem = _build(hardware, facts["cuda"], shell)
-        if problem:
-            return f"not built: {problem}; {FALLBACK}"
-    elif not (
-        shell.try_pip("install", "--only-binary=:all:", "--no-deps", "flash-attn") or _from_release(facts, shell)
-    ):
-        return f"no wheel for torch {facts['torch']}, {facts['python']}; {FALLBACK}"
-    if version := _proven(shell):
-        return f"{version} installed and its kernel runs"
-    shell.try_pip("uninstall", "-y", "flash-attn")
-    return f"was installed, but its kernel does not run, so it was removed; {FALLBACK}"
+def get_wheel(facts: dict[str, str], shell: Shell) -> str:
+    """From a configured index, or from the project's releases; returns why there is none, or nothing."""
+    found = shell.try_uv("install", "--only-binary", ":all:", "--no-deps", "flash-attn")
+    if not found:
+        found = any(shell.try_uv("install", "--no-deps", url) for url in wheel_urls(facts) if reachable(url))
+    return "" if found else f"no wheel for torch {facts['torch']}, {facts['python']}; {FALLBACK}"
 
 
 def wheel_urls(facts: dict[str, str]) -> list[str]:
@@ -77,57 +73,27 @@ def wheel_urls(facts: dict[str, str]) -> list[str]:
     return [f"{RELEASES}/v{version}/flash_attn-{version.partition('.post')[0]}%2B{tag}.whl" for version in VERSIONS]
 
 
-def _from_release(facts: dict[str, str], shell: Shell) -> bool:
-    for url in wheel_urls(facts):
-        try:
-            with urllib.request.urlopen(urllib.request.Request(url, method="HEAD"), timeout=5):
-                pass
-        except urllib.error.HTTPError:
-            continue  # not published for this combination
-        except OSError:
-            return False  # the site cannot be reached
-        if shell.try_pip("install", "--no-deps", url):
-            return True
-    return False
-
-
-def _build(hardware: Hardware, cuda: str, shell: Shell) -> str | None:
-    """Compile for the present chip only; returns what stood in the way, or None."""
+def build(hardware: Hardware, cuda: str, shell: Shell) -> str:
+    """Compile for the present chip only; returns what stood in the way, or nothing."""
     home = os.environ.get("CUDA_HOME", "/usr/local/cuda")
-    nvcc = shutil.which("nvcc") or shutil.which("nvcc", path=f"{home}/bin")
-    if not nvcc:
-        return f"no nvcc (install the CUDA {cuda} toolkit, or set CUDA_HOME)"
+    if not (shutil.which("nvcc") or shutil.which("nvcc", path=f"{home}/bin")):
+        return f"not built: no nvcc (install the CUDA {cuda} toolkit, or set CUDA_HOME); {FALLBACK}"
     major, minor = hardware.gpus[0].compute_capability
     jobs = max(1, min(hardware.cores, int(hardware.memory_gib // GIB_PER_JOB)))
-    architectures = {"FLASH_ATTN_CUDA_ARCHS": f"{major}{minor}", "TORCH_CUDA_ARCH_LIST": f"{major}.{minor}"}
-    build = {"MAX_JOBS": str(jobs), "FLASH_ATTENTION_FORCE_BUILD": "TRUE", **architectures}
-    shell.try_pip("install", "--no-deps", "ninja")  # without it the build uses one core
-    arguments = [
-        "install",
-        "--no-deps",
-        "--no-build-isolation",
-        "--no-binary=flash-attn",
-        "--no-cache-dir",  # a wheel that pip built for another torch lies there under the same name
-        f"flash-attn=={VERSIONS[-1]}",
-    ]
-    return None if shell.try_pip(*arguments, **build) else "the compiler failed, see the log"
+    settings = {"MAX_JOBS": str(jobs), "FLASH_ATTENTION_FORCE_BUILD": "TRUE"}
+    settings |= {"FLASH_ATTN_CUDA_ARCHS": f"{major}{minor}", "TORCH_CUDA_ARCH_LIST": f"{major}.{minor}"}
+    shell.try_uv("install", "--no-deps", "ninja")  # without it the build uses one core
+    # --no-cache: a wheel that was built for another torch lies there under the same name
+    options = ["--no-deps", "--no-build-isolation", "--no-binary", "flash-attn", "--no-cache"]
+    built = shell.try_uv("install", *options, f"flash-attn=={VERSIONS[-1]}", **settings)
+    return "" if built else f"not built: the compiler failed, see the log; {FALLBACK}"
 
 
-def _proven(shell: Shell) -> str | None:
-    found = _run(shell, PROVE)
-    return found.strip().splitlines()[-1] if found else None
-
-
-def _describe(shell: Shell) -> dict[str, str] | None:
-    found = _run(shell, DESCRIBE)
-    return json.loads(found) if found else None
-
-
-def _run(shell: Shell, code: str) -> str | None:
+def run(shell: Shell, code: str) -> str:
+    """The last line that the environment's Python prints, or nothing where it fails."""
+    command = [shell.python, "-c", code]
     try:
-        done = subprocess.run(
-            [shell.python, "-c", code], capture_output=True, text=True, timeout=120, env=shell.environment, check=True
-        )
+        done = subprocess.run(command, capture_output=True, text=True, timeout=120, env=shell.environment, check=True)
     except (OSError, subprocess.SubprocessError):
-        return None
-    return done.stdout
+        return ""
+    return done.stdout.strip().rpartition("\n")[2]

@@ -6,7 +6,9 @@ set-up that was killed is seen and done again; a good environment is left as it 
 """
 
 import argparse
+import contextlib
 import datetime
+import fcntl
 import hashlib
 import json
 import os
@@ -15,18 +17,18 @@ import shlex
 import shutil
 import subprocess
 import sys
+from collections.abc import Iterator
 from pathlib import Path
 from typing import NoReturn
 
-ROOT = Path(__file__).resolve().parent.parent
-sys.path.insert(0, str(ROOT))
+sys.path.insert(0, str(Path(__file__).resolve().parent.parent))
 sys.dont_write_bytecode = True  # --dry-run leaves nothing behind
 
 import flash_attention  # noqa: E402  scripts/flash_attention.py
-import shell  # noqa: E402  scripts/shell.py
+from shell import ROOT, Shell, reachable  # noqa: E402  scripts/shell.py
 
 from fasttune import stack  # noqa: E402
-from fasttune.errors import FasttuneError  # noqa: E402
+from fasttune.errors import FasttuneError, RunFailed  # noqa: E402
 from fasttune.gpus import triton_lacks  # noqa: E402
 from fasttune.hardware import Hardware, detect  # noqa: E402
 
@@ -45,7 +47,7 @@ def parse(argv: list[str]) -> argparse.Namespace:
     default = os.environ.get("FASTTUNE_VENV") or str(ROOT / ".venv")
     parser.add_argument("--stack", choices=stack.stack_names(), help="default: the one that fits this machine")
     parser.add_argument("--venv", default=default, metavar="DIR", help="the environment's folder (default: .venv)")
-    parser.add_argument("--python", metavar="PATH", help="a Python 3.11 to 3.13 (default: the first one found)")
+    parser.add_argument("--python", metavar="PATH", help="a Python 3.11 to 3.13 (default: the first one, or one by uv)")
     parser.add_argument("--dev", action="store_true", help="also the tools of scripts/test.sh")
     parser.add_argument("--dry-run", action="store_true", help="print every command, change nothing")
     parser.add_argument("--recreate", action="store_true", help="build the environment anew")
@@ -73,7 +75,7 @@ def main(argv: list[str]) -> int:
         return 130
 
 
-def preflight(options: argparse.Namespace, hardware: Hardware) -> tuple[str, str]:
+def preflight(asked: str | None, hardware: Hardware) -> tuple[str, str]:
     """The stack and the reason for it; raises for a machine that cannot take it."""
     glibc = tuple(int(part) for part in (hardware.glibc or "0").split(".")[:2])
     if hardware.os != "linux" or hardware.arch != "x86_64" or glibc < LEAST_GLIBC:
@@ -81,16 +83,10 @@ def preflight(options: argparse.Namespace, hardware: Hardware) -> tuple[str, str
         raise FasttuneError(
             f"this is {have}; needed is x86-64 Linux with glibc 2.28 or newer (Ubuntu 20.04, Debian 11)"
         )
-    chosen = (options.stack, "asked for") if options.stack else stack.choose_stack(hardware)
+    chosen = (asked, "asked for") if asked else stack.choose_stack(hardware)
     if hardware.gpus and chosen[0] != "cpu" and (lacks := triton_lacks()):
         raise FasttuneError(f"Triton, which compiles kernels for the GPU, needs {lacks[0]} ({lacks[1]})")
     return chosen
-
-
-def short(python: str) -> tuple[int, int]:
-    """`3.11.9` → (3, 11)"""
-    major, minor = (int(part) for part in python.split(".")[:2])
-    return major, minor
 
 
 class Setup:
@@ -99,19 +95,15 @@ class Setup:
     def __init__(self, options: argparse.Namespace):
         self.options = options
         self.venv = Path(options.venv).expanduser().absolute()
-        self.python = self.venv / "bin" / "python"
-        self.marker = self.venv / stack.MARKER_FILE
-        self.log = self.venv / LOG_FILE
+        self.python, self.marker = self.venv / "bin" / "python", self.venv / stack.MARKER_FILE
         self.hardware = detect(self.venv, hidden_too=True)
-        self.stack, self.reason = preflight(options, self.hardware)
-        self.shell = shell.Shell(self.python, self.log, ROOT, options.dry_run)
+        self.stack, self.reason = preflight(options.stack, self.hardware)
+        self.shell = Shell(self.python, self.venv / LOG_FILE, options.dry_run)
 
     def run(self) -> int:
-        machine, gpus = self.hardware, self.hardware.gpus
-        print(
-            f"Python {platform.python_version()}, {machine.cores} cores, {machine.memory_gib:.0f} GiB memory", end=", "
-        )
-        print(f"{machine.disk_free_gib:.0f} GiB disk free, {gpus[0].name if gpus else 'no GPU'}")
+        machine, gpu = self.hardware, self.hardware.gpus[0].name if self.hardware.gpus else "no GPU"
+        memory = f"{machine.memory_gib:.0f} GiB memory, {machine.disk_free_gib:.0f} GiB disk free"
+        print(f"Python {platform.python_version()}, {machine.cores} cores, {memory}, {gpu}")
         print(f"stack {self.stack}: {self.reason}")
         plan, why = self.judge()
         idle = plan == "keep" and self.options.flash_attn in (None, "skip")
@@ -119,7 +111,7 @@ class Setup:
             self.work(plan, why)
         else:
             self.venv.mkdir(parents=True, exist_ok=True)
-            with shell.lock(self.venv):
+            with locked(self.venv):
                 self.work(*self.judge())  # again, now that nobody else is at work in it
         return self.verify(quick=idle)
 
@@ -137,22 +129,25 @@ class Setup:
             raise FasttuneError(
                 f"--venv {self.venv}: was not made by this script (name another folder, or replace it with --recreate)"
             )
-        made = self.read_marker()
+        made, asked = self.read_marker(), self.options.python and platform.python_version()
         if self.options.recreate:
             return "rebuild", "made anew, as asked"
         if made.get("state") != "ok":
             return "rebuild", "an earlier set-up did not finish; made anew"
         if made.get("stack") != self.stack:
             return "rebuild", f"holds the stack {made.get('stack')}; made anew for {self.stack}"
-        if self.options.python and made.get("python") != platform.python_version():
-            return "rebuild", f"holds Python {made.get('python')}; made anew for {platform.python_version()}"
+        if asked and made.get("python") != asked:
+            return "rebuild", f"holds Python {made.get('python')}; made anew for {asked}"
         versions = self.installed()
         if versions is None:
             return "rebuild", "its Python does not start; made anew"
         return self.compare(made, versions)
 
     def compare(self, made: dict, versions: dict[str, str]) -> tuple[str, str]:
-        drifted = stack.compare(self.pins(short(made["python"]), made.get("dev", False)), versions)
+        python = tuple(int(part) for part in made["python"].split(".")[:2])
+        pins = stack.read_pins(self.stack, python)
+        pins |= stack.read_pin_file(stack.STACK_DIR / "dev.txt", python) if made.get("dev") else {}
+        drifted = stack.compare(pins, versions)
         if "fasttune" not in versions:
             drifted.append(stack.Mismatch("fasttune", "this checkout", None))
         if drifted:
@@ -174,26 +169,24 @@ class Setup:
     def installed(self) -> dict[str, str] | None:
         code = f"import sys, json; sys.path.insert(0, {str(ROOT)!r}); from fasttune import stack"
         command = [self.python, "-Bc", f"{code}; print(json.dumps(stack.installed()))"]
+        environment = self.shell.environment
         try:
-            done = subprocess.run(
-                command, capture_output=True, text=True, check=True, env=self.shell.environment, timeout=60
-            )
+            done = subprocess.run(command, capture_output=True, text=True, check=True, env=environment, timeout=60)
         except (OSError, subprocess.SubprocessError):
             return None
         return json.loads(done.stdout)
 
-    def pins(self, python: tuple[int, int], dev: bool) -> dict[str, str]:
-        more = stack.read_pin_file(stack.STACK_DIR / "dev.txt", python) if dev else {}
-        return stack.read_pins(self.stack, python) | more
+    def files(self, dev: bool) -> list[Path]:
+        tools = ["setup", "dev"] if dev else ["setup"]
+        return [stack.stack_file(self.stack), *(stack.STACK_DIR / f"{name}.txt" for name in tools)]
 
     def fingerprint(self, dev: bool) -> str:
-        files = [stack.stack_file(self.stack), ROOT / "pyproject.toml"] + [stack.STACK_DIR / "dev.txt"] * dev
+        files = [*self.files(dev), ROOT / "pyproject.toml"]
         return hashlib.sha256(b"".join(file.read_bytes() for file in files)).hexdigest()
 
     def need_disk(self) -> None:
-        needed = stack.DISK_NEEDED_GIB[self.stack]
-        if self.hardware.disk_free_gib < needed:
-            free = self.hardware.disk_free_gib
+        needed, free = stack.DISK_NEEDED_GIB[self.stack], self.hardware.disk_free_gib
+        if free < needed:
             raise FasttuneError(
                 f"--venv {self.venv}: {free:.1f} GiB free, the stack {self.stack} needs {needed} GiB"
                 " (free some, or name a folder on another disk with --venv)"
@@ -209,30 +202,31 @@ class Setup:
             self.install_flash_attn(self.options.flash_attn)
 
     def install(self, plan: str) -> None:
-        dev = self.options.dev or (plan == "repair" and self.read_marker().get("dev", False))
-        python = platform.python_version() if plan != "repair" else self.read_marker()["python"]
-        self.mark(state="installing", stack=self.stack, python=python, dev=dev)
+        made = self.read_marker() if plan == "repair" else {}
+        dev = self.options.dev or made.get("dev", False)
+        facts = {"stack": self.stack, "python": made.get("python", platform.python_version()), "dev": dev}
+        self.mark("installing", facts)
         if not self.options.dry_run:
-            self.log.write_text("")
+            self.shell.log.write_text("")
         if plan == "rebuild":
             self.clear()
         if plan != "repair":
-            self.need_ensurepip()
-            self.shell.step("virtual environment", [sys.executable, "-m", "venv", str(self.venv)])
+            make = ["venv", "--allow-existing", "--python", sys.executable, str(self.venv)]
+            self.shell.step("virtual environment", [self.shell.uv, *make])
         self.install_torch()
-        self.shell.pip_step(f"stack {self.stack}", "--no-deps", *self.stack_arguments(python))
-        if dev:
-            self.shell.pip_step("tools for tests", "--no-deps", *self.dev_arguments(python))
+        hashes = "--no-verify-hashes" if self.options.no_hashes else "--require-hashes"
+        files = [word for file in self.files(dev) for word in ("-r", str(file))]
+        self.shell.install(f"stack {self.stack}{' and tools for tests' if dev else ''}", hashes, *files)
         self.install_package()
         self.install_flash_attn(self.options.flash_attn or "auto")
-        self.mark(state="ok", stack=self.stack, python=python, dev=dev, fingerprint=self.fingerprint(dev))
+        self.mark("ok", facts | {"fingerprint": self.fingerprint(dev)})
 
-    def mark(self, **facts: object) -> None:
+    def mark(self, state: str, facts: dict) -> None:
         if self.options.dry_run:
             return
-        facts["date"] = datetime.datetime.now(datetime.UTC).isoformat(timespec="seconds")
+        date = datetime.datetime.now(datetime.UTC).isoformat(timespec="seconds")
         temporary = self.marker.with_suffix(".tmp")
-        temporary.write_text(json.dumps(facts, indent=1) + "\n")
+        temporary.write_text(json.dumps({"state": state, **facts, "date": date}, indent=1) + "\n")
         temporary.replace(self.marker)
 
     def clear(self) -> None:
@@ -244,64 +238,23 @@ class Setup:
             if path.name not in KEPT:
                 shutil.rmtree(path) if path.is_dir() and not path.is_symlink() else path.unlink()
 
-    def need_ensurepip(self) -> None:
+    def install_torch(self) -> None:
+        """Where it is another build than PyPI's. No index has a CUDA build under `+cpu`: none comes by accident."""
+        if self.stack not in stack.TORCH:
+            return
+        build = stack.TORCH[self.stack]
+        wanted = [f"{name}=={version}" for name, version in build.versions.items()]
+        index = ["--default-index", build.index] if self.stack != "cpu" or reachable(f"{build.index}/torch/") else []
         try:
-            import ensurepip  # noqa: F401
-        except ImportError:
-            version = ".".join(platform.python_version_tuple()[:2])
-            raise FasttuneError(
-                f"{sys.executable} cannot make virtual environments (apt-get install python{version}-venv)"
+            self.shell.install(f"torch, {self.stack} build", *index, *wanted)
+        except RunFailed as error:
+            raise RunFailed(
+                f"{error}; {wanted[0]} comes from {build.index}: make it reachable, or put the wheel into a folder and"
+                " set PIP_FIND_LINKS to it"
             ) from None
 
-    def install_torch(self) -> None:
-        pins = stack.read_pins(self.stack)
-        if self.stack == "cu12":
-            wanted = [f"{name}=={pins[name]}" for name in ("torch", "torchvision")]
-            self.shell.pip_step("torch for CUDA 12", *wanted, "--index-url", stack.CU12_INDEX)
-        elif self.stack == "cpu":
-            wanted = [f"torch=={pins['torch']}"]
-            if shell.reachable(f"{stack.CPU_INDEX}/torch/"):
-                wanted += ["--index-url", stack.CPU_INDEX]
-            self.refuse_cuda_build(wanted)
-            self.shell.pip_step("torch as a CPU build", "--no-deps", *wanted)
-
-    def refuse_cuda_build(self, wanted: list[str]) -> None:
-        """Ask pip which file it would take: several GB of CUDA must never come by accident."""
-        ask = ["install", "--dry-run", "--quiet", "--no-deps", "--ignore-installed", "--report", "-", *wanted]
-        output = self.shell.step("which torch pip would take", self.shell.pip(*ask), capture=True)
-        if not output:  # a dry run
-            return
-        found = json.loads(output)["install"][0]
-        needs = found["metadata"].get("requires_dist", [])
-        if any(stack.CUDA_WHEEL.match(stack.canonical(need)) for need in needs):
-            raise FasttuneError(
-                f"{wanted[0]} would come as a CUDA build of several GB ({found['download_info']['url']}); make"
-                f" {stack.CPU_INDEX} reachable, or put the CPU wheel into a folder and set PIP_FIND_LINKS to it"
-            )
-
-    def stack_arguments(self, python: str) -> list[str]:
-        """All but what install_torch() saw to. (pip trusts what is installed: torch of `cpu` needs no hash there.)"""
-        version = short(python)
-        if self.options.no_hashes:
-            pins = self.pins(version, dev=False).items()
-            return [f"{name}=={pin}" for name, pin in pins if self.stack != "cu12" or name not in stack.TORCH_FAMILY]
-        if self.stack != "cu12":
-            return ["--require-hashes", "-r", str(stack.stack_file(self.stack))]
-        part = self.venv / "stack.txt"
-        if self.options.dry_run:
-            print(f"{shlex.join([sys.executable, '-m', 'fasttune.stack', self.stack])} > {shlex.quote(str(part))}")
-        else:
-            part.write_text("\n".join(stack.requirements(self.stack, python=version)) + "\n")
-        return ["--require-hashes", "-r", str(part)]
-
-    def dev_arguments(self, python: str) -> list[str]:
-        file = stack.STACK_DIR / "dev.txt"
-        if self.options.no_hashes:
-            return [f"{name}=={pin}" for name, pin in stack.read_pin_file(file, short(python)).items()]
-        return ["--require-hashes", "-r", str(file)]
-
     def install_package(self) -> None:
-        self.shell.pip_step("fasttune", "--no-deps", "--no-build-isolation", "--editable", str(ROOT))
+        self.shell.install("fasttune", "--no-build-isolation", "--editable", str(ROOT))
 
     def install_flash_attn(self, mode: str) -> None:
         if mode == "skip":
@@ -317,11 +270,25 @@ class Setup:
             print(shlex.join(command))
             return 0
         if not quick:
-            print(f"→ verify … (the full log of the installation: {self.log})", flush=True)
+            print(f"→ verify … (the full log of the installation: {self.shell.log})", flush=True)
         code = subprocess.run(command, cwd=ROOT, env=self.shell.environment).returncode
-        activate = self.venv / "bin" / "activate"
-        print(f"{'ready' if code == 0 else 'verify failed, see above'}: source {activate}   log: {self.log}")
+        said = "ready" if code == 0 else "verify failed, see above"
+        print(f"{said}: source {self.venv / 'bin' / 'activate'}   log: {self.shell.log}")
         return code
+
+
+@contextlib.contextmanager
+def locked(folder: Path) -> Iterator[None]:
+    """One set-up at a time in a folder; the folder itself is locked, so nothing is left behind."""
+    descriptor = os.open(folder, os.O_RDONLY)
+    try:
+        try:
+            fcntl.flock(descriptor, fcntl.LOCK_EX | fcntl.LOCK_NB)
+        except OSError:
+            raise FasttuneError(f"another set-up is at work in {folder} (wait for it to end)") from None
+        yield
+    finally:
+        os.close(descriptor)
 
 
 if __name__ == "__main__":

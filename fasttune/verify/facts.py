@@ -62,7 +62,7 @@ def read(hardware: Hardware, stack_name: str) -> Iterator[Result]:
 def python() -> Result:
     version = ".".join(str(part) for part in sys.version_info[:3])
     if not (3, 11) <= sys.version_info[:2] <= (3, 13):
-        fix = "install Python 3.12, then: bash scripts/setup_h100.sh --recreate --python python3.12"
+        fix = "bash scripts/setup_h100.sh --recreate"
         return Result("python", "fail", f"{version}, but the stacks are made for 3.11 to 3.13", fix)
     if sys.prefix == sys.base_prefix:
         detail = f"{version}, not in a virtual environment: other packages may fight the stack"

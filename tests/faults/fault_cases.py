@@ -41,7 +41,6 @@ class Case:
     gpus: tuple[str, ...] = ()  # what nvidia-smi answers: name, compute capability, MiB, driver
     nvidia_smi: str = ""  # what a failing nvidia-smi says
     compiler: bool = True  # gcc on PATH
-    only_python: str = ""  # the one Python on PATH
     real: bool = False  # the tests' own packages behind the stubs
     applied: bool = True  # False: another case applies the same fix
     nightly: bool = False  # applied at night only
@@ -121,15 +120,11 @@ SITE = "/env/lib/python3.11/site-packages"
 ON_GPU: dict[str, Any] = {"stack": "cu130", "gpus": (H200,), "requires": {"torch": ("triton==3.6.0",)}}
 
 PYTHON = (
-    Case("python-3.9", "nothing but Python 3.9 on the machine", "no package of the stack installs", "setup",
-         "no Python 3.11 to 3.13", remedy="apt-get install python3.12 python3.12-venv", only_python="3.9"),
-    Case("python-3.14", "nothing but Python 3.14", "no wheels of torch, the stack is not made for it", "setup",
-         "no Python 3.11 to 3.13", remedy="apt-get install python3.12 python3.12-venv", only_python="3.14"),
     Case("python-3.9-verify", "an environment of Python 3.9", "a SyntaxError or TypeError far inside", "stderr",
          "needs Python 3.11 to 3.13, this is 3.9", remedy="bash scripts/setup_h100.sh", leads_to="cpu",
          files=at_start(PYTHON_IS.format(minor=9))),
     Case("python-3.14-verify", "an environment of Python 3.14", "pins that do not install", "python",
-         "made for 3.11 to 3.13", remedy="bash scripts/setup_h100.sh --recreate --python python3.12",
+         "made for 3.11 to 3.13", remedy="bash scripts/setup_h100.sh --recreate",
          files=at_start(PYTHON_IS.format(minor=14)), fixed={"files": {}}),
 )  # fmt: skip
 MACHINE = (
@@ -162,7 +157,8 @@ MACHINE = (
          "470.223.02, 525 is needed", remedy="update it to 580 or newer",
          fixed={"gpus": (H200,)}, **ON_GPU | {"gpus": ("NVIDIA H100, 9.0, 81559, 470.223.02",)}),
     Case("driver-550", "a driver 525 to 579 with a CUDA 13 build of torch", "`torch.cuda.is_available()` is False",
-         "rule:driver-cuda-13", "needs driver 580, 550.54.15", pinned=("torch", "torchvision"), pins_of="cu12",
+         "rule:driver-cuda-13", "needs driver 580, 550.54.15", pins_of="cu12",
+         pinned=("torch", "torchvision", "nvidia-*", "cuda-*"),
          **ON_GPU | {"gpus": ("NVIDIA H100, 9.0, 81559, 550.54.15",)}),
     Case("cpu-torch-on-gpu", "a CPU build of torch on a GPU machine", "the GPU idles", "rule:torch-cpu-build",
          "cannot use the NVIDIA H200", remedy="bash scripts/setup_h100.sh --recreate", leads_to="cu130", gpus=(H200,)),

@@ -35,10 +35,6 @@ sys.exit(verify.main(["--json"]))
 """
 NVIDIA_SMI = "#!/bin/sh\n{lines}\n"
 BROKEN_SMI = "#!/bin/sh\necho {said!r}\nexit 18\n"
-OTHER_PYTHON = """#!/bin/sh
-[ "$1" = -c ] || exit 1
-exec {python} -c 'import sys; sys.version_info = ({version}, 1, "final", 0); exec(sys.argv[1])' "$2"
-"""
 MODULES = {stack.canonical(module): module for module in facts.MODULES}
 
 
@@ -96,11 +92,10 @@ class Environment:
             versions |= dict.fromkeys(fnmatch.filter(versions, pattern) or [pattern], version)
         for name, version in versions.items():
             if version is not None:
-                public = version if name != "torch" or version.endswith("+cu118") else version.partition("+")[0]
                 code = {} if self.case.real else code_of(name, version, self.case.stack)
                 module = MODULES.get(name, name)
                 code |= {path: text for path, text in self.case.files.items() if path.startswith(f"{module}/")}
-                self.distribution(self.site, name, public, code)
+                self.distribution(self.site, name, version, code)
         if self.case.real:
             self.link_real([name for name, version in versions.items() if version is None])
         for path, text in self.case.files.items():
@@ -128,7 +123,7 @@ class Environment:
             (place / path).write_text(text)
 
     def fake_tools(self) -> None:
-        """PATH holds nothing but what is here: bash, dirname, gcc for the set-up, nvidia-smi, Pythons of the case."""
+        """PATH holds nothing but what is here: bash, dirname, gcc for the set-up, nvidia-smi."""
         self.tools.mkdir()
         for name in ("bash", "dirname"):
             (self.tools / name).symlink_to(shutil.which(name) or f"/bin/{name}")
@@ -140,9 +135,6 @@ class Environment:
             self.script("nvidia-smi", NVIDIA_SMI.format(lines="\n".join(lines)))
         elif self.case.nvidia_smi:
             self.script("nvidia-smi", BROKEN_SMI.format(said=self.case.nvidia_smi))
-        if self.case.only_python:
-            version = self.case.only_python.replace(".", ", ")
-            self.script("python3", OTHER_PYTHON.format(python=self.python, version=version))
 
     def script(self, name: str, text: str) -> None:
         (self.tools / name).write_text(text)
@@ -170,11 +162,11 @@ class Environment:
         document = json.loads(done.stdout.splitlines()[-1])
         return done.returncode, {check["name"]: check for check in document["checks"]}
 
-    def setup(self, *arguments: str, python: bool = True) -> subprocess.CompletedProcess[str]:
+    def setup(self, *arguments: str) -> subprocess.CompletedProcess[str]:
         own = self.case.check == "setup"  # its faults are those of the Python that runs it
-        chosen = ["--python", str(self.python if own else self.python.resolve())] if python else []
+        python = str(self.python if own else self.python.resolve())
         script = str(ROOT / "scripts/setup_h100.sh")
-        return self.run([str(self.tools / "bash"), script, "--dry-run", *chosen, *arguments])
+        return self.run([str(self.tools / "bash"), script, "--dry-run", "--python", python, *arguments])
 
     def apply(self, fix: str, wheels: Path) -> str:
         """Run the fix itself; pip finds stub wheels instead of an index. Returns what failed, or nothing."""

@@ -86,7 +86,7 @@ def test_what_is_said_and_that_the_fix_helps(case: Case, applied: bool, tmp_path
 @pytest.mark.parametrize("case", [case for case in CASES if case.check == "setup"], ids=lambda case: case.name)
 def test_the_set_up_refuses_in_one_line(case: Case, tmp_path: Path, shared: Path) -> None:
     place, new = Environment(tmp_path / "env", case, shared), tmp_path / "new"
-    done = place.setup("--venv", str(new), python=not case.only_python)
+    done = place.setup("--venv", str(new))
     assert (done.returncode, done.stderr.count("\n")) == (2, 1), done.stderr
     assert case.says in done.stderr
     assert case.remedy in done.stderr
