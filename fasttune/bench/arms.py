@@ -8,6 +8,8 @@ All start from the same weights and adapter, see the same rows in the same order
 import contextlib
 import importlib.util
 import json
+from collections.abc import Callable
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -29,17 +31,22 @@ ADAPTER, ROWS = "adapter.pt", "rows.json"  # in the shared folder
 
 
 def build(arm: str, config: Config, steps: int, shared: Path, scratch: Path) -> Any:
-    """The trainer of an arm, at the start that all share; that of others than `fasttune` has its `library`."""
+    """The trainer of an arm, with the weights that all start from; `library` of it says what runs (not of `fasttune`).
+
+    A transformers.Trainer with what_ran.Watched: worker.py adds a callback, wraps its collator and reads its losses.
+    """
     if arm == "fasttune":
         job = prepare(config, scratch)
         from fasttune.core import trainer as trainers
 
         trainer = trainers.build(job, scratch)
     else:
-        if arm in PLAIN:
-            trainer = _plain(config, steps, shared, scratch, tuned=arm == "hf-tuned")
-        else:
-            trainer = _notebook(config, steps, shared, scratch)
+        own: dict[str, Callable[..., Any]] = {
+            "vanilla": partial(_plain, tuned=False),
+            "hf-tuned": partial(_plain, tuned=True),
+            "unsloth-notebook": _notebook,
+        }
+        trainer = own[arm](config, steps, shared, scratch)
         from fasttune.core import what_ran
 
         if Choices.of(config).stochastic_rounding:

@@ -1,4 +1,4 @@
-"""One fine-tuning run, a straight line: config → output folder → model → data → train → save → report.
+"""One fine-tuning run, a straight line: config → model and data (prepare.py) → output folder → train → save → report.
 
 result = run(config.load("configs/quickstart.yaml"), terminal.Reporter(...))
 """
@@ -52,15 +52,15 @@ def run(
 
         trackers.check_installed(config.train.report_to)
     folder = preflight(config, resume)
-    with signals_to(_at_once), library_log() as log, tempfile.TemporaryDirectory() as scratch, ExitStack() as held:
+    with signals_to(_at_once), library_log() as log, tempfile.TemporaryDirectory() as scratch, ExitStack() as locks:
         there = resume is not None and run_folder.is_run(folder)
         if resume:
             from fasttune.core import resume as resuming
         if there:
-            held.enter_context(run_folder.hold(folder))  # before anything in it is looked at
+            locks.enter_context(run_folder.hold(folder))  # before anything in it is looked at
             resuming.refuse_completed(folder)
-        start = folder / checkpoint.FOLDER / checkpoint.START
-        job = prepare(config, folder, reporter, start if there and start.exists() else None)
+        pissa_start = folder / checkpoint.FOLDER / checkpoint.START
+        job = prepare(config, folder, reporter, pissa_start if there and pissa_start.exists() else None)
         when_ready(job)
         from fasttune.core import evaluation, model as models, trainer as trainers, what_ran  # torch is loaded
 
@@ -72,7 +72,7 @@ def run(
         trainer = trainers.build(job, Path(scratch), done=found.state["step"] if found else 0)
         if not there:
             job.folder, lock = run_folder.create(config, folder)
-            held.enter_context(lock)
+            locks.enter_context(lock)
         run_folder.begin(job, log, initial, resumed=there)
 
         journal = Journal(job, reporter, started)
@@ -183,7 +183,7 @@ def finish(recorder: "StepRecorder", before: list[str], when_saved: Callable[[Pa
     if journal.status == "completed":
         last = job.folder / checkpoint.FOLDER / f"step-{job.total_steps}"
         checkpoint.remove(last)
-        with suppress(OSError):  # others are in it
+        with suppress(OSError):  # other checkpoints are in it
             (last.parent / checkpoint.START).unlink(missing_ok=True)
             last.parent.rmdir()
     return result

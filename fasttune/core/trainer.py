@@ -32,10 +32,11 @@ if TYPE_CHECKING:
 
 
 class MeasuredTrainer(Watched, trl.SFTTrainer):
-    """Counts tokens in the very tensors that are trained on, and has less of them at once where memory runs out.
+    """Counts tokens in the very tensors that are trained on, and computes fewer at once where memory runs out.
 
-    A batch of its data loader is a whole optimizer step, a list of micro-batches: how many there are depends on how
-    the step's rows fit together.
+    To a Hugging Face trainer each batch is one optimizer step. Here such a "batch" is a list of micro-batches:
+    StepCollator (step number → micro-batches of data/batching.py) → get_batch_samples (clock, counts) → training_step
+    (forward and backward of each) → optimizer → StepRecorder (numbers, evaluation, checkpoint).
     """
 
     counts: dict[str, int]
@@ -69,7 +70,7 @@ class MeasuredTrainer(Watched, trl.SFTTrainer):
 
         Out of memory, once in a run: the same rows again, fewer at once.
         """
-        if self.rows_at_once is not None:  # the loader may have made this step before that was known
+        if self.rows_at_once is not None:  # the data loader made this step ahead of time, with more rows at once
             inputs = self._made_again()
         try:
             return self._micro_steps(model, inputs, num_items_in_batch)
@@ -142,7 +143,7 @@ class StepRecorder(transformers.TrainerCallback):
         self.stopped_by: Stopped | None = None
         self.bad_in_a_row = 0
         self._rows_at_once: int | None = None
-        self._promises_looked_at = False
+        self._asked_was_compared = False
 
     def stop(self, number: int, _frame: Any) -> None:
         """Signal handler: the first one ends the run after this step, a second one at once."""
@@ -204,8 +205,8 @@ class StepRecorder(transformers.TrainerCallback):
 
     def _warn_of_what_runs(self, step: int) -> None:
         """Where that is not what was asked for, or not any more."""
-        if not self._promises_looked_at:
-            self._promises_looked_at = True
+        if not self._asked_was_compared:
+            self._asked_was_compared = True
             for text in what_ran.broken_promises(self.job, self.trainer):
                 self.journal.warn(text)
         if self.trainer.rows_at_once != self._rows_at_once:
@@ -244,7 +245,7 @@ def build(job: "Job", scratch: Path, done: int = 0) -> MeasuredTrainer:
         torch_empty_cache_steps=None,  # Unsloth's own 250 throws memory away that is asked for again at once
         use_cpu=not torch.cuda.is_available(),
     )
-    first = min(done, job.total_steps - 1)  # of a run whose steps are all behind it too: trl looks at an example
+    first = min(done, job.total_steps - 1)  # at least one step, even if all are done: trl looks at an example
     trainer = MeasuredTrainer(
         model=job.model,
         args=arguments,

@@ -17,7 +17,7 @@ from fasttune.data.sharing import Encoded, Segment
 from fasttune.data.tokenize import IGNORE, Rows, labels
 
 MicroBatch = dict[str, Any]  # arrays by the names a transformers model takes them
-# Where Unsloth and RowsAttention read them: not moved to a GPU. The last two only say whose a token and a label are.
+# Where Unsloth and RowsAttention read them: not moved to a GPU. The last two say which row tokens and labels belong to.
 ON_HOST = ("packed_seq_lengths", "segment_parents", "segment_owners", "row_ends")
 HOLD_OUT_STREAM = 1 << 32  # keeps the hold-out draw apart from the epochs' shuffles
 
@@ -28,7 +28,7 @@ class Batches:
 
     eval_share: share of each set's rows that is held out and never trained on.
     batch_rows: rows of a step. micro_rows: full rows (of max_length tokens) that fit at once.
-    least_shared: a beginning of so many tokens that rows of a pack have in common lies in it once; 0: none does.
+    least_shared: what rows of a pack begin with alike lies in it once, if it has this many tokens or more; 0: never.
     """
 
     parts: list[Rows]
@@ -72,7 +72,7 @@ class Batches:
         return math.ceil(self.rows_per_epoch / self.batch_rows)
 
     def total_steps(self, epochs: float, max_steps: int | None, scale: float = 1.0) -> int:
-        """Steps of a run of `epochs`, or `max_steps`; `scale`: how many times as many rows an epoch really has."""
+        """Steps of a run of `epochs`, or `max_steps`; `scale`: rows of an epoch over those that are here."""
         if max_steps is not None:
             return max_steps
         # Rounded first: 1.1 * 50 is a little more than 55.
@@ -97,11 +97,11 @@ class Batches:
         return "; ".join(f"rows {', '.join(map(str, sorted(rows)))} of {source}" for source, rows in found.items())
 
     def tokens_of(self, step: int) -> int:
-        """Of all rows of a step, each by itself."""
+        """Tokens of all rows of a step, each counted by itself."""
         return sum(len(self.parts[part].row(row)[0]) for part, row in self.rows_of(step))
 
     def computed_tokens(self, steps: int, micro_rows: int) -> int:
-        """Of the first steps, in packs with so many full rows at once."""
+        """Tokens that the first `steps` steps compute, with `micro_rows` full rows at once."""
         found = 0
         for step in range(steps):
             rows = [self.parts[part].row(row) for part, row in self.rows_of(step)]

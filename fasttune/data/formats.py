@@ -177,7 +177,7 @@ def convert(row: Row, form: str, place: str) -> Conversation | str:
     if missing:
         raise DataError(
             f"data: {place} has no {' and no '.join(missing)} (it has {_names(row)}), but the format is {form}: "
-            "one format a file; set data.format or data.columns if the first row misled"
+            "all rows of a file have one format; set data.format or data.columns if the first row was misread"
         )
     if any(FLAG_VALUES.get(str(row[key]).strip().lower()) is False for key in FLAGS[:-1] if key in row):
         raise Unusable("marked as not to be trained on")

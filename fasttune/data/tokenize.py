@@ -19,7 +19,7 @@ from fasttune.data.sources import Chunk
 from fasttune.errors import DataError
 
 IGNORE = -100  # label of a token that is read, but not supervised
-MOST_COUNTS = 100  # of a chunk; rows whose every column has a name of its own fill no memory
+MOST_COUNTS = 100  # of a chunk, by name: a file may have a new column name in every row
 SHOWN_CHARACTERS = 160  # of a row in an error
 HOPELESS_ROWS = 100  # a template that refuses so many from the first on is not asked again
 WINDOW = 1 << 18  # characters that are encoded at once: a tokenizer takes 200 to 300 times the size of a text
@@ -84,7 +84,7 @@ class Rows:
 
 
 def recipe_of(tokenizer: Any, form: str, columns: dict[str, str], *settings: Any) -> Recipe:
-    """The Recipe of a transformers fast tokenizer, whose template is `chat.complete`. settings: train_on and on."""
+    """The Recipe of a transformers fast tokenizer, whose template is `chat.complete`. settings: those from train_on to the last."""
     text, template = tokenizer.backend_tokenizer.to_str(), chat.template_of(tokenizer)
     return Recipe(text, template, form, tuple(sorted(columns.items())), *settings)
 

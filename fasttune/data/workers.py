@@ -48,7 +48,7 @@ def _finished(future: Future[Block], chunk: Chunk) -> tuple[Block, float]:
             worker.kill()
         raise DataError(
             f"data: tokenising stalled: no answer within {STALLED_S:.0f} s for {len(chunk):,} rows of {chunk.source} "
-            f"from {chunk.first:,} on; look whether one of them is enormous or the machine out of memory, and run again"
+            f"from {chunk.first:,} on; check whether a row is very large or memory ran out, then run again"
         ) from error
 
 
