@@ -1,7 +1,7 @@
 """What `fasttune verify` runs, one file a subject. Heavy imports happen in child processes only (runner.py).
 
-Facts (facts.py) and version rules (version_rules.toml) are read without importing what they are about. Every other check
-is a function that yields results in a child process: named in `CHECKS` of its file, and run by a job of main.py.
+Facts (facts.py) and version rules (version_rules.toml) are read without importing what they are about. Every other
+check is a function that yields results in a child process: named in `CHECKS` of its file, and run by a job of main.py.
 """
 
 import shlex
