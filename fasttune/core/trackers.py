@@ -33,9 +33,7 @@ def check_installed(report_to: str) -> None:
         )
     if report_to == "wandb" and os.environ.get("WANDB_MODE") not in OFFLINE and not _wandb_key():
         raise ConfigError(
-            [
-                "train.report_to=wandb: no key; run `wandb login`, set WANDB_API_KEY, or WANDB_MODE=offline (sends nothing)"
-            ]
+            ["train.report_to=wandb: no key; run `wandb login`, set WANDB_API_KEY, or WANDB_MODE=offline"]
         )
 
 

@@ -84,7 +84,7 @@ class Rows:
 
 
 def recipe_of(tokenizer: Any, form: str, columns: dict[str, str], *settings: Any) -> Recipe:
-    """The Recipe of a transformers fast tokenizer, whose template is `chat.complete`. settings: `train_on` to the last."""
+    """The Recipe of a transformers fast tokenizer with a template (chat.complete). settings: its fields after `columns`."""
     text, template = tokenizer.backend_tokenizer.to_str(), chat.template_of(tokenizer)
     return Recipe(text, template, form, tuple(sorted(columns.items())), *settings)
 
