@@ -84,7 +84,7 @@ class Rows:
 
 
 def recipe_of(tokenizer: Any, form: str, columns: dict[str, str], *settings: Any) -> Recipe:
-    """The Recipe of a transformers fast tokenizer with a template (chat.complete). settings: its fields after `columns`."""
+    """The Recipe of a fast tokenizer of transformers with a template (chat.complete). settings: its last fields."""
     text, template = tokenizer.backend_tokenizer.to_str(), chat.template_of(tokenizer)
     return Recipe(text, template, form, tuple(sorted(columns.items())), *settings)
 
