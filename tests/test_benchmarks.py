@@ -239,7 +239,7 @@ def test_every_measuring_stage_is_a_job_that_bench_takes(
     from fasttune import cli, config
     from fasttune.bench import run
 
-    for name in ("full-4096", "full-1024", "gsm8k", "alpaca"):
+    for name in ("full-4096", "full-1024", "gsm8k", "alpaca", "shared-prompt"):
         (tmp_path / f"{name}.jsonl").write_text(json.dumps({"question": "1+1?", "answer": "2"}) + "\n")
     places = {"python": "python", "out": "out", "rows": tmp_path, "model": "builtin:tiny"}
     stages = [stage for stage in STAGES if " bench " in stage.command and not (dry_run and "skip: " in stage.small)]

@@ -37,9 +37,9 @@ def test_a_varlen_kernel_that_is_not_exact_is_given_back(unsloth: None, monkeypa
     model, _ = models.load(asked.model, "float32", "none", False, 0)
     undone: list[bool] = []
     reasons = iter(["inexact", None, "inexact", "its rows see each other"])
-    monkeypatch.setattr(packing, "shares", lambda: False)
+    monkeypatch.setattr(packing.torch.cuda, "is_available", lambda: True)
     monkeypatch.setattr(models, "take_varlen_kernel", lambda: lambda: undone.append(True))
     monkeypatch.setattr(models, "enable_packed_kernels", lambda model: None)
-    monkeypatch.setattr(packing, "inexact", lambda model: next(reasons))
+    monkeypatch.setattr(packing, "inexact", lambda *_: next(reasons))
     assert packing.enable(model, 256) is None and undone == [True]
     assert "see each other" in (packing.enable(model, 256) or "") and undone == [True, True]

@@ -135,7 +135,7 @@ def test_what_does_not_fit_the_run_is_skipped(copy: Path, whole: Path) -> None:
     assert result.status == "completed" and result.resumed_from_step == 2
     assert any(f"skipped step-4: weights.safetensors: {name} is float32 1×" in text for text in result.told)
     assert learned(copy) == learned(whole)
-    assert checkpoint.newest(copy)[1] == [], "the one that did not hold was written again, or is gone"
+    assert resume.newest(copy)[1] == [], "the one that did not hold was written again, or is gone"
 
 
 def test_moments_of_other_shapes_end_the_run_in_one_line(copy: Path) -> None:

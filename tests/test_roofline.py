@@ -36,7 +36,7 @@ def test_flops_are_those_of_mfu_and_what_is_computed_again(method: str, policy: 
     assert found is not None
     adapter = 0 if method == "full" else LLAMA_8B.adapter_weights(16, list(config.SEVEN_PROJECTIONS))
     once = LLAMA_8B.flops(method == "full", adapter)
-    expected = once.of_step(STEP.tokens, STEP.labels, STEP.rows)
+    expected = once.of_step(STEP.tokens, STEP.labels, STEP.tokens / STEP.rows)
     if policy == "full":  # the forward of all layers: two FLOPs a weight, and a third of attention's
         expected += STEP.tokens * (2 * (LLAMA_8B.linear_weights + adapter) + once.attention * 4096 / 3)
     assert sum(group.flops for group in found.groups) == pytest.approx(expected, rel=1e-9)
