@@ -67,7 +67,9 @@ def whole(rows: str, tmp_path_factory: pytest.TempPathFactory) -> Callable[[str]
         changes["train"] = changes.get("train", {}) | {"max_steps": STEPS}
         folder = whole_and_copy(tmp_path_factory.mktemp("whole") / "run", 5, changes)
         backend = json.loads((folder / "run.json").read_text())["backend"]
-        assert ("shared beginnings" in backend["packing"]) == (backend["packing"].startswith("packed") and kind != "dropout")
+        assert ("shared beginnings" in backend["packing"]) == (
+            backend["packing"].startswith("packed") and kind != "dropout"
+        )
         return folder, changes
 
     return of
