@@ -50,7 +50,7 @@ def parse(argv: list[str]) -> argparse.Namespace:
     parser.add_argument("--python", metavar="PATH", help="a Python 3.11 to 3.13 (default: the first one, or one by uv)")
     parser.add_argument("--dev", action="store_true", help="also the tools of scripts/test.sh")
     parser.add_argument("--dry-run", action="store_true", help="print every command, change nothing")
-    parser.add_argument("--recreate", action="store_true", help="build the environment anew")
+    parser.add_argument("--recreate", action="store_true", help="build the environment again from nothing")
     parser.add_argument(
         "--no-hashes", action="store_true", help="take other files than PyPI's (an index that re-packs wheels)"
     )
@@ -68,7 +68,7 @@ def main(argv: list[str]) -> int:
         print(f"setup: {error}", file=sys.stderr)
         return error.exit_code
     except OSError as error:  # a folder that cannot be written, a full disk, a closed pipe
-        print(f"setup: {error.filename or 'output'}: {error.strerror} (mend it and run this again)", file=sys.stderr)
+        print(f"setup: {error.filename or 'output'}: {error.strerror} (fix it and run this again)", file=sys.stderr)
         return 2
     except KeyboardInterrupt:
         print("\nsetup: interrupted (run it again to finish)", file=sys.stderr)
@@ -131,16 +131,16 @@ class Setup:
             )
         made, asked = self.read_marker(), self.options.python and platform.python_version()
         if self.options.recreate:
-            return "rebuild", "made anew, as asked"
+            return "rebuild", "rebuilt, as asked"
         if made.get("state") != "ok":
-            return "rebuild", "an earlier set-up did not finish; made anew"
+            return "rebuild", "an earlier set-up did not finish; rebuilt"
         if made.get("stack") != self.stack:
-            return "rebuild", f"holds the stack {made.get('stack')}; made anew for {self.stack}"
+            return "rebuild", f"holds the stack {made.get('stack')}; rebuilt for {self.stack}"
         if asked and made.get("python") != asked:
-            return "rebuild", f"holds Python {made.get('python')}; made anew for {asked}"
+            return "rebuild", f"holds Python {made.get('python')}; rebuilt for {asked}"
         versions = self.installed()
         if versions is None:
-            return "rebuild", "its Python does not start; made anew"
+            return "rebuild", "its Python does not start; rebuilt"
         return self.compare(made, versions)
 
     def compare(self, made: dict, versions: dict[str, str]) -> tuple[str, str]:

@@ -1,4 +1,4 @@
-"""What is learned of a conversation: real chat templates against a table made by hand, and what templates do wrong."""
+"""What of a conversation is trained on: real chat templates against a table made by hand, and what templates do wrong."""
 
 import importlib.util
 from collections.abc import Callable
@@ -38,7 +38,7 @@ UNCLOSED = (
 
 @dataclass(frozen=True)
 class Family:
-    """A real template's special tokens, and by hand: the whole text, and what is learned of each answer."""
+    """A real template's special tokens, and by hand: the whole text, and what of each answer is trained on."""
 
     bos: str
     eos: str

@@ -46,7 +46,7 @@ def said(content: str, **more: Any) -> dict[str, Any]:
 SEEN = {"role": "tool", "name": "look_out", "tool_call_id": "call12345", "content": '{"seen": "rain \\n fog"}'}
 
 
-# What is learned of each, by kind: some words of it that stand nowhere else.
+# What of each is trained on, by kind: some words of it that stand nowhere else.
 SHAPES: dict[str, tuple[list[dict[str, Any]], list[Any] | None, dict[str, str]]] = {
     "odd text": ([ASKED, said('  "Very" \\n C:\\new\n\n\twet <b> é 😀 ')], None, {"content": "wet <b> é 😀"}),
     "calls": (

@@ -147,7 +147,7 @@ def bare(tmp_path: Path) -> Place:
 
 def test_a_set_up_that_was_killed_is_done_again_installs_the_stack_and_verifies_it(ready: tuple[Place, str]) -> None:
     place, said = ready
-    assert "did not finish; made anew" in said
+    assert "did not finish; rebuilt" in said
     assert not (place.venv / "lib/half-written").exists()
     versions = place.versions()
     assert {name: versions[name] for name in ("torch", "alpha", "fasttune")} == {

@@ -81,7 +81,7 @@ def _begin(rows: Sequence[Encoded], group: list[int], start: int, least: int) ->
     supervised = np.stack([rows[row][1][start:shortest] for row in group])
     if start == 0:
         supervised[:, 0] = False  # nothing predicts a row's first token
-    # One token has one label: they may go on together until a second one of them is supervised.
+    # One token has one label: rows stay together until a second one of them is supervised.
     owners = np.logical_or.accumulate(supervised, axis=1)
     same = _first(~(ids == ids[0]).all(0))
     end = start + min(same, _first(owners.sum(0) > 1))
