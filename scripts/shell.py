@@ -90,7 +90,7 @@ class Shell:
         code, output = self._run(command, {})
         if code != 0:
             print("failed", flush=True)
-            raise RunFailed(f"{what}: {reason(self.log)} (the full log: {self.log}; mend it and run this again)")
+            raise RunFailed(f"{what}: {reason(self.log)} (the full log: {self.log}; fix it and run this again)")
         print(f"ok {time.monotonic() - start:.1f} s", flush=True)
         return output
 

@@ -2,7 +2,7 @@
 """Resolve stacks/NAME.in into the pins of stacks/NAME.txt:  python stacks/regenerate.py [--upgrade]
 
 `uv pip compile` resolves, for x86-64 Linux and Python 3.11 to 3.13. Pins already in NAME.txt are kept while they fit;
-`--upgrade` resolves from scratch. Each pin carries the SHA-256 of the files that may be installed for it there: of the wheels
+`--upgrade` ignores them. Each pin carries the SHA-256 of the files that may be installed for it there: of the wheels
 that fit, and of the sdist where some Python has none. Files of other systems would be ten times the lines.
 """
 

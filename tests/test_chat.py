@@ -1,4 +1,4 @@
-"""What of a conversation is trained on: real chat templates against a table made by hand, and what templates do wrong."""
+"""What of a conversation is trained on: real chat templates against a table made by hand; what templates do wrong."""
 
 import importlib.util
 from collections.abc import Callable
