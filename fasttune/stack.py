@@ -197,11 +197,13 @@ def repair_command(packages: Iterable[str], stack: str) -> str:
     come first; where nothing differs, the files of `packages` are broken: they are installed again.
     """
     pins, packages = read_pins(stack), list(packages)
-    wrong = {item.name for item in compare(pins, installed())}
+    wrong = {item.name: item.installed for item in compare(pins, installed())}
     family = [name for name in pins if name in TORCH_FAMILY or CUDA_WHEEL.match(name)]
-    wanted = packages + family if "torch" in wrong.intersection(packages) else packages
+    wanted = packages + family if "torch" in packages and "torch" in wrong else packages
     differing = [name for name in dict.fromkeys(wanted) if name in wrong] or sorted(wrong)
-    return fix_command(differing, stack) if differing else fix_command(packages, stack, "--force-reinstall")
+    # pip 26 takes a half-removed package (a .dist-info without METADATA), which is missing here, for installed
+    again = not differing or any(wrong[name] is None for name in differing)
+    return fix_command(differing or packages, stack, *["--force-reinstall"] * again)
 
 
 def fix_command(packages: Iterable[str], stack: str, *options: str) -> str:
