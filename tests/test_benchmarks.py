@@ -196,6 +196,7 @@ def test_the_battery_keeps_what_is_done_and_says_what_is_not(tmp_path: Path) -> 
     assert dry_run(out, "--wheels", str(tmp_path))[0].returncode == 2  # none is there
 
 
+@pytest.mark.nightly
 def test_a_stage_that_fails_is_recorded_and_one_that_lasts_is_stopped(
     monkeypatch: pytest.MonkeyPatch, tmp_path: Path, capsys: pytest.CaptureFixture[str]
 ) -> None:
@@ -216,6 +217,7 @@ def test_a_stage_that_fails_is_recorded_and_one_that_lasts_is_stopped(
     assert run.summary() == 1 and "2 of" not in capsys.readouterr().err
 
 
+@pytest.mark.nightly
 def test_a_benchmark_takes_the_minutes_that_are_left(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
     monkeypatch.syspath_prepend(str(FOLDER))
     import battery

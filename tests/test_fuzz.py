@@ -7,7 +7,7 @@ import pytest
 
 
 @pytest.mark.slow
-@pytest.mark.parametrize("cases", [100, pytest.param(2000, marks=pytest.mark.nightly)])
+@pytest.mark.parametrize("cases", [50, pytest.param(2000, marks=pytest.mark.nightly)])
 def test_mutated_configs_and_rows(cases: int) -> None:
     command = [sys.executable, "tests/fuzz/run.py", "--cases", str(cases), "--first", str(cases)]
     done = subprocess.run(command, capture_output=True, text=True, check=False)
