@@ -17,7 +17,7 @@ from fasttune.report import rate as number
 
 ROOT = Path(__file__).resolve().parent.parent
 # What README.md quotes: the newest row of each.
-CPU_FILE = "smollm2-135m-gsm8k.jsonl"
+CPU_FILES = ["smollm2-135m-gsm8k.jsonl", "smollm2-135m-shared-prompt.jsonl"]
 GPU_FILE = "lora-r64-2048-gsm8k.jsonl"
 KEY_VERSIONS = ("torch", "transformers", "peft", "trl", "unsloth")
 
@@ -227,7 +227,7 @@ def verdict(row: dict[str, Any]) -> str:
 
 def sentences(rows: dict[str, list[dict[str, Any]]]) -> str:
     """README.md's measured sentences, with their conditions."""
-    cpu = [sentence(rows[CPU_FILE][-1], CPU_FILE)] if rows.get(CPU_FILE) else []
+    cpu = [sentence(rows[file][-1], file) for file in CPU_FILES if rows.get(file)]
     gpu = [sentence(rows[GPU_FILE][-1], GPU_FILE)] if rows.get(GPU_FILE) else []
     return "\n\n".join(cpu + (gpu or ["No speed has been measured on a GPU yet."]))
 
