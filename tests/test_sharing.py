@@ -118,6 +118,16 @@ def test_packs_are_planned_by_what_is_computed(capacity: int, packs: int) -> Non
     assert sum(flat(rows, segments)["input_ids"].size for segments in found) == 880 * packs + 16 * 200
 
 
+def test_a_label_is_in_the_pack_of_its_row_only() -> None:
+    """A turn that one row is supervised in and four only read, in two packs: the second one has no label there."""
+    beginning = [*SYSTEM, *ONE]
+    rows = [row(beginning, 24)]
+    rows += [row([*beginning, *range(1000 * (i + 1), 1000 * (i + 1) + 40)], 60) for i in range(4)]
+    packs = [flat(rows, segments) for segments in plan(rows, 32 + 2 * 40)]
+    assert sorted(len(batch["row_ends"]) for batch in packs) == [2, 3]
+    assert sum(int((batch["labels"] != IGNORE).sum()) for batch in packs) == 8 + 4 * 12
+
+
 def test_without_sharing_nothing_is_put_together() -> None:
     from collections import Counter
 
