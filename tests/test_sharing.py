@@ -123,7 +123,7 @@ def test_a_label_is_in_the_pack_of_its_row_only() -> None:
     beginning = [*SYSTEM, *ONE]
     rows = [row(beginning, 24)]
     rows += [row([*beginning, *range(1000 * (i + 1), 1000 * (i + 1) + 40)], 60) for i in range(4)]
-    packs = [flat(rows, segments) for segments in plan(rows, 32 + 2 * 40 + 8)]
+    packs = [flat(rows, segments) for segments in plan(rows, 32 + 2 * 40)]
     assert sorted(len(batch["row_ends"]) for batch in packs) == [2, 3]
     assert sum(int((batch["labels"] != IGNORE).sum()) for batch in packs) == 8 + 4 * 12
 

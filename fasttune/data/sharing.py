@@ -129,13 +129,14 @@ def _part_of(rows: Sequence[Encoded], segments: list[Segment], wanted: list[int]
 
 def _fitted(ending: list[int], below: list[Segment], above: int, capacity: int) -> list[tuple[list[int], int]]:
     """(rows, computed tokens) of packs that begin with the same `above` tokens: rows that end there, and others."""
-    items = [([row], above) for row in ending]
+    items: list[tuple[list[int], int]] = []
     for segment in below:
         if above + segment.tokens <= capacity or not segment.below:
             items.append((segment.rows, above + segment.tokens))
         else:
             to = above + segment.end - segment.start
             items += _fitted(segment.ending, segment.below, to, capacity)
+    items[0] = ([*ending, *items[0][0]], items[0][1])  # rows that end here add nothing to any pack
     packs = best_fit([tokens - above for _, tokens in items], capacity - above)
     return [
         ([row for i in pack for row in items[i][0]], above + sum(items[i][1] - above for i in pack)) for pack in packs
