@@ -197,13 +197,21 @@ def repair_command(packages: Iterable[str], stack: str) -> str:
     come first; where nothing differs, the files of `packages` are broken: they are installed again.
     """
     pins, packages = read_pins(stack), list(packages)
-    wrong = {item.name: item.installed for item in compare(pins, installed())}
+    wrong = {item.name: item for item in compare(pins, installed())}
     family = [name for name in pins if name in TORCH_FAMILY or CUDA_WHEEL.match(name)]
     wanted = packages + family if "torch" in packages and "torch" in wrong else packages
     differing = [name for name in dict.fromkeys(wanted) if name in wrong] or sorted(wrong)
-    # pip 26 takes a half-removed package (a .dist-info without METADATA), which is missing here, for installed
-    again = not differing or any(wrong[name] is None for name in differing)
-    return fix_command(differing or packages, stack, *["--force-reinstall"] * again)
+    if not differing:
+        return fix_command(packages, stack, "--force-reinstall")
+    return fix_mismatches([wrong[name] for name in differing], stack)
+
+
+def fix_mismatches(wrong: list[Mismatch], stack: str) -> str:
+    """The command for packages that differ from their pins. pip 26 takes one that is half removed (a .dist-info without
+    METADATA), which counts as missing here, for installed: so what is missing is installed by force.
+    """
+    force = ["--force-reinstall"] if any(item.installed is None for item in wrong) else []
+    return fix_command([item.name for item in wrong], stack, *force)
 
 
 def fix_command(packages: Iterable[str], stack: str, *options: str) -> str:

@@ -187,7 +187,7 @@ def pins(stack_name: str, installed: Mapping[str, str]) -> Result:
         return Result("pins", "pass", f"{len(wanted)} packages as stacks/{stack_name}.txt pins them")
     shown = [f"{item.name} {item.installed or 'missing'} (pinned {item.pinned})" for item in wrong[:SHOWN_MISMATCHES]]
     more = f" and {len(wrong) - len(shown)} more" if len(wrong) > len(shown) else ""
-    fix = stack.repair_command([item.name for item in wrong], stack_name)
+    fix = stack.fix_mismatches(wrong, stack_name)
     return Result("pins", "fail", f"{len(wrong)} of {len(wanted)} differ: {', '.join(shown)}{more}", fix)
 
 
