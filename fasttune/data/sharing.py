@@ -136,7 +136,8 @@ def _fitted(ending: list[int], below: list[Segment], above: int, capacity: int) 
         else:
             to = above + segment.end - segment.start
             items += _fitted(segment.ending, segment.below, to, capacity)
-    items[0] = ([*ending, *items[0][0]], items[0][1])  # rows that end here add nothing to any pack
+    if ending:  # these rows add nothing to any pack
+        items[0] = ([*ending, *items[0][0]], items[0][1])
     packs = best_fit([tokens - above for _, tokens in items], capacity - above)
     return [
         ([row for i in pack for row in items[i][0]], above + sum(items[i][1] - above for i in pack)) for pack in packs
