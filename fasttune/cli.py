@@ -27,8 +27,10 @@ EXAMPLES = """examples:
 PATHS = ("config", "data", "file", "model", "out", "output", "resume")  # of the options
 NUMBERS = {  # option → the least and the most it may be
     "batch_rows": (1, 100_000),
+    "gpus": (1, 1024),
     "limit": (1, 10**9),
     "max_new_tokens": (1, 10**6),
+    "nodes": (1, 10_000),
     "repeats": (1, 1000),
     "rows": (0, 100_000),
     "seed": (0, 2**32 - 1),
@@ -57,7 +59,8 @@ def main(argv: list[str] | None = None) -> int:
         _check_limits(options)
         from fasttune import hardware
 
-        if hardware.has_nvidia_smi():
+        several = options.command == "train" and options.gpus  # each process that it starts takes one
+        if hardware.has_nvidia_smi() and not several:
             from fasttune import gpus
 
             gpus.pin()
@@ -98,6 +101,8 @@ def _check_limits(options: argparse.Namespace) -> None:
             except ValueError as error:
                 raise FasttuneError(f"{name if name in ('config', 'model') else flag}: {error}") from error
         least, most = NUMBERS.get(name, (None, None))
+        if name == "gpus" and isinstance(value, str):  # train's, which may be `all`
+            continue
         if value is not None and least is not None and not least <= value <= most:
             raise FasttuneError(f"{flag} {value}: a whole number from {least} to {most:,}")
 
@@ -138,12 +143,18 @@ def _with_config(commands: Any) -> None:
     add = command("train", "fine-tune a model as a config says", train, " before the first step; nothing was trained")
     found = "resume from the newest checkpoint in RUN (default: output_dir, or the newest runs/NAME-*)"
     add("--resume", nargs="?", const="", metavar="RUN", help=found)
+    add("--gpus", metavar="N", help="on N GPUs of this machine, or `all`; without GPUs in N processes on the CPU")
+    kinds = ("slurm", "torchrun", "skypilot", "kubeflow")
+    add("--print-launch", choices=kinds, help="print what starts this on --nodes machines of --gpus each, and end")
+    add("--nodes", type=int, metavar="N", help="machines, with --print-launch (default 1)")
 
     add = command("data", "show the rows as they will be trained; trains nothing", data)
     add("--rows", type=int, default=3, metavar="N", help="rows to print (default 3)")
 
     add = command("plan", "settings, memory, time and cost of a run; trains nothing", plan)
     add("--gpu", metavar="GPU", help="plan for another GPU than this machine's: h100-80, h200-141, l40s-48 …")
+    add("--gpus", type=int, default=1, metavar="N", help="on N such GPUs of each machine")
+    add("--nodes", type=int, default=1, metavar="N", help="on N machines")
     add("--usd-per-hour", **price)
 
     add = command("bench", "the same job on several arms, with the losses compared", bench, KEPT)
@@ -198,6 +209,7 @@ def train(options: argparse.Namespace) -> Done:
 
     from fasttune import config, terminal
     from fasttune.core import run_folder, train as training
+    from fasttune.core.ranks import Ranks
     from fasttune.errors import OutputError
     from fasttune.metrics import Stopped
     from fasttune.tools import card, estimate
@@ -213,13 +225,23 @@ def train(options: argparse.Namespace) -> Done:
     if options.config is None:
         raise ConfigError(["train: name a config, e.g. configs/quickstart.yaml, or --resume RUN"])
     settings = config.load(options.config, options.overrides)
-    folder = None
+    ranks, folder = Ranks.of_environment(), None
     if options.resume is not None:
         from fasttune.core import resume
 
         folder = resume.to_resume(settings, options.resume)
-    reporter = terminal.Reporter()
-    result = training.run(settings, reporter, folder, when_ready=estimate.add_to, when_saved=card.of_run)
+    if options.gpus or options.print_launch or options.nodes:
+        from fasttune.tools import launch
+
+        options.json = False  # that of rank 0 is printed
+        if options.print_launch or options.nodes:
+            print(launch.printed(options, settings), end="")
+            return 0, None
+        training.preflight(settings, folder)
+        return launch.run(launch.count(options.gpus), sys.argv[1:]), None
+    reporter = terminal.Reporter() if not ranks.rank else terminal.Reporter(console=terminal.Console(quiet=True))
+    options.json = options.json and not ranks.rank
+    result = training.run(settings, reporter, folder, when_ready=estimate.add_to, when_saved=card.of_run, ranks=ranks)
     reporter.finish(result)
     if result.status == "interrupted":
         by_hand = result.error in (Stopped.SIGINT, Stopped.AT_ONCE)
@@ -293,7 +315,8 @@ def plan(options: argparse.Namespace) -> Done:
     from fasttune import terminal
     from fasttune.tools import plan
 
-    figures = plan.look(_priced(options), options.gpu, terminal.Reporter())
+    gpus, nodes = options.gpus, options.nodes
+    figures = plan.look(_priced(options), options.gpu, terminal.Reporter(), gpus * nodes, nodes)
     plan.show(figures)
     return 0 if figures.fits else 1, figures
 

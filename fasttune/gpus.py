@@ -93,8 +93,7 @@ def pin() -> None:
     With several, plain trainers would give each a batch of its own (DataParallel). A rank of torchrun takes its own.
     Raises FasttuneError where CUDA_VISIBLE_DEVICES names none: nobody wants a long run on the CPU by mistake.
     """
-    if "LOCAL_RANK" in os.environ:
-        return
+    rank = int(os.environ.get("LOCAL_RANK", "0"))
     cards, _ = read()
     gpus, listed = visible(cards), os.environ.get(VISIBLE, "").strip()
     if cards and not gpus and listed and not re.match("-|NoDevFiles", listed):  # the two common words for none
@@ -102,9 +101,13 @@ def pin() -> None:
             f"{VISIBLE}={listed}: names no GPU of this machine: unset {VISIBLE}, or give a number below {len(cards)} "
             "or an id that `nvidia-smi -L` shows (empty: the CPU)"
         )
-    if gpus and gpus[0].uuid:
-        os.environ[VISIBLE] = gpus[0].uuid
-    if len(gpus) > 1:
+    if gpus and rank >= len(gpus):
+        raise FasttuneError(
+            f"process {rank + 1} of this machine has no GPU, only {len(gpus)} can be used: start as many"
+        )
+    if gpus and gpus[rank].uuid:
+        os.environ[VISIBLE] = gpus[rank].uuid
+    if len(gpus) > 1 and "LOCAL_RANK" not in os.environ:
         told = f"takes one GPU, the first of {len(gpus)} that it may use: {gpus[0].name} ({gpus[0].uuid})"
         print(f"fasttune: {told}; {VISIBLE} chooses another", file=sys.stderr)
 

@@ -24,6 +24,7 @@ class StepMetrics:
     peak_memory_gib: of a GPU in this very step; of a CPU that of the process, until now.
     computed_tokens: of `tokens`, those really computed: what rows of a pack begin with alike, once.
     eval_*: on held-out rows, after the step; None where none was due. In no `seconds` of a step.
+    straggler: longest over mean seconds that the ranks computed, before they waited for each other; None of one.
     """
 
     step: int
@@ -40,6 +41,7 @@ class StepMetrics:
     eval_loss: float | None = None
     eval_token_accuracy: float | None = None
     eval_exact_match: float | None = None
+    straggler: float | None = None
 
 
 @dataclass(frozen=True)
@@ -108,6 +110,16 @@ class Backend:
     optimizer: str = "not seen"
     patched_mlps: int = 0  # layers whose MLP is Unsloth's
     fused_lora_layers: int = 0  # layers whose attention has its fused LoRA functions
+
+
+@dataclass(frozen=True)
+class RanksSeen:
+    """The processes of a run. straggler: median over the steady steps, see StepMetrics."""
+
+    ranks: int
+    nodes: int
+    peak_memory_gib: list[float]  # of each rank
+    straggler: float | None
 
 
 @dataclass(frozen=True)
@@ -234,6 +246,7 @@ class RunResult:
     resumed_from_step: int | None = None
     peak_outside_steps_gib: float | None = None  # of a GPU: loading, proof and evaluation; peak_memory_gib: the steps
     resume_command: str | None = None  # of a run that is not completed, and of which something is kept
+    ranks: RanksSeen | None = None  # of a run of several processes, whose tokens, FLOPs and dollars are those of all
 
 
 def steady(steps: list[StepMetrics]) -> list[StepMetrics]:

@@ -9,6 +9,7 @@ from typing import Any
 import pytest
 
 from fasttune import config, plots
+from fasttune.core.ranks import ALONE, Ranks
 from fasttune.tools import card, estimate
 
 STEPS = 8
@@ -51,7 +52,12 @@ def settings(folder: Path, changes: dict[str, Any] | None = None) -> config.Conf
 
 
 def run(
-    folder: Path, changes: dict[str, Any] | None = None, resume: bool = False, diverges: bool = False, **reporter: Any
+    folder: Path,
+    changes: dict[str, Any] | None = None,
+    resume: bool = False,
+    diverges: bool = False,
+    ranks: Ranks = ALONE,
+    **reporter: Any,
 ) -> Any:
     """As `fasttune train` runs it, but nothing is drawn: that takes a fifth of the time. `diverges`: at a learning rate
     that no config may ask for.
@@ -70,7 +76,7 @@ def run(
         if diverges:
             patch.setattr(trainer, "build", diverging)
         settled = settings(folder, changes)
-        result = train.run(settled, told, folder if resume else None, estimate.add_to, card.of_run)
+        result = train.run(settled, told, folder if resume else None, estimate.add_to, card.of_run, ranks)
     result.told = told.told
     return result
 

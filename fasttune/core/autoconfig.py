@@ -159,8 +159,8 @@ def packing(packed: bool, proof: str) -> Setting:
     return Setting("packing", "off", "rows are padded to the longest of a micro-batch")
 
 
-def price_of(config: Config, hardware: Hardware) -> tuple[float | None, Setting | None]:
-    """Dollars an hour of this machine, and the setting to show; None where nobody can know."""
+def price_of(config: Config, hardware: Hardware, ranks: int = 1) -> tuple[float | None, Setting | None]:
+    """Dollars an hour of all that trains, and the setting to show; None where nobody can know."""
     if config.usd_per_hour is not None:
         return config.usd_per_hour, Setting("price", f"${config.usd_per_hour:g} an hour")
     if not hardware.gpus:
@@ -169,7 +169,9 @@ def price_of(config: Config, hardware: Hardware) -> tuple[float | None, Setting 
 
     known = chips.usd_per_hour(hardware.gpus[0].name)
     reason = f"an example of {chips.USD_PER_HOUR_DATE}; set usd_per_hour to yours"
-    return known, Setting("price", f"${known:g} an hour", reason) if known is not None else None
+    if known is None:
+        return None, None
+    return ranks * known, Setting("price", f"${ranks * known:g} an hour", reason)
 
 
 def _candidates(config: Config, base: Choices) -> list[Choices]:

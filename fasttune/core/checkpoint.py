@@ -74,7 +74,12 @@ class Keeper:
         return every.every_s is not None and time.perf_counter() - self._last_s >= every.every_s
 
     def write(self, step: int) -> None:
-        """Write one now, between two steps, unless the weights have diverged; remove those that are too many."""
+        """Write one now, between two steps, unless the weights have diverged; remove those that are too many.
+
+        Rank 0 writes that of all ranks: their weights and moments are the same.
+        """
+        if self.job.ranks.rank:
+            return
         if not self.sound():
             self.warn(f"step {step}: no checkpoint, for its weights have diverged; {self.journal.kept}")
             return
@@ -98,21 +103,28 @@ class Keeper:
 
     def bring_back_best(self, step: int) -> int:
         """After the last step: with eval.keep_best the weights of the best one. Returns the step they are of."""
-        best = self.validator.best
+        best, ranks = self.validator.best, self.job.ranks
         if not self.job.config.eval.keep_best or best is None or best.step == step:
             return step
+        restored = ranks.agree(None if ranks.rank else self._restored(best.step))
+        if restored:
+            ranks.copy_from_first(trained(self.trainer.model).values())
+        return best.step if restored else step
+
+    def _restored(self, step: int) -> bool:
+        """Whether the weights are those of the checkpoint of a step now."""
         from fasttune.core import restore, resume
 
-        path = self.job.folder / FOLDER / f"step-{best.step}"
+        path = self.job.folder / FOLDER / f"step-{step}"
         try:
             found = resume.read(path)
             if problem := resume.misfit(found, self.trainer.model):
                 raise resume.Broken(problem)
         except resume.Broken as error:
             self.warn(f"eval.keep_best: {path.name} does not hold ({error}): the weights of the last step are saved")
-            return step
+            return False
         restore.restore_weights(self.trainer.model, found)
-        return best.step
+        return True
 
 
 def identity(job: "Job") -> dict[str, str]:

@@ -1,6 +1,7 @@
 """Held-out rows, beside a training that does not notice: their loss and token accuracy, and answers to problems."""
 
 import math
+import signal
 from collections.abc import Callable, Iterator
 from dataclasses import asdict, dataclass
 from typing import TYPE_CHECKING, Any
@@ -55,9 +56,11 @@ class Validator:
 
     def measure(self, step: int) -> Evaluation:
         """Evaluate now, as the model after `step`."""
-        loss, right, count = self._sums_of(self._batches)
+        ranks = self.job.ranks
+        own = self._sums_of(self._batches[ranks.rank :: ranks.size])
+        loss, right, count = ranks.total(own, f"evaluation after step {step:,}")
         match = None if self._at_an_end(step) else self._exact_match()  # there all are answered, for the samples
-        self.last = Evaluation(step, float(loss / count), float(right / count), match)
+        self.last = Evaluation(step, loss / count, right / count, match)
         self.before = self.last if step == 0 else self.before
         if step and math.isfinite(self.last.loss) and (self.best is None or self.last.loss < self.best.loss):
             self.best = self.last
@@ -74,7 +77,7 @@ class Validator:
             return False
         ids = row[0][-SOUND_TOKENS:]
         batch = flat([(ids, np.ones(len(ids), np.bool_))])
-        return bool(self._sums_of([batch if self.job.data.packed else _alone(batch)])[0].isfinite())
+        return math.isfinite(self._sums_of([batch if self.job.data.packed else _alone(batch)])[0])
 
     def state(self) -> dict[str, Any]:
         """Plain values for a checkpoint, which `restore` takes."""
@@ -92,11 +95,11 @@ class Validator:
         loss_tokens = sum(int((batch["labels"] != IGNORE).sum()) for batch in self._batches)
         return HeldOut(len(self.job.held_out), loss_tokens, self.before, self.last, self.best, saved_step)
 
-    def _sums_of(self, batches: list[MicroBatch]) -> torch.Tensor:
+    def _sums_of(self, batches: list[MicroBatch]) -> list[float]:
         was_training = self.model.training
         self.model.eval()
         try:
-            return torch.tensor([self._sums(batch) for batch in batches], dtype=torch.float64).sum(0)
+            return torch.tensor([[0.0, 0.0, 0.0], *map(self._sums, batches)], dtype=torch.float64).sum(0).tolist()
         finally:
             self.model.train(was_training)
 
@@ -191,13 +194,24 @@ def _held_out(config: Config, batches: Batches) -> tuple[str, Iterator[tuple[str
 def answer(job: "Job", problems: list[Problem]) -> list[str]:
     """The model's greedy answers, each at most half as long again as the longest reference (and 16 tokens more).
 
-    The model is left ready for training.
+    The ranks share the problems. The model is left ready for training.
     """
     if not problems:
         return []
-    model, tokenizer = job.model, job.tokenizer
-    longest = max(map(len, tokenizer([problem.reference for problem in problems]).input_ids))
+    longest = max(map(len, job.tokenizer([problem.reference for problem in problems]).input_ids))
     room = min(max(longest + longest // 2 + 16, LEAST_NEW_TOKENS), MOST_NEW_TOKENS)
+    rank, size, own = job.ranks.rank, job.ranks.size, None
+    try:
+        own = _answer(job, problems[rank::size], room)
+    finally:
+        found = job.ranks.gather(own)  # None of one that a signal ended: the others would wait for it
+    if None in found:
+        raise KeyboardInterrupt(signal.SIGINT)
+    return [found[at % size][at // size] for at in range(len(problems))]
+
+
+def _answer(job: "Job", problems: list[Problem], room: int) -> list[str]:
+    model, tokenizer = job.model, job.tokenizer
     models.for_inference(model)
     texts, stops = [], decoding.stop_ids(model, tokenizer)
     for start in range(0, len(problems), ROWS_AT_ONCE):

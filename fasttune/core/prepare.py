@@ -4,7 +4,7 @@ Unsloth and torch are imported inside `prepare`: bad input must fail in a second
 """
 
 from collections.abc import Callable
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -13,6 +13,7 @@ from fasttune.config import Config, looks_like_hub
 from fasttune.core import autoconfig, pretrained, run_folder
 from fasttune.core.autoconfig import Plan
 from fasttune.core.memory import Shape
+from fasttune.core.ranks import ALONE, Ranks
 from fasttune.data import chat, load, sources
 from fasttune.data.batching import Batches, Encoded
 from fasttune.errors import ConfigError, DataError, FasttuneError
@@ -46,6 +47,7 @@ class Job:
     settings: list[Setting]
     warnings: list[str]
     forecast: Forecast | None = None  # for run.json, from whoever makes one before the first step
+    ranks: Ranks = ALONE
 
 
 def preflight(config: Config, resume: Path | None = None) -> Path:
@@ -69,7 +71,7 @@ def check_sources_and_model(config: Config) -> None:
     pretrained.check_name(config.model.name)
 
 
-def prepare(config: Config, folder: Path, reporter: Reporter, start: Path | None = None) -> Job:
+def prepare(config: Config, folder: Path, reporter: Reporter, start: Path | None = None, ranks: Ranks = ALONE) -> Job:
     """Plan, model and data, ready to train. Writes nothing. `start`: what a PiSSA run that is resumed began with."""
     machine = hardware.detect(folder)
     warnings: list[str] = []
@@ -86,6 +88,8 @@ def prepare(config: Config, folder: Path, reporter: Reporter, start: Path | None
 
     take_over_loggers()
     machine = hardware.as_torch_sees(machine)
+    if not machine.gpus:
+        machine = replace(machine, memory_gib=machine.memory_gib / ranks.local_size)
     config, architecture = fitted(config, warnings.append)
     plan = autoconfig.resolve(config, machine, Shape.of(architecture))
     auto, settings = config.train.micro_batch_rows == "auto", list[Setting]()
@@ -97,7 +101,8 @@ def prepare(config: Config, folder: Path, reporter: Reporter, start: Path | None
 
     reporter.note(f"loading {config.model.name} …")
     policy, full = plan.gradient_checkpointing, config.train.method == "full"
-    model, tokenizer = models.load(config.model, plan.dtype, policy, full, config.seed, plan.fp32_masters)
+    with ranks.node_first():
+        model, tokenizer = models.load(config.model, plan.dtype, policy, full, config.seed, plan.fp32_masters)
     base_weights = what_ran.fingerprint(model.parameters())
     if not full:
         model = models.add_lora(model, config.lora, policy, config.seed, start)
@@ -112,21 +117,26 @@ def prepare(config: Config, folder: Path, reporter: Reporter, start: Path | None
     settings += [Setting("chat template", what, why) for what, why in chat.complete(tokenizer)]
 
     config = load.with_format(config)
-    data = load.encode(config, tokenizer, packed, reporter.progress)
+    with ranks.node_first():
+        data = load.encode(config, tokenizer, packed, reporter.progress)
+    data.rank, data.ranks = ranks.rank, ranks.size
     if packed:
         why_not = packing.enable_shared(model, config.model.max_length)
         plan, brings = autoconfig.share(config, machine, plan, data, auto, why_not)
         config = configuration.changed(config, train={"micro_batch_rows": plan.micro_batch_rows})
         settings += brings
-    held_out, doubts = load.held_out(config, tokenizer, data, reporter.progress)
+    with ranks.node_first():
+        held_out, doubts = load.held_out(config, tokenizer, data, reporter.progress)
     warnings += doubts
     pretrained.check_tokens(tokenizer, len(model.get_input_embeddings().weight), load.texts(data, held_out))
     settings += [Setting("data", line) for line in load.describe(data)]
     if held_out:
         settings.append(Setting("held out", f"loss of {len(held_out):,} rows, {_when(config)}"))
     run_folder.check_space(folder, needed_gib(config, models.trained_gib(model)))
-    usd_per_hour, price = autoconfig.price_of(config, machine)
+    usd_per_hour, price = autoconfig.price_of(config, machine, ranks.size)
     settings += [price] if price else []
+    if ranks.size > 1:
+        settings.insert(0, Setting("processes", _processes(ranks, machine)))
     return Job(
         config=config,
         folder=folder,
@@ -142,7 +152,14 @@ def prepare(config: Config, folder: Path, reporter: Reporter, start: Path | None
         usd_per_hour=usd_per_hour,
         settings=[*plan.settings, *settings],
         warnings=warnings,
+        ranks=ranks,
     )
+
+
+def _processes(ranks: Ranks, machine: Hardware) -> str:
+    nodes = ranks.size // ranks.local_size
+    text = f"{ranks.size} {'GPUs' if machine.gpus else 'on CPUs'}"
+    return text + (f" on {nodes} machines" if nodes > 1 else "")
 
 
 def fitted(config: Config, warn: Callable[[str], None]) -> tuple[Config, Any]:

@@ -219,13 +219,13 @@ class Journal:
         self._disk_is_full = False
         self._tracker: Tracker | None = None
 
-    def resume(self, found: "Checkpoint") -> None:
-        """Go back to a checkpoint, with the steps that lie before it."""
+    def resume(self, found: "Checkpoint", folder: Path) -> None:
+        """Go back to a checkpoint of the run in `folder`, with the steps that lie before it."""
         self.checkpoint, self.earlier_s = found.path, found.state["wall_s"]
         self.resumed_from_step = found.state["step"]
         from fasttune.core import resume
 
-        self.steps = resume.read_metrics(self.job.folder, found.state["step"], self.warnings.append)
+        self.steps = resume.read_metrics(folder, found.state["step"], self.warnings.append)
 
     @property
     def done(self) -> int:

@@ -14,9 +14,10 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from fasttune import hardware, report
-from fasttune.config import Config
+from fasttune.config import Config, changed
 from fasttune.core import checkpoint, run_folder
 from fasttune.core.prepare import Job, preflight, prepare
+from fasttune.core.ranks import ALONE, Ranks
 from fasttune.core.run_folder import Journal
 from fasttune.errors import FasttuneError, first_line, kind_and_line
 from fasttune.metrics import ExactMatch, RunResult, Sample, Stopped
@@ -36,6 +37,7 @@ def run(
     resume: Path | None = None,
     when_ready: Callable[[Job], None] = lambda job: None,
     when_saved: Callable[[Path, RunResult], None] = lambda folder, result: None,
+    ranks: Ranks = ALONE,
 ) -> RunResult:
     """Train, write the output folder and return what happened. `resume`: the folder of a run to resume.
 
@@ -51,26 +53,37 @@ def run(
         from fasttune.core import trackers
 
         trackers.check_installed(config.train.report_to)
+    ranks.connect()
+    resume = resume or _before_restart(config, ranks)
     folder = preflight(config, resume)
     with signals_to(_at_once), library_log() as log, tempfile.TemporaryDirectory() as scratch, ExitStack() as locks:
-        there = resume is not None and run_folder.is_run(folder)
+        folder = Path(ranks.agree(str(folder)))
+        there = resume is not None and ranks.agree(run_folder.is_run(folder))
         if resume:
             from fasttune.core import resume as resuming
         if there:
-            locks.enter_context(run_folder.hold(folder))  # before anything in it is looked at
+            if not ranks.rank:
+                locks.enter_context(run_folder.hold(folder))  # before anything in it is looked at
             resuming.refuse_completed(folder)
         pissa_start = folder / checkpoint.FOLDER / checkpoint.START
-        job = prepare(config, folder, reporter, pissa_start if there and pissa_start.exists() else None)
+        start = pissa_start if there and pissa_start.exists() else None
+        job = prepare(config, folder, reporter, start, ranks)
         when_ready(job)
         from fasttune.core import evaluation, model as models, trainer as trainers, what_ran  # torch is loaded
 
         identity, found = checkpoint.identity(job), None
+        trained = what_ran.fingerprint(checkpoint.trained(job.model).values())
+        ranks.check_same({**identity, "start of what is trained": trained})
         if resume:
             found = resuming.find(folder, job.model, identity, reporter.note)
         initial = models.save_initial(job.model, job.config.lora, Path(scratch) / "initial")
         before = evaluation.answer(job, job.problems)
         trainer = trainers.build(job, Path(scratch), done=found.state["step"] if found else 0)
-        if not there:
+        if ranks.rank:  # keeps the same books, for nobody
+            job.folder = Path(scratch) / "books"
+            job.folder.mkdir()
+            job.config = changed(job.config, train={"report_to": "none"})
+        elif not there:
             job.folder, lock = run_folder.create(config, folder)
             locks.enter_context(lock)
         run_folder.begin(job, log, initial, resumed=there)
@@ -80,7 +93,7 @@ def run(
         if found:
             from fasttune.core import restore
 
-            journal.resume(found)
+            journal.resume(found, folder)
             validator.restore(found.state.get("held_out", {}))
             restore.into(trainer, found)
         keeper = checkpoint.Keeper(journal, trainer, validator, identity)
@@ -106,6 +119,14 @@ def run(
     return result
 
 
+def _before_restart(config: Config, ranks: Ranks) -> Path | None:
+    """The run that the processes before these trained, where torchrun has started them again."""
+    if ranks.most_restarts and not config.output_dir:
+        raise FasttuneError("torchrun may restart this run and would not find it again: set output_dir")
+    folder = Path(config.output_dir or "").expanduser()
+    return folder if ranks.restarts and run_folder.is_run(folder) else None
+
+
 def train(recorder: "StepRecorder") -> None:
     """All optimizer steps that are left; writes down what ends them, unless it is a second signal."""
     job, journal, validator = recorder.job, recorder.journal, recorder.validator
@@ -115,14 +136,16 @@ def train(recorder: "StepRecorder") -> None:
                 validator.measure(0)
             if journal.done < job.total_steps:
                 recorder.trainer.train()
-            if recorder.stopped_by is None and validator.missing(job.total_steps):  # ended by a signal, and resumed
+            if recorder.agree_to_stop() is None and validator.missing(
+                job.total_steps
+            ):  # ended by a signal, and resumed
                 validator.measure(job.total_steps)
         journal.status = "completed"
     except Exception as error:  # every ending is reported in run.json
-        journal.status, journal.error = "failed", _one_line(error, job)
+        journal.status, journal.error = "failed", job.ranks.part(_one_line(error, job))
         print(traceback.format_exc())  # into library.log
         return
-    if recorder.stopped_by is not None:
+    if recorder.agree_to_stop() is not None:
         journal.status, journal.error = "interrupted", recorder.stopped_by
     if journal.done and not recorder.keeper.sound():
         journal.status = "failed"
@@ -141,7 +164,7 @@ def save(journal: Journal, initial_adapter: Path | None) -> None:
     from fasttune.core import model as models
 
     job = journal.job
-    if journal.saved_step is None:
+    if journal.saved_step is None or job.ranks.rank:
         return
     full = job.config.train.method == "full"
     kind, dtype = ("model", job.plan.dtype) if full else ("adapter", None)
@@ -162,6 +185,7 @@ def finish(recorder: "StepRecorder", before: list[str], when_saved: Callable[[Pa
 
     job, journal, samples, match = recorder.job, recorder.journal, list[Sample](), None
     path = job.folder / "run.json"
+    journal.status = job.ranks.agree(journal.status)
     speed = what_ran.achieved_tflops(job, journal.steps, MATMUL_SECONDS)
     try:
         if journal.status == "completed":  # said only when all of it is there: until then --resume does the rest
@@ -169,7 +193,8 @@ def finish(recorder: "StepRecorder", before: list[str], when_saved: Callable[[Pa
             samples, match = answer_again(recorder, before)
         result = what_ran.result_of(recorder, speed, samples, match)
         report.write_html(job.folder / "report.html", result, journal.steps)
-        when_saved(job.folder, result)
+        if not job.ranks.rank:
+            when_saved(job.folder, result)
         report.write_json(path, result)
     except FasttuneError as error:
         told = f"{first_line(error)}; {journal.kept}"
@@ -197,7 +222,7 @@ def answer_again(recorder: "StepRecorder", before: list[str]) -> tuple[list[Samp
     if not job.problems:
         return [], None
     try:
-        if recorder.stopped_by is None:
+        if recorder.agree_to_stop() is None:
             with signals_to(_at_once):
                 return evaluation.compare(job.config, job.problems, before, evaluation.answer(job, job.problems))
         why = "a signal ended it"

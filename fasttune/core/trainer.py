@@ -5,7 +5,9 @@ Shapes: B rows of a micro-batch, T tokens of the longest row (or of the whole pa
 
 import math
 import signal
+import statistics
 import time
+import zlib
 from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
@@ -19,10 +21,13 @@ from datasets import Dataset
 
 from fasttune.core import what_ran
 from fasttune.core.autoconfig import trainer_settings
+from fasttune.core.ranks import ALONE, Ranks
 from fasttune.core.what_ran import Watched, count_tokens, round_by_chance, synchronize
 from fasttune.data.batching import ON_HOST, Batches
 from fasttune.errors import RunFailed
 from fasttune.metrics import StepMetrics, Stopped
+
+REASONS = list(Stopped)
 
 if TYPE_CHECKING:
     from fasttune.core.checkpoint import Keeper
@@ -39,9 +44,11 @@ class MeasuredTrainer(Watched, trl.SFTTrainer):
     (forward and backward of each) → optimizer → StepRecorder (numbers, evaluation, checkpoint).
     """
 
-    counts: dict[str, int]
+    ranks: Ranks = ALONE
+    counts: dict[str, int]  # of all ranks
     layout: str = "not seen"  # how the rows of the last step lay
     started: float = 0.0  # of the present step
+    computing_s: float = 0.0  # of its forward and backward, on this rank
     step_loss: float = 0.0
     rows_at_once: int | None = None  # fewer than planned, since memory ran out
     first_step_done: float = 0.0
@@ -55,45 +62,61 @@ class MeasuredTrainer(Watched, trl.SFTTrainer):
         synchronize()
         self.started = time.perf_counter()
         steps = [step for _, step in zip(range(num_batches), epoch_iterator, strict=False)]
-        micro_batches = [batch for step in steps for batch in step]
-        if not micro_batches:
+        if not steps:
             return steps, None
-        self._look_at(micro_batches)
+        self._look_at([batch for step in steps for batch in step])
         return steps, torch.tensor(self.counts["loss_tokens"], device=device)
 
     def _look_at(self, micro_batches: list[dict[str, Any]]) -> None:
-        self.counts = count_tokens(micro_batches)
-        self.layout = what_ran.layout(micro_batches, self.counts)
+        own = count_tokens(micro_batches)
+        self.layout = what_ran.layout(micro_batches, own) + ("" if self.ranks.alone else f" of rank {self.ranks.rank}")
+        totals = self.ranks.total(list(own.values()), f"making step {self.state.global_step + 1:,}")
+        self.counts = dict(zip(own, map(int, totals), strict=True))
 
     def training_step(self, model: Any, inputs: list[dict[str, Any]], num_items_in_batch: Any = None) -> torch.Tensor:
-        """Forward and backward of every micro-batch of a step; returns their summed loss.
+        """Forward and backward of every micro-batch of a step; returns their summed loss, as the gradients of all ranks.
 
-        Out of memory, once in a run: the same rows again, fewer at once.
+        Out of memory on any rank, once in a run: the same rows again, fewer at once on every rank.
         """
         if self.rows_at_once is not None:  # the data loader made this step ahead of time, with more rows at once
             inputs = self._made_again()
-        try:
-            return self._micro_steps(model, inputs, num_items_in_batch)
-        except torch.OutOfMemoryError:
-            if self.rows_at_once is not None or not self._halve():
-                raise
-        model.zero_grad(set_to_none=True)  # outside of `except`, whose traceback holds the activations
-        if torch.cuda.is_available():
-            torch.cuda.empty_cache()
-        return self._micro_steps(model, self._made_again(), num_items_in_batch)
+        loss = self._micro_steps(model, inputs, num_items_in_batch)
+        if loss is None:
+            if torch.cuda.is_available():
+                torch.cuda.empty_cache()
+            loss = self._micro_steps(model, self._made_again(), num_items_in_batch)
+            assert loss is not None, "a second time raises"
+        self.ranks.add_gradients(parameter for parameter in model.parameters() if parameter.requires_grad)
+        self.step_loss = float(loss)
+        return loss
 
-    def _micro_steps(self, model: Any, inputs: list[dict[str, Any]], supervised: Any) -> torch.Tensor:
-        total = torch.stack([self._micro_step(model, batch, supervised) for batch in inputs]).sum()
-        self.step_loss = float(total)
-        return total
+    def _micro_steps(self, model: Any, inputs: list[dict[str, Any]], supervised: Any) -> torch.Tensor | None:
+        """The loss of all ranks; None where memory ran out on one, and fewer rows at once are to be tried."""
+        losses, error, begun = list[torch.Tensor](), None, time.perf_counter()
+        try:
+            losses = [self._micro_step(model, batch, supervised) for batch in inputs]
+        except torch.OutOfMemoryError as caught:
+            error = caught.with_traceback(None)  # which holds the activations
+        own = torch.stack(losses).sum() if losses else torch.zeros((), device=self.args.device)
+        if not self.ranks.alone:
+            synchronize()
+            self.computing_s = time.perf_counter() - begun
+        step = self.state.global_step + 1
+        loss, failed = self.ranks.total([float(own), error is not None], f"forward and backward of step {step:,}")
+        if not failed:
+            return own.new_tensor(loss)
+        model.zero_grad(set_to_none=True)
+        if self.rows_at_once is None and self._halve():
+            return None
+        raise error or RunFailed("out of memory on another rank")
 
     def _halve(self) -> bool:
         """Half as many rows at once, and half again until the present step falls into more pieces; False: it cannot."""
         batches, step = self.data_collator.batches, self.state.global_step
-        before = len(batches.micro_batches(step))
+        before = sum(map(len, batches.laid_out(step)))
         while batches.micro_rows > 1 and self.rows_at_once is None:
             batches.micro_rows //= 2
-            if len(batches.micro_batches(step)) > before:
+            if sum(map(len, batches.laid_out(step))) > before:
                 self.rows_at_once = batches.micro_rows
         return self.rows_at_once is not None
 
@@ -140,19 +163,40 @@ class StepRecorder(transformers.TrainerCallback):
         self.validator, self.keeper = validator, keeper
         self.ends_at = ends_at  # perf_counter()
         self.seconds = self.peak_memory_gib = 0.0
-        self.stopped_by: Stopped | None = None
+        self.straggler: float | None = None
+        self.rank_peaks_gib: list[float] = []
+        self.asked_to_stop: Stopped | None = None  # by a signal to this rank
+        self.stopped_by: Stopped | None = None  # on every rank the same
         self.bad_in_a_row = 0
         self._rows_at_once: int | None = None
         self._asked_was_compared = False
 
     def stop(self, number: int, _frame: Any) -> None:
         """Signal handler: the first one ends the run after this step, a second one at once."""
-        if self.stopped_by is not None:
+        if self.asked_to_stop is not None:
             raise KeyboardInterrupt
-        self.stopped_by = Stopped.SIGINT if number == signal.SIGINT else Stopped.SIGTERM
+        self.asked_to_stop = Stopped.SIGINT if number == signal.SIGINT else Stopped.SIGTERM
+
+    def agree_to_stop(self) -> Stopped | None:
+        """What ends the run, if anything: what any rank was asked for ends all of them, after the same step."""
+        asked = REASONS.index(self.asked_to_stop) + 1 if self.asked_to_stop else 0
+        seen = self.trainer.ranks.everyone([asked, self.trainer.computing_s, self.peak_memory_gib], "between two steps")
+        if first := next((int(each[0]) for each in seen if each[0]), 0):
+            self.stopped_by = self.asked_to_stop = REASONS[first - 1]
+        seconds = [each[1] for each in seen]
+        self.straggler = max(seconds) / statistics.mean(seconds) if len(seen) > 1 else None
+        peaks = [each[2] for each in seen]
+        self.rank_peaks_gib = list(map(max, self.rank_peaks_gib or peaks, peaks)) if len(seen) > 1 else []
+        return self.stopped_by
 
     def on_step_begin(self, *_: Any, **__: Any) -> None:
-        """What was loaded, proved or evaluated until now is in no step's peak memory."""
+        """What was loaded, proved or evaluated until now is in no step's peak memory.
+
+        Dropout of several ranks: by seed, step and rank, for a checkpoint holds the random state of one.
+        """
+        if not (ranks := self.trainer.ranks).alone:
+            place = (self.job.config.seed, self.trainer.state.global_step, ranks.rank)
+            transformers.set_seed(zlib.crc32(repr(place).encode()))
         if (peak := what_ran.restart_peak()) is not None:
             self.trainer.peak_outside_gib = max(self.trainer.peak_outside_gib or 0.0, peak)
 
@@ -172,9 +216,9 @@ class StepRecorder(transformers.TrainerCallback):
         self.seconds = now - self.trainer.started
         self.peak_memory_gib = what_ran.restart_peak() or what_ran.peak_memory_gib()
         self.trainer.first_step_done = self.trainer.first_step_done or now
-        if self.stopped_by is None and now >= self.ends_at and state.global_step < state.max_steps:
-            self.stopped_by = Stopped.MAX_HOURS
-        if self.stopped_by is not None:
+        if self.asked_to_stop is None and now >= self.ends_at and state.global_step < state.max_steps:
+            self.asked_to_stop = Stopped.MAX_HOURS
+        if self.agree_to_stop() is not None:
             control.should_training_stop = True
 
     def on_log(self, args: Any, state: Any, control: Any, logs: dict[str, Any] | None = None, **kwargs: Any) -> None:
@@ -194,6 +238,7 @@ class StepRecorder(transformers.TrainerCallback):
             eval_loss=seen.loss if seen else None,
             eval_token_accuracy=seen.token_accuracy if seen else None,
             eval_exact_match=seen.exact_match if seen else None,
+            straggler=self.straggler,
             **counts,
         )
         self.journal.step(measured)
@@ -253,6 +298,7 @@ def build(job: "Job", scratch: Path, done: int = 0) -> MeasuredTrainer:
         data_collator=StepCollator(job.data),
         processing_class=job.tokenizer,
     )
+    trainer.ranks = job.ranks
     trainer.remove_callback(transformers.PrinterCallback)
     trainer.accelerator.device_placement = False  # a step's tokens are counted before they are moved (_prepare_inputs)
     if plan.stochastic_rounding:

@@ -19,7 +19,7 @@ from fasttune.core import run_folder
 from fasttune.core.memory import MLP, STOCHASTIC_ADAMW, Shape
 from fasttune.data import batching
 from fasttune.data.tokenize import IGNORE
-from fasttune.metrics import Backend, ExactMatch, Flops, RunResult, Sample, Status, StepMetrics
+from fasttune.metrics import Backend, ExactMatch, Flops, RanksSeen, RunResult, Sample, Status, StepMetrics
 from fasttune.system import native_stderr_closed
 
 if TYPE_CHECKING:
@@ -295,6 +295,7 @@ def achieved_tflops(job: "Job", steps: list[StepMetrics], seconds: float) -> tup
     tokens = sum(batch["input_ids"].size for batch in batches) // len(batches)  # × hidden × MLP width
     shape = (tokens, job.plan.shape.hidden, job.plan.shape.mlp)
     device = "cuda" if job.machine.gpus else "cpu"
+    achieved /= job.ranks.size  # of one chip
     return achieved / 1e12, hardware.measure_matmul_tflops(device, job.plan.dtype, [shape], seconds)[shape]
 
 
@@ -359,4 +360,14 @@ def result_of(
         resumed_from_step=journal.resumed_from_step,
         peak_outside_steps_gib=outside,
         resume_command=run_folder.resume_command(job) if resumable else None,
+        ranks=_ranks(recorder),
     )
+
+
+def _ranks(recorder: "StepRecorder") -> RanksSeen | None:
+    ranks = recorder.job.ranks
+    if ranks.size == 1:
+        return None
+    seen = [step.straggler for step in metrics.steady(recorder.journal.steps) if step.straggler is not None]
+    straggler = statistics.median(seen) if seen else None
+    return RanksSeen(ranks.size, ranks.size // ranks.local_size, recorder.rank_peaks_gib, straggler)

@@ -12,7 +12,7 @@ from typing import Any
 
 import numpy as np
 
-from fasttune.data import sharing
+from fasttune.data import dealing, sharing
 from fasttune.data.sharing import Encoded, Segment
 from fasttune.data.tokenize import IGNORE, Rows, labels
 
@@ -27,8 +27,9 @@ class Batches:
     """All steps of a run. `parts` are the data sets, with `weights` (see epoch_order).
 
     eval_share: share of each set's rows that is held out and never trained on.
-    batch_rows: rows of a step. micro_rows: full rows (of max_length tokens) that fit at once.
+    batch_rows: rows of a step, of all processes. micro_rows: full rows (of max_length tokens) that fit at once in one.
     least_shared: what rows of a pack begin with alike lies in it once, if it has this many tokens or more; 0: never.
+    rank, ranks: which process of the run this is, and of how many.
     """
 
     parts: list[Rows]
@@ -41,6 +42,8 @@ class Batches:
     packed: bool
     pad_id: int
     least_shared: int = 0
+    rank: int = 0
+    ranks: int = 1
 
     @cached_property
     def split(self) -> list[tuple[np.ndarray, np.ndarray]]:
@@ -101,17 +104,32 @@ class Batches:
         return sum(len(self.parts[part].row(row)[0]) for part, row in self.rows_of(step))
 
     def computed_tokens(self, steps: int, micro_rows: int) -> int:
-        """Tokens that the first `steps` steps compute, with `micro_rows` full rows at once."""
+        """Tokens that the first `steps` steps compute on all processes, with `micro_rows` full rows at once."""
         found = 0
-        for step in range(steps):
-            rows = [self.parts[part].row(row) for part, row in self.rows_of(step)]
+        for rows in (rows for step in range(steps) for rows in self.dealt(step)):
             packs = sharing.plan(rows, micro_rows * self.max_length, self.least_shared)
             found += sum(segment.tokens for pack in packs for segment in pack)
         return found
 
-    def micro_batches(self, step: int) -> list[MicroBatch]:
-        """A step as micro-batches: packs, or padded rectangles (B, T) of a model that cannot be packed."""
+    def dealt(self, step: int) -> list[list[Encoded]]:
+        """The rows of a step that each process trains on."""
         rows = [self.parts[part].row(row) for part, row in self.rows_of(step)]
+        if self.ranks == 1:
+            return [rows]
+        whole = sharing.tree(rows, self.least_shared)  # without sharing their lengths are enough: no other row is read
+        return [[rows[at] for at in part] for part in dealing.deal(whole, self.ranks)]
+
+    def micro_batches(self, step: int) -> list[MicroBatch]:
+        """This process's part of a step as micro-batches: packs, or padded rectangles (B, T) of a model that cannot be
+        packed. There may be none.
+        """
+        return self._laid_out(self.dealt(step)[self.rank])
+
+    def laid_out(self, step: int) -> list[list[MicroBatch]]:
+        """The micro-batches of every process."""
+        return [self._laid_out(rows) for rows in self.dealt(step)]
+
+    def _laid_out(self, rows: list[Encoded]) -> list[MicroBatch]:
         if self.packed:
             packs = sharing.plan(rows, self.micro_rows * self.max_length, self.least_shared)
             return [pack(rows, segments) for segments in packs]

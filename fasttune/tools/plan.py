@@ -24,8 +24,9 @@ from fasttune.hardware import Hardware
 from fasttune.metrics import Forecast, Roofline, Setting
 from fasttune.report import rate, steps_text, usd
 from fasttune.system import library_log
-from fasttune.tools import estimate
+from fasttune.tools import estimate, scaling
 from fasttune.tools.estimate import span
+from fasttune.tools.scaling import Scaling
 
 SAMPLED_ROWS = sources.BUILTIN_ROWS["train"]  # of each source; a built-in one would make more if it were asked for them
 ON_A_GPU = "fitted to two runs on an H100, shown on none"
@@ -44,10 +45,11 @@ class Figures:
     sampled: bool
     usd_per_hour: float | None
     smaller: list[str]  # what to change where it does not fit
+    scaling: Scaling | None = None  # of several GPUs, of which machine, memory and settings are each one's
 
 
-def look(config: Config, gpu: str | None, reporter: terminal.Reporter) -> Figures:
-    """The plan of a config. `gpu`: one of chips.KNOWN_GPUS, or None for this machine.
+def look(config: Config, gpu: str | None, reporter: terminal.Reporter, ranks: int = 1, nodes: int = 1) -> Figures:
+    """The plan of a config. `gpu`: one of chips.KNOWN_GPUS, or None for this machine. ranks: GPUs of all `nodes`.
 
     Raises ConfigError, DataError and ModelError.
     """
@@ -66,13 +68,15 @@ def look(config: Config, gpu: str | None, reporter: terminal.Reporter) -> Figure
             auto, config = config.train.micro_batch_rows == "auto", chosen.apply(config)
             sample, scale = _sample(config)
             data = load.encode(sample, tokenizer, chosen.packed, reporter.progress)
+            data.ranks = ranks
             load.held_out(sample, tokenizer, data, reporter.progress)  # which may be refused, too
             pretrained.check_tokens(tokenizer, chosen.shape.vocab, load.texts(data))
             brings = list[Setting]()
             if chosen.packed:
                 chosen, brings = autoconfig.share(config, machine, chosen, data, auto)
-            usd_per_hour, price = autoconfig.price_of(config, machine)
+            usd_per_hour, price = autoconfig.price_of(config, machine, ranks)
             expected = estimate.of_run(sample, chosen, data, machine, usd_per_hour, scale)
+            several = scaling.of_run(config, chosen, data, nodes, expected) if ranks > 1 else None
     finally:
         reporter.stop()
     usable_gib = autoconfig.usable_memory_gib(machine)
@@ -88,6 +92,7 @@ def look(config: Config, gpu: str | None, reporter: terminal.Reporter) -> Figure
         sampled=scale != 1,
         usd_per_hour=usd_per_hour,
         smaller=[] if fits else remedies.smaller(config, bool(machine.gpus)),
+        scaling=several,
     )
 
 
@@ -140,6 +145,7 @@ def show(figures: Figures, console: Console = terminal.console) -> None:
     console.print(Rule(Text.assemble(("plan ", "bold"), figures.name, (" on ", "dim"), figures.machine), align="left"))
     settings = terminal.grid((each.name, each.value, each.reason) for each in figures.settings)
     tables = [settings, terminal.grid(_memory(figures)), terminal.grid(_bill(figures))]
+    tables += [terminal.grid(scaling.lines(figures.scaling))] if figures.scaling else []
     for table in (*tables, *_groups(figures.forecast.roofline)):
         console.print(Padding(table, (1, 2, 0, 2), expand=False))
     if figures.fits:

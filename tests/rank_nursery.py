@@ -1,0 +1,186 @@
+"""Runs of several processes without their start: one process imports everything, and forks them as torchrun would.
+
+As a program it reads jobs, a line of JSON each, and answers with the pids of the ranks and, when all have ended, with
+their exit codes. `Nursery` is what tests talk to.
+"""
+
+import json
+import os
+import subprocess
+import sys
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+TESTS = Path(__file__).parent
+
+
+@dataclass
+class Ended:
+    """codes: of waitpid, by rank. told: run.json."""
+
+    codes: list[int]
+    told: dict[str, Any]
+    steps: list[dict[str, Any]]
+
+
+class Nursery:
+    def __init__(self) -> None:
+        pipes: dict[str, Any] = {"stdin": subprocess.PIPE, "stdout": subprocess.PIPE, "stderr": subprocess.DEVNULL}
+        self._process = subprocess.Popen([sys.executable, __file__], text=True, bufsize=1, **pipes)
+
+    def start(self, folder: Path, ranks: int, changes: dict[str, Any] | None = None, **job: Any) -> list[int]:
+        """The pids of the ranks. job: resume, restarts, trick (of this file), timeout_s."""
+        assert self._process.stdin and self._process.stdout
+        self._folder = folder
+        line = json.dumps({"folder": str(folder), "ranks": ranks, "changes": changes or {}, **job})
+        self._process.stdin.write(f"{line}\n")
+        return list(json.loads(self._process.stdout.readline()))
+
+    def end(self) -> Ended:
+        assert self._process.stdout
+        codes = json.loads(self._process.stdout.readline())
+        path = self._folder / "metrics.jsonl"
+        steps = [json.loads(line) for line in path.read_text().splitlines()] if path.exists() else []
+        return Ended(codes, json.loads((self._folder / "run.json").read_text()), steps)
+
+    def run(self, folder: Path, ranks: int, changes: dict[str, Any] | None = None, **job: Any) -> Ended:
+        self.start(folder, ranks, changes, **job)
+        return self.end()
+
+    def close(self) -> None:
+        assert self._process.stdin
+        self._process.stdin.close()
+        self._process.wait(30)
+
+
+# -- what is broken on purpose, in one rank or in all
+
+
+def each_by_itself(rank: int) -> None:
+    """Every rank takes the mean over its own supervised tokens."""
+    from fasttune.core.trainer import MeasuredTrainer
+
+    look = MeasuredTrainer._look_at
+
+    def own(self: Any, micro_batches: Any) -> None:
+        look(self, micro_batches)
+        self.counts["loss_tokens"] = sum(int((batch["labels"][:, 1:] != -100).sum()) for batch in micro_batches)
+
+    MeasuredTrainer._look_at = own  # type: ignore[method-assign]
+
+
+def out_of_memory(rank: int) -> None:
+    """Rank 1, in its second step, with more than 300 tokens at once."""
+    import torch
+
+    from fasttune.core.trainer import MeasuredTrainer
+
+    step = MeasuredTrainer._micro_step
+
+    def full(self: Any, model: Any, batch: Any, supervised: Any) -> Any:
+        if rank == 1 and self.state.global_step == 1 and batch["input_ids"].numel() > 300:
+            raise torch.OutOfMemoryError("no more")
+        return step(self, model, batch, supervised)
+
+    MeasuredTrainer._micro_step = full  # type: ignore[method-assign]
+
+
+def not_finite(rank: int) -> None:
+    """The gradients of rank 1 in its third step."""
+    from fasttune.core.trainer import MeasuredTrainer
+
+    step = MeasuredTrainer._micro_step
+
+    def infinite(self: Any, model: Any, batch: Any, supervised: Any) -> Any:
+        loss = step(self, model, batch, supervised)
+        if rank == 1 and self.state.global_step == 2:
+            next(p.grad for p in model.parameters() if p.grad is not None).fill_(float("inf"))
+        return loss
+
+    MeasuredTrainer._micro_step = infinite  # type: ignore[method-assign]
+
+
+def hangs(rank: int) -> None:
+    """Rank 1 in its third step."""
+    import time
+
+    from fasttune.core.trainer import MeasuredTrainer
+
+    step = MeasuredTrainer._micro_step
+
+    def hanging(self: Any, *arguments: Any) -> Any:
+        if rank == 1 and self.state.global_step == 2:
+            time.sleep(20)
+        return step(self, *arguments)
+
+    MeasuredTrainer._micro_step = hanging  # type: ignore[method-assign]
+
+
+def raises(rank: int) -> None:
+    """Rank 1 in its third step."""
+    from fasttune.core.trainer import MeasuredTrainer
+
+    step = MeasuredTrainer._micro_step
+
+    def raising(self: Any, *arguments: Any) -> Any:
+        if rank == 1 and self.state.global_step == 2:
+            raise RuntimeError("a bad cable")
+        return step(self, *arguments)
+
+    MeasuredTrainer._micro_step = raising  # type: ignore[method-assign]
+
+
+def main() -> None:
+    os.environ["OMP_NUM_THREADS"] = "1"  # no thread pool: this process forks
+    answers = os.fdopen(os.dup(1), "w")
+    os.dup2(os.open(os.devnull, os.O_WRONLY), 1)  # unsloth greets
+    import gc
+    from datetime import timedelta
+
+    import torch.distributed as dist
+    from tiny_run import run
+
+    import fasttune.core.model
+    import fasttune.core.resume
+    import fasttune.core.train
+    import fasttune.core.trainer  # noqa: F401
+    from fasttune.core.ranks import Ranks
+
+    gc.freeze()
+    for line in sys.stdin:
+        job = json.loads(line)
+        folder, ranks, restarts = job["folder"], job["ranks"], job.get("restarts", 0)
+        store = dist.TCPStore("127.0.0.1", 0, is_master=True, wait_for_workers=False, timeout=timedelta(seconds=60))
+        pids = []
+        for rank in range(ranks):
+            pid = os.fork()
+            if pid == 0:
+                place = {
+                    "RANK": rank,
+                    "LOCAL_RANK": rank,
+                    "WORLD_SIZE": ranks,
+                    "LOCAL_WORLD_SIZE": ranks,
+                    "GROUP_RANK": 0,
+                }
+                place |= {"MASTER_ADDR": "127.0.0.1", "MASTER_PORT": store.port}
+                place |= {"TORCHELASTIC_USE_AGENT_STORE": True, "TORCHELASTIC_RESTART_COUNT": restarts}
+                place |= {"FASTTUNE_RANK_TIMEOUT_S": job.get("timeout_s", 60)}
+                os.environ |= {name: str(value) for name, value in place.items()}
+                if "trick" in job:
+                    globals()[job["trick"]](rank)
+                code = 1
+                try:
+                    result = run(Path(folder), job["changes"], bool(job.get("resume")), ranks=Ranks.of_environment())
+                    code = {"completed": 0, "interrupted": 143}.get(result.status, 1)
+                finally:
+                    os._exit(code)
+            pids.append(pid)
+        print(json.dumps(pids), file=answers, flush=True)
+        codes = {pid: os.waitpid(pid, 0)[1] for pid in pids}
+        print(json.dumps([os.waitstatus_to_exitcode(codes[pid]) for pid in pids]), file=answers, flush=True)
+
+
+if __name__ == "__main__":
+    sys.path.insert(0, str(TESTS))
+    main()
