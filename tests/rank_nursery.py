@@ -6,13 +6,17 @@ their exit codes. `Nursery` is what tests talk to.
 
 import json
 import os
+import signal
 import subprocess
 import sys
+import time
+from contextlib import suppress
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
 TESTS = Path(__file__).parent
+GRACE_S = 20
 
 
 @dataclass
@@ -26,7 +30,7 @@ class Ended:
 
 class Nursery:
     def __init__(self) -> None:
-        pipes: dict[str, Any] = {"stdin": subprocess.PIPE, "stdout": subprocess.PIPE, "stderr": subprocess.DEVNULL}
+        pipes: dict[str, Any] = {"stdin": subprocess.PIPE, "stdout": subprocess.PIPE, "stderr": None}
         self._process = subprocess.Popen([sys.executable, __file__], text=True, bufsize=1, **pipes)
 
     def start(self, folder: Path, ranks: int, changes: dict[str, Any] | None = None, **job: Any) -> list[int]:
@@ -52,6 +56,8 @@ class Nursery:
         assert self._process.stdin
         self._process.stdin.close()
         self._process.wait(30)
+        assert self._process.stdout
+        self._process.stdout.close()
 
 
 # -- what is broken on purpose, in one rank or in all
@@ -71,7 +77,7 @@ def each_by_itself(rank: int) -> None:
 
 
 def out_of_memory(rank: int) -> None:
-    """Rank 1, in its second step, with more than 300 tokens at once."""
+    """Rank 1, in its second step, with more than 512 tokens at once."""
     import torch
 
     from fasttune.core.trainer import MeasuredTrainer
@@ -79,7 +85,7 @@ def out_of_memory(rank: int) -> None:
     step = MeasuredTrainer._micro_step
 
     def full(self: Any, model: Any, batch: Any, supervised: Any) -> Any:
-        if rank == 1 and self.state.global_step == 1 and batch["input_ids"].numel() > 300:
+        if rank == 1 and self.state.global_step == 1 and batch["input_ids"].numel() > 512:
             raise torch.OutOfMemoryError("no more")
         return step(self, model, batch, supervised)
 
@@ -136,6 +142,7 @@ def main() -> None:
     answers = os.fdopen(os.dup(1), "w")
     os.dup2(os.open(os.devnull, os.O_WRONLY), 1)  # unsloth greets
     import gc
+    import traceback
     from datetime import timedelta
 
     import torch.distributed as dist
@@ -173,12 +180,38 @@ def main() -> None:
                 try:
                     result = run(Path(folder), job["changes"], bool(job.get("resume")), ranks=Ranks.of_environment())
                     code = {"completed": 0, "interrupted": 143}.get(result.status, 1)
+                except BaseException:
+                    traceback.print_exc()
                 finally:
                     os._exit(code)
             pids.append(pid)
         print(json.dumps(pids), file=answers, flush=True)
-        codes = {pid: os.waitpid(pid, 0)[1] for pid in pids}
-        print(json.dumps([os.waitstatus_to_exitcode(codes[pid]) for pid in pids]), file=answers, flush=True)
+        codes = waited_for(set(pids))
+        print(json.dumps([codes[pid] for pid in pids]), file=answers, flush=True)
+
+
+def waited_for(pids: set[int]) -> dict[int, int]:
+    """The exit codes. As torchrun does: once one has failed the others are ended, with time to save."""
+    codes: dict[int, int] = {}
+    failed_s = 0.0
+    while pids - set(codes):
+        pid, status = os.waitpid(-1, os.WNOHANG)
+        if pid:
+            codes[pid] = os.waitstatus_to_exitcode(status)
+            if codes[pid] and not failed_s:
+                failed_s = time.monotonic()
+                ended(pids - set(codes), signal.SIGTERM)
+            continue
+        if failed_s and time.monotonic() - failed_s > GRACE_S:
+            ended(pids - set(codes), signal.SIGKILL)
+        time.sleep(0.01)
+    return codes
+
+
+def ended(pids: set[int], number: int) -> None:
+    for pid in pids:
+        with suppress(ProcessLookupError):
+            os.kill(pid, number)
 
 
 if __name__ == "__main__":

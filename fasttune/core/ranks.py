@@ -26,10 +26,10 @@ HIDDEN = (*LAUNCHED, "GROUP_WORLD_SIZE", "ROLE_RANK", "ROLE_WORLD_SIZE", "ROLE_N
 RESTARTS, MOST_RESTARTS = "TORCHELASTIC_RESTART_COUNT", "TORCHELASTIC_MAX_RESTARTS"
 TIMEOUT = "FASTTUNE_RANK_TIMEOUT_S"  # seconds that a process waits for the others within a step
 BUCKET_VALUES = 64 * 2**20  # gradients that are summed at once
-POLL_S = 1.0
+LEAST_PAUSE_S, MOST_PAUSE_S = 0.001, 0.25
 
 
-@dataclass
+@dataclass(eq=False)
 class Ranks:
     """rank: of `size` processes; local: of those on this machine, which is number `node`. Alone: 0 of 1."""
 
@@ -65,6 +65,7 @@ class Ranks:
             from fasttune import cpu
 
             cpu.ask_for_huge_pages()
+            import torch
             import torch.distributed as dist
 
             timeout = timedelta(seconds=float(os.environ.get(TIMEOUT, "600")))
@@ -102,10 +103,11 @@ class Ranks:
         return [json.loads(self._get(f"{key}/{rank}")) for rank in ranks]
 
     def _get(self, key: str) -> bytes:
-        """Waits in short pieces, so that signals are heard."""
+        """Looks again and again: a wait inside the store would hear no signal, and warn when it is long."""
+        pause_s = LEAST_PAUSE_S
         while not self._store.check([key]):
-            with suppress(RuntimeError):
-                self._store.wait([key], timedelta(seconds=POLL_S))
+            time.sleep(pause_s)
+            pause_s = min(2 * pause_s, MOST_PAUSE_S)
         return bytes(self._store.get(key))
 
     @contextmanager
@@ -130,12 +132,17 @@ class Ranks:
         own = torch.tensor(values, dtype=torch.float64)
         found = [torch.empty_like(own) for _ in range(self.size)]
         self._arrived += 1
-        self._store.set(f"at/{self.rank}", json.dumps([self._arrived, time.time(), doing]))
+        self.begins(doing)
         try:
             self._numbers.allgather([found], [own]).wait()
         except RuntimeError as error:
             raise RunFailed(self._missing(error)) from error
         return [each.tolist() for each in found]
+
+    def begins(self, doing: str) -> None:
+        """What this rank does from now on, for the message of one that waits for it."""
+        if not self.alone:
+            self._store.set(f"at/{self.rank}", json.dumps([self._arrived, time.time(), doing]))
 
     def total(self, values: Sequence[float], doing: str) -> list[float]:
         """The sum over all ranks of each value."""

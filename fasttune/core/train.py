@@ -68,7 +68,8 @@ def run(
         pissa_start = folder / checkpoint.FOLDER / checkpoint.START
         start = pissa_start if there and pissa_start.exists() else None
         job = prepare(config, folder, reporter, start, ranks)
-        when_ready(job)
+        if not ranks.rank:
+            when_ready(job)
         from fasttune.core import evaluation, model as models, trainer as trainers, what_ran  # torch is loaded
 
         identity, found = checkpoint.identity(job), None
@@ -116,6 +117,7 @@ def run(
                 result = finish(recorder, before, when_saved)
         with suppress(KeyboardInterrupt):
             journal.close()
+        ranks.agree(None)  # where one has ended, torchrun ends the others: not before rank 0 has written all
     return result
 
 
@@ -186,6 +188,10 @@ def finish(recorder: "StepRecorder", before: list[str], when_saved: Callable[[Pa
     job, journal, samples, match = recorder.job, recorder.journal, list[Sample](), None
     path = job.folder / "run.json"
     journal.status = job.ranks.agree(journal.status)
+    if job.ranks.rank:
+        if journal.status == "completed":
+            answer_again(recorder, before)
+        return what_ran.result_of(recorder)
     speed = what_ran.achieved_tflops(job, journal.steps, MATMUL_SECONDS)
     try:
         if journal.status == "completed":  # said only when all of it is there: until then --resume does the rest
@@ -193,8 +199,7 @@ def finish(recorder: "StepRecorder", before: list[str], when_saved: Callable[[Pa
             samples, match = answer_again(recorder, before)
         result = what_ran.result_of(recorder, speed, samples, match)
         report.write_html(job.folder / "report.html", result, journal.steps)
-        if not job.ranks.rank:
-            when_saved(job.folder, result)
+        when_saved(job.folder, result)
         report.write_json(path, result)
     except FasttuneError as error:
         told = f"{first_line(error)}; {journal.kept}"

@@ -28,6 +28,7 @@ from fasttune.errors import RunFailed
 from fasttune.metrics import StepMetrics, Stopped
 
 REASONS = list(Stopped)
+ECHO_S = 5.0  # a scheduler and torchrun both pass a signal on: what comes so soon after the first is the same one
 
 if TYPE_CHECKING:
     from fasttune.core.checkpoint import Keeper
@@ -74,7 +75,7 @@ class MeasuredTrainer(Watched, trl.SFTTrainer):
         self.counts = dict(zip(own, map(int, totals), strict=True))
 
     def training_step(self, model: Any, inputs: list[dict[str, Any]], num_items_in_batch: Any = None) -> torch.Tensor:
-        """Forward and backward of every micro-batch of a step; returns their summed loss, as the gradients of all ranks.
+        """Forward and backward of every micro-batch of a step; returns their summed loss, of all ranks like gradients.
 
         Out of memory on any rank, once in a run: the same rows again, fewer at once on every rank.
         """
@@ -93,6 +94,7 @@ class MeasuredTrainer(Watched, trl.SFTTrainer):
     def _micro_steps(self, model: Any, inputs: list[dict[str, Any]], supervised: Any) -> torch.Tensor | None:
         """The loss of all ranks; None where memory ran out on one, and fewer rows at once are to be tried."""
         losses, error, begun = list[torch.Tensor](), None, time.perf_counter()
+        self.ranks.begins(doing := f"forward and backward of step {self.state.global_step + 1:,}")
         try:
             losses = [self._micro_step(model, batch, supervised) for batch in inputs]
         except torch.OutOfMemoryError as caught:
@@ -101,8 +103,7 @@ class MeasuredTrainer(Watched, trl.SFTTrainer):
         if not self.ranks.alone:
             synchronize()
             self.computing_s = time.perf_counter() - begun
-        step = self.state.global_step + 1
-        loss, failed = self.ranks.total([float(own), error is not None], f"forward and backward of step {step:,}")
+        loss, failed = self.ranks.total([float(own), error is not None], f"the end of {doing}")
         if not failed:
             return own.new_tensor(loss)
         model.zero_grad(set_to_none=True)
@@ -166,6 +167,7 @@ class StepRecorder(transformers.TrainerCallback):
         self.straggler: float | None = None
         self.rank_peaks_gib: list[float] = []
         self.asked_to_stop: Stopped | None = None  # by a signal to this rank
+        self._asked_s = 0.0
         self.stopped_by: Stopped | None = None  # on every rank the same
         self.bad_in_a_row = 0
         self._rows_at_once: int | None = None
@@ -173,8 +175,10 @@ class StepRecorder(transformers.TrainerCallback):
 
     def stop(self, number: int, _frame: Any) -> None:
         """Signal handler: the first one ends the run after this step, a second one at once."""
-        if self.asked_to_stop is not None:
+        now = time.monotonic()
+        if self.asked_to_stop is not None and (self.trainer.ranks.alone or now - self._asked_s > ECHO_S):
             raise KeyboardInterrupt
+        self._asked_s = now
         self.asked_to_stop = Stopped.SIGINT if number == signal.SIGINT else Stopped.SIGTERM
 
     def agree_to_stop(self) -> Stopped | None:
