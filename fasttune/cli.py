@@ -208,8 +208,7 @@ def train(options: argparse.Namespace) -> Done:
     from pathlib import Path
 
     from fasttune import config, terminal
-    from fasttune.core import run_folder, train as training
-    from fasttune.core.ranks import Ranks
+    from fasttune.core import ranks as processes, run_folder, train as training
     from fasttune.errors import OutputError
     from fasttune.metrics import Stopped
     from fasttune.tools import card, estimate
@@ -225,7 +224,7 @@ def train(options: argparse.Namespace) -> Done:
     if options.config is None:
         raise ConfigError(["train: name a config, e.g. configs/quickstart.yaml, or --resume RUN"])
     settings = config.load(options.config, options.overrides)
-    ranks, folder = Ranks.of_environment(), None
+    ranks, folder = processes.of_environment(), None
     if options.resume is not None:
         from fasttune.core import resume
 

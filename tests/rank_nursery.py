@@ -4,12 +4,14 @@ As a program it reads jobs, a line of JSON each, and answers with the pids of th
 their exit codes. `Nursery` is what tests talk to.
 """
 
+import gc
 import json
 import os
 import signal
 import subprocess
 import sys
 import time
+import traceback
 from contextlib import suppress
 from dataclasses import dataclass
 from pathlib import Path
@@ -141,53 +143,49 @@ def main() -> None:
     os.environ["OMP_NUM_THREADS"] = "1"  # no thread pool: this process forks
     answers = os.fdopen(os.dup(1), "w")
     os.dup2(os.open(os.devnull, os.O_WRONLY), 1)  # unsloth greets
-    import gc
-    import traceback
     from datetime import timedelta
 
     import torch.distributed as dist
-    from tiny_run import run
 
     import fasttune.core.model
     import fasttune.core.resume
     import fasttune.core.train
     import fasttune.core.trainer  # noqa: F401
-    from fasttune.core.ranks import Ranks
 
     gc.freeze()
     for line in sys.stdin:
         job = json.loads(line)
-        folder, ranks, restarts = job["folder"], job["ranks"], job.get("restarts", 0)
         store = dist.TCPStore("127.0.0.1", 0, is_master=True, wait_for_workers=False, timeout=timedelta(seconds=60))
         pids = []
-        for rank in range(ranks):
+        for rank in range(job["ranks"]):
             pid = os.fork()
             if pid == 0:
-                place = {
-                    "RANK": rank,
-                    "LOCAL_RANK": rank,
-                    "WORLD_SIZE": ranks,
-                    "LOCAL_WORLD_SIZE": ranks,
-                    "GROUP_RANK": 0,
-                }
-                place |= {"MASTER_ADDR": "127.0.0.1", "MASTER_PORT": store.port}
-                place |= {"TORCHELASTIC_USE_AGENT_STORE": True, "TORCHELASTIC_RESTART_COUNT": restarts}
-                place |= {"FASTTUNE_RANK_TIMEOUT_S": job.get("timeout_s", 60)}
-                os.environ |= {name: str(value) for name, value in place.items()}
-                if "trick" in job:
-                    globals()[job["trick"]](rank)
-                code = 1
-                try:
-                    result = run(Path(folder), job["changes"], bool(job.get("resume")), ranks=Ranks.of_environment())
-                    code = {"completed": 0, "interrupted": 143}.get(result.status, 1)
-                except BaseException:
-                    traceback.print_exc()
-                finally:
-                    os._exit(code)
+                os._exit(exit_code(job, rank, store.port))
             pids.append(pid)
         print(json.dumps(pids), file=answers, flush=True)
         codes = waited_for(set(pids))
         print(json.dumps([codes[pid] for pid in pids]), file=answers, flush=True)
+
+
+def exit_code(job: dict[str, Any], rank: int, port: int) -> int:
+    """Of a rank of the job, as the command's."""
+    from tiny_run import run
+
+    from fasttune.core import ranks
+
+    size = job["ranks"]
+    place = {"RANK": rank, "LOCAL_RANK": rank, "WORLD_SIZE": size, "LOCAL_WORLD_SIZE": size, "GROUP_RANK": 0}
+    place |= {"MASTER_ADDR": "127.0.0.1", "MASTER_PORT": port, "FASTTUNE_RANK_TIMEOUT_S": job.get("timeout_s", 60)}
+    place |= {"TORCHELASTIC_USE_AGENT_STORE": True, "TORCHELASTIC_RESTART_COUNT": job.get("restarts", 0)}
+    os.environ |= {name: str(value) for name, value in place.items()}
+    if "trick" in job:
+        globals()[job["trick"]](rank)
+    try:
+        result = run(Path(job["folder"]), job["changes"], bool(job.get("resume")), ranks=ranks.of_environment())
+    except BaseException:
+        traceback.print_exc()
+        return 1
+    return {"completed": 0, "interrupted": 143}.get(result.status, 1)
 
 
 def waited_for(pids: set[int]) -> dict[int, int]:

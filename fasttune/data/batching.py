@@ -12,7 +12,7 @@ from typing import Any
 
 import numpy as np
 
-from fasttune.data import dealing, sharing
+from fasttune.data import sharing
 from fasttune.data.sharing import Encoded, Segment
 from fasttune.data.tokenize import IGNORE, Rows, labels
 
@@ -116,6 +116,8 @@ class Batches:
         rows = [self.parts[part].row(row) for part, row in self.rows_of(step)]
         if self.ranks == 1:
             return [rows]
+        from fasttune.data import dealing
+
         whole = sharing.tree(rows, self.least_shared)  # without sharing their lengths are enough: no other row is read
         return [[rows[at] for at in part] for part in dealing.deal(whole, self.ranks)]
 
