@@ -230,6 +230,7 @@ def train(options: argparse.Namespace) -> Done:
 
         folder = resume.to_resume(settings, options.resume)
     if options.gpus or options.print_launch or options.nodes:
+        from fasttune import gpus
         from fasttune.tools import launch
 
         options.json = False  # that of rank 0 is printed
@@ -237,7 +238,7 @@ def train(options: argparse.Namespace) -> Done:
             print(launch.printed(options, settings), end="")
             return 0, None
         training.preflight(settings, folder)
-        return launch.run(launch.count(options.gpus), sys.argv[1:]), None
+        return launch.run(gpus.count(options.gpus), sys.argv[1:]), None
     reporter = terminal.Reporter() if not ranks.rank else terminal.Reporter(console=terminal.Console(quiet=True))
     options.json = options.json and not ranks.rank
     result = training.run(settings, reporter, folder, when_ready=estimate.add_to, when_saved=card.of_run, ranks=ranks)

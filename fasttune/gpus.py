@@ -112,6 +112,21 @@ def pin() -> None:
         print(f"fasttune: {told}; {VISIBLE} chooses another", file=sys.stderr)
 
 
+def count(asked: str) -> int:
+    """How many processes `--gpus` means. Raises FasttuneError."""
+    cards, _ = read()
+    usable = len(visible(cards))
+    if asked == "all":
+        if not usable:
+            raise FasttuneError("--gpus all: no GPU here; give a number to try it in so many processes on the CPU")
+        return usable
+    if not asked.isdecimal() or not int(asked):
+        raise FasttuneError(f"--gpus {asked}: a whole number from 1, or all")
+    if usable and int(asked) > usable:
+        raise FasttuneError(f"--gpus {asked}: this machine has {usable} to use")
+    return int(asked)
+
+
 def capped(gpu: Gpu) -> str | None:
     """In words, that the owner of a card has lowered its power limit."""
     limit, default = gpu.power_limit_w, gpu.default_power_limit_w

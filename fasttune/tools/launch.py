@@ -12,28 +12,13 @@ import textwrap
 import uuid
 from pathlib import Path
 
-from fasttune import child_process, gpus, hardware
+from fasttune import child_process, hardware
 from fasttune.config import Config
 from fasttune.errors import FasttuneError, RunFailed
 
 FILES = Path(__file__).parent / "launch_files"
 GRACE_S = 600  # that the processes have after a signal: to end their step and to save
 WATCH_S = 0.2
-
-
-def count(asked: str) -> int:
-    """How many processes `--gpus` means. Raises FasttuneError."""
-    cards, _ = gpus.read() if hardware.has_nvidia_smi() else ([], None)
-    usable = len(gpus.visible(cards))
-    if asked == "all":
-        if not usable:
-            raise FasttuneError("--gpus all: no GPU here; give a number to try it in so many processes on the CPU")
-        return usable
-    if not asked.isdecimal() or not int(asked):
-        raise FasttuneError(f"--gpus {asked}: a whole number from 1, or all")
-    if usable and int(asked) > usable:
-        raise FasttuneError(f"--gpus {asked}: this machine has {usable} to use")
-    return int(asked)
 
 
 def printed(options: argparse.Namespace, config: Config) -> str:

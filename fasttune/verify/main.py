@@ -14,7 +14,7 @@ from typing import TYPE_CHECKING
 
 from fasttune import errors, gpus, hardware as machines, stack, system
 from fasttune.errors import FasttuneError
-from fasttune.verify import PIP, Result, Status, facts
+from fasttune.verify import PIP, Result, Status, exchange, facts
 from fasttune.verify.runner import CheckJob, run_jobs
 
 if TYPE_CHECKING:
@@ -42,15 +42,18 @@ def main(argv: list[str] | None = None) -> int:
     parser = errors.Parser(prog="fasttune verify", description="Check this environment by running it.")
     parser.add_argument("--json", action="store_true", help="one JSON document as the last line of stdout")
     parser.add_argument("--quick", action="store_true", help="facts, pins and version rules only: under 3 seconds")
+    several = "also whether N processes, or one for each GPU (all), reach each other, pair by pair"
+    parser.add_argument("--gpus", metavar="N", help=several)
     parser.add_argument("--online", action="store_true", help="also the hub, the token and the gated model")
     options = parser.parse_args(argv)
     stop: list[int] = []  # signals are noted, and obeyed by the threads that own the children
     for number in (signal.SIGINT, signal.SIGTERM):
         signal.signal(number, lambda received, _: stop.append(received))
     try:
+        exchanged = list(exchange.check(gpus.count(options.gpus))) if options.gpus else []  # before one is chosen
         gpus.pin()
         hardware, stack_name = machines.detect(), stack.active_stack()
-        results = list(facts.read(hardware, stack_name))
+        results = [*facts.read(hardware, stack_name), *exchanged]
         if not options.quick:
             results += run_jobs(JOBS + (ONLINE if options.online else ()), progress(), stop)
     except FasttuneError as error:
