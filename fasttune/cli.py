@@ -59,7 +59,7 @@ def main(argv: list[str] | None = None) -> int:
         _check_limits(options)
         from fasttune import hardware
 
-        several = options.command == "train" and options.gpus  # each process that it starts takes one
+        several = options.command in ("train", "bench") and options.gpus  # each process that it starts takes one
         if hardware.has_nvidia_smi() and not several:
             from fasttune import gpus
 
@@ -159,6 +159,7 @@ def _with_config(commands: Any) -> None:
 
     add = command("bench", "the same job on several arms, with the losses compared", bench, KEPT)
     add("--arms", help="comma-separated; default: fasttune,vanilla,hf-tuned,unsloth-notebook")
+    add("--gpus", metavar="1,2", help="in place of arms: how `fasttune train` scales, from 1 GPU (or process) to 2")
     add("--repeats", type=int, default=5, metavar="N", help="repeats of each arm, interleaved (default 5)")
     add("--steps", type=int, metavar="N", help="optimizer steps of a repeat (default 6; 20 on a GPU)")
     add("--usd-per-hour", **price)
@@ -257,15 +258,18 @@ def bench(options: argparse.Namespace) -> Done:
     from fasttune.bench import page, run
 
     settings = _priced(options)
-    names = run.checked_arms(settings, options.arms, options.repeats, options.steps)
+    if options.gpus and options.arms:
+        raise FasttuneError("bench: --gpus compares runs of fasttune with each other; leave --arms out")
+    names = run.checked_arms(settings, "fasttune" if options.gpus else options.arms, options.repeats, options.steps)
     folder = Path(options.output or f"runs/bench-{settings.name}")
-    said = {"--repeats": options.repeats, "--steps": options.steps, "--arms": options.arms}
+    said = {"--repeats": options.repeats, "--steps": options.steps, "--arms": options.arms, "--gpus": options.gpus}
     said["--usd-per-hour"] = options.usd_per_hour
     flags = [text for flag, value in said.items() if value is not None for text in (flag, str(value))]
     command = shlex.join(["fasttune", "bench", options.config, *options.overrides, *flags])
     reporter = terminal.Reporter()
     try:
-        result = run.run(settings, names, options.repeats, options.steps, folder, command, reporter.progress)
+        asked = (options.repeats, options.steps, folder, command, reporter.progress, options.gpus)
+        result = run.run(settings, names, *asked)
     finally:
         reporter.stop()
     page.write(result, folder)

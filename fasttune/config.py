@@ -30,6 +30,7 @@ from fasttune.errors import ConfigError, one_line
 FORMATS = tuple("messages conversations question_answer query_response prompt_completion alpaca text".split())
 LOSSES = ("content", "reasoning", "tool_calls", "tools", "tool_turns")  # what a chat template may leave out of a row
 MADE_ROWS = 100_000  # of builtin:arithmetic, when more are asked for than it has
+SHARE = r"(?:[1-9][0-9]?|100) ?%"  # of all steps
 STEPS, MINUTES = r"[1-9][0-9]{0,8} steps?", r"(?=[0-9.]*[1-9])[0-9]{0,9}\.?[0-9]{1,9} minutes?"
 TRUST = "model.trust_remote_code"
 SEVEN_PROJECTIONS = ["q_proj", "k_proj", "v_proj", "o_proj", "gate_proj", "up_proj", "down_proj"]
@@ -49,11 +50,11 @@ PathText = Annotated[str, AfterValidator(system.path_text)]
 
 
 def _how_often(other: str, pattern: str) -> BeforeValidator:
-    """'50 steps', 'never' or what `pattern` takes, of which `other` is an example."""
+    """'50 steps', '10 %', 'never' or what `pattern` takes, of which `other` is an example."""
 
     def checked(every: Any) -> Any:
-        if not re.fullmatch(rf"never|{STEPS}|{pattern}", str(every)):
-            raise ValueError(f"write '50 steps', '{other}' or 'never', not {one_line(repr(every), 100)}")
+        if not re.fullmatch(rf"never|{STEPS}|{SHARE}|{pattern}", str(every)):
+            raise ValueError(f"write '50 steps', '10 %', '{other}' or 'never', not {one_line(repr(every), 100)}")
         return every
 
     return BeforeValidator(checked)
@@ -203,12 +204,17 @@ class Periodic(Section):
     def every_steps(self) -> int | None:
         return int(self.every.split()[0]) if "step" in self.every else None
 
+    @property
+    def share(self) -> float | None:
+        """Of all steps of the run, from one time to the next."""
+        return float(self.every.rstrip(" %")) / 100 if "%" in self.every else None
+
 
 class CheckpointConfig(Periodic):
     """When the state of a run goes to disk, so that a machine that vanishes costs only the steps since."""
 
     every: Annotated[str, _how_often("10 minutes", MINUTES)] = _setting(
-        "10 minutes", "'50 steps', '10 minutes' or 'never'"
+        "10 minutes", "'50 steps', '10 %' of them, '10 minutes' or 'never'"
     )
     keep: int = _setting(2, "how many checkpoints are kept; older ones are removed", ge=1, le=1000)
     max_hours: float | None = _setting(None, "finish the step, save and stop after so long", gt=0, le=100_000)
@@ -222,7 +228,7 @@ class EvalConfig(Periodic):
     """Loss and token accuracy on held-out rows (data.eval or data.eval_share), which are not trained on."""
 
     every: Annotated[str, _how_often("start and end", "start and end")] = _setting(
-        "start and end", "'start and end', '50 steps' (also at the start and at the end) or 'never'"
+        "start and end", "'start and end', '50 steps' or '10 %' of them (also at the start and at the end), or 'never'"
     )
     rows: int = _setting(64, "the most held-out rows to evaluate", ge=1, le=100_000)
     problems: int = _setting(
@@ -260,11 +266,12 @@ class Config(Section):
                 "lora.init=pissa needs unquantized base weights: set lora.init=default or model.quantization=none"
             )
         held_out = self.data.eval is not None or self.data.eval_share
-        asked = {"samples": self.samples, "eval.problems": self.eval.problems, "eval.every": self.eval.every_steps}
+        on_the_way = self.eval.every_steps or self.eval.share
+        asked = {"samples": self.samples, "eval.problems": self.eval.problems, "eval.every": on_the_way}
         for name in (name for name, value in asked.items() if value and not held_out):
             off = "samples=0" if name == "samples" else "eval=null"
             raise ValueError(f"{name} needs held-out rows: set data.eval or data.eval_share, or give {off}")
-        if self.eval.keep_best and self.eval.every_steps is None:
+        if self.eval.keep_best and on_the_way is None:
             raise ValueError("eval.keep_best compares steps: set eval.every, e.g. '50 steps'")
         return self
 

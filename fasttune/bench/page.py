@@ -16,7 +16,7 @@ from rich.table import Table
 from rich.text import Text
 
 from fasttune import metrics, plots, report, terminal
-from fasttune.bench.stats import BASELINE, FASTEST, MIN_REPEATS, WARMUP_STEPS, Arm, Bench
+from fasttune.bench.stats import BASELINE, MIN_REPEATS, WARMUP_STEPS, Arm, Bench
 from fasttune.report import duration, percent, rate, steps_text, usd
 from fasttune.terminal import plain
 
@@ -62,14 +62,17 @@ def quote(bench: Bench) -> str:
     """The one sentence a person can quote, with its conditions; "not a claim" and why, where it would not be true."""
     if reasons := reasons_against(bench):
         return f"not a claim: {'; '.join(reasons)}"
-    arm, baseline, over = bench.arm(FASTEST), bench.arm(BASELINE), bench.over_baseline[FASTEST]
+    arm, baseline, over = bench.arm(bench.fastest), bench.arm(bench.baseline), bench.over_baseline[bench.fastest]
     assert arm and baseline
     repeats = min(len(arm.repeats), len(baseline.repeats))
     speed = rate(arm.median("tokens_per_s") or 0)
+    many, plainly = (f"{arm.name}, ", f"that of {baseline.name}") if bench.scales else ("", "plain Hugging Face")
     parts = [
-        f"fasttune trains {bench.model} ({job(bench)}) at {speed} tokens/s on {machine(bench)}",
-        f"{over.ratio:.2f}× plain Hugging Face (95 % interval {over.low:.2f} to {over.high:.2f}, {repeats} repeats)",
+        f"fasttune trains {bench.model} ({job(bench)}) at {speed} tokens/s on {many}{machine(bench)}",
+        f"{over.ratio:.2f}× {plainly} (95 % interval {over.low:.2f} to {over.high:.2f}, {repeats} repeats)",
     ]
+    if bench.scales:
+        parts.append(f"an efficiency of {percent(bench.efficiency(arm) or 0)}")
     if share := bench.share_of_limit(arm):
         parts.append(f"{percent(share)} of the measured matmul limit")
     price = bench.usd_per_million(arm)
@@ -86,7 +89,7 @@ def reasons_against(bench: Bench) -> list[str]:
 def doubts(bench: Bench) -> list[str]:
     """What stands against a claim beside what is INVALID."""
     found = []
-    for name in (FASTEST, BASELINE):
+    for name in (bench.fastest, bench.baseline):
         arm = bench.arm(name)
         if arm is None:
             found.append(f"{name} was not measured")
@@ -118,7 +121,7 @@ def difference(relative: float) -> str:
 
 def loss_curves(bench: Bench) -> list[list[float]]:
     """Losses of the first repeat of every arm that ran, fasttune's last: it is drawn strong."""
-    ran = sorted((arm for arm in bench.arms if arm.repeats), key=lambda arm: arm.name == FASTEST)
+    ran = sorted((arm for arm in bench.arms if arm.repeats), key=lambda arm: arm.name == bench.fastest)
     curves = [arm.repeats[0].losses for arm in ran]
     return curves if len({len(curve) for curve in curves}) == 1 else []
 
@@ -139,7 +142,7 @@ def _row(bench: Bench, arm: Arm) -> dict[str, Cell]:
     if speeds:
         note = f"{rate(min(speeds))}–{rate(max(speeds))}" if len(speeds) > 1 else "1 repeat"
         speed = cell(median("tokens_per_s"), rate, note)
-    ratio = Cell("1", "baseline") if arm.name == BASELINE and speeds else Cell("–")
+    ratio = Cell("1", "baseline") if arm.name == bench.baseline and speeds else Cell("–")
     if over := bench.over_baseline.get(arm.name):
         ratio = Cell(f"{over.ratio:.2f}", f"{over.low:.2f}–{over.high:.2f}")
         ratio = Cell("INVALID", bad=True) if over.invalid else ratio
@@ -148,7 +151,10 @@ def _row(bench: Bench, arm: Arm) -> dict[str, Cell]:
     whole = Cell("–") if hours is None or price is None else Cell(duration(3600 * hours), usd(hours * price))
     return {
         "tokens/s": speed,
-        f"× {BASELINE}": ratio,
+        f"× {bench.baseline}": ratio,
+        "a process": cell((speeds and bench.scales and (median("tokens_per_s") or 0) / arm.processes) or None, rate),
+        "efficiency": cell(bench.efficiency(arm) if bench.scales else None, percent),
+        "straggler": cell(median("straggler"), "{:.2f}".format),
         "computed/s": cell(shared and median("computed_tokens_per_s"), rate),
         "loss tokens/s": cell(median("loss_tokens_per_s"), rate),
         "s a step": cell(median("step_s"), lambda s: f"{s:,.3g}" if s < 100 else f"{s:,.0f}"),
@@ -210,7 +216,7 @@ def _bar(axes: Any, at: int, arm: Arm, top: float, bench: Bench) -> None:
         reason = textwrap.shorten(f"failed: {arm.failure}", 85, placeholder=" …")
         axes.text(0.012 * top, at, reason, va="center", fontsize=13, color=plots.BAD)
         return
-    strong = arm.name == FASTEST
+    strong = arm.name == bench.fastest
     axes.barh(at, median, height=0.56, color=plots.ACCENT if strong else plots.PALE)
     axes.plot([min(values), max(values)], [at, at], color=plots.INK, linewidth=1.4)
     dots = {"color": plots.INK, "markerfacecolor": plots.PAPER, "markeredgewidth": 1.2, "markersize": 6}
@@ -230,10 +236,10 @@ def _words(figure: Any, bench: Bench) -> list[Any]:
     verdict = quote(bench)
     if not reasons_against(bench):
         wide, look = 130, {"color": plots.INK}
+        what = "The same run" if bench.scales else f"{BASELINE}: plain Hugging Face"
         verdict = (
-            f"Tokens a second without padding, median of the repeats; dots: each repeat. {BASELINE}: plain Hugging "
-            "Face, same rows in the same order; losses agree within "
-            f"{difference(bench.over_baseline[FASTEST].largest_loss_difference)}."
+            f"Tokens a second without padding, median of the repeats; dots: each repeat. {what}, same rows in the same "
+            f"order; losses agree within {difference(bench.over_baseline[bench.fastest].largest_loss_difference)}."
         )
     lines = "\n".join(textwrap.wrap(verdict, wide, max_lines=2, placeholder=" …"))
     return [

@@ -18,6 +18,7 @@ from pathlib import Path
 from typing import Any
 
 from fasttune import child_process, config as configuration, gpus, hardware, metrics, report, system
+from fasttune.bench import scaling
 from fasttune.bench.arms import PLAIN, WHAT
 from fasttune.bench.stats import MIN_REPEATS, NO_REVISION, WARMUP_STEPS, Arm, Bench, Limit, Repeat
 from fasttune.config import Config
@@ -63,10 +64,22 @@ def checked_arms(config: Config, arms: str | None, repeats: int, steps: int | No
 
 
 def run(
-    config: Config, arms: list[str], repeats: int, steps: int | None, folder: Path, command: str, told: Told
+    config: Config,
+    arms: list[str],
+    repeats: int,
+    steps: int | None,
+    folder: Path,
+    command: str,
+    told: Told,
+    processes: str | None = None,
 ) -> Bench:
-    """Measure what is not in the folder yet; returns all of it. Raises FasttuneError for what cannot be compared."""
+    """Measure what is not in the folder yet; returns all of it. Raises FasttuneError for what cannot be compared.
+
+    processes: "1,2": how `fasttune train` scales, in place of the arms.
+    """
     machine = hardware.detect(folder)
+    several = scaling.arms(processes, bool(machine.gpus)) if processes else {}
+    arms = list(several) or arms
     steps = steps or (GPU_STEPS if machine.gpus else CPU_STEPS)
     beside = busy(machine)
     with tempfile.TemporaryDirectory() as shared:
@@ -77,12 +90,16 @@ def run(
         identity: dict[str, Any] = {"config": job, "steps": steps, "git": revision(), "versions": system.versions()}
         identity["machine"] = hardware.machine_name(machine)
         measured = Measurements(folder, identity, datetime.now(UTC).strftime("%Y-%m-%d"))
-        everything = [(name, number) for number in range(repeats) for name in [*arms, "limit"]]
+        names = arms if several else [*arms, "limit"]
+        everything = [(name, number) for number in range(repeats) for name in names]
         for done, (name, number) in enumerate(everything):
             if measured.get(name, number) is None and not measured.failed(name):
                 told(f"repeat {number + 1} of {repeats}: {name}", done / len(everything))
                 with watched(machine) as seen:
-                    result = fresh_process(name, Path(shared), steps)
+                    if name in several:
+                        result = scaling.measure(several[name], Path(shared))
+                    else:
+                        result = fresh_process(name, Path(shared), steps)
                 objections = [*beside, *seen.pop("objections")]
                 measured.add({"arm": name, "repeat": number, **result, **seen, "objections": objections})
     objections = [text for line in measured.lines for text in line["objections"]]
@@ -100,7 +117,7 @@ def run(
         batch_rows=config.train.batch_rows,
         max_length=resolved.model.max_length,
         job_tokens=round(epochs * facts["tokens_per_epoch"]),
-        arms=[measured.arm(name, repeats) for name in arms],
+        arms=[measured.arm(name, repeats, several.get(name, 1)) for name in arms],
         limit=measured.limit(repeats),
         usd_per_hour=autoconfig.price_of(config, machine)[0],
         hardware=asdict(machine),
@@ -108,6 +125,7 @@ def run(
         git=identity["git"],
         date=measured.date,
         objections=list(dict.fromkeys(objections)),
+        **({"baseline": arms[0], "fastest": arms[-1]} if several else {}),
     )
 
 
@@ -209,11 +227,11 @@ class Measurements:
         found = [self.get(name, number) for number in range(repeats)]
         return [line for line in found if line is not None and "failure" not in line]
 
-    def arm(self, name: str, repeats: int) -> Arm:
+    def arm(self, name: str, repeats: int, processes: int = 1) -> Arm:
         lines = [line | {"backend": Backend(**line["backend"])} for line in self.measured(name, repeats)]
         known = Repeat.__dataclass_fields__
         made = [Repeat(**{key: value for key, value in line.items() if key in known}) for line in lines]
-        return Arm(name, WHAT[name], made, self.failed(name))
+        return Arm(name, WHAT.get(name, f"`fasttune train` on {name}"), made, self.failed(name), processes)
 
     def limit(self, repeats: int) -> Limit | None:
         """The best of the measured matmul rates: other work on the machine only ever lowers it."""

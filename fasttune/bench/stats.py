@@ -55,6 +55,7 @@ class Repeat:
     peak_before_gib: float | None = None
     power_w: float | None = None
     at_power_limit: float | None = None
+    straggler: float | None = None  # of several processes, see metrics.StepMetrics
 
     @property
     def tokens_per_s(self) -> float:
@@ -90,6 +91,7 @@ class Arm:
     what: str  # one line: what a person would call it
     repeats: list[Repeat] = field(default_factory=list)
     failure: str | None = None
+    processes: int = 1
 
     def values(self, attribute: str) -> list[float]:
         """An attribute of Repeat, of each repeat of which it is known."""
@@ -161,6 +163,19 @@ class Bench:
     git: str
     date: str
     objections: list[str] = field(default_factory=list)  # why the numbers are no claim
+    baseline: str = BASELINE
+    fastest: str = FASTEST
+
+    @property
+    def scales(self) -> bool:
+        """Whether its arms are the same run on several numbers of processes."""
+        return any(arm.processes > 1 for arm in self.arms)
+
+    def efficiency(self, arm: Arm) -> float | None:
+        """Its speed over that of so many times the baseline."""
+        speed, base = arm.median("tokens_per_s"), self.arm(self.baseline)
+        alone = base.median("tokens_per_s") if base else None
+        return speed / alone / (arm.processes / base.processes) if speed and alone and base else None
 
     def arm(self, name: str) -> Arm | None:
         return next((arm for arm in self.arms if arm.name == name), None)
@@ -173,13 +188,13 @@ class Bench:
             compare(arm, over, LOSS_TOLERANCE[self.dtype])
             for over in ran
             for arm in ran
-            if arm is not over and (over.name == BASELINE or arm.name == FASTEST)
+            if arm is not over and (over.name == self.baseline or arm.name == self.fastest)
         ]
 
     @property
     def over_baseline(self) -> dict[str, ArmComparison]:
         """By the arm's name."""
-        return {each.arm: each for each in self.comparisons if each.over == BASELINE}
+        return {each.arm: each for each in self.comparisons if each.over == self.baseline}
 
     @property
     def invalid(self) -> list[str]:
@@ -233,6 +248,7 @@ class Bench:
             plain |= {"mfu": self.mfu(arm), "share_of_limit": self.share_of_limit(arm)}
             cost[arm.name] = {"usd_per_million_tokens": self.usd_per_million(arm), "job_hours": self.job_hours(arm)}
             plain |= cost[arm.name]
+            plain["efficiency"] = self.efficiency(arm) if self.scales else None
         document["cost"] = {"usd_per_hour": self.usd_per_hour, "job_tokens": self.job_tokens, "arms": cost}
         return document | {"comparisons": [asdict(c) for c in self.comparisons], "valid": self.valid}
 

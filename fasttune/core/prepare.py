@@ -3,6 +3,7 @@
 Unsloth and torch are imported inside `prepare`: bad input must fail in a second, not in ten.
 """
 
+import math
 from collections.abc import Callable
 from dataclasses import dataclass, replace
 from pathlib import Path
@@ -120,6 +121,8 @@ def prepare(config: Config, folder: Path, reporter: Reporter, start: Path | None
     with ranks.node_first():
         data = load.encode(config, tokenizer, packed, reporter.progress)
     data.rank, data.ranks = ranks.rank, ranks.size
+    total_steps = data.total_steps(config.train.epochs, config.train.max_steps)
+    config = in_steps(config, total_steps)
     if packed:
         why_not = packing.enable_shared(model, config.model.max_length)
         plan, brings = autoconfig.share(config, machine, plan, data, auto, why_not)
@@ -148,7 +151,7 @@ def prepare(config: Config, folder: Path, reporter: Reporter, start: Path | None
         data=data,
         held_out=held_out,
         problems=evaluation.problems_of(config, tokenizer, data, warnings.append),
-        total_steps=data.total_steps(config.train.epochs, config.train.max_steps),
+        total_steps=total_steps,
         usd_per_hour=usd_per_hour,
         settings=[*plan.settings, *settings],
         warnings=warnings,
@@ -176,6 +179,13 @@ def fitted(config: Config, warn: Callable[[str], None]) -> tuple[Config, Any]:
         raise ConfigError([f"{told}: set it to {most} or less"])
     warn(f"{told}: {most:,} are used (set model.max_length to choose)")
     return configuration.changed(config, model={"max_length": most}), architecture
+
+
+def in_steps(config: Config, total_steps: int) -> Config:
+    """The config with every '10 %' written out as so many steps, of which the last is one."""
+    shares = {name: share for name in ("eval", "checkpoint") if (share := getattr(config, name).share) is not None}
+    every = {name: {"every": f"{max(1, math.floor(share * total_steps))} steps"} for name, share in shares.items()}
+    return configuration.changed(config, **every)
 
 
 def needed_gib(config: Config, trained_gib: float) -> float:

@@ -1,4 +1,4 @@
-"""`fasttune verify --gpus N`: whether the processes of a run reach each other, what they exchange is right, and how fast.
+"""`fasttune verify --gpus N`: whether the ranks of a run reach each other, what they exchange is right, and how fast.
 
 Every pair sums and copies, over gloo (what ranks tell each other) and, with GPUs, over NCCL (their gradients).
 As a program, with torchrun's environment, it is one of them: rank 0 prints what all have seen, a JSON line a pair.
