@@ -73,6 +73,7 @@ def key_figures(result: RunResult) -> list[Figure]:
         *_held_out(result),
         *_exact_match(result),
         _known("speed", result.tokens_per_s, _tokens_per_s, counted + computed, too_short),
+        *_ranks(result),
         Figure("peak memory", f"{result.peak_memory_gib:,.1f} GiB", _outside_steps(result)),
         Figure("time", duration(result.wall_s), f"{steps_text(result.steps)}; from start to end, loading included"),
         _known("cost", result.cost_usd, usd, cost, cost),
@@ -90,6 +91,21 @@ def key_figures(result: RunResult) -> list[Figure]:
         _known("matmul share", result.fraction_of_measured_matmul, percent, matmul, f"needs {comparable}"),
         *_forecast(result),
     ]
+
+
+def _ranks(result: RunResult) -> list[Figure]:
+    """Of a run of several processes."""
+    ranks = result.ranks
+    if ranks is None:
+        return []
+    where = f"{ranks.ranks}" + (f" on {ranks.nodes} machines" if ranks.nodes > 1 else "")
+    notes = []
+    if result.tokens_per_s is not None:
+        notes.append(f"{rate(result.tokens_per_s / ranks.ranks)} tokens/s each")
+    if ranks.straggler is not None:
+        notes.append(f"the slowest computes {ranks.straggler:.2f} times as long as the mean")
+    notes.append(f"peak memory {min(ranks.peak_memory_gib):,.1f} to {max(ranks.peak_memory_gib):,.1f} GiB")
+    return [Figure("processes", where, "; ".join(notes))]
 
 
 def _known(label: str, value: float | None, text: Callable[[float], str], note: str, why_not: str) -> Figure:

@@ -174,7 +174,18 @@ def test_numbers_have_bounds_with_a_reason() -> None:
 
 @pytest.mark.parametrize("section", ["checkpoint", "eval"])
 def test_how_often_has_a_unit(section: str) -> None:
-    for every in (50, "50", "0 minutes", "0.0 minutes", "0 steps", "9" * 5000 + " steps", "5 hours", "0 %", "101 %", True):
+    for every in (
+        50,
+        "50",
+        "0 minutes",
+        "0.0 minutes",
+        "0 steps",
+        "9" * 5000 + " steps",
+        "5 hours",
+        "0 %",
+        "101 %",
+        True,
+    ):
         (line,) = problems({**SMALL, section: {"every": every}})
         assert line.startswith(f"{section}.every: write '50 steps'") and len(line) < 300
     data = {**SMALL["data"], "eval_share": 0.1}
