@@ -172,7 +172,7 @@ class Several(Ranks):
         with suppress(RuntimeError):
             own = json.dumps([self.rank, error])
             rank, first = json.loads(self._store.compare_set("failed", "", own))
-            return first if rank == self.rank else f"rank {rank}: {first}"
+            return first if first == error or rank == self.rank else f"rank {rank}: {first}"
         return error
 
     def _missing(self, error: RuntimeError) -> str:

@@ -109,7 +109,7 @@ class MeasuredTrainer(Watched, trl.SFTTrainer):
         model.zero_grad(set_to_none=True)
         if self.rows_at_once is None and self._halve():
             return None
-        raise error or RunFailed("out of memory on another rank")
+        raise error or torch.OutOfMemoryError("on another rank")
 
     def _halve(self) -> bool:
         """Half as many rows at once, and half again until the present step falls into more pieces; False: it cannot."""
