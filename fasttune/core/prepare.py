@@ -23,6 +23,9 @@ from fasttune.metrics import Forecast, Setting
 from fasttune.system import take_over_loggers
 from fasttune.terminal import Reporter
 
+REFACTORED_WITH = ("adamw_torch", "adamw_torch_fused")  # whose moments core/spectral.py can move
+REFACTOR_FIX = "set train.optimizer=adamw_torch_fused, or remove it"
+
 if TYPE_CHECKING:
     from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
@@ -97,6 +100,8 @@ def prepare(config: Config, folder: Path, reporter: Reporter, start: Path | None
     config = plan.apply(config)
     if not plan.fits:
         warnings.append("the forecast does not fit into memory: `fasttune plan` says what to change")
+    if config.lora.refactor_every and plan.optimizer not in REFACTORED_WITH:
+        raise ConfigError([f"lora.refactor_every: the moments of {plan.optimizer} cannot be moved: {REFACTOR_FIX}"])
     if plan.shape.experts > 1:
         warnings.append(f"{autoconfig.EXPERTS_UNCHECKED}: it may not fit even where it is said to")
 

@@ -17,6 +17,7 @@ from typing import TYPE_CHECKING, Any
 
 import pydantic
 
+from fasttune import system
 from fasttune.config import Config
 from fasttune.core.checkpoint import MANIFEST, STATE, WHOLE, Tensors, sha256, steps, trained
 from fasttune.core.run_folder import METRICS
@@ -210,6 +211,19 @@ def _regular(path: Path) -> Path:
     if not stat.S_ISREG(path.lstat().st_mode):  # a link may lead out of the checkpoint, and a pipe never ends
         raise Broken(f"{path.name} is a link or a pipe, not a file of the checkpoint")
     return path
+
+
+def cut_off(path: Path, step: int) -> None:
+    """Drop the lines of a run's file that are of later steps, or torn: they are made again."""
+
+    def stays(line: bytes) -> bool:
+        with suppress(ValueError, TypeError, KeyError, RecursionError):
+            return bool(json.loads(line)["step"] <= step)
+        return False
+
+    if path.is_file():
+        lines = path.read_bytes().splitlines(keepends=True)
+        system.write_atomic(path, b"".join(filter(stays, lines)))
 
 
 def read_metrics(folder: Path, step: int, warn: Callable[[str], object]) -> list[StepMetrics]:

@@ -11,7 +11,7 @@ import time
 from contextlib import AbstractContextManager, suppress
 from datetime import datetime
 from pathlib import Path
-from typing import IO, TYPE_CHECKING
+from typing import IO, TYPE_CHECKING, Any
 
 from fasttune import config as configuration, hardware, report, system
 from fasttune.config import TRUST, Config
@@ -26,8 +26,8 @@ if TYPE_CHECKING:
     from fasttune.core.resume import Checkpoint
     from fasttune.core.trackers import Tracker
 
-CONFIG, METRICS, LOG = "config.yaml", "metrics.jsonl", "library.log"
-RUN_FILES = (CONFIG, METRICS, "run.json", "report.html", LOG, "adapter", "model", checkpoint.FOLDER)
+CONFIG, METRICS, LOG, REFACTORED = "config.yaml", "metrics.jsonl", "library.log", "refactor.jsonl"
+RUN_FILES = (CONFIG, METRICS, REFACTORED, "run.json", "report.html", LOG, "adapter", "model", checkpoint.FOLDER)
 EVAL_FILES = ("eval.json", "eval_samples.jsonl")
 TRACKERS = ("tensorboard", "wandb")  # folders of train.report_to
 LOCK = ".lock"
@@ -226,6 +226,7 @@ class Journal:
         from fasttune.core import resume
 
         self.steps = resume.read_metrics(folder, found.state["step"], self.warnings.append)
+        resume.cut_off(self.job.folder / REFACTORED, found.state["step"])
 
     @property
     def done(self) -> int:
@@ -273,6 +274,14 @@ class Journal:
         if self._tracker is not None:
             self._tracker.step(step)
         self.reporter.step(step)
+
+    def refactored(self, step: int, layers: list[dict[str, Any]]) -> None:
+        """A line a layer in refactor.jsonl; one that cannot be written costs a warning."""
+        try:
+            with system.open_text(self.job.folder / REFACTORED, "a") as file:
+                file.writelines(report.to_json_line({"step": step, **layer}) + "\n" for layer in layers)
+        except OSError as error:
+            self.warn(f"step {step}: {REFACTORED} could not be written ({error.strerror})")
 
     def _write(self, step: StepMetrics) -> None:
         """Its line. On a full disk the run continues, and the file is written again as soon as there is room."""

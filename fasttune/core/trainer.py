@@ -165,6 +165,7 @@ class StepRecorder(transformers.TrainerCallback):
         self.ends_at = ends_at  # perf_counter()
         self.seconds = self.peak_memory_gib = 0.0
         self.straggler: float | None = None
+        self.refactored: list[dict[str, Any]] = []  # layers, after this step
         self.rank_peaks_gib: list[float] = []
         self.asked_to_stop: Stopped | None = None  # by a signal to this rank
         self._asked_s = 0.0
@@ -215,6 +216,7 @@ class StepRecorder(transformers.TrainerCallback):
             model.zero_grad(set_to_none=True)
 
     def on_step_end(self, args: Any, state: Any, control: Any, **kwargs: Any) -> None:
+        self._refactor(state.global_step)
         synchronize()
         now = time.perf_counter()
         self.seconds = now - self.trainer.started
@@ -224,6 +226,16 @@ class StepRecorder(transformers.TrainerCallback):
             self.asked_to_stop = Stopped.MAX_HOURS
         if self.agree_to_stop() is not None:
             control.should_training_stop = True
+
+    def _refactor(self, step: int) -> None:
+        """Balance the adapters where that is due, before the checkpoint of this step; part of its seconds."""
+        every = self.job.config.lora.refactor_every
+        self.refactored = []
+        if every and step % every == 0 and not self.bad_in_a_row:
+            from fasttune.core import spectral
+
+            self.refactored = spectral.refactor(self.trainer.model, self.trainer.optimizer, self.trainer.ranks)
+            self.journal.refactored(step, self.refactored)
 
     def on_log(self, args: Any, state: Any, control: Any, logs: dict[str, Any] | None = None, **kwargs: Any) -> None:
         if not logs or "loss" not in logs:
@@ -243,6 +255,7 @@ class StepRecorder(transformers.TrainerCallback):
             eval_token_accuracy=seen.token_accuracy if seen else None,
             eval_exact_match=seen.exact_match if seen else None,
             straggler=self.straggler,
+            **{f"adapter_{name}": self._largest(name) for name in ("condition", "balance")},
             **counts,
         )
         self.journal.step(measured)
@@ -251,6 +264,9 @@ class StepRecorder(transformers.TrainerCallback):
             self._not_applied(measured)
         if stopping or self.keeper.due(step):
             self.keeper.write(step)
+
+    def _largest(self, what: str) -> float | None:
+        return max((each[what] for each in self.refactored if not each["skipped"]), default=None)
 
     def _warn_of_what_runs(self, step: int) -> None:
         """Where that is not what was asked for, or not any more."""
