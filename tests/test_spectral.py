@@ -55,7 +55,7 @@ class Model(torch.nn.Module):
 
 
 def test_moments_are_those_of_the_gradients_at_the_new_factors() -> None:
-    """First moments are a sum of gradients, and each of them is known at both factors. In fp64, where nothing rounds."""
+    """First moments are a sum of gradients, each of them known at both factors. In fp64, where nothing rounds."""
     a, b = factors(dtype=torch.float64)
     model = Model(a, b)
     optimizer = torch.optim.AdamW(model.parameters(), lr=1e-3)
@@ -167,6 +167,19 @@ def test_the_loss_of_a_batch_does_not_change(unsloth: None, tmp_path: Path, monk
 def test_moments_that_cannot_be_moved_are_refused(unsloth: None, tmp_path: Path) -> None:
     from fasttune.errors import ConfigError
 
-    with pytest.raises(ConfigError, match="refactor_every: the moments of adamw_8bit"):
+    with pytest.raises(ConfigError, match="refactor_every: not with train.optimizer=adamw_8bit"):
         run(tmp_path / "run", {"lora": {"refactor_every": 3}, "train": {"optimizer": "adamw_8bit"}})
     assert not (tmp_path / "run").exists()
+
+
+def test_the_second_matrix_learns_faster_and_a_resumed_run_knows_it(unsloth: None, tmp_path: Path) -> None:
+    """lora.plus_ratio: after the first step of Adam, whose size is the learning rate, B has moved so many times as far."""
+    changes = {"lora": {"plus_ratio": 4.0}, "train": {"max_steps": 4, "scheduler": "constant", "warmup_ratio": 0.0}}
+    whole = whole_and_copy(tmp_path / "run", 3, changes)
+    from safetensors.numpy import load_file
+
+    weights = load_file(whole.with_name("copy") / "checkpoints" / "step-2" / "weights.safetensors")
+    second = max(float(abs(value).max()) for name, value in weights.items() if "lora_B" in name)  # it began at 0
+    assert second == pytest.approx(2 * 4.0 * 1e-2, rel=0.1)
+    result = run(whole.with_name("copy"), changes, resume=True)
+    assert result.resumed_from_step == 2 and learned(whole.with_name("copy")) == learned(whole)

@@ -52,6 +52,9 @@ def checked_arms(config: Config, arms: str | None, repeats: int, steps: int | No
             f"bench: lora.dropout={config.lora.dropout:g} draws other numbers in every arm, so their losses cannot be "
             "compared; add lora.dropout=0"
         )
+    for setting in ("plus_ratio", "refactor_every"):
+        if getattr(config.lora, setting) is not None:
+            raise FasttuneError(f"bench: lora.{setting} is of one arm only, so losses differ; add lora.{setting}=null")
     if config.lora.init != "default":
         raise FasttuneError("bench: lora.init=pissa changes the base weights of one arm only; add lora.init=default")
     if config.model.quantization != "none" and (plain := [name for name in names if name in PLAIN]):

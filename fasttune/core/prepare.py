@@ -23,8 +23,7 @@ from fasttune.metrics import Forecast, Setting
 from fasttune.system import take_over_loggers
 from fasttune.terminal import Reporter
 
-REFACTORED_WITH = ("adamw_torch", "adamw_torch_fused")  # whose moments core/spectral.py can move
-REFACTOR_FIX = "set train.optimizer=adamw_torch_fused, or remove it"
+TORCH_ADAMW = "adamw_torch_fused"
 
 if TYPE_CHECKING:
     from transformers import PreTrainedModel, PreTrainedTokenizerBase
@@ -100,8 +99,10 @@ def prepare(config: Config, folder: Path, reporter: Reporter, start: Path | None
     config = plan.apply(config)
     if not plan.fits:
         warnings.append("the forecast does not fit into memory: `fasttune plan` says what to change")
-    if config.lora.refactor_every and plan.optimizer not in REFACTORED_WITH:
-        raise ConfigError([f"lora.refactor_every: the moments of {plan.optimizer} cannot be moved: {REFACTOR_FIX}"])
+    for setting in ("plus_ratio", "refactor_every"):  # made for torch's AdamW, and its moments
+        if getattr(config.lora, setting) is not None and plan.optimizer != TORCH_ADAMW:
+            fix = f"set train.optimizer={TORCH_ADAMW}, or remove it"
+            raise ConfigError([f"lora.{setting}: not with train.optimizer={plan.optimizer}: {fix}"])
     if plan.shape.experts > 1:
         warnings.append(f"{autoconfig.EXPERTS_UNCHECKED}: it may not fit even where it is said to")
 

@@ -317,6 +317,7 @@ def build(job: "Job", scratch: Path, done: int = 0) -> MeasuredTrainer:
         train_dataset=Dataset.from_dict({"step": range(first, job.total_steps)}),
         data_collator=StepCollator(job.data),
         processing_class=job.tokenizer,
+        optimizers=(_lora_plus(job, arguments) if config.lora.plus_ratio else None, None),
     )
     trainer.ranks = job.ranks
     trainer.remove_callback(transformers.PrinterCallback)
@@ -326,3 +327,19 @@ def build(job: "Job", scratch: Path, done: int = 0) -> MeasuredTrainer:
     if job.data.packed:
         fasttune_model.scope_packed_kernels(job.model, trainer)
     return trainer
+
+
+def _lora_plus(job: "Job", arguments: trl.SFTConfig) -> torch.optim.Optimizer:
+    """AdamW with another learning rate for the second matrix of every adapter: https://arxiv.org/abs/2402.12354."""
+    from peft.optimizers import create_loraplus_optimizer
+
+    return create_loraplus_optimizer(
+        job.model,
+        torch.optim.AdamW,
+        lr=arguments.learning_rate,
+        loraplus_lr_ratio=job.config.lora.plus_ratio,
+        loraplus_weight_decay=arguments.weight_decay,
+        betas=(arguments.adam_beta1, arguments.adam_beta2),
+        eps=arguments.adam_epsilon,
+        fused=True,
+    )
