@@ -137,7 +137,9 @@ def train(recorder: "StepRecorder") -> None:
             if journal.resumed_from_step is None and validator.due(0):
                 validator.measure(0)
             if journal.done < job.total_steps:
-                recorder.trainer.train()
+                with what_is_busy(job) as busy:
+                    recorder.trainer.train()
+                recorder.end_of_steps(busy())
             if recorder.agree_to_stop() is None and validator.missing(
                 job.total_steps
             ):  # ended by a signal, and resumed
@@ -154,6 +156,24 @@ def train(recorder: "StepRecorder") -> None:
         journal.error = f"the weights have diverged: start over with a lower train.learning_rate; {journal.kept}"
     elif journal.done:
         journal.saved_step = recorder.keeper.bring_back_best(journal.done)
+
+
+@contextmanager
+def what_is_busy(job: Job) -> Iterator[Callable[[], float | None]]:
+    """Called, it gives the mean share of a second in which the GPU ran kernels, as its driver says; None on a CPU."""
+    if not job.machine.gpus:
+        yield lambda: None
+        return
+    from fasttune import gpus
+
+    with gpus.every_second(job.machine.gpus[0].card, ["utilization.gpu"]) as seen:
+        found: list[float] = []
+
+        def mean() -> float | None:
+            return sum(found) / len(found) / 100 if found else None
+
+        yield mean
+        found += [percent for (text,) in seen() if (percent := gpus.number(text)) is not None]
 
 
 def save(journal: Journal, initial_adapter: Path | None) -> None:

@@ -166,6 +166,7 @@ class StepRecorder(transformers.TrainerCallback):
         self.seconds = self.peak_memory_gib = 0.0
         self.straggler: float | None = None
         self.rank_peaks_gib: list[float] = []
+        self.busy: list[float] = []  # of each rank's GPU, a share of the time
         self.asked_to_stop: Stopped | None = None  # by a signal to this rank
         self._asked_s = 0.0
         self.stopped_by: Stopped | None = None  # on every rank the same
@@ -192,6 +193,11 @@ class StepRecorder(transformers.TrainerCallback):
         peaks = [each[2] for each in seen]
         self.rank_peaks_gib = list(map(max, self.rank_peaks_gib or peaks, peaks)) if len(seen) > 1 else []
         return self.stopped_by
+
+    def end_of_steps(self, busy: float | None) -> None:
+        """busy: share of the time in which this rank's GPU ran kernels."""
+        seen = self.trainer.ranks.everyone([math.nan if busy is None else busy], "the end of the steps")
+        self.busy = [share for (share,) in seen if math.isfinite(share)]
 
     def on_step_begin(self, *_: Any, **__: Any) -> None:
         """What was loaded, proved or evaluated until now is in no step's peak memory.

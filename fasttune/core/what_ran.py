@@ -361,6 +361,8 @@ def result_of(
         peak_outside_steps_gib=outside,
         resume_command=run_folder.resume_command(job) if resumable else None,
         ranks=_ranks(recorder),
+        rows_per_s=job.config.train.batch_rows / seconds if (seconds := metrics.median_seconds(steps)) else None,
+        gpu_busy=statistics.mean(recorder.busy) if recorder.busy else None,
     )
 
 
@@ -370,4 +372,5 @@ def _ranks(recorder: "StepRecorder") -> RanksSeen | None:
         return None
     seen = [step.straggler for step in metrics.steady(recorder.journal.steps) if step.straggler is not None]
     straggler = statistics.median(seen) if seen else None
-    return RanksSeen(ranks.size, ranks.size // ranks.local_size, recorder.rank_peaks_gib, straggler)
+    nodes = ranks.size // ranks.local_size
+    return RanksSeen(ranks.size, nodes, recorder.rank_peaks_gib, straggler, recorder.busy)
