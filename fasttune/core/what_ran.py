@@ -165,7 +165,7 @@ def peak_memory_gib() -> float:
 
 @contextmanager
 def busy(machine: Hardware) -> Iterator[Callable[[], float | None]]:
-    """Called afterwards, it gives the mean share of a second in which the GPU ran kernels, as its driver says; or None."""
+    """Called afterwards: the mean share of a second in which the GPU ran kernels, as its driver says; None on a CPU."""
     found: list[float] = []
     if not machine.gpus:
         yield lambda: None
