@@ -13,7 +13,7 @@ import yaml
 from tiny_run import TREE
 
 from fasttune import cli, config, gpus
-from fasttune.core import checkpoint
+from fasttune.core import checkpoint, ranks
 from fasttune.errors import FasttuneError
 from fasttune.tools import launch
 
@@ -53,6 +53,18 @@ def test_how_many_is_said_in_words(monkeypatch: pytest.MonkeyPatch, asked: str, 
     monkeypatch.setattr(gpus, "read", lambda: ([], None))
     with pytest.raises(FasttuneError, match=said):
         gpus.count(asked)
+
+
+def test_what_would_be_ignored_is_refused(monkeypatch: pytest.MonkeyPatch) -> None:
+    for name in ("RANK", "WORLD_SIZE"):
+        monkeypatch.setenv(name, "2")
+    with pytest.raises(FasttuneError, match="LOCAL_RANK, LOCAL_WORLD_SIZE, GROUP_RANK, MASTER_ADDR, MASTER_PORT not"):
+        ranks.of_environment()
+    for name in ("LOCAL_RANK", "LOCAL_WORLD_SIZE", "GROUP_RANK", "MASTER_ADDR", "MASTER_PORT"):
+        monkeypatch.setenv(name, "1")
+    monkeypatch.setenv("UNSLOTH_FSDP2", "1")
+    with pytest.raises(FasttuneError, match="UNSLOTH_FSDP2"):
+        ranks.of_environment()
 
 
 def test_bad_input_is_said_once_and_before_any_process_is_started(tmp_path: Path) -> None:
