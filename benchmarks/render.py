@@ -21,7 +21,7 @@ CPU_FILES = {
     "smollm2-135m-gsm8k.jsonl": "GSM8K, 4 rows a step",
     "smollm2-135m-shared-prompt.jsonl": "the same behind an 885-token prompt",
     "smollm2-135m-shared-prompt-16.jsonl": "the same, 16 rows a step",
-    "smollm2-135m-eight-answers.jsonl": "8 answers to one question of 280 tokens, 16 rows a step",
+    "smollm2-135m-eight-answers.jsonl": "8 answers to each question, shuffled, 16 rows a step",
 }
 GPU_FILE = "lora-r64-2048-gsm8k.jsonl"
 KEY_VERSIONS = ("torch", "transformers", "peft", "trl", "unsloth")
