@@ -2,6 +2,7 @@
 
 import json
 import os
+import re
 import signal
 import subprocess
 import sys
@@ -30,7 +31,7 @@ def test_a_shell_reads_what_is_printed(kind: str) -> None:
     text = printed(kind)
     assert subprocess.run(["bash", "-n"], input=text, text=True, check=False).returncode == 0
     assert f"--no-python fasttune train {CONFIG} output_dir=runs/quickstart" in text and "--nproc-per-node 8" in text
-    assert "@" not in text.replace("300", ""), "a word was not filled in"
+    assert not re.search("@[A-Z]+@", text), "a word was not filled in"
 
 
 @pytest.mark.parametrize("kind", ["skypilot", "kubeflow"])
@@ -74,8 +75,9 @@ def test_bad_input_is_said_once_and_before_any_process_is_started(tmp_path: Path
 
 
 @pytest.mark.slow
-def test_a_signal_to_the_command_ends_all_with_one_checkpoint(tmp_path: Path) -> None:
-    """Two processes on the CPU, as on two GPUs; then the same command to its end, with --json."""
+@pytest.mark.parametrize("to_the_end", [False, pytest.param(True, marks=pytest.mark.nightly)])
+def test_a_signal_to_the_command_ends_all_with_one_checkpoint(tmp_path: Path, to_the_end: bool) -> None:
+    """Two processes on the CPU, as on two GPUs; by night then the same command to its end, with --json."""
     folder = tmp_path / "run"
     tree = TREE | {"train": TREE["train"] | {"max_steps": 300}, "checkpoint": {"every": "never"}}
     (tmp_path / "config.yaml").write_text(json.dumps(tree | {"output_dir": str(folder)}))
@@ -89,9 +91,8 @@ def test_a_signal_to_the_command_ends_all_with_one_checkpoint(tmp_path: Path) ->
     ((step, _),) = checkpoint.steps(folder)
     assert 3 <= step == lines(folder) < 300 and "--resume" in said and said.count("interrupted") == 1
 
-    more = ["--resume", f"train.max_steps={step + 2}"]
-    again = subprocess.run([*command, *more], capture_output=True, text=True, check=False)
-    assert again.returncode == 2 and "steps of the whole run" in again.stderr, "another run's checkpoint"
+    if not to_the_end:
+        return
     again = subprocess.run([*command, "--resume"], capture_output=True, text=True, check=False)
     (document,) = map(json.loads, again.stdout.splitlines())
     assert again.returncode == 0 and document["status"] == "completed" and document["ranks"]["ranks"] == 2
