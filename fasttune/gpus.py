@@ -171,10 +171,17 @@ def smi(*arguments: str) -> str:
 
 @contextmanager
 def every_second(card: str, names: Sequence[str]) -> Iterator[Callable[[], list[list[str]]]]:
-    """Asks nvidia-smi for these values of a card once a second, meanwhile; called, it gives those seen so far."""
+    """Asks nvidia-smi for these values of a card once a second, meanwhile; called, it gives those seen so far.
+
+    None are where there is no nvidia-smi.
+    """
     query = ["nvidia-smi", f"--query-gpu={','.join(names)}", "--format=csv,noheader,nounits", "--loop=1", "-i", card]
     with tempfile.TemporaryFile("w+", encoding="utf-8") as said:
-        watch = subprocess.Popen(query, stdout=said, stderr=subprocess.DEVNULL)
+        try:
+            watch = subprocess.Popen(query, stdout=said, stderr=subprocess.DEVNULL)
+        except OSError:
+            yield list
+            return
 
         def seen() -> list[list[str]]:
             said.seek(0)

@@ -117,7 +117,7 @@ def run(
                 result = finish(recorder, before, when_saved)
         with suppress(KeyboardInterrupt):
             journal.close()
-        ranks.agree(None)  # where one has ended, torchrun ends the others: not before rank 0 has written all
+            ranks.agree(None)  # where one has ended, torchrun ends the others: not before rank 0 has written all
     return result
 
 
