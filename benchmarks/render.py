@@ -16,8 +16,13 @@ from typing import Any
 from fasttune.report import rate as number
 
 ROOT = Path(__file__).resolve().parent.parent
-# What README.md quotes: the newest row of each.
-CPU_FILES = ["smollm2-135m-gsm8k.jsonl", "smollm2-135m-shared-prompt.jsonl"]
+# What README.md quotes: the newest row of each, and what its rows are.
+CPU_FILES = {
+    "smollm2-135m-gsm8k.jsonl": "GSM8K, 4 rows a step",
+    "smollm2-135m-shared-prompt.jsonl": "the same behind an 885-token prompt",
+    "smollm2-135m-shared-prompt-16.jsonl": "the same, 16 rows a step",
+    "smollm2-135m-eight-answers.jsonl": "8 answers to each question, shuffled, 16 rows a step",
+}
 GPU_FILE = "lora-r64-2048-gsm8k.jsonl"
 KEY_VERSIONS = ("torch", "transformers", "peft", "trl", "unsloth")
 
@@ -207,7 +212,7 @@ def arm_cells(row: dict[str, Any], arm: dict[str, Any]) -> list[str]:
     ran = arm["backend"]
     return [
         arm["name"],
-        f"{number(statistics.median(speeds))} ({number(min(speeds))} to {number(max(speeds))}, {len(speeds)} repeats)",
+        f"{speed(arm)} ({number(min(speeds))} to {number(max(speeds))}, {len(speeds)} repeats)",
         f"{ratio['ratio']:.2f}" + (f" ({ratio['low']:.2f} to {ratio['high']:.2f})" if len(speeds) > 1 else "")
         if ratio
         else "",
@@ -226,10 +231,43 @@ def verdict(row: dict[str, Any]) -> str:
 
 
 def sentences(rows: dict[str, list[dict[str, Any]]]) -> str:
-    """README.md's measured sentences, with their conditions."""
-    cpu = [sentence(rows[file][-1], file) for file in CPU_FILES if rows.get(file)]
+    """README.md's measured numbers, with their conditions."""
+    quoted = {file: rows[file][-1] for file in CPU_FILES if rows.get(file)}
     gpu = [sentence(rows[GPU_FILE][-1], GPU_FILE)] if rows.get(GPU_FILE) else []
-    return "\n\n".join(cpu + (gpu or ["No speed has been measured on a GPU yet."]))
+    return "\n\n".join(by_job(quoted) + (gpu or ["No speed has been measured on a GPU yet."]))
+
+
+def by_job(quoted: dict[str, dict[str, Any]]) -> list[str]:
+    """A table with a line for each job, and below it what they have in common and what stands against them."""
+    if not quoted:
+        return []
+    head = ["job", "fasttune", "vanilla", "hf-tuned", "over vanilla (95 % interval)", "of the limit"]
+    lines = [f"| {' | '.join(head)} |", f"|{' --- |' * len(head)}"]
+    for file, row in quoted.items():
+        arms = {arm["name"]: arm for arm in row["arms"] if arm["tokens_per_s"]}
+        cells = [speed(arms[name]) if name in arms else "" for name in head[1:4]]
+        ratio, share = compared(row, "fasttune"), arms["fasttune"].get("share_of_limit")
+        cells.append(f"**{ratio['ratio']:.2f}×** ({ratio['low']:.2f} to {ratio['high']:.2f})" if ratio else "")
+        cells.append(f"{share:.0%}" if share is not None else "")
+        lines.append(f"| [{CPU_FILES[file]}](benchmarks/results/{file}) | {' | '.join(cells)} |")
+    under = (
+        "Tokens/s without padding, each row's own however it is computed; medians. The limit: what the matmuls alone"
+    )
+    under += " would take. Each line is one benchmark; its command and conditions are in `benchmarks/README.md`."
+    of_each = [f"{CPU_FILES[file]}: {conditions(row)}" for file, row in quoted.items()]
+    return ["\n".join(lines), under + "\n- " + "\n- ".join(of_each)]
+
+
+def speed(arm: dict[str, Any]) -> str:
+    """Median tokens/s, and how many of them are computed where rows share some."""
+    every, computed = (statistics.median(arm.get(f"{kind}tokens_per_s") or [0]) for kind in ("", "computed_"))
+    return number(every) + (f" ({number(computed)} computed)" if 0 < computed < every else "")
+
+
+def conditions(row: dict[str, Any]) -> str:
+    repeats = max(len(arm["tokens_per_s"]) for arm in row["arms"])
+    where = f"{row['model']} on {machine(row['hardware'])}, {repeats} repeats, {row['date']}"
+    return f"{where}. {verdict(row)}"
 
 
 def sentence(row: dict[str, Any], file: str) -> str:

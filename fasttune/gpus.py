@@ -9,7 +9,9 @@ import shutil
 import subprocess
 import sys
 import sysconfig
-from collections.abc import Mapping
+import tempfile
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from contextlib import contextmanager
 from dataclasses import replace
 from pathlib import Path
 
@@ -165,6 +167,32 @@ def smi(*arguments: str) -> str:
     except (OSError, subprocess.SubprocessError):
         return ""
     return done.stdout
+
+
+@contextmanager
+def every_second(card: str, names: Sequence[str]) -> Iterator[Callable[[], list[list[str]]]]:
+    """Asks nvidia-smi for these values of a card once a second, meanwhile; called, it gives those seen so far.
+
+    None are where there is no nvidia-smi.
+    """
+    query = ["nvidia-smi", f"--query-gpu={','.join(names)}", "--format=csv,noheader,nounits", "--loop=1", "-i", card]
+    with tempfile.TemporaryFile("w+", encoding="utf-8") as said:
+        try:
+            watch = subprocess.Popen(query, stdout=said, stderr=subprocess.DEVNULL)
+        except OSError:
+            yield list
+            return
+
+        def seen() -> list[list[str]]:
+            said.seek(0)
+            rows = [[value.strip() for value in line.split(",")] for line in said]
+            return [row for row in rows if len(row) == len(names)]
+
+        try:
+            yield seen
+        finally:
+            watch.terminate()
+            watch.wait()
 
 
 def number(text: str) -> float | None:

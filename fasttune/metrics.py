@@ -117,12 +117,13 @@ class Backend:
 
 @dataclass(frozen=True)
 class RanksSeen:
-    """The processes of a run. straggler: median over the steady steps, see StepMetrics."""
+    """The processes of a run. straggler: median over the steady steps, see StepMetrics. gpu_busy: see RunResult."""
 
     ranks: int
     nodes: int
     peak_memory_gib: list[float]  # of each rank
     straggler: float | None
+    gpu_busy: list[float]
 
 
 @dataclass(frozen=True)
@@ -250,6 +251,8 @@ class RunResult:
     peak_outside_steps_gib: float | None = None  # of a GPU: loading, proof and evaluation; peak_memory_gib: the steps
     resume_command: str | None = None  # of a run that is not completed, and of which something is kept
     ranks: RanksSeen | None = None  # of a run of several processes, whose tokens, FLOPs and dollars are those of all
+    rows_per_s: float | None = None
+    gpu_busy: float | None = None  # mean share of the steps' time in which the GPU ran kernels, as its driver says
 
 
 def steady(steps: list[StepMetrics]) -> list[StepMetrics]:
@@ -261,6 +264,12 @@ def median_rate(steps: list[StepMetrics], attribute: str = "tokens") -> float | 
     """Median of `attribute` per second over the steady steps, or None when there is none."""
     rates = [getattr(step, attribute) / step.seconds for step in steady(steps)]
     return statistics.median(rates) if rates else None
+
+
+def median_seconds(steps: list[StepMetrics]) -> float | None:
+    """Of a steady step, or None when there is none."""
+    seconds = [step.seconds for step in steady(steps)]
+    return statistics.median(seconds) if seconds else None
 
 
 @dataclass(frozen=True)

@@ -61,6 +61,8 @@ def key_figures(result: RunResult) -> list[Figure]:
     shared, computed = f"; {again:,} shared with other rows, not computed again" if again else "", ""
     if again and result.computed_tokens_per_s is not None:
         computed = f"; {rate(result.computed_tokens_per_s)} of them computed, as rows begin alike"
+    computed += f"; {result.rows_per_s:,.3g} rows/s" if result.rows_per_s else ""
+    computed += f"; the GPU ran kernels {percent(result.gpu_busy)} of the time" if result.gpu_busy is not None else ""
     too_short = "not enough steps to say"
     cost = "no price: set usd_per_hour" if result.usd_per_hour is None else f"at {usd(result.usd_per_hour)} per hour"
     if result.usd_per_million_tokens is not None:

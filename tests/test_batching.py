@@ -7,6 +7,7 @@ import numpy as np
 import pytest
 from hypothesis import given, strategies as st
 
+from fasttune.data import load
 from fasttune.data.batching import Batches, epoch_order, flat, padded
 from fasttune.data.sharing import Encoded, best_fit
 from fasttune.data.tokenize import IGNORE, Rows
@@ -224,26 +225,26 @@ def test_copies_and_prompts_are_counted() -> None:
         lettered("What is 9?", "It is 9."),
         lettered("What", " is 3?"),
     ]
-    found = of_rows(*TRAINED).overlap(held)
+    found = load.overlap(of_rows(*TRAINED), held)
     assert found is not None and found.startswith(
         "of 4 held-out rows 2 have a prompt that is trained on, 1 of them with"
     )
-    assert of_rows(*TRAINED).overlap(held[2:]) is None
+    assert load.overlap(of_rows(*TRAINED), held[2:]) is None
 
 
 def test_plain_text_has_no_prompt_to_share() -> None:
     trained = of_rows(lettered("", "once upon a time"), lettered("", "the end"))
-    assert trained.overlap([lettered("", "once")]) is None
-    found = trained.overlap([lettered("", "once"), lettered("", "the end")])
+    assert load.overlap(trained, [lettered("", "once")]) is None
+    found = load.overlap(trained, [lettered("", "once"), lettered("", "the end")])
     assert found is not None and "1 have a prompt that is trained on, 1 of them" in found
 
 
 def test_only_rows_that_are_trained_on_count() -> None:
     made = of_rows(*TRAINED, eval_share=0.3)
     rows, (_, held) = made.parts[0], made.split[0]
-    assert made.overlap([rows.row(i) for i in held]) is None
+    assert load.overlap(made, [rows.row(i) for i in held]) is None
     twice = of_rows(*TRAINED, *TRAINED, eval_share=0.3)
     rows, (trained, held) = twice.parts[0], twice.split[0]
     both = sum(any((i - j) % 7 == 0 for j in trained) for i in held)
-    found = twice.overlap([rows.row(i) for i in held])
+    found = load.overlap(twice, [rows.row(i) for i in held])
     assert both and found is not None and f"{both} have a prompt that is trained on, {both} of them" in found

@@ -19,8 +19,8 @@ SPINE = [
     "core/model.py",
 ]
 SPINE_LINES, SPINE_CODE_LINES = 1300, 930
-PACKAGE_LINES, PACKAGE_CODE_LINES = 15_550, 11_190
-RUN_MODULES, RUN_LINES, RUN_CODE_LINES = 43, 8_200, 5_790  # of tests/test_train_command.py
+PACKAGE_LINES, PACKAGE_CODE_LINES = 16_600, 11_970
+RUN_MODULES, RUN_LINES, RUN_CODE_LINES = 45, 8_560, 6_040  # of tests/test_train_command.py
 KINDS = "COMMENT NL NEWLINE INDENT DEDENT ENDMARKER"
 NOT_TEXT = {getattr(tokenize, kind) for kind in KINDS.split()}
 

@@ -136,14 +136,24 @@ def test_a_gpu_that_is_not_there_is_refused_in_one_line(
         gpus.pin()
 
 
-def test_nothing_is_touched_without_nvidia_smi_or_by_a_rank_of_torchrun(
-    box: Path, monkeypatch: pytest.MonkeyPatch
-) -> None:
+def test_each_process_of_torchrun_takes_its_own(box: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     show(monkeypatch, "0,1")
-    monkeypatch.setenv("LOCAL_RANK", "1")
-    gpus.pin()
-    assert os.environ[VISIBLE] == "0,1"
-    monkeypatch.delenv("LOCAL_RANK")
+    both = gpus.visible(gpus.read()[0])
+    for rank in (0, 1):
+        show(monkeypatch, "0,1")
+        monkeypatch.setenv("LOCAL_RANK", str(rank))
+        gpus.pin()
+        assert os.environ[VISIBLE] == both[rank].uuid
+    show(monkeypatch, "0,1")
+    monkeypatch.setenv("LOCAL_RANK", "2")
+    with pytest.raises(FasttuneError, match="process 3 of this machine has no GPU, only 2"):
+        gpus.pin()
+    assert (gpus.count("all"), gpus.count("2")) == (2, 2)
+    with pytest.raises(FasttuneError, match="--gpus 3: this machine has 2"):
+        gpus.count("3")
+
+
+def test_nothing_is_touched_without_nvidia_smi(box: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     box.with_name("nvidia-smi.query").write_text("NVIDIA-SMI has failed because it could not reach the driver.\n")
     show(monkeypatch, "7")
     gpus.pin()

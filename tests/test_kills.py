@@ -15,7 +15,7 @@ from typing import Any
 import pytest
 from tiny_run import break_off_after, half_written, learned, losses, run
 
-from fasttune.core import checkpoint
+from fasttune.core import checkpoint, resume
 
 pytestmark = pytest.mark.usefixtures("unsloth")
 
@@ -133,7 +133,7 @@ def written(run: Path) -> int | None:
 def test_kills_lose_nothing(tmp_path: Path, seed: int, most: int) -> None:
     """SIGKILL at seeded random moments of a run that saves after every step; every other one while it is saving."""
     command = [sys.executable, "-c", VICTIM, str(tmp_path), str(Path(__file__).parent)]
-    folder, kills, torn, rng = tmp_path / "run", 0, 0, random.Random(seed)
+    folder, kills, torn, whole, rng = tmp_path / "run", 0, 0, 0, random.Random(seed)
     with subprocess.Popen(
         command, stdin=subprocess.PIPE, stdout=subprocess.PIPE, stderr=subprocess.DEVNULL, text=True, bufsize=1
     ) as nursery:
@@ -156,17 +156,19 @@ def test_kills_lose_nothing(tmp_path: Path, seed: int, most: int) -> None:
         while kills < most:
             before = written(folder)
             saving = (lambda: bool(half_written(folder)), rng.uniform(0, 0.01))
-            running = (lambda before=before: written(folder) not in (before, None), rng.uniform(0, 0.2))
+            running = (lambda before=before: written(folder) not in (before, None), rng.uniform(0, 0.6))
             ended = attempt("run", kills > 0, saving if kills % 2 else running)
             if ended != signal.SIGKILL:
                 break
             kills += 1
             torn += len(half_written(folder))
             for _, path in checkpoint.steps(folder):
-                assert checkpoint.broken(path) is None, "a torn checkpoint has the name of a whole one"
+                assert resume.broken(path) is None, "a torn checkpoint has the name of a whole one"
+                whole += 1
         assert attempt("run", True, None) == 0
         nursery.stdin.close()
-    assert kills == most and torn >= most / 10, f"{kills} kills, {torn} of them while a checkpoint was being written"
+    told = f"{kills} kills, {torn} of them while a checkpoint was being written, {whole} whole ones were left"
+    assert kills == most and torn >= most / 10 and whole >= most / 2, told
     assert losses(folder) == losses(tmp_path / "whole")
     assert learned(folder) == learned(tmp_path / "whole")
     assert not half_written(folder), "what the killed ones left is swept away"

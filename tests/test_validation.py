@@ -165,7 +165,10 @@ def test_no_number_is_never_the_best_and_a_best_checkpoint_that_does_not_hold_is
         ({"data": {"train": "a.jsonl", "eval": "a.jsonl"}}, "data: eval names the rows that are trained on"),
         ({"data": {"train": "a/b:c", "eval": "a/b:c", "split": "test"}}, "eval_split=test is what is trained on"),
         ({"data": {"eval": "builtin:arithmetic"}, "eval": {"keep_best": True}}, "eval.keep_best compares steps"),
-        ({"data": {"eval": "builtin:arithmetic"}, "eval": {"every": "often"}}, "write '50 steps', 'start and end'"),
+        (
+            {"data": {"eval": "builtin:arithmetic"}, "eval": {"every": "often"}},
+            "write '50 steps', '10 %', 'start and end'",
+        ),
     ],
 )
 def test_settings_that_cannot_be(changes: dict[str, Any], told: str) -> None:

@@ -276,18 +276,10 @@ def watched(machine: Hardware) -> Iterator[dict[str, Any]]:
         yield found
         return
     reasons = [f"clocks_event_reasons.{name}" for name in (*THROTTLED, AT_LIMIT)]
-    query = f"--query-gpu={','.join([*reasons, 'power.draw', 'utilization.gpu'])}"
-    command = ["nvidia-smi", query, "--format=csv,noheader,nounits", "--loop=1", "-i", machine.gpus[0].card]
-    with tempfile.TemporaryFile("w+", encoding="utf-8") as said:
-        watch = subprocess.Popen(command, stdout=said, stderr=subprocess.DEVNULL)
-        try:
-            yield found
-        finally:
-            watch.terminate()
-            watch.wait()
-            said.seek(0)
-            seen = [[value.strip() for value in line.split(",")] for line in said]
-    known = [values for values in seen if len(values) == len(reasons) + 2 and {*values} & {"Active", "Not Active"}]
+    with gpus.every_second(machine.gpus[0].card, [*reasons, "power.draw", "utilization.gpu"]) as seen:
+        yield found
+        rows = seen()
+    known = [values for values in rows if {*values} & {"Active", "Not Active"}]
     active = [name for i, name in enumerate(THROTTLED) if any(values[i] == "Active" for values in known)]
     found["objections"] += [f"the GPU was throttled ({name})" for name in active]
     found["objections"] += [] if known else ["nvidia-smi does not say whether the GPU was throttled"]

@@ -35,6 +35,8 @@ def of_environment() -> Ranks:
     """As torchrun's environment says. Raises FasttuneError where a part of it is missing."""
     if missing := [name for name in (*PLACE, *ADDRESS) if name not in os.environ]:
         raise FasttuneError(f"RANK is set, {', '.join(missing)} not: start several processes with torchrun")
+    if os.environ.get("UNSLOTH_FSDP2", "0") not in ("", "0"):
+        raise FasttuneError("UNSLOTH_FSDP2: a model is not divided among GPUs yet, each holds all of it: unset it")
     return Several(*(int(os.environ[name]) for name in PLACE), *(int(os.environ.get(name, "0")) for name in RESTARTS))
 
 

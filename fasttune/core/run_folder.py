@@ -16,6 +16,7 @@ from typing import IO, TYPE_CHECKING, Any
 from fasttune import config as configuration, hardware, report, system
 from fasttune.config import TRUST, Config
 from fasttune.core import checkpoint
+from fasttune.core.ranks import Ranks
 from fasttune.errors import OutputError, in_one_line
 from fasttune.metrics import Status, StepMetrics
 from fasttune.system import LibraryLog
@@ -61,6 +62,14 @@ def is_run(folder: Path) -> bool:
         return path.is_file() and path.read_bytes().startswith(MARK.encode())
     except OSError:
         return False
+
+
+def before_restart(config: Config, ranks: Ranks) -> Path | None:
+    """The run that the processes before these trained, where torchrun has started them again. Raises OutputError."""
+    if ranks.most_restarts and not config.output_dir:
+        raise OutputError("output_dir: torchrun may restart this run, which is then looked for there: set it")
+    folder = Path(config.output_dir or "").expanduser()
+    return folder if ranks.restarts and is_run(folder) else None
 
 
 def _check_free(folder: Path, replace: bool) -> None:

@@ -19,6 +19,7 @@ from fasttune.core import checkpoint, run_folder
 from fasttune.core.prepare import Job, preflight, prepare
 from fasttune.core.ranks import ALONE, Ranks
 from fasttune.core.run_folder import Journal
+from fasttune.core.stops import Stops
 from fasttune.errors import FasttuneError, first_line, kind_and_line
 from fasttune.metrics import ExactMatch, RunResult, Sample, Stopped
 from fasttune.system import library_log
@@ -54,7 +55,7 @@ def run(
 
         trackers.check_installed(config.train.report_to)
     ranks.connect()
-    resume = resume or _before_restart(config, ranks)
+    resume = resume or run_folder.before_restart(config, ranks)
     folder = preflight(config, resume)
     with signals_to(_at_once), library_log() as log, tempfile.TemporaryDirectory() as scratch, ExitStack() as locks:
         folder = Path(ranks.agree(str(folder)))
@@ -99,13 +100,12 @@ def run(
             restore.into(trainer, found)
         keeper = checkpoint.Keeper(journal, trainer, validator, identity)
         hours = job.config.checkpoint.max_hours
-        recorder = trainers.StepRecorder(
-            trainer, journal, validator, keeper, ends_at=started + 3600 * hours if hours else math.inf
-        )
+        stops = Stops(ranks, ends_at=started + 3600 * hours if hours else math.inf)
+        recorder = trainers.StepRecorder(trainer, journal, validator, keeper, stops)
         trainer.add_callback(recorder)
         report.write_json(job.folder / "run.json", what_ran.result_of(recorder))
         reporter.start(job.config.name, hardware.line(job.machine), job.settings, job.total_steps, job.usd_per_hour)
-        with signals_to(recorder.stop):
+        with signals_to(stops.signal):
             try:
                 train(recorder)
                 save(journal, initial)
@@ -117,38 +117,32 @@ def run(
                 result = finish(recorder, before, when_saved)
         with suppress(KeyboardInterrupt):
             journal.close()
-        ranks.agree(None)  # where one has ended, torchrun ends the others: not before rank 0 has written all
+            ranks.agree(None)  # where one has ended, torchrun ends the others: not before rank 0 has written all
     return result
-
-
-def _before_restart(config: Config, ranks: Ranks) -> Path | None:
-    """The run that the processes before these trained, where torchrun has started them again."""
-    if ranks.most_restarts and not config.output_dir:
-        raise FasttuneError("torchrun may restart this run and would not find it again: set output_dir")
-    folder = Path(config.output_dir or "").expanduser()
-    return folder if ranks.restarts and run_folder.is_run(folder) else None
 
 
 def train(recorder: "StepRecorder") -> None:
     """All optimizer steps that are left; writes down what ends them, unless it is a second signal."""
+    from fasttune.core import what_ran
+
     job, journal, validator = recorder.job, recorder.journal, recorder.validator
     try:
         with journal:
             if journal.resumed_from_step is None and validator.due(0):
                 validator.measure(0)
             if journal.done < job.total_steps:
-                recorder.trainer.train()
-            if recorder.agree_to_stop() is None and validator.missing(
-                job.total_steps
-            ):  # ended by a signal, and resumed
+                with what_ran.busy(job.machine) as busy:
+                    recorder.trainer.train()
+                recorder.stops.end_of_steps(busy())
+            if recorder.stops.agree() is None and validator.missing(job.total_steps):  # ended by a signal, and resumed
                 validator.measure(job.total_steps)
         journal.status = "completed"
     except Exception as error:  # every ending is reported in run.json
         journal.status, journal.error = "failed", job.ranks.part(_one_line(error, job))
         print(traceback.format_exc())  # into library.log
         return
-    if recorder.agree_to_stop() is not None:
-        journal.status, journal.error = "interrupted", recorder.stopped_by
+    if recorder.stops.agree() is not None:
+        journal.status, journal.error = "interrupted", recorder.stops.agreed
     if journal.done and not recorder.keeper.sound():
         journal.status = "failed"
         journal.error = f"the weights have diverged: start over with a lower train.learning_rate; {journal.kept}"
@@ -227,7 +221,7 @@ def answer_again(recorder: "StepRecorder", before: list[str]) -> tuple[list[Samp
     if not job.problems:
         return [], None
     try:
-        if recorder.agree_to_stop() is None:
+        if recorder.stops.agree() is None:
             with signals_to(_at_once):
                 return evaluation.compare(job.config, job.problems, before, evaluation.answer(job, job.problems))
         why = "a signal ended it"

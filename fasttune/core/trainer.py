@@ -4,8 +4,6 @@ Shapes: B rows of a micro-batch, T tokens of the longest row (or of the whole pa
 """
 
 import math
-import signal
-import statistics
 import time
 import zlib
 from dataclasses import dataclass
@@ -22,13 +20,11 @@ from datasets import Dataset
 from fasttune.core import what_ran
 from fasttune.core.autoconfig import trainer_settings
 from fasttune.core.ranks import ALONE, Ranks
+from fasttune.core.stops import Stops
 from fasttune.core.what_ran import Watched, count_tokens, round_by_chance, synchronize
 from fasttune.data.batching import ON_HOST, Batches
 from fasttune.errors import RunFailed
-from fasttune.metrics import StepMetrics, Stopped
-
-REASONS = list(Stopped)
-ECHO_S = 5.0  # a scheduler and torchrun both pass a signal on: what comes so soon after the first is the same one
+from fasttune.metrics import StepMetrics
 
 if TYPE_CHECKING:
     from fasttune.core.checkpoint import Keeper
@@ -158,41 +154,16 @@ class StepRecorder(transformers.TrainerCallback):
     """
 
     def __init__(
-        self, trainer: MeasuredTrainer, journal: "Journal", validator: "Validator", keeper: "Keeper", ends_at: float
+        self, trainer: MeasuredTrainer, journal: "Journal", validator: "Validator", keeper: "Keeper", stops: Stops
     ):
         self.job, self.trainer, self.journal = journal.job, trainer, journal
         self.validator, self.keeper = validator, keeper
-        self.ends_at = ends_at  # perf_counter()
+        self.stops = stops
         self.seconds = self.peak_memory_gib = 0.0
-        self.straggler: float | None = None
         self.refactored: list[dict[str, Any]] = []  # layers, after this step
-        self.rank_peaks_gib: list[float] = []
-        self.asked_to_stop: Stopped | None = None  # by a signal to this rank
-        self._asked_s = 0.0
-        self.stopped_by: Stopped | None = None  # on every rank the same
         self.bad_in_a_row = 0
         self._rows_at_once: int | None = None
         self._asked_was_compared = False
-
-    def stop(self, number: int, _frame: Any) -> None:
-        """Signal handler: the first one ends the run after this step, a second one at once."""
-        now = time.monotonic()
-        if self.asked_to_stop is not None and (self.trainer.ranks.alone or now - self._asked_s > ECHO_S):
-            raise KeyboardInterrupt
-        self._asked_s = now
-        self.asked_to_stop = Stopped.SIGINT if number == signal.SIGINT else Stopped.SIGTERM
-
-    def agree_to_stop(self) -> Stopped | None:
-        """What ends the run, if anything: what any rank was asked for ends all of them, after the same step."""
-        asked = REASONS.index(self.asked_to_stop) + 1 if self.asked_to_stop else 0
-        seen = self.trainer.ranks.everyone([asked, self.trainer.computing_s, self.peak_memory_gib], "between two steps")
-        if first := next((int(each[0]) for each in seen if each[0]), 0):
-            self.stopped_by = self.asked_to_stop = REASONS[first - 1]
-        seconds = [each[1] for each in seen]
-        self.straggler = max(seconds) / statistics.mean(seconds) if len(seen) > 1 else None
-        peaks = [each[2] for each in seen]
-        self.rank_peaks_gib = list(map(max, self.rank_peaks_gib or peaks, peaks)) if len(seen) > 1 else []
-        return self.stopped_by
 
     def on_step_begin(self, *_: Any, **__: Any) -> None:
         """What was loaded, proved or evaluated until now is in no step's peak memory.
@@ -222,10 +193,8 @@ class StepRecorder(transformers.TrainerCallback):
         self.seconds = now - self.trainer.started
         self.peak_memory_gib = what_ran.restart_peak() or what_ran.peak_memory_gib()
         self.trainer.first_step_done = self.trainer.first_step_done or now
-        if self.asked_to_stop is None and now >= self.ends_at and state.global_step < state.max_steps:
-            self.asked_to_stop = Stopped.MAX_HOURS
-        if self.agree_to_stop() is not None:
-            control.should_training_stop = True
+        last = state.global_step == state.max_steps
+        control.should_training_stop |= self.stops.after_step(self.trainer.computing_s, self.peak_memory_gib, last)
 
     def _refactor(self, step: int) -> None:
         """Balance the adapters where that is due, before the checkpoint of this step; part of its seconds."""
@@ -241,7 +210,7 @@ class StepRecorder(transformers.TrainerCallback):
         if not logs or "loss" not in logs:
             return
         counts, step = self.trainer.counts, state.global_step
-        stopping = self.stopped_by is not None  # then the time is short
+        stopping = self.stops.agreed is not None  # then the time is short
         seen = self.validator.measure(step) if self.validator.due(step) and not stopping else None
         measured = StepMetrics(
             step=step,
@@ -254,7 +223,7 @@ class StepRecorder(transformers.TrainerCallback):
             eval_loss=seen.loss if seen else None,
             eval_token_accuracy=seen.token_accuracy if seen else None,
             eval_exact_match=seen.exact_match if seen else None,
-            straggler=self.straggler,
+            straggler=self.stops.straggler,
             **{f"adapter_{name}": self._largest(name) for name in ("condition", "balance")},
             **counts,
         )

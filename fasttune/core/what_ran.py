@@ -6,7 +6,8 @@ Shapes: B rows of a micro-batch, T tokens of the longest row (or of the whole pa
 
 import statistics
 import zlib
-from collections.abc import Iterable
+from collections.abc import Callable, Iterable, Iterator
+from contextlib import contextmanager
 from dataclasses import asdict
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
@@ -19,6 +20,7 @@ from fasttune.core import run_folder
 from fasttune.core.memory import MLP, STOCHASTIC_ADAMW, Shape
 from fasttune.data import batching
 from fasttune.data.tokenize import IGNORE
+from fasttune.hardware import Hardware
 from fasttune.metrics import Backend, ExactMatch, Flops, RanksSeen, RunResult, Sample, Status, StepMetrics
 from fasttune.system import native_stderr_closed
 
@@ -159,6 +161,20 @@ def peak_memory_gib() -> float:
     # Not ru_maxrss: a process inherits that of the one that started it.
     status = Path("/proc/self/status").read_text(encoding="utf-8")
     return int(status.partition("VmHWM:")[2].split()[0]) / 2**20
+
+
+@contextmanager
+def busy(machine: Hardware) -> Iterator[Callable[[], float | None]]:
+    """Called afterwards: the mean share of a second in which the GPU ran kernels, as its driver says; None on a CPU."""
+    found: list[float] = []
+    if not machine.gpus:
+        yield lambda: None
+        return
+    from fasttune import gpus
+
+    with gpus.every_second(machine.gpus[0].card, ["utilization.gpu"]) as seen:
+        yield lambda: statistics.mean(found) / 100 if found else None
+        found += [percent for (text,) in seen() if (percent := gpus.number(text)) is not None]
 
 
 def restart_peak() -> float | None:
@@ -361,6 +377,8 @@ def result_of(
         peak_outside_steps_gib=outside,
         resume_command=run_folder.resume_command(job) if resumable else None,
         ranks=_ranks(recorder),
+        rows_per_s=job.config.train.batch_rows / seconds if (seconds := metrics.median_seconds(steps)) else None,
+        gpu_busy=statistics.mean(recorder.stops.busy) if recorder.stops.busy else None,
     )
 
 
@@ -370,4 +388,5 @@ def _ranks(recorder: "StepRecorder") -> RanksSeen | None:
         return None
     seen = [step.straggler for step in metrics.steady(recorder.journal.steps) if step.straggler is not None]
     straggler = statistics.median(seen) if seen else None
-    return RanksSeen(ranks.size, ranks.size // ranks.local_size, recorder.rank_peaks_gib, straggler)
+    nodes = ranks.size // ranks.local_size
+    return RanksSeen(ranks.size, nodes, recorder.stops.peaks_gib, straggler, recorder.stops.busy)

@@ -5,7 +5,6 @@ A step is always the same rows, packed or padded: packing decides only how they 
 """
 
 import math
-from collections.abc import Iterable
 from dataclasses import dataclass
 from functools import cached_property
 from typing import Any
@@ -136,32 +135,6 @@ class Batches:
             packs = sharing.plan(rows, self.micro_rows * self.max_length, self.least_shared)
             return [pack(rows, segments) for segments in packs]
         return [padded(rows[at : at + self.micro_rows], self.pad_id) for at in range(0, len(rows), self.micro_rows)]
-
-    def overlap(self, held_out: Iterable[Encoded]) -> str | None:
-        """How many of the held-out rows have their prompt, and how many prompt and answer too, among the rows that are
-        trained on; None if none. Compared are tokens, so the form of the files does not matter, nor what was cut off.
-        """
-        held = [_hashes(*row) for row in held_out]
-        wanted = {key for keys in held for key in keys} - {None}
-        seen = set[int | None]()
-        for rows, (trained, _) in zip(self.parts, self.split, strict=True) if wanted else ():
-            ids, supervised = np.asarray(rows.ids), np.asarray(rows.supervised)  # a slice of a memory map takes longer
-            for start, end in zip(rows.starts[trained], rows.starts[trained + 1], strict=True):
-                seen.update(key for key in _hashes(ids[start:end], supervised[start:end]) if key in wanted)
-        same = sum(whole in seen for whole, _ in held)
-        asked = sum(not seen.isdisjoint(keys) for keys in held)
-        if not asked:
-            return None
-        return (
-            f"of {len(held):,} held-out rows {asked:,} have a prompt that is trained on, {same:,} of them with the "
-            "same answer: what is measured on them says little about new rows; remove them from one of the two"
-        )
-
-
-def _hashes(ids: np.ndarray, supervised: np.ndarray) -> tuple[int, int | None]:
-    """Of a whole row and of its prompt, what comes before its first supervised token; plain text has none."""
-    answer = supervised.argmax()
-    return hash(ids.tobytes()), hash(b"prompt" + ids[:answer].tobytes()) if answer else None
 
 
 def epoch_order(sizes: list[int], weights: list[float], seed: int, epoch: int) -> np.ndarray:

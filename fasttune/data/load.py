@@ -11,7 +11,7 @@ import json
 import os
 import zlib
 from collections import Counter
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Iterable, Iterator, Sequence
 from contextlib import ExitStack
 from dataclasses import astuple
 from itertools import chain, islice
@@ -75,8 +75,35 @@ def held_out(config: Config, tokenizer: Any, batches: Batches, progress: Progres
         places = [(rows, index) for rows, (_, indexes) in split for index in indexes]
         count = min(len(places), count)
         measured = [places[at * len(places) // count] for at in range(count)]
-    overlap = batches.overlap(rows.row(index) for rows, index in places)
-    return [rows.row(index) for rows, index in measured], [overlap] if overlap else []
+    doubt = overlap(batches, (rows.row(index) for rows, index in places))
+    return [rows.row(index) for rows, index in measured], [doubt] if doubt else []
+
+
+def overlap(batches: Batches, held_out: Iterable[Encoded]) -> str | None:
+    """How many of the held-out rows have their prompt, and how many prompt and answer too, among the rows that are
+    trained on; None if none. Compared are tokens, so the form of the files does not matter, nor what was cut off.
+    """
+    held = [_hashes(*row) for row in held_out]
+    wanted = {key for keys in held for key in keys} - {None}
+    seen = set[int | None]()
+    for rows, (trained, _) in zip(batches.parts, batches.split, strict=True) if wanted else ():
+        ids, supervised = np.asarray(rows.ids), np.asarray(rows.supervised)  # a slice of a memory map takes longer
+        for start, end in zip(rows.starts[trained], rows.starts[trained + 1], strict=True):
+            seen.update(key for key in _hashes(ids[start:end], supervised[start:end]) if key in wanted)
+    same = sum(whole in seen for whole, _ in held)
+    asked = sum(not seen.isdisjoint(keys) for keys in held)
+    if not asked:
+        return None
+    return (
+        f"of {len(held):,} held-out rows {asked:,} have a prompt that is trained on, {same:,} of them with the "
+        "same answer: what is measured on them says little about new rows; remove them from one of the two"
+    )
+
+
+def _hashes(ids: np.ndarray, supervised: np.ndarray) -> tuple[int, int | None]:
+    """Of a whole row and of its prompt, what comes before its first supervised token; plain text has none."""
+    answer = supervised.argmax()
+    return hash(ids.tobytes()), hash(b"prompt" + ids[:answer].tobytes()) if answer else None
 
 
 def texts(batches: Batches, held_out: Sequence[Encoded] = ()) -> Iterator[tuple[str, Any]]:

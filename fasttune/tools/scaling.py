@@ -41,7 +41,8 @@ def of_run(config: Config, chosen: Plan, data: Batches, nodes: int, expected: Fo
         [sum(batch["input_ids"].size for batch in part) for part in data.laid_out(step)]
         for step in range(min(SAMPLED_STEPS, data.steps_per_epoch))
     ]
-    mean, most = (statistics.mean(map(of, loads)) for of in (statistics.mean, max))
+    mean = statistics.mean(statistics.mean(of_step) for of_step in loads)
+    most = statistics.mean(max(of_step) for of_step in loads)
     full = config.train.method == "full"
     shape = chosen.shape
     values = shape.parameters if full else shape.adapter_weights(config.lora.rank, config.lora.targets)
