@@ -106,8 +106,9 @@ def test_a_layer_that_does_nothing_yet_stays() -> None:
 
 
 def test_no_random_number_is_drawn() -> None:
+    model = Model(*factors())
     before = torch.get_rng_state()
-    spectral.refactor(Model(*factors()), SimpleNamespace(state={}))
+    spectral.refactor(model, SimpleNamespace(state={}))
     assert torch.equal(torch.get_rng_state(), before)
 
 
