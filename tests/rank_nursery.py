@@ -153,9 +153,11 @@ def main() -> None:
     import fasttune.core.trainer  # noqa: F401
 
     gc.freeze()
+    store: Any = None
     for line in sys.stdin:
         job = json.loads(line)
-        store = dist.TCPStore("127.0.0.1", 0, is_master=True, wait_for_workers=False, timeout=timedelta(seconds=60))
+        if not job.get("restarts"):  # torchrun keeps it: those it starts again find what was said before
+            store = dist.TCPStore("127.0.0.1", 0, is_master=True, wait_for_workers=False, timeout=timedelta(seconds=60))
         pids = []
         for rank in range(job["ranks"]):
             pid = os.fork()

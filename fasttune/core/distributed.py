@@ -60,7 +60,8 @@ class Several(Ranks):
 
             timeout = timedelta(seconds=float(os.environ.get(TIMEOUT, DEFAULT_TIMEOUT_S)))
             found, _, _ = next(dist.rendezvous("env://", self.rank, self.size, timeout=timeout))
-            self._store = dist.PrefixStore("fasttune", found)
+            found = dist.PrefixStore(f"fasttune/{self.restarts}", found)  # torchrun keeps what was said before
+            self._store = dist.PrefixStore("said", found)
 
             def place(name: str) -> tuple[Any, int, int]:
                 return dist.PrefixStore(name, found), self.rank, self.size
@@ -188,4 +189,4 @@ class Several(Ranks):
             if arrived < self._arrived:
                 clock = time.strftime("%H:%M:%S", time.localtime(since_s))
                 late.append(f"rank {rank} did not come (at {clock} it began: {doing})")
-        return "; ".join(late) or f"the ranks lost each other: {error}"
+        return "; ".join(late) or f"the ranks lost each other, as when one is killed ({str(error)[:150]} …)"
