@@ -125,18 +125,23 @@ def hangs(rank: int) -> None:
     MeasuredTrainer._micro_step = hanging  # type: ignore[method-assign]
 
 
-def raises(rank: int) -> None:
+def raises(rank: int, step_number: int = 3) -> None:
     """Rank 1 in its third step."""
     from fasttune.core.trainer import MeasuredTrainer
 
     step = MeasuredTrainer._micro_step
 
     def raising(self: Any, *arguments: Any) -> Any:
-        if rank == 1 and self.state.global_step == 2:
+        if rank == 1 and self.state.global_step == step_number - 1:
             raise RuntimeError("a bad cable")
         return step(self, *arguments)
 
     MeasuredTrainer._micro_step = raising  # type: ignore[method-assign]
+
+
+def raises_at_once(rank: int) -> None:
+    """Rank 1 in its first step."""
+    raises(rank, 1)
 
 
 def main() -> None:
