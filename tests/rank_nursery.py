@@ -36,7 +36,7 @@ class Nursery:
         self._process = subprocess.Popen([sys.executable, __file__], text=True, bufsize=1, **pipes)
 
     def start(self, folder: Path, ranks: int, changes: dict[str, Any] | None = None, **job: Any) -> list[int]:
-        """The pids of the ranks. job: resume, restarts, trick (of this file), timeout_s."""
+        """The pids of the ranks. job: resume, restarts, trick (of this file), timeout_s, divided."""
         assert self._process.stdin and self._process.stdout
         self._folder = folder
         line = json.dumps({"folder": str(folder), "ranks": ranks, "changes": changes or {}, **job})
@@ -144,6 +144,11 @@ def raises_at_once(rank: int) -> None:
     raises(rank, 1)
 
 
+def raises_in_the_sixth(rank: int) -> None:
+    """Rank 1 in its sixth step."""
+    raises(rank, 6)
+
+
 def main() -> None:
     os.environ["OMP_NUM_THREADS"] = "1"  # no thread pool: this process forks
     answers = os.fdopen(os.dup(1), "w")
@@ -185,6 +190,8 @@ def exit_code(job: dict[str, Any], rank: int, port: int) -> int:
     place |= {"MASTER_ADDR": "127.0.0.1", "MASTER_PORT": port, "FASTTUNE_RANK_TIMEOUT_S": job.get("timeout_s", 60)}
     place |= {"TORCHELASTIC_USE_AGENT_STORE": True, "TORCHELASTIC_RESTART_COUNT": job.get("restarts", 0)}
     os.environ |= {name: str(value) for name, value in place.items()}
+    if job.get("divided"):
+        os.environ["UNSLOTH_FSDP2"] = "1"
     if "trick" in job:
         globals()[job["trick"]](rank)
     try:

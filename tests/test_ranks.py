@@ -136,6 +136,7 @@ def test_the_error_of_another_rank_is_the_run_s(tmp_path: Path, nursery: Nursery
     assert ended.codes == [1, 1] and len(ended.steps) == steps
     assert "rank 1" in ended.told["error"] and "a bad cable" in ended.told["error"]
     assert "a bad cable" in (tmp_path / "run" / "report.html").read_text()
+    assert "in raising" in (tmp_path / "run" / "rank-1.log").read_text(), "where it happened"
 
 
 @pytest.mark.slow
