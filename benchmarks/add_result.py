@@ -20,7 +20,7 @@ from typing import Any
 
 from battery import source_digest
 
-from fasttune.bench.stats import NO_REVISION, SPREADS
+from fasttune.bench.stats import BASELINE, NO_REVISION, SPREADS
 
 RESULTS = Path(__file__).resolve().parent / "results"
 JOB = ("name", "date", "model", "dtype", "steps", "batch_rows", "max_length")
@@ -115,6 +115,13 @@ def make_row(bench: dict[str, Any]) -> dict[str, Any]:
     machine = {key: bench["hardware"].get(key) for key in MACHINE}
     machine["gpus"] = [{key: gpu[key] for key in gpu if key not in IDS} for gpu in machine["gpus"]]
     row |= {"hardware": machine, "versions": bench["versions"]}
+    if bench.get("baseline", BASELINE) != BASELINE:  # on several numbers of processes
+        row["baseline"] = bench["baseline"]
+        for arm, measured in zip(arms, bench["arms"], strict=True):
+            arm |= {
+                "efficiency": measured["efficiency"],
+                "stragglers": [one["straggler"] for one in measured["repeats"]],
+            }
     row |= {"arms": arms, "comparisons": bench["comparisons"], "limit": bench["limit"]}
     return portable(row | {"usd_per_hour": bench["usd_per_hour"], "objections": bench["objections"]})
 

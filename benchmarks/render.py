@@ -87,12 +87,13 @@ def tables(rows: dict[str, list[dict[str, Any]]]) -> str:
 def measurement(row: dict[str, Any]) -> str:
     """A row as its conditions and a table with a line for every arm."""
     versions = ", ".join(f"{name} {row['versions'][name]}" for name in KEY_VERSIONS if name in row["versions"])
+    over = row.get("baseline", "vanilla")
     lines = [
         f"{row['date']}, revision `{row['git']}`, {machine(row['hardware'])}; {versions}  ",
         f"`{row['command']}`, {row['steps']} steps a repeat  ",
         f"{verdict(row)}",
         "",
-        "| arm | tokens/s, median (range) | over vanilla (95 % interval) | of the limit | peak GiB | padding | ran |",
+        f"| arm | tokens/s, median (range) | over {over} (95 % interval) | of the limit | peak GiB | padding | ran |",
         "| --- | --- | --- | --- | --- | --- | --- |",
     ]
     return "\n".join(lines + [f"| {' | '.join(arm_cells(row, arm))} |" for arm in row["arms"]])
@@ -287,8 +288,9 @@ def sentence(row: dict[str, Any], file: str) -> str:
 
 
 def compared(row: dict[str, Any], arm: str) -> dict[str, Any] | None:
-    """An arm over the plain Hugging Face baseline."""
-    return next((c for c in row["comparisons"] if (c["arm"], c["over"]) == (arm, "vanilla")), None)
+    """An arm over plain Hugging Face, or over the fewest processes."""
+    over = row.get("baseline", "vanilla")
+    return next((c for c in row["comparisons"] if (c["arm"], c["over"]) == (arm, over)), None)
 
 
 def machine(hardware: dict[str, Any]) -> str:

@@ -225,12 +225,13 @@ def train(options: argparse.Namespace) -> Done:
     if options.config is None:
         raise ConfigError(["train: name a config, e.g. configs/quickstart.yaml, or --resume RUN"])
     settings = config.load(options.config, options.overrides)
-    ranks, folder = processes.of_environment(), None
+    launching = options.gpus or options.print_launch or options.nodes
+    ranks, folder = processes.ALONE if launching else processes.of_environment(), None
     if options.resume is not None:
         from fasttune.core import resume
 
         folder = resume.to_resume(settings, options.resume)
-    if options.gpus or options.print_launch or options.nodes:
+    if launching:
         from fasttune import gpus
         from fasttune.tools import launch
 
@@ -239,6 +240,7 @@ def train(options: argparse.Namespace) -> Done:
             print(launch.printed(options, settings), end="")
             return 0, None
         training.preflight(settings, folder)
+        processes.preflight(settings)
         return launch.run(gpus.count(options.gpus), sys.argv[1:]), None
     reporter = terminal.Reporter() if not ranks.rank else terminal.Reporter(console=terminal.Console(quiet=True))
     options.json = options.json and not ranks.rank

@@ -193,6 +193,7 @@ class TrainConfig(Section):
     gradient_checkpointing: Literal["auto", "none", "full", "unsloth"] = _setting(
         "auto", "recompute activations to save memory: costs speed"
     )
+    group_by_prompt: bool = _setting(False, "rows with one prompt come in one step; prompts are shuffled, not rows")
     packing: bool | Literal["auto"] = _setting("auto", "rows end to end without padding, where that is exact")
     max_bad_steps: int = _setting(3, "skipped steps in a row (loss or gradient not finite), at most", ge=0, le=10**7)
     report_to: Literal["none", "tensorboard", "wandb", "trackio"] = _setting("none", "see docs/tracking.md")

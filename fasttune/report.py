@@ -106,7 +106,8 @@ def _ranks(result: RunResult) -> list[Figure]:
         notes.append(f"{rate(result.tokens_per_s / ranks.ranks)} tokens/s each")
     if ranks.straggler is not None:
         notes.append(f"the slowest computes {ranks.straggler:.2f} times as long as the mean")
-    notes.append(f"peak memory {min(ranks.peak_memory_gib):,.1f} to {max(ranks.peak_memory_gib):,.1f} GiB")
+    if peaks := ranks.peak_memory_gib:  # told at the end of each step: of a run that lost a rank before, none are known
+        notes.append(f"peak memory {min(peaks):,.1f} to {max(peaks):,.1f} GiB")
     return [Figure("processes", where, "; ".join(notes))]
 
 

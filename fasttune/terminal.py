@@ -93,9 +93,13 @@ class Reporter:
         settings: list[Setting],
         total_steps: int,
         usd_per_hour: float | None = None,
+        ranks: int = 1,
     ) -> None:
-        """The panel (model, hardware, settings with the reason of each automatic one), then the progress bar."""
-        self._total_steps, self._usd_per_hour = total_steps, usd_per_hour
+        """The panel (model, hardware, settings with the reason of each automatic one), then the progress bar.
+
+        ranks: processes of the run, whose steps are told of together.
+        """
+        self._total_steps, self._usd_per_hour, self._ranks = total_steps, usd_per_hour, ranks
         if self._quiet:
             return
         table = grid([("hardware", hardware_line, ""), *((each.name, each.value, each.reason) for each in settings)])
@@ -161,6 +165,8 @@ class Reporter:
         figures = [f"loss {step.loss:.3f}", f"{rate(speed)} tokens/s", f"{clock(left_s)} left"]
         if self._held_out is not None:
             figures.insert(1, f"held out {self._held_out:.3f}")
+        if step.straggler is not None:
+            figures.append(f"{rate(speed / self._ranks)} each, the slowest {step.straggler:.2f} × the mean time")
         figures.append(f"{step.peak_memory_gib:,.1f} GiB")
         if self._usd_per_hour is not None:
             figures.append(usd(self._usd_per_hour * (time.monotonic() - self._started_s) / 3600))

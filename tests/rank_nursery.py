@@ -36,7 +36,7 @@ class Nursery:
         self._process = subprocess.Popen([sys.executable, __file__], text=True, bufsize=1, **pipes)
 
     def start(self, folder: Path, ranks: int, changes: dict[str, Any] | None = None, **job: Any) -> list[int]:
-        """The pids of the ranks. job: resume, restarts, trick (of this file), timeout_s."""
+        """The pids of the ranks. job: resume, restarts, trick (of this file), timeout_s, divided."""
         assert self._process.stdin and self._process.stdout
         self._folder = folder
         line = json.dumps({"folder": str(folder), "ranks": ranks, "changes": changes or {}, **job})
@@ -125,18 +125,28 @@ def hangs(rank: int) -> None:
     MeasuredTrainer._micro_step = hanging  # type: ignore[method-assign]
 
 
-def raises(rank: int) -> None:
+def raises(rank: int, step_number: int = 3) -> None:
     """Rank 1 in its third step."""
     from fasttune.core.trainer import MeasuredTrainer
 
     step = MeasuredTrainer._micro_step
 
     def raising(self: Any, *arguments: Any) -> Any:
-        if rank == 1 and self.state.global_step == 2:
+        if rank == 1 and self.state.global_step == step_number - 1:
             raise RuntimeError("a bad cable")
         return step(self, *arguments)
 
     MeasuredTrainer._micro_step = raising  # type: ignore[method-assign]
+
+
+def raises_at_once(rank: int) -> None:
+    """Rank 1 in its first step."""
+    raises(rank, 1)
+
+
+def raises_in_the_sixth(rank: int) -> None:
+    """Rank 1 in its sixth step."""
+    raises(rank, 6)
 
 
 def main() -> None:
@@ -153,9 +163,11 @@ def main() -> None:
     import fasttune.core.trainer  # noqa: F401
 
     gc.freeze()
+    store: Any = None
     for line in sys.stdin:
         job = json.loads(line)
-        store = dist.TCPStore("127.0.0.1", 0, is_master=True, wait_for_workers=False, timeout=timedelta(seconds=60))
+        if not job.get("restarts"):  # torchrun keeps it: those it starts again find what was said before
+            store = dist.TCPStore("127.0.0.1", 0, is_master=True, wait_for_workers=False, timeout=timedelta(seconds=60))
         pids = []
         for rank in range(job["ranks"]):
             pid = os.fork()
@@ -178,6 +190,8 @@ def exit_code(job: dict[str, Any], rank: int, port: int) -> int:
     place |= {"MASTER_ADDR": "127.0.0.1", "MASTER_PORT": port, "FASTTUNE_RANK_TIMEOUT_S": job.get("timeout_s", 60)}
     place |= {"TORCHELASTIC_USE_AGENT_STORE": True, "TORCHELASTIC_RESTART_COUNT": job.get("restarts", 0)}
     os.environ |= {name: str(value) for name, value in place.items()}
+    if job.get("divided"):
+        os.environ["UNSLOTH_FSDP2"] = "1"
     if "trick" in job:
         globals()[job["trick"]](rank)
     try:

@@ -21,6 +21,12 @@ from fasttune.verify import PIP, error_hints, read_table
         ("ModuleNotFoundError: No module named 'peft.tuners'", "peft.tuners is missing", "peft=="),
         ("tokenizers>=0.19,<0.20 is required for a normal functioning of this module, but found tokenizers==0.23.3.\n"
          "Try:", "refuses tokenizers==0.23.3", "tokenizers=="),
+        ("[enforce fail at /p/gloo/transport/tcp/device.cc:83] ifa != nullptr. Unable to find address for: eth9",
+         "no network interface", "GLOO_SOCKET_IFNAME"),
+        ("NCCL WARN Error while creating shared memory segment /dev/shm/nccl-x (size 9)\nncclSystemError: System call",
+         "more shared memory", "--shm-size"),
+        ("DistBackendError: NCCL error in: /p/NCCLUtils.cpp:77\nncclRemoteError: A call failed possibly",
+         "could not exchange", "NCCL_DEBUG=INFO"),
         ("ImportError: cannot import name '_Ink' from 'PIL._typing' (/x)", "PIL._typing has no _Ink", "pillow=="),
     ],
 )  # fmt: skip

@@ -14,7 +14,8 @@ import pytest
 from fasttune import chips, cli, config, hardware, metrics, report, terminal
 from fasttune.core import autoconfig, memory as memory_forecast
 from fasttune.core.memory import Choices, Shape, Workload
-from fasttune.data.batching import Batches, flat, padded
+from fasttune.data.batching import Batches, padded
+from fasttune.data.sharing import flat
 from fasttune.data.tokenize import Rows
 from fasttune.hardware import Hardware
 from fasttune.metrics import Memory, Range
@@ -32,6 +33,7 @@ GPU = Choices(
     gradient_checkpointing="none",
     optimizer="adamw_torch_fused",
     packed=True,
+    parts=1,
 )
 
 

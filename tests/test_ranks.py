@@ -130,10 +130,13 @@ def test_a_rank_that_hangs_is_named(tmp_path: Path, nursery: Nursery) -> None:
     assert "rank 1 did not come" in ended.told["error"] and "step 3" in ended.told["error"]
 
 
-def test_the_error_of_another_rank_is_the_run_s(tmp_path: Path, nursery: Nursery) -> None:
-    ended = nursery.run(tmp_path / "run", 2, FOUR, trick="raises")
-    assert ended.codes == [1, 1]
+@pytest.mark.parametrize(("trick", "steps"), [("raises", 2), ("raises_at_once", 0)])
+def test_the_error_of_another_rank_is_the_run_s(tmp_path: Path, nursery: Nursery, trick: str, steps: int) -> None:
+    ended = nursery.run(tmp_path / "run", 2, FOUR, trick=trick)
+    assert ended.codes == [1, 1] and len(ended.steps) == steps
     assert "rank 1" in ended.told["error"] and "a bad cable" in ended.told["error"]
+    assert "a bad cable" in (tmp_path / "run" / "report.html").read_text()
+    assert "in raising" in (tmp_path / "run" / "rank-1.log").read_text(), "where it happened"
 
 
 @pytest.mark.slow
@@ -147,13 +150,12 @@ def test_kills_of_any_rank_lose_nothing(tmp_path: Path, nursery: Nursery, most: 
     for kills in range(most):
         pids = nursery.start(folder, 2, changes, restarts=kills)
         before = (folder / "metrics.jsonl").stat().st_mtime_ns if kills else 0
-        while not (folder / "metrics.jsonl").exists() or (folder / "metrics.jsonl").stat().st_mtime_ns == before:
+        while not checkpoint.steps(folder) or (folder / "metrics.jsonl").stat().st_mtime_ns == before:
             time.sleep(0.001)
         time.sleep(rng.uniform(0, 0.5))
         victim = rng.randrange(2)
         os.kill(pids[victim], signal.SIGKILL)
         assert -signal.SIGKILL in nursery.end().codes
-    assert checkpoint.steps(folder), "nothing was ever kept"
     ended = nursery.run(folder, 2, changes, restarts=most)
     assert set(ended.codes) == {0}
     assert numbers(ended) == numbers(whole) and learned(folder) == learned(tmp_path / "whole")

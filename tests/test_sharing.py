@@ -6,8 +6,9 @@ import numpy as np
 import pytest
 from hypothesis import given, strategies as st
 
-from fasttune.data.batching import Batches, flat, paths
-from fasttune.data.sharing import Encoded, Segment, plan, tree
+from fasttune.data import load
+from fasttune.data.batching import Batches
+from fasttune.data.sharing import Encoded, Segment, flat, paths, plan, tree
 from fasttune.data.tokenize import IGNORE, labels
 
 
@@ -126,6 +127,24 @@ def test_a_label_is_in_the_pack_of_its_row_only() -> None:
     packs = [flat(rows, segments) for segments in plan(rows, 32 + 2 * 40)]
     assert sorted(len(batch["row_ends"]) for batch in packs) == [2, 3]
     assert sum(int((batch["labels"] != IGNORE).sum()) for batch in packs) == 8 + 4 * 12
+
+
+def test_rows_of_one_prompt_are_put_together_and_prompts_are_shuffled() -> None:
+    """Eight answers to each of 30 questions: every step of 16 rows is two whole questions, another two each epoch."""
+    from collections import Counter
+
+    from fasttune.data.tokenize import Rows
+
+    ids = np.array([[*SYSTEM, 100 + q, 1000 + a] for a in range(8) for q in range(30)], np.int32)
+    learned = np.tile(np.arange(ids.shape[1]) == ids.shape[1] - 1, len(ids))
+    starts = np.arange(len(ids) + 1) * ids.shape[1]
+    part = Rows("rows.jsonl", ids.ravel(), learned, starts, np.arange(len(ids)), Counter())
+    data = Batches([part], [1.0], 7, 0.0, 16, 1, 64, packed=True, pad_id=0, group_by_prompt=True)
+    steps = [[tuple(data.parts[0].row(row)[0][-2:].tolist()) for _, row in data.rows_of(step)] for step in range(30)]
+    assert all(len(set(step)) == 16 and len({question for question, _ in step}) == 2 for step in steps)
+    epochs = [[question for step in steps[at : at + 15] for question, _ in step] for at in (0, 15)]
+    assert sorted(epochs[0]) == sorted(epochs[1]) and epochs[0] != epochs[1] and epochs[0] != sorted(epochs[0])
+    assert any("240 rows have 30 prompts" in line for line in load.describe(data))
 
 
 def test_without_sharing_nothing_is_put_together() -> None:

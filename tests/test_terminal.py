@@ -73,6 +73,14 @@ def test_live_bar_fits_one_line_and_drops_the_least_wanted_first(width):
     assert ("3.5 GiB" in bar) == (width >= 80)
 
 
+def test_the_bar_of_several_processes_says_what_each_does_and_how_late_the_slowest_is():
+    reporter, file = make_reporter(width=140)
+    reporter.start("t", "h", [], 1, ranks=4)
+    reporter.step(dataclasses.replace(make_steps(1)[0], straggler=1.25))
+    assert " · 2,000 tokens/s · " in file.getvalue()
+    assert " · 500 each, the slowest 1.25 × the mean time · " in file.getvalue()
+
+
 def test_a_log_file_gets_lines_even_when_colour_is_forced():
     console = Console(file=io.StringIO(), force_terminal=True, width=80)  # FORCE_COLOR does this
     reporter = terminal.Reporter(console=console)

@@ -182,7 +182,7 @@ def test_logits_are_there_once(monkeypatch: pytest.MonkeyPatch) -> None:
     from torch.utils._python_dispatch import TorchDispatchMode
 
     from fasttune.core import evaluation
-    from fasttune.data.batching import flat
+    from fasttune.data.sharing import flat
 
     tokens, vocab, made = 600, 50, []
 

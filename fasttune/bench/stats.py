@@ -208,7 +208,7 @@ class Bench:
     @property
     def limit_unknown(self) -> str | None:
         """Why there is no share of a limit and no MFU, where the model is the reason."""
-        if not any(arm.repeats for arm in self.arms) or any(arm.tflops is not None for arm in self.arms):
+        if self.scales or not any(arm.repeats for arm in self.arms) or any(arm.tflops is not None for arm in self.arms):
             return None
         return "the FLOPs of quantised weights and of a mixture of experts are not counted: no share of a limit, no MFU"
 

@@ -23,7 +23,8 @@ from fasttune import config as configuration
 from fasttune.bench import arms
 from fasttune.bench.stats import Repeat
 from fasttune.config import Config
-from fasttune.data.batching import Batches, paths
+from fasttune.data.batching import Batches
+from fasttune.data.sharing import paths
 from fasttune.data.tokenize import IGNORE
 from fasttune.errors import FasttuneError, first_line, kind_and_line
 

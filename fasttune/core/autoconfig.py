@@ -51,12 +51,14 @@ class Plan(Choices):
         return changed(config, model={"dtype": self.dtype}, train=train)
 
 
-def resolve(config: Config, hardware: Hardware, shape: Shape) -> Plan:
-    """Choose dtype, checkpointing, micro-batch and optimizer for this machine."""
+def resolve(config: Config, hardware: Hardware, shape: Shape, parts: int = 1) -> Plan:
+    """Choose dtype, checkpointing, micro-batch and optimizer for this machine, where it holds one of `parts` parts of
+    the weights.
+    """
     dtype, dtype_reason = _dtype(config, hardware)
     gpu_gib = hardware.gpus[0].memory_gib if hardware.gpus else None
     usable_gib = usable_memory_gib(hardware)
-    candidates = _candidates(config, replace(Choices.of(config, gpu_gib), dtype=dtype))
+    candidates = _candidates(config, replace(Choices.of(config, gpu_gib, parts), dtype=dtype))
     one_row = {choices: full_memory(config, shape, choices, 1).total for choices in candidates}
     chosen = next((choices for choices in candidates if one_row[choices] <= usable_gib), candidates[-1])
     rows, rows_reason = _micro_batch(config, shape, chosen, usable_gib)
@@ -74,6 +76,7 @@ def resolve(config: Config, hardware: Hardware, shape: Shape) -> Plan:
         Setting("checkpointing", chosen.gradient_checkpointing, _recompute_reason(config, chosen, one_row, usable_gib)),
         Setting("optimizer", chosen.optimizer, _optimizer_reason(config, chosen, one_row, usable_gib)),
         *_trained_weights(chosen),
+        *([Setting("weights", f"in {parts} parts, one on each process", "UNSLOTH_FSDP2")] if parts > 1 else []),
         Setting("learning rate", f"{rate or usual_rate:g}, {config.train.scheduler}", None if rate else rate_reason),
     ]
     if chosen.method == "lora" and config.lora.dropout:
@@ -179,7 +182,7 @@ def _candidates(config: Config, base: Choices) -> list[Choices]:
     on_gpu = base.gpu_gib is not None
     optimizers, policies = [base.optimizer], [base.gradient_checkpointing]
     if base.optimizer == "auto":
-        eight_bit = base.method == "full" and (on_gpu or base.dtype == "bfloat16")
+        eight_bit = base.method == "full" and base.parts == 1 and (on_gpu or base.dtype == "bfloat16")
         optimizers = ["adamw_torch_fused", "adamw_8bit"] if eight_bit else ["adamw_torch_fused"]
     if base.gradient_checkpointing == "auto":
         policies = ["none", "unsloth" if on_gpu else "full"]

@@ -46,6 +46,7 @@ FREE = {
     "train.packing",
     "train.report_to",
 }
+ADDED = {"train.group_by_prompt": "False"}  # settings that checkpoints of older versions do not name, as they were then
 SECTIONS = ("seed", "model", "lora", "train")
 WHOLE = "steps of the whole run"
 
@@ -76,14 +77,17 @@ class Keeper:
     def write(self, step: int) -> None:
         """Write one now, between two steps, unless the weights have diverged; remove those that are too many.
 
-        Rank 0 writes that of all ranks: their weights and moments are the same.
+        Rank 0 writes that of all ranks: their weights and moments are the same, or parts of them.
         """
-        if self.job.ranks.rank:
+        ranks = self.job.ranks
+        if ranks.rank and ranks.parts == 1:
             return
         if not self.sound():
             self.warn(f"step {step}: no checkpoint, for its weights have diverged; {self.journal.kept}")
             return
         tensors, state = collect(self.trainer)
+        if ranks.rank:
+            return
         state |= {"identity": self.identity, "wall_s": self.journal.wall_s, "held_out": self.validator.state()}
         self._last_s = time.perf_counter()
         try:
@@ -106,7 +110,8 @@ class Keeper:
         best, ranks = self.validator.best, self.job.ranks
         if not self.job.config.eval.keep_best or best is None or best.step == step:
             return step
-        restored = ranks.agree(None if ranks.rank else self._restored(best.step))
+        own = self._restored(best.step) if ranks.parts > 1 or not ranks.rank else None
+        restored = ranks.agree(own)
         if restored:
             ranks.copy_from_first(trained(self.trainer.model).values())
         return best.step if restored else step
@@ -123,7 +128,7 @@ class Keeper:
         except resume.Broken as error:
             self.warn(f"eval.keep_best: {path.name} does not hold ({error}): the weights of the last step are saved")
             return False
-        restore.restore_weights(self.trainer.model, found)
+        restore.restore_weights(self.trainer.model, found, self.job.ranks)
         return True
 
 
@@ -160,13 +165,13 @@ def collect(trainer: Any) -> tuple[dict[str, Tensors], dict[str, Any]]:
     import numpy as np
     import torch
 
-    optimizer = trainer.optimizer.state_dict()
+    optimizer, whole = trainer.optimizer.state_dict(), trainer.ranks.whole
     if trainer.state.global_step == trainer.state.max_steps:
         optimizer["state"] = {}
     moments: Tensors = {}
     plain: dict[str, Any] = {}
     for index, entries in optimizer["state"].items():
-        for name, value in flat(entries).items():
+        for name, value in flat(whole(entries)).items():
             (moments if torch.is_tensor(value) else plain)[f"{index}.{name}"] = value
     cuda = torch.cuda.get_rng_state_all() if torch.cuda.is_available() else []
     generators = {"torch": torch.get_rng_state()} | {f"cuda.{i}": state for i, state in enumerate(cuda)}
@@ -177,7 +182,7 @@ def collect(trainer: Any) -> tuple[dict[str, Tensors], dict[str, Any]]:
         "scheduler": _numbers(trainer.lr_scheduler.state_dict()),
         "random": {"python": random.getstate(), "numpy": [kind, np.asarray(keys).tolist(), *rest]},
     }
-    return {"weights": trained(trainer.model), "optimizer": moments, "random": generators}, state
+    return {"weights": whole(trained(trainer.model)), "optimizer": moments, "random": generators}, state
 
 
 def flat(entries: dict[str, Any]) -> dict[str, Any]:

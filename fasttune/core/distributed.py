@@ -14,7 +14,7 @@ from datetime import timedelta
 from itertools import accumulate, groupby
 from typing import TYPE_CHECKING, Any
 
-from fasttune.core.ranks import Ranks
+from fasttune.core.ranks import DIVIDED, Ranks, divided_is_asked_for
 from fasttune.errors import FasttuneError, RunFailed
 
 if TYPE_CHECKING:
@@ -23,7 +23,7 @@ if TYPE_CHECKING:
 # What torchrun sets: https://docs.pytorch.org/docs/stable/elastic/run.html#environment-variables
 PLACE = ("RANK", "WORLD_SIZE", "LOCAL_RANK", "LOCAL_WORLD_SIZE", "GROUP_RANK")
 ADDRESS = ("MASTER_ADDR", "MASTER_PORT")
-HIDDEN = (*PLACE, *ADDRESS, "GROUP_WORLD_SIZE", "ROLE_RANK", "ROLE_WORLD_SIZE", "ROLE_NAME")
+HIDDEN = (*PLACE, *ADDRESS, "GROUP_WORLD_SIZE", "ROLE_RANK", "ROLE_WORLD_SIZE", "ROLE_NAME", DIVIDED)
 RESTARTS = ("TORCHELASTIC_RESTART_COUNT", "TORCHELASTIC_MAX_RESTARTS")
 TIMEOUT = "FASTTUNE_RANK_TIMEOUT_S"  # seconds that a process waits for the others within a step
 DEFAULT_TIMEOUT_S = "600"
@@ -35,9 +35,12 @@ def of_environment() -> Ranks:
     """As torchrun's environment says. Raises FasttuneError where a part of it is missing."""
     if missing := [name for name in (*PLACE, *ADDRESS) if name not in os.environ]:
         raise FasttuneError(f"RANK is set, {', '.join(missing)} not: start several processes with torchrun")
-    if os.environ.get("UNSLOTH_FSDP2", "0") not in ("", "0"):
-        raise FasttuneError("UNSLOTH_FSDP2: a model is not divided among GPUs yet, each holds all of it: unset it")
-    return Several(*(int(os.environ[name]) for name in PLACE), *(int(os.environ.get(name, "0")) for name in RESTARTS))
+    kind: type[Several] = Several
+    if divided_is_asked_for() and os.environ["WORLD_SIZE"] != "1":
+        from fasttune.core import sharded
+
+        kind = sharded.Sharded
+    return kind(*(int(os.environ[name]) for name in PLACE), *(int(os.environ.get(name, "0")) for name in RESTARTS))
 
 
 class Several(Ranks):
@@ -58,21 +61,24 @@ class Several(Ranks):
             import torch
             import torch.distributed as dist
 
-            timeout = timedelta(seconds=float(os.environ.get(TIMEOUT, DEFAULT_TIMEOUT_S)))
-            found, _, _ = next(dist.rendezvous("env://", self.rank, self.size, timeout=timeout))
-            self._store = dist.PrefixStore("fasttune", found)
-
-            def place(name: str) -> tuple[Any, int, int]:
-                return dist.PrefixStore(name, found), self.rank, self.size
-
+            self.timeout = timedelta(seconds=float(os.environ.get(TIMEOUT, DEFAULT_TIMEOUT_S)))
+            found, _, _ = next(dist.rendezvous("env://", self.rank, self.size, timeout=self.timeout))
+            self._found = dist.PrefixStore(f"fasttune/{self.restarts}", found)  # torchrun keeps what was said before
+            self._store, _, _ = self.place("said")
             # Not init_process_group: Unsloth and transformers would find it, and meet in places of their own.
-            self._numbers = self._gradients = dist.ProcessGroupGloo(*place("numbers"), timeout)
+            self._numbers = self._gradients = dist.ProcessGroupGloo(*self.place("numbers"), self.timeout)
             if torch.cuda.is_available():
                 options = dist.ProcessGroupNCCL.Options()
-                options._timeout = timeout
-                self._gradients = dist.ProcessGroupNCCL(*place("gradients"), options)
+                options._timeout = self.timeout
+                self._gradients = dist.ProcessGroupNCCL(*self.place("gradients"), options)
         for name in [name for name in os.environ if name in HIDDEN or name.startswith("TORCHELASTIC_")]:
             del os.environ[name]
+
+    def place(self, name: str) -> tuple[Any, int, int]:
+        """Where a process group of this name meets, this rank, and of how many."""
+        import torch.distributed as dist
+
+        return dist.PrefixStore(name, self._found), self.rank, self.size
 
     # -- what all know
 
@@ -188,4 +194,4 @@ class Several(Ranks):
             if arrived < self._arrived:
                 clock = time.strftime("%H:%M:%S", time.localtime(since_s))
                 late.append(f"rank {rank} did not come (at {clock} it began: {doing})")
-        return "; ".join(late) or f"the ranks lost each other: {error}"
+        return "; ".join(late) or f"the ranks lost each other, as when one is killed ({str(error)[:150]} …)"

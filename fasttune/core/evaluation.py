@@ -2,7 +2,7 @@
 
 import math
 import signal
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Sequence
 from dataclasses import asdict, dataclass
 from typing import TYPE_CHECKING, Any
 
@@ -14,8 +14,8 @@ import torch
 from fasttune.config import Config
 from fasttune.core import decoding
 from fasttune.data import sharing, arithmetic, chat, formats, load, sources
-from fasttune.data.batching import Batches, MicroBatch, flat
-from fasttune.data.sharing import Encoded
+from fasttune.data.batching import Batches
+from fasttune.data.sharing import Encoded, MicroBatch, flat
 from fasttune.data.formats import Row
 from fasttune.data.tokenize import IGNORE
 from fasttune.errors import DataError
@@ -57,8 +57,8 @@ class Validator:
     def measure(self, step: int) -> Evaluation:
         """Evaluate now, as the model after `step`."""
         ranks = self.job.ranks
-        own = self._sums_of(self._batches[ranks.rank :: ranks.size])
-        loss, right, count = ranks.total(own, f"evaluation after step {step:,}")
+        own = self._sums_of(ranks.share(self._batches))
+        loss, right, count = ranks.sum_of_shares(own, f"evaluation after step {step:,}")
         match = None if self._at_an_end(step) else self._exact_match()  # there all are answered, for the samples
         self.last = Evaluation(step, loss / count, right / count, match)
         self.before = self.last if step == 0 else self.before
@@ -72,8 +72,10 @@ class Validator:
 
     def sound(self, row: Encoded) -> bool:
         """Whether the weights as they are now are those of a model: no diverged ones, and a loss on this row."""
-        trained = [parameter for parameter in self.model.parameters() if parameter.requires_grad]
-        if not float(torch.nn.utils.get_total_norm(trained, math.inf)) < LARGEST_WEIGHT:
+        ranks = self.job.ranks
+        trained = [ranks.held(parameter) for parameter in self.model.parameters() if parameter.requires_grad]
+        largest = float(torch.nn.utils.get_total_norm([part for part in trained if part.numel()], math.inf))
+        if ranks.any_of(not largest < LARGEST_WEIGHT, "a look at the weights"):
             return False
         ids = row[0][-SOUND_TOKENS:]
         batch = flat([(ids, np.ones(len(ids), np.bool_))])
@@ -95,7 +97,7 @@ class Validator:
         loss_tokens = sum(int((batch["labels"] != IGNORE).sum()) for batch in self._batches)
         return HeldOut(len(self.job.held_out), loss_tokens, self.before, self.last, self.best, saved_step)
 
-    def _sums_of(self, batches: list[MicroBatch]) -> list[float]:
+    def _sums_of(self, batches: Sequence[MicroBatch]) -> list[float]:
         was_training = self.model.training
         self.model.eval()
         try:

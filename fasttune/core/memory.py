@@ -22,6 +22,7 @@ from fasttune.metrics import Flops, Memory
 GIB = 2**30
 BYTES = {"bfloat16": 2, "float32": 4}
 NF4_BYTES = 0.53  # 4 bits and a constant of 8 bits for 64 weights: https://arxiv.org/abs/2305.14314, section 3
+TOGETHER_LAYERS = 2  # of a divided model: the one that is computed and the next; embeddings and head are always whole
 CPU_LOGIT_VALUES = 16 * 2**20  # of one chunk of Unsloth's cross entropy on a CPU (unsloth_zoo.cpu.ops)
 # A logit, and at most (chosen on two runs: benchmarks/llama3.1-8b_h100_2026-11-26.md). 4 GiB, what the chunks of
 # unsloth_zoo.fused_losses.cross_entropy_loss may take, was 8 and 14 % too high in all.
@@ -149,13 +150,14 @@ class Choices:
     gradient_checkpointing: str
     optimizer: str
     packed: bool
+    parts: int  # that the weights are divided into, one on each process
 
     @classmethod
-    def of(cls, config: Config, gpu_gib: float | None = None) -> "Choices":
+    def of(cls, config: Config, gpu_gib: float | None = None, parts: int = 1) -> "Choices":
         """As the config says, an `auto` too."""
         train = config.train
         job = (train.method, config.model.dtype, train.gradient_checkpointing, train.optimizer)
-        return cls(gpu_gib, *job, packed=train.packing is not False)
+        return cls(gpu_gib, *job, packed=train.packing is not False, parts=parts)
 
     @property
     def fp32_masters(self) -> bool:
@@ -213,14 +215,19 @@ def forecast(config: Config, shape: Shape, choices: Choices, largest: Workload) 
     weight_bytes = NF4_BYTES if config.model.quantization == "nf4" else value_bytes
     embeddings = shape.vocab * shape.hidden * (1 if shape.tied else 2)  # never quantized
     weights = (shape.parameters - embeddings) * weight_bytes + embeddings * value_bytes
-    # autocast keeps what it has made bf16 of: every matrix, for backward
-    weights += 2 * (shape.linear_weights + shape.vocab * shape.hidden) if choices.fp32_masters else 0
+    if choices.fp32_masters and choices.parts == 1:  # autocast keeps what it has made bf16 of: every matrix
+        weights += 2 * (shape.linear_weights + shape.vocab * shape.hidden)
     trained = shape.parameters if full else shape.adapter_weights(config.lora.rank, config.lora.targets)
     trained_bytes = value_bytes if full else 4  # an adapter is trained in fp32
     pissa = 2 if config.lora.init == "pissa" else 1  # what it began with is loaded again to save it
     adapter = 0 if full else trained * 4 * pissa
     gradients = trained * trained_bytes
     moments = trained * (2 if choices.optimizer == "adamw_8bit" else 2 * trained_bytes)
+    if (parts := choices.parts) > 1:
+        together = embeddings + TOGETHER_LAYERS * shape.linear_weights / shape.layers
+        together *= BYTES[choices.dtype] + (4 if full else 0)  # and what is added up of their gradients
+        weights, adapter, gradients, moments = (whole / parts for whole in (weights, adapter, gradients, moments))
+        weights += together
     activations = _activations(config, shape.computed, choices, largest)
     logits: float
     if on_cpu:

@@ -19,8 +19,7 @@ from transformers.masking_utils import AttentionMaskInterface, sdpa_mask
 
 from fasttune.cpu.rows_attention import Layout, RowsAttention
 from fasttune.data import sharing
-from fasttune.data.batching import MicroBatch, ON_HOST, flat, paths
-from fasttune.data.sharing import Encoded
+from fasttune.data.sharing import ON_HOST, Encoded, MicroBatch, flat, paths
 from fasttune.errors import first_line
 
 NAME = "fasttune_rows"

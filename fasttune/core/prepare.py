@@ -76,6 +76,7 @@ def check_sources_and_model(config: Config) -> None:
 
 def prepare(config: Config, folder: Path, reporter: Reporter, start: Path | None = None, ranks: Ranks = ALONE) -> Job:
     """Plan, model and data, ready to train. Writes nothing. `start`: what a PiSSA run that is resumed began with."""
+    ranks.check(config)
     machine = hardware.detect(folder)
     warnings: list[str] = []
     if machine.gpus:
@@ -94,7 +95,7 @@ def prepare(config: Config, folder: Path, reporter: Reporter, start: Path | None
     if not machine.gpus:
         machine = replace(machine, memory_gib=machine.memory_gib / ranks.local_size)
     config, architecture = fitted(config, warnings.append)
-    plan = autoconfig.resolve(config, machine, Shape.of(architecture))
+    plan = autoconfig.resolve(config, machine, Shape.of(architecture), ranks.parts)
     auto, settings = config.train.micro_batch_rows == "auto", list[Setting]()
     config = plan.apply(config)
     if not plan.fits:
@@ -108,13 +109,17 @@ def prepare(config: Config, folder: Path, reporter: Reporter, start: Path | None
 
     reporter.note(f"loading {config.model.name} …")
     policy, full = plan.gradient_checkpointing, config.train.method == "full"
-    with ranks.node_first():
+    with ranks.loading():
         model, tokenizer = models.load(config.model, plan.dtype, policy, full, config.seed, plan.fp32_masters)
-    base_weights = what_ran.fingerprint(model.parameters())
+    base_weights = what_ran.fingerprint(model.parameters()) if ranks.parts == 1 else None
     if not full:
         model = models.add_lora(model, config.lora, policy, config.seed, start)
         if not machine.gpus and (fused := fused_lora.enable(model)):
             settings.append(Setting("LoRA", f"fused in {fused} layers", "no GPU for Unsloth's own fused kernels"))
+    model = ranks.divide(model)
+    if base_weights is None:
+        base = (parameter for parameter in model.parameters() if full or not parameter.requires_grad)
+        base_weights = what_ran.fingerprint(ranks.whole({"": parameter})[""] for parameter in base)
     packed = config.train.packing is not False
     if packed and (reason := packing.enable(model, config.model.max_length)):
         packed = False
@@ -126,7 +131,7 @@ def prepare(config: Config, folder: Path, reporter: Reporter, start: Path | None
     config = load.with_format(config)
     with ranks.node_first():
         data = load.encode(config, tokenizer, packed, reporter.progress)
-    data.rank, data.ranks = ranks.rank, ranks.size
+    data.rank, data.ranks, data.in_step = ranks.rank, ranks.size, ranks.parts > 1
     total_steps = data.total_steps(config.train.epochs, config.train.max_steps)
     config = in_steps(config, total_steps)
     if packed:

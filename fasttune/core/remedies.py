@@ -61,6 +61,7 @@ def smaller(config: Config, gpu: bool) -> list[str]:
         "train.method=lora": full,
         "model.quantization=nf4": gpu and not full and config.model.quantization == "none",
         "a lower lora.rank": not full,
+        "UNSLOTH_FSDP2=1 and --gpus 2 or more, which share the model": gpu and config.model.quantization == "none",
         "a smaller model, or a GPU with more memory": True,
     }
     return [way for way, possible in ways.items() if possible]

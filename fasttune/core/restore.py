@@ -14,6 +14,7 @@ import torch
 import transformers
 
 from fasttune.core.checkpoint import trained
+from fasttune.core.ranks import ALONE, Ranks
 from fasttune.core.resume import Checkpoint
 from fasttune.core.what_ran import MOMENTS
 from fasttune.errors import RunFailed, kind_and_line
@@ -24,7 +25,7 @@ if TYPE_CHECKING:
 
 def into(trainer: "MeasuredTrainer", checkpoint: Checkpoint) -> None:
     """Weights now, the rest when the trainer begins. The checkpoint gives its tensors away."""
-    restore_weights(trainer.model, checkpoint)
+    restore_weights(trainer.model, checkpoint, trainer.ranks)
     trainer.add_callback(Resumed(trainer, checkpoint))
 
 
@@ -53,12 +54,12 @@ class Resumed(transformers.TrainerCallback):
             ) from error
 
 
-def restore_weights(model: Any, checkpoint: Checkpoint) -> None:
+def restore_weights(model: Any, checkpoint: Checkpoint, ranks: Ranks = ALONE) -> None:
     """The trained parameters as they were. The checkpoint gives them away: a second copy would fill the host."""
     now, saved = trained(model), checkpoint.tensors.pop("weights")
     with torch.no_grad():
         for name, parameter in now.items():
-            parameter.copy_(saved[name])
+            parameter.copy_(ranks.part_of(saved[name], parameter))
 
 
 def restore_optimizer(trainer: Any, checkpoint: Checkpoint) -> None:
@@ -74,6 +75,7 @@ def restore_optimizer(trainer: Any, checkpoint: Checkpoint) -> None:
         for key in MOMENTS & set(values):
             if values[key].shape != parameters[index].shape:
                 raise ValueError(f"{index}.{key} has another shape than its parameter")
+            values[key] = trainer.ranks.part_of(values[key], parameters[index])
     if torch.is_tensor(trainer.optimizer.param_groups[0]["lr"]):
         for group in saved["groups"]:
             group |= {key: torch.tensor(group[key]) for key in ("lr", "initial_lr")}

@@ -19,7 +19,7 @@ import pydantic
 
 from fasttune import system
 from fasttune.config import Config
-from fasttune.core.checkpoint import MANIFEST, STATE, WHOLE, Tensors, sha256, steps, trained
+from fasttune.core.checkpoint import ADDED, MANIFEST, STATE, WHOLE, Tensors, sha256, steps, trained
 from fasttune.core.run_folder import METRICS
 from fasttune.errors import OutputError
 from fasttune.metrics import Evaluation, StepMetrics
@@ -115,7 +115,7 @@ def find(run: Path, model: Any, identity: dict[str, str], note: Callable[[str], 
     if found is None:
         note(f"{run} has no checkpoint yet: beginning with step 1")
         return None
-    then = found.state["identity"]
+    then = ADDED | found.state["identity"]
     if changed := [key for key in {**then, **identity} if then.get(key) != identity.get(key)]:
         told = "; ".join(f"{key} was {then.get(key)}, is {identity.get(key)}" for key in changed)
         raise OutputError(
@@ -139,7 +139,7 @@ def misfit(checkpoint: Checkpoint, model: Any, identity: dict[str, str] | None =
         return f"state.json is that of step {state.step}"
     if missing := {"weights", "optimizer", "random"} - set(checkpoint.tensors):
         return f"{sorted(missing)[0]}.safetensors is missing"
-    if identity is not None and state.identity != identity:
+    if identity is not None and ADDED | state.identity != identity:
         return None
     if identity is not None and not 0 < state.step <= int(identity[WHOLE]):
         return f"state.json: step {state.step} is none of this run"

@@ -186,6 +186,12 @@ def begin(job: "Job", log: LibraryLog, start: Path | None, resumed: bool) -> Non
             checkpoint.keep_start(job.folder, start / "adapter_model.safetensors")
 
 
+def keep_log(books: Path, folder: Path, rank: int) -> None:
+    """Beside the log of rank 0 that of another one, whose own folder goes with it: its traceback is there."""
+    with suppress(OSError):
+        shutil.copyfile(books / LOG, folder / f"rank-{rank}.log")
+
+
 def _write_config(job: "Job") -> None:
     header = f"{MARK}; run it again with: fasttune train config.yaml\n"
     text = configuration.dump(_portable(job.config), header)

@@ -36,7 +36,7 @@ class Call:
 
 
 class Pack:
-    """A micro-batch as data/batching.py `flat` lays it out: lengths of its segments, and the parent of each, or -1."""
+    """A micro-batch as data/sharing.py `flat` lays it out: lengths of its segments, and the parent of each, or -1."""
 
     def __init__(self, lengths: list[int], parents: list[int], device: Any):
         self.lengths, self.parents, self.device = lengths, parents, device

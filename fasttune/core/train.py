@@ -74,7 +74,7 @@ def run(
         from fasttune.core import evaluation, model as models, trainer as trainers, what_ran  # torch is loaded
 
         identity, found = checkpoint.identity(job), None
-        trained = what_ran.fingerprint(checkpoint.trained(job.model).values())
+        trained = what_ran.fingerprint(ranks.whole(checkpoint.trained(job.model)).values())
         ranks.check_same({**identity, "start of what is trained": trained})
         if resume:
             found = resuming.find(folder, job.model, identity, reporter.note)
@@ -104,7 +104,8 @@ def run(
         recorder = trainers.StepRecorder(trainer, journal, validator, keeper, stops)
         trainer.add_callback(recorder)
         report.write_json(job.folder / "run.json", what_ran.result_of(recorder))
-        reporter.start(job.config.name, hardware.line(job.machine), job.settings, job.total_steps, job.usd_per_hour)
+        shown = hardware.line(job.machine), job.settings, job.total_steps, job.usd_per_hour
+        reporter.start(job.config.name, *shown, ranks.size)
         with signals_to(stops.signal):
             try:
                 train(recorder)
@@ -117,6 +118,8 @@ def run(
                 result = finish(recorder, before, when_saved)
         with suppress(KeyboardInterrupt):
             journal.close()
+            if ranks.rank and result.status == "failed":
+                run_folder.keep_log(job.folder, folder, ranks.rank)
             ranks.agree(None)  # where one has ended, torchrun ends the others: not before rank 0 has written all
     return result
 
@@ -160,12 +163,15 @@ def save(journal: Journal, initial_adapter: Path | None) -> None:
     from fasttune.core import model as models
 
     job = journal.job
-    if journal.saved_step is None or job.ranks.rank:
+    if journal.saved_step is None or (job.ranks.rank and job.ranks.parts == 1):
         return
     full = job.config.train.method == "full"
     kind, dtype = ("model", job.plan.dtype) if full else ("adapter", None)
     try:
-        models.save(job.model, job.tokenizer, job.folder / kind, initial_adapter, dtype)
+        with job.ranks.gathered(job.model, trained_only=not full):
+            if job.ranks.rank:
+                return
+            models.save(job.model, job.tokenizer, job.folder / kind, initial_adapter, dtype)
         for name in run_folder.EVAL_FILES:  # scores of the weights that were there before
             (job.folder / name).unlink(missing_ok=True)
     except (OSError, SafetensorError) as error:

@@ -22,7 +22,9 @@ from fasttune.core.autoconfig import trainer_settings
 from fasttune.core.ranks import ALONE, Ranks
 from fasttune.core.stops import Stops
 from fasttune.core.what_ran import Watched, count_tokens, round_by_chance, synchronize
-from fasttune.data.batching import ON_HOST, Batches
+from fasttune.data.batching import Batches
+from fasttune.data.sharing import ON_HOST
+from fasttune.data.tokenize import IGNORE
 from fasttune.errors import RunFailed
 from fasttune.metrics import StepMetrics
 
@@ -65,6 +67,7 @@ class MeasuredTrainer(Watched, trl.SFTTrainer):
         return steps, torch.tensor(self.counts["loss_tokens"], device=device)
 
     def _look_at(self, micro_batches: list[dict[str, Any]]) -> None:
+        micro_batches = [batch for batch in micro_batches if bool((batch["labels"] != IGNORE).any())]
         own = count_tokens(micro_batches)
         self.layout = what_ran.layout(micro_batches, own) + ("" if self.ranks.alone else f" of rank {self.ranks.rank}")
         totals = self.ranks.total(list(own.values()), f"making step {self.state.global_step + 1:,}")
@@ -94,6 +97,8 @@ class MeasuredTrainer(Watched, trl.SFTTrainer):
         try:
             losses = [self._micro_step(model, batch, supervised) for batch in inputs]
         except torch.OutOfMemoryError as caught:
+            if self.ranks.parts > 1:  # the others wait for it in the middle of a layer
+                raise
             error = caught.with_traceback(None)  # which holds the activations
         own = torch.stack(losses).sum() if losses else torch.zeros((), device=self.args.device)
         if not self.ranks.alone:
@@ -130,7 +135,10 @@ class MeasuredTrainer(Watched, trl.SFTTrainer):
         }
 
     def _micro_step(self, model: Any, batch: dict[str, Any], supervised: Any) -> torch.Tensor:
-        return super().training_step(model, batch, supervised)
+        """parts: the backward of a divided model takes the mean over them, where the sum is meant."""
+        if (parts := self.ranks.parts) == 1:
+            return super().training_step(model, batch, supervised)
+        return super().training_step(model, batch, supervised / parts) / parts
 
 
 @dataclass
@@ -180,8 +188,10 @@ class StepRecorder(transformers.TrainerCallback):
 
     def on_pre_optimizer_step(self, args: Any, state: Any, control: Any, model: Any = None, **kwargs: Any) -> None:
         """Without gradients the optimizer changes nothing: weights and moments stay as they were."""
-        gradients = [parameter.grad for parameter in model.parameters() if parameter.grad is not None]
+        ranks, found = self.trainer.ranks, (parameter.grad for parameter in model.parameters())
+        gradients = [ranks.held(gradient) for gradient in found if gradient is not None]
         finite = math.isfinite(self.trainer.step_loss) and bool(torch.nn.utils.get_total_norm(gradients).isfinite())
+        finite = not ranks.any_of(not finite, f"the gradients of step {state.global_step + 1:,}")
         self.bad_in_a_row = 0 if finite else self.bad_in_a_row + 1
         if not finite:
             model.zero_grad(set_to_none=True)

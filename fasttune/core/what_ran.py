@@ -18,7 +18,7 @@ import torch.utils.checkpoint
 from fasttune import hardware, metrics, system
 from fasttune.core import run_folder
 from fasttune.core.memory import MLP, STOCHASTIC_ADAMW, Shape
-from fasttune.data import batching
+from fasttune.data import sharing
 from fasttune.data.tokenize import IGNORE
 from fasttune.hardware import Hardware
 from fasttune.metrics import Backend, ExactMatch, Flops, RanksSeen, RunResult, Sample, Status, StepMetrics
@@ -132,7 +132,7 @@ def _again(batch: dict[str, torch.Tensor]) -> int:
     if "row_ends" not in batch:
         return 0
     lengths = batch["packed_seq_lengths"].tolist()
-    return sum(lengths[segment] for path in batching.paths(batch) for segment in path) - sum(lengths)
+    return sum(lengths[segment] for path in sharing.paths(batch) for segment in path) - sum(lengths)
 
 
 def layout(batches: list[dict[str, torch.Tensor]], counts: dict[str, int]) -> str:

@@ -18,7 +18,7 @@ FUTURE = torch.ones(BLOCK, BLOCK, dtype=torch.bool).triu(1)
 
 @dataclass(frozen=True)
 class Layout:
-    """How a pack lies, as data/batching.py `flat` says it.
+    """How a pack lies, as data/sharing.py `flat` says it.
 
     lengths: of each segment, in the order of the pack. parents: the segment that each continues, or -1.
     window: how many tokens back a token sees, itself counted; None: all of its row.

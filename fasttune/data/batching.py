@@ -7,17 +7,14 @@ A step is always the same rows, packed or padded: packing decides only how they 
 import math
 from dataclasses import dataclass
 from functools import cached_property
-from typing import Any
 
 import numpy as np
 
 from fasttune.data import sharing
-from fasttune.data.sharing import Encoded, Segment
+from fasttune.data.sharing import Encoded, MicroBatch
 from fasttune.data.tokenize import IGNORE, Rows, labels
 
-MicroBatch = dict[str, Any]  # arrays by the names a transformers model takes them
-# Where Unsloth and RowsAttention read them: not moved to a GPU. The last two say which row tokens and labels belong to.
-ON_HOST = ("packed_seq_lengths", "segment_parents", "segment_owners", "row_ends")
+EMPTY: MicroBatch = {"input_ids": np.zeros((1, 2), np.int64), "labels": np.full((1, 2), IGNORE)}  # teaches nothing
 HOLD_OUT_STREAM = 1 << 32  # keeps the hold-out draw apart from the epochs' shuffles
 
 
@@ -28,7 +25,8 @@ class Batches:
     eval_share: share of each set's rows that is held out and never trained on.
     batch_rows: rows of a step, of all processes. micro_rows: full rows (of max_length tokens) that fit at once in one.
     least_shared: what rows of a pack begin with alike lies in it once, if it has this many tokens or more; 0: never.
-    rank, ranks: which process of the run this is, and of how many.
+    group_by_prompt: rows of one prompt come one after the other; groups are shuffled, not rows.
+    rank, ranks: which process of the run this is, and of how many. in_step: each must have as many micro-batches.
     """
 
     parts: list[Rows]
@@ -41,8 +39,10 @@ class Batches:
     packed: bool
     pad_id: int
     least_shared: int = 0
+    group_by_prompt: bool = False
     rank: int = 0
     ranks: int = 1
+    in_step: bool = False
 
     @cached_property
     def split(self) -> list[tuple[np.ndarray, np.ndarray]]:
@@ -61,6 +61,12 @@ class Batches:
     @cached_property
     def sizes(self) -> list[int]:
         return [len(trained) for trained, _ in self.split]
+
+    @cached_property
+    def prompts(self) -> np.ndarray:
+        """The number of its prompt, of each row that is trained on."""
+        sets = zip(self.parts, self.split, strict=True)
+        return sharing.prompts(rows.row(row) for rows, (trained, _) in sets for row in trained)
 
     @property
     def rows_per_epoch(self) -> int:
@@ -85,7 +91,8 @@ class Batches:
         """(part, row) of every row of a step, from 0."""
         epoch, within = divmod(step, self.steps_per_epoch)
         if epoch != getattr(self, "_epoch", None):
-            self._epoch, self._order = epoch, epoch_order(self.sizes, self.weights, self.seed, epoch)
+            order = epoch_order(self.sizes, self.weights, self.seed, epoch)
+            self._epoch, self._order = epoch, sharing.together(order, self.prompts) if self.group_by_prompt else order
         chosen = self._order[within * self.batch_rows : (within + 1) * self.batch_rows]
         firsts = np.cumsum([0, *self.sizes])
         parts = np.searchsorted(firsts, chosen, side="right") - 1
@@ -122,9 +129,13 @@ class Batches:
 
     def micro_batches(self, step: int) -> list[MicroBatch]:
         """This process's part of a step as micro-batches: packs, or padded rectangles (B, T) of a model that cannot be
-        packed. There may be none.
+        packed. There may be none. With `in_step` there are as many as any process has; those too many have no labels.
         """
-        return self._laid_out(self.dealt(step)[self.rank])
+        if not self.in_step:
+            return self._laid_out(self.dealt(step)[self.rank])
+        everyone = self.laid_out(step)
+        own, most = everyone[self.rank], max(map(len, everyone))
+        return own + [EMPTY] * (most - len(own))
 
     def laid_out(self, step: int) -> list[list[MicroBatch]]:
         """The micro-batches of every process."""
@@ -133,7 +144,7 @@ class Batches:
     def _laid_out(self, rows: list[Encoded]) -> list[MicroBatch]:
         if self.packed:
             packs = sharing.plan(rows, self.micro_rows * self.max_length, self.least_shared)
-            return [pack(rows, segments) for segments in packs]
+            return [sharing.pack(rows, segments) for segments in packs]
         return [padded(rows[at : at + self.micro_rows], self.pad_id) for at in range(0, len(rows), self.micro_rows)]
 
 
@@ -150,65 +161,6 @@ def epoch_order(sizes: list[int], weights: list[float], seed: int, epoch: int) -
         chosen += [np.tile(rows, int(whole)), rng.permutation(rows)[: round(part * size)]]
         first += size
     return rng.permutation(np.concatenate(chosen))
-
-
-def pack(rows: list[Encoded], segments: list[Segment]) -> MicroBatch:
-    """Rows of one length as a plain rectangle (B, T), which takes no row lengths and no mask; others flat (1, T)."""
-    made = flat(rows, segments)
-    if len({each.end for each in segments}) > 1 or "segment_parents" in made:
-        return made
-    return {name: made[name].reshape(len(segments), -1) for name in ("input_ids", "labels")}
-
-
-def flat(rows: list[Encoded], segments: list[Segment] | None = None) -> MicroBatch:
-    """Rows end to end, nothing padded: input_ids, labels, position_ids (1, T) and packed_seq_lengths (rows,).
-
-    Positions restart with each row, and no row's first token is supervised, so that rows never see each other.
-    Where rows share `segments` (data/sharing.py), packed_seq_lengths are theirs, and there are also segment_parents
-    (the number of the segment that each continues, or -1), segment_owners (the row that each is supervised in, or -1)
-    and row_ends (the last segment of each row). Positions continue those of the parent.
-    """
-    found: list[tuple[Segment, int]] = []
-    for beginning in sharing.tree(rows, 0) if segments is None else segments:
-        found += beginning.in_order(at=len(found))
-    pieces = [(rows[each.rows[0] if each.owner is None else each.owner], each) for each, _ in found]
-    batch = {
-        "input_ids": np.concatenate([ids[each.start : each.end] for (ids, _), each in pieces]).astype(np.int64)[None],
-        "labels": np.concatenate([_labels(row, each) for row, each in pieces])[None],
-        "position_ids": np.concatenate([np.arange(each.start, each.end) for _, each in pieces])[None],
-        "packed_seq_lengths": np.array([each.end - each.start for _, each in pieces], np.int32),
-    }
-    if all(parent < 0 and len(each.rows) == 1 for each, parent in found):
-        return batch
-    ends = {row: number for number, (each, _) in enumerate(found) for row in each.rows}
-    numbers = {row: number for number, row in enumerate(ends)}
-    return batch | {
-        "segment_parents": np.array([parent for _, parent in found], np.int32),
-        "segment_owners": np.array(
-            [numbers[each.owner] if each.owner is not None else -1 for each, _ in found], np.int32
-        ),
-        "row_ends": np.array(list(ends.values()), np.int32),
-    }
-
-
-def _labels(row: Encoded, segment: Segment) -> np.ndarray:
-    if segment.owner is None:
-        return np.full(segment.end - segment.start, IGNORE)
-    return labels(*row)[segment.start : segment.end]
-
-
-def paths(batch: MicroBatch) -> list[list[int]]:
-    """The segments that each row of a flat micro-batch goes through, from its beginning."""
-    if "row_ends" not in batch:
-        return [[number] for number in range(len(batch["packed_seq_lengths"]))]
-    parents = batch["segment_parents"].tolist()
-    found = []
-    for end in batch["row_ends"].tolist():
-        path = [end]
-        while (parent := parents[path[0]]) >= 0:
-            path.insert(0, parent)
-        found.append(path)
-    return found
 
 
 def padded(rows: list[Encoded], pad_id: int) -> MicroBatch:

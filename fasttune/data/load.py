@@ -51,6 +51,7 @@ def encode(config: Config, tokenizer: Any, packed: bool, progress: Progress) -> 
         max_length=config.model.max_length,
         packed=packed,
         pad_id=tokenizer.pad_token_id or 0,
+        group_by_prompt=train.group_by_prompt,
     )
     if not batches.rows_per_epoch:
         raise DataError(f"data.eval_share={data.eval_share:g} leaves no row to train on: lower it")
@@ -187,6 +188,13 @@ def describe(data: Batches) -> list[str]:
         unused = sorted(name.removeprefix("not used: ") for name in counts if name.startswith("not used: "))
         parts += [f"not used: {', '.join(unused[:8])}{' …' * (len(unused) > 8)}"] if unused else []
         found.append("; ".join(parts))
+    if data.group_by_prompt:
+        rows, prompts = len(data.prompts), len(set(data.prompts.tolist()))
+        found.append(
+            f"train.group_by_prompt: the {rows:,} rows have {prompts:,} prompts, those of one come in one step"
+            if prompts < rows
+            else "train.group_by_prompt changes nothing: each row has a prompt of its own"
+        )
     return found
 
 

@@ -5,13 +5,20 @@ answers. A token of a segment sees its own segment up to itself, and all of thos
 if it were alone, and its loss and gradients are the same.
 """
 
+import hashlib
 from bisect import bisect_left, insort
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterable, Iterator, Sequence
 from dataclasses import dataclass
+from typing import Any
 
 import numpy as np
 
+from fasttune.data.tokenize import IGNORE, labels
+
 Encoded = tuple[np.ndarray, np.ndarray]  # ids and whether each is supervised, both (T,)
+MicroBatch = dict[str, Any]  # arrays by the names a transformers model takes them
+# Where Unsloth and RowsAttention read them: not moved to a GPU. The last two say which row tokens and labels belong to.
+ON_HOST = ("packed_seq_lengths", "segment_parents", "segment_owners", "row_ends")
 LEAST = 8  # tokens of a segment on a CPU; fewer cost more in small matmuls than they save
 
 
@@ -104,6 +111,19 @@ def _first(true: np.ndarray) -> int:
     return int(true.argmax()) if true.any() else len(true)
 
 
+def prompts(rows: Iterable[Encoded]) -> np.ndarray:
+    """A number for each row, the same where all before the first supervised token is the same: (rows,)."""
+    numbers: dict[bytes, int] = {}
+    keys = (hashlib.blake2b(ids[: _first(supervised)].tobytes(), digest_size=16).digest() for ids, supervised in rows)
+    return np.array([numbers.setdefault(key, len(numbers)) for key in keys])
+
+
+def together(order: np.ndarray, prompts: np.ndarray) -> np.ndarray:
+    """The rows of an order with those of one prompt one after the other, where the first of them was."""
+    _, first, group = np.unique(prompts[order], return_index=True, return_inverse=True)
+    return order[np.argsort(first[group], kind="stable")]
+
+
 def plan(rows: Sequence[Encoded], capacity: int, least: int = LEAST) -> list[list[Segment]]:
     """The trees of packs of at most `capacity` computed tokens, by best fit; rows that begin alike lie in
     one where they fit.
@@ -164,3 +184,62 @@ def best_fit(lengths: list[int], capacity: int) -> list[list[int]]:
         if free > 0:
             insort(room, (free, pack))
     return packs
+
+
+def pack(rows: list[Encoded], segments: list[Segment]) -> MicroBatch:
+    """Rows of one length as a plain rectangle (B, T), which takes no row lengths and no mask; others flat (1, T)."""
+    made = flat(rows, segments)
+    if len({each.end for each in segments}) > 1 or "segment_parents" in made:
+        return made
+    return {name: made[name].reshape(len(segments), -1) for name in ("input_ids", "labels")}
+
+
+def flat(rows: list[Encoded], segments: list[Segment] | None = None) -> MicroBatch:
+    """Rows end to end, nothing padded: input_ids, labels, position_ids (1, T) and packed_seq_lengths (rows,).
+
+    Positions restart with each row, and no row's first token is supervised, so that rows never see each other.
+    Where rows share `segments`, packed_seq_lengths are theirs, and there are also segment_parents
+    (the number of the segment that each continues, or -1), segment_owners (the row that each is supervised in, or -1)
+    and row_ends (the last segment of each row). Positions continue those of the parent.
+    """
+    found: list[tuple[Segment, int]] = []
+    for beginning in tree(rows, 0) if segments is None else segments:
+        found += beginning.in_order(at=len(found))
+    pieces = [(rows[each.rows[0] if each.owner is None else each.owner], each) for each, _ in found]
+    batch = {
+        "input_ids": np.concatenate([ids[each.start : each.end] for (ids, _), each in pieces]).astype(np.int64)[None],
+        "labels": np.concatenate([_labels(row, each) for row, each in pieces])[None],
+        "position_ids": np.concatenate([np.arange(each.start, each.end) for _, each in pieces])[None],
+        "packed_seq_lengths": np.array([each.end - each.start for _, each in pieces], np.int32),
+    }
+    if all(parent < 0 and len(each.rows) == 1 for each, parent in found):
+        return batch
+    ends = {row: number for number, (each, _) in enumerate(found) for row in each.rows}
+    numbers = {row: number for number, row in enumerate(ends)}
+    return batch | {
+        "segment_parents": np.array([parent for _, parent in found], np.int32),
+        "segment_owners": np.array(
+            [numbers[each.owner] if each.owner is not None else -1 for each, _ in found], np.int32
+        ),
+        "row_ends": np.array(list(ends.values()), np.int32),
+    }
+
+
+def _labels(row: Encoded, segment: Segment) -> np.ndarray:
+    if segment.owner is None:
+        return np.full(segment.end - segment.start, IGNORE)
+    return labels(*row)[segment.start : segment.end]
+
+
+def paths(batch: MicroBatch) -> list[list[int]]:
+    """The segments that each row of a flat micro-batch goes through, from its beginning."""
+    if "row_ends" not in batch:
+        return [[number] for number in range(len(batch["packed_seq_lengths"]))]
+    parents = batch["segment_parents"].tolist()
+    found = []
+    for end in batch["row_ends"].tolist():
+        path = [end]
+        while (parent := parents[path[0]]) >= 0:
+            path.insert(0, parent)
+        found.append(path)
+    return found

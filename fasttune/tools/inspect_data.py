@@ -33,6 +33,7 @@ from fasttune.report import steps_text
 from fasttune.system import library_log
 from fasttune.tools.estimate import lay_out
 
+WORTH_GROUPING = 0.1  # share of the tokens that train.group_by_prompt must save to be spoken of
 BARS = 7  # of the histogram, and one for the longest rows where they are far out
 PIECE_CHARACTERS = 1200  # of an uninterrupted piece of a row on the page; --json has all of it
 
@@ -83,6 +84,7 @@ class PaddedShare:
     """Share of the computed positions that hold no token, over the first `steps` steps of the run, in either layout.
 
     tokens: of the rows of these steps; computed_tokens: those of packs as a run here lays them out.
+    grouped_share: of the tokens of as many steps with train.group_by_prompt, those that would be computed.
     """
 
     steps: int
@@ -91,6 +93,7 @@ class PaddedShare:
     packed_share: float
     tokens: int
     computed_tokens: int
+    grouped_share: float
 
 
 @dataclass(frozen=True)
@@ -227,7 +230,9 @@ def _padding(data: Batches, steps: int) -> PaddedShare:
     packed, padded = (lay_out(replace(data, packed=way, least_shared=0), steps) for way in (True, False))
     shares = [1 - each.tokens / each.cells for each in (padded, packed)]
     computed = data.computed_tokens(packed.steps, data.micro_rows)
-    return PaddedShare(padded.steps, data.micro_rows, shares[0], shares[1], packed.tokens, computed)
+    grouped = replace(data, group_by_prompt=True)
+    share = grouped.computed_tokens(packed.steps, data.micro_rows) / sum(map(grouped.tokens_of, range(packed.steps)))
+    return PaddedShare(padded.steps, data.micro_rows, shares[0], shares[1], packed.tokens, computed, share)
 
 
 def _first_rows(data: Batches, tokenizer: Any, wanted: int) -> list[Row]:
@@ -353,6 +358,9 @@ def _layouts(figures: DataFigures) -> list[RenderableType]:
     if saved:
         counted = f"{padding.computed_tokens:,} computed of {padding.tokens:,} tokens"
         lines.append(("shared", f"{saved:6.1%}", f"of the tokens of packed rows, because they begin alike: {counted}"))
+    if 1 - padding.grouped_share > saved + WORTH_GROUPING:
+        told = "with train.group_by_prompt=true, where rows of one prompt come in one step"
+        lines.append(("grouped", f"{1 - padding.grouped_share:6.1%}", told))
     runs = "on, once train has proved on the model that rows of a pack do not see each other"
     runs = "off: train.packing=false, rows will be padded" if figures.packing is False else runs
     first = f"  over the first {steps_text(padding.steps)} of a run on this machine"

@@ -18,6 +18,7 @@ from fasttune import chips, hardware, terminal
 from fasttune.config import Config, looks_like_hub
 from fasttune.core import autoconfig, prepare, pretrained, remedies
 from fasttune.core.memory import Shape
+from fasttune.core.ranks import divided_is_asked_for
 from fasttune.data import chat, load, sources
 from fasttune.errors import ConfigError, DataError, in_one_line
 from fasttune.hardware import Hardware
@@ -45,7 +46,7 @@ class Figures:
     sampled: bool
     usd_per_hour: float | None
     smaller: list[str]  # what to change where it does not fit
-    scaling: Scaling | None = None  # of several GPUs, of which machine, memory and settings are each one's
+    scaling: Scaling | None = None  # of several GPUs with a model each; all else is of one of them
 
 
 def look(config: Config, gpu: str | None, reporter: terminal.Reporter, ranks: int = 1, nodes: int = 1) -> Figures:
@@ -64,7 +65,8 @@ def look(config: Config, gpu: str | None, reporter: terminal.Reporter, ranks: in
             config, architecture = prepare.fitted(config, reporter.warn)
             tokenizer = pretrained.read_tokenizer(config.model)
             chat.complete(tokenizer)
-            chosen = autoconfig.resolve(config, machine, Shape.of(architecture))
+            parts = ranks if divided_is_asked_for() else 1
+            chosen = autoconfig.resolve(config, machine, Shape.of(architecture), parts)
             auto, config = config.train.micro_batch_rows == "auto", chosen.apply(config)
             sample, scale = _sample(config)
             data = load.encode(sample, tokenizer, chosen.packed, reporter.progress)
@@ -76,7 +78,7 @@ def look(config: Config, gpu: str | None, reporter: terminal.Reporter, ranks: in
                 chosen, brings = autoconfig.share(config, machine, chosen, data, auto)
             usd_per_hour, price = autoconfig.price_of(config, machine, ranks)
             expected = estimate.of_run(sample, chosen, data, machine, usd_per_hour, scale)
-            several = scaling.of_run(config, chosen, data, nodes, expected) if ranks > 1 else None
+            several = scaling.of_run(config, chosen, data, nodes, expected) if ranks > parts else None
     finally:
         reporter.stop()
     usable_gib = autoconfig.usable_memory_gib(machine)

@@ -141,7 +141,7 @@ def test_a_sliding_window_ends_within_each_row(unsloth: None, monkeypatch: pytes
 
     from fasttune.core import packing
     from fasttune.data import sharing
-    from fasttune.data.batching import flat, paths
+    from fasttune.data.sharing import flat, paths
 
     sizes = {"hidden_size": 32, "intermediate_size": 64, "num_attention_heads": 2, "num_key_value_heads": 1}
     sizes |= {"head_dim": 16, "vocab_size": 128, "max_position_embeddings": 256, "sliding_window": 24}

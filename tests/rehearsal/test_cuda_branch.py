@@ -235,7 +235,7 @@ def test_memory_is_what_the_forecast_counts(
     from fasttune.core.memory import GIB, Choices, Shape, Workload, forecast
 
     shape = Shape.of(AutoConfig.from_pretrained(inputs[0]))
-    choices = Choices(80.0, "lora", "float32", "none", "adamw_torch_fused", packed=True)
+    choices = Choices(80.0, "lora", "float32", "none", "adamw_torch_fused", packed=True, parts=1)
     settings = config.parse(tree(inputs, tmp_path, (VARIANTS | NIGHTLY)[variant]))
     kept = {found["tokens"]: found["bytes"] for found in run["kept"]}
     kept[24] -= 24 * shape.query_width * 4
