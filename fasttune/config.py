@@ -104,15 +104,8 @@ class LoraConfig(Section):
     )
     rslora: bool = _setting(False, "scale by alpha / sqrt(rank): https://arxiv.org/abs/2312.03732")
     init: Literal["default", "pissa"] = _setting("default", "pissa: https://arxiv.org/abs/2404.02948")
-    plus_ratio: float | None = _setting(
-        None,
-        "how many times train.learning_rate the second matrix has: https://arxiv.org/abs/2402.12354",
-        ge=1,
-        le=1000,
-    )
-    refactor_every: int | None = _setting(
-        None, "balance the two matrices again after so many steps; their product stays", ge=1, le=1_000_000
-    )
+    plus_ratio: float | None = _setting(None, "learning rate of B ÷ A: https://arxiv.org/abs/2402.12354", ge=1, le=1000)
+    refactor_every: int | None = _setting(None, "steps after which A and B are balanced again", ge=1, le=10**6)
 
 
 class DataConfig(Section):

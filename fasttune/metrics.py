@@ -25,7 +25,7 @@ class StepMetrics:
     computed_tokens: of `tokens`, those really computed: what rows of a pack begin with alike, once.
     eval_*: on held-out rows, after the step; None where none was due. In no `seconds` of a step.
     straggler: longest over mean seconds that the ranks computed, before they waited for each other; None of one.
-    adapter_*: the largest of a layer whose factors were balanced after this step (core/spectral.py); else None.
+    adapter_*: the largest of a layer, before its factors were balanced after this step (core/spectral.py); else None.
     """
 
     step: int

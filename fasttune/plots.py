@@ -124,6 +124,11 @@ def of_run(
         note = f"share of {answered.problems:,} held-out problems"
         plots.append(("Right answers", note, _curve(right, from_zero=True)))
 
+    condition = [(step.step, step.adapter_condition) for step in steps if step.adapter_condition is not None]
+    if len(condition) > 1:
+        note = "condition number of the worst factor, each time before the factors were balanced again"
+        plots.append(("Adapter", note, _curve(condition)))
+
     counted = {step.step for step in metrics.steady(list(steps))}
     speed = [step.tokens_per_s for step in steps[::every]]
     steady = [step.tokens_per_s if step.step in counted else math.nan for step in steps[::every]]

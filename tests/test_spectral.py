@@ -174,7 +174,7 @@ def test_moments_that_cannot_be_moved_are_refused(unsloth: None, tmp_path: Path)
 
 
 def test_the_second_matrix_learns_faster_and_a_resumed_run_knows_it(unsloth: None, tmp_path: Path) -> None:
-    """lora.plus_ratio: the first steps of Adam are as long as the learning rate, so B has moved so many times as far."""
+    """lora.plus_ratio: the first steps of Adam are as long as the learning rate, so B moved as many times as far."""
     changes = {"lora": {"plus_ratio": 4.0}, "train": {"max_steps": 4, "scheduler": "constant", "warmup_ratio": 0.0}}
     whole = whole_and_copy(tmp_path / "run", 3, changes)
     from safetensors.numpy import load_file

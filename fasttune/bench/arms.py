@@ -47,10 +47,10 @@ def build(arm: str, config: Config, steps: int, shared: Path, scratch: Path) -> 
             "unsloth-notebook": _notebook,
         }
         trainer = own[arm](config, steps, shared, scratch)
-        from fasttune.core import what_ran
-
         if Choices.of(config).stochastic_rounding:
-            what_ran.round_by_chance(trainer)
+            from fasttune.core import optimizers
+
+            optimizers.round_by_chance(trainer)
     if config.train.method == "lora":
         _same_start(trainer.model, shared)
     return trainer

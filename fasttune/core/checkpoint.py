@@ -46,7 +46,8 @@ FREE = {
     "train.packing",
     "train.report_to",
 }
-ADDED = {"train.group_by_prompt": "False"}  # settings that checkpoints of older versions do not name, as they were then
+# Settings that checkpoints of older versions do not name, as they were then.
+ADDED = {"train.group_by_prompt": "False", "lora.plus_ratio": "None", "lora.refactor_every": "None"}
 SECTIONS = ("seed", "model", "lora", "train")
 WHOLE = "steps of the whole run"
 

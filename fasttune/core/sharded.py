@@ -101,6 +101,7 @@ def check(config: Config) -> None:
         "eval.problems=0 (`fasttune eval` scores answers afterwards)": config.eval.problems > 0,
         "model.quantization=none": config.model.quantization != "none",
         "train.optimizer=adamw_torch_fused": config.train.optimizer == "adamw_8bit",
+        "lora.refactor_every=null": adapter and config.lora.refactor_every is not None,
         "lora.init=default": adapter and config.lora.init == "pissa",
     }
     if ways := [way for way, found in wrong.items() if found]:

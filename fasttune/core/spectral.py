@@ -7,11 +7,15 @@ Shapes: A (r, in), B (out, r); n layers of the same shape are computed at once.
 
 from collections.abc import Iterator
 from dataclasses import asdict, dataclass
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 import torch
 
 from fasttune.core.ranks import ALONE, Ranks
+
+if TYPE_CHECKING:
+    from fasttune.core.run_folder import Journal
+    from fasttune.core.trainer import MeasuredTrainer
 
 MOMENTS = ("exp_avg", "exp_avg_sq")  # of torch's AdamW
 VANISHING = 1e-6  # of the largest singular value of B·A: below, the smallest one is rounding (B = 0 at the start)
@@ -44,6 +48,18 @@ def pairs(model: Any) -> list[Pair]:
         if "default" in getattr(module, "lora_A", {}):
             found.append(Pair(name, module.lora_A["default"].weight, module.lora_B["default"].weight))
     return found
+
+
+def after_step(trainer: "MeasuredTrainer", journal: "Journal") -> dict[str, float | None]:
+    """Balance all adapters, write down what was seen of each layer, and return the largest for metrics.StepMetrics.
+
+    Before the checkpoint of the step, and part of its seconds.
+    """
+    layers = refactor(trainer.model, trainer.optimizer, trainer.ranks)
+    journal.refactored(trainer.state.global_step, layers)
+    changed = [each for each in layers if not each["skipped"]]
+    worst = max((max(each["condition_a"], each["condition_b"]) for each in changed), default=None)
+    return {"adapter_condition": worst, "adapter_balance": max((each["balance"] for each in changed), default=None)}
 
 
 @torch.no_grad()

@@ -21,7 +21,7 @@ from fasttune.core import what_ran
 from fasttune.core.autoconfig import trainer_settings
 from fasttune.core.ranks import ALONE, Ranks
 from fasttune.core.stops import Stops
-from fasttune.core.what_ran import Watched, count_tokens, round_by_chance, synchronize
+from fasttune.core.what_ran import Watched, count_tokens, synchronize
 from fasttune.data.batching import Batches
 from fasttune.data.sharing import ON_HOST
 from fasttune.data.tokenize import IGNORE
@@ -168,7 +168,7 @@ class StepRecorder(transformers.TrainerCallback):
         self.validator, self.keeper = validator, keeper
         self.stops = stops
         self.seconds = self.peak_memory_gib = 0.0
-        self.refactored: list[dict[str, Any]] = []  # layers, after this step
+        self.adapters: dict[str, float | None] = {}  # what StepMetrics says of those that were balanced after this step
         self.bad_in_a_row = 0
         self._rows_at_once: int | None = None
         self._asked_was_compared = False
@@ -197,7 +197,11 @@ class StepRecorder(transformers.TrainerCallback):
             model.zero_grad(set_to_none=True)
 
     def on_step_end(self, args: Any, state: Any, control: Any, **kwargs: Any) -> None:
-        self._refactor(state.global_step)
+        self.adapters, every = {}, self.job.config.lora.refactor_every
+        if every and state.global_step % every == 0 and not self.bad_in_a_row:
+            from fasttune.core import spectral
+
+            self.adapters = spectral.after_step(self.trainer, self.journal)
         synchronize()
         now = time.perf_counter()
         self.seconds = now - self.trainer.started
@@ -205,16 +209,6 @@ class StepRecorder(transformers.TrainerCallback):
         self.trainer.first_step_done = self.trainer.first_step_done or now
         last = state.global_step == state.max_steps
         control.should_training_stop |= self.stops.after_step(self.trainer.computing_s, self.peak_memory_gib, last)
-
-    def _refactor(self, step: int) -> None:
-        """Balance the adapters where that is due, before the checkpoint of this step; part of its seconds."""
-        every = self.job.config.lora.refactor_every
-        self.refactored = []
-        if every and step % every == 0 and not self.bad_in_a_row:
-            from fasttune.core import spectral
-
-            self.refactored = spectral.refactor(self.trainer.model, self.trainer.optimizer, self.trainer.ranks)
-            self.journal.refactored(step, self.refactored)
 
     def on_log(self, args: Any, state: Any, control: Any, logs: dict[str, Any] | None = None, **kwargs: Any) -> None:
         if not logs or "loss" not in logs:
@@ -234,7 +228,7 @@ class StepRecorder(transformers.TrainerCallback):
             eval_token_accuracy=seen.token_accuracy if seen else None,
             eval_exact_match=seen.exact_match if seen else None,
             straggler=self.stops.straggler,
-            **{f"adapter_{name}": self._largest(name) for name in ("condition", "balance")},
+            **self.adapters,
             **counts,
         )
         self.journal.step(measured)
@@ -243,9 +237,6 @@ class StepRecorder(transformers.TrainerCallback):
             self._not_applied(measured)
         if stopping or self.keeper.due(step):
             self.keeper.write(step)
-
-    def _largest(self, what: str) -> float | None:
-        return max((each[what] for each in self.refactored if not each["skipped"]), default=None)
 
     def _warn_of_what_runs(self, step: int) -> None:
         """Where that is not what was asked for, or not any more."""
@@ -289,6 +280,11 @@ def build(job: "Job", scratch: Path, done: int = 0) -> MeasuredTrainer:
         torch_empty_cache_steps=None,  # Unsloth's own 250 throws memory away that is asked for again at once
         use_cpu=not torch.cuda.is_available(),
     )
+    optimizer = None
+    if config.lora.plus_ratio or plan.stochastic_rounding:
+        from fasttune.core import optimizers
+    if config.lora.plus_ratio:
+        optimizer = optimizers.lora_plus(job.model, config.lora.plus_ratio, arguments)
     first = min(done, job.total_steps - 1)  # at least one step, even if all are done: trl looks at an example
     trainer = MeasuredTrainer(
         model=job.model,
@@ -296,29 +292,13 @@ def build(job: "Job", scratch: Path, done: int = 0) -> MeasuredTrainer:
         train_dataset=Dataset.from_dict({"step": range(first, job.total_steps)}),
         data_collator=StepCollator(job.data),
         processing_class=job.tokenizer,
-        optimizers=(_lora_plus(job, arguments) if config.lora.plus_ratio else None, None),
+        optimizers=(optimizer, None),
     )
     trainer.ranks = job.ranks
     trainer.remove_callback(transformers.PrinterCallback)
     trainer.accelerator.device_placement = False  # a step's tokens are counted before they are moved (_prepare_inputs)
     if plan.stochastic_rounding:
-        round_by_chance(trainer)
+        optimizers.round_by_chance(trainer)
     if job.data.packed:
         fasttune_model.scope_packed_kernels(job.model, trainer)
     return trainer
-
-
-def _lora_plus(job: "Job", arguments: trl.SFTConfig) -> torch.optim.Optimizer:
-    """AdamW with another learning rate for the second matrix of every adapter: https://arxiv.org/abs/2402.12354."""
-    from peft.optimizers import create_loraplus_optimizer
-
-    return create_loraplus_optimizer(
-        job.model,
-        torch.optim.AdamW,
-        lr=arguments.learning_rate,
-        loraplus_lr_ratio=job.config.lora.plus_ratio,
-        loraplus_weight_decay=arguments.weight_decay,
-        betas=(arguments.adam_beta1, arguments.adam_beta2),
-        eps=arguments.adam_epsilon,
-        fused=True,
-    )

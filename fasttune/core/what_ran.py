@@ -205,18 +205,6 @@ def optimizer(live: Any) -> str:
     return text + (", bf16 rounded by chance" if getattr(live, "bf16_stochastic_round", False) else "")
 
 
-def round_by_chance(trainer: Any) -> None:
-    """Let a Hugging Face trainer update bf16 weights by torchao's AdamW with 8-bit moments and stochastic rounding.
-
-    Told so only now: on a CPU Unsloth takes any "8bit" of a config for bitsandbytes' and puts another in its place.
-    """
-    from transformers.training_args import OptimizerNames
-
-    trainer.args.optim, trainer.args.optim_args = OptimizerNames(STOCHASTIC_ADAMW), "bf16_stochastic_round=True"
-    if not torch.cuda.is_available():
-        torch.compiler.set_stance("force_eager")  # torchao compiles its step, for which a CPU may have no compiler
-
-
 def fingerprint(parameters: Iterable[torch.Tensor], most: int | None = PROBED) -> str:
     """A checksum of the first `most` values of every parameter (None: of all), whatever their names, order and dtype.
 
