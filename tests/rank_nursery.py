@@ -5,6 +5,7 @@ their exit codes. `Nursery` is what tests talk to.
 """
 
 import gc
+import importlib
 import json
 import os
 import signal
@@ -31,9 +32,10 @@ class Ended:
 
 
 class Nursery:
-    def __init__(self) -> None:
+    def __init__(self, *modules: str) -> None:
+        """modules: what else is imported before the ranks are forked."""
         pipes: dict[str, Any] = {"stdin": subprocess.PIPE, "stdout": subprocess.PIPE, "stderr": None}
-        self._process = subprocess.Popen([sys.executable, __file__], text=True, bufsize=1, **pipes)
+        self._process = subprocess.Popen([sys.executable, __file__, *modules], text=True, bufsize=1, **pipes)
 
     def start(self, folder: Path, ranks: int, changes: dict[str, Any] | None = None, **job: Any) -> list[int]:
         """The pids of the ranks. job: resume, restarts, trick (of this file), timeout_s, divided."""
@@ -162,6 +164,8 @@ def main() -> None:
     import fasttune.core.train
     import fasttune.core.trainer  # noqa: F401
 
+    for module in sys.argv[1:]:
+        importlib.import_module(module)
     gc.freeze()
     store: Any = None
     for line in sys.stdin:

@@ -19,7 +19,7 @@ HELD_OUT = {"data": {"eval": "builtin:arithmetic"}, "eval": {"rows": 8, "every":
 
 @pytest.fixture(scope="module")
 def nursery() -> Iterator[Nursery]:
-    made = Nursery()
+    made = Nursery("unsloth.models.fsdp2_native", "unsloth.models.fsdp2_save", "torch.distributed.fsdp")
     yield made
     made.close()
 

@@ -104,6 +104,7 @@ class Validator:
             return torch.tensor([[0.0, 0.0, 0.0], *map(self._sums, batches)], dtype=torch.float64).sum(0).tolist()
         finally:
             self.model.train(was_training)
+            self.job.ranks.apart(self.model)
 
     @torch.no_grad()
     def _sums(self, batch: MicroBatch) -> tuple[float, float, int]:

@@ -214,19 +214,19 @@ def forecast(config: Config, shape: Shape, choices: Choices, largest: Workload) 
     value_bytes = 4 if choices.fp32_masters else BYTES[choices.dtype]
     weight_bytes = NF4_BYTES if config.model.quantization == "nf4" else value_bytes
     embeddings = shape.vocab * shape.hidden * (1 if shape.tied else 2)  # never quantized
-    weights = (shape.parameters - embeddings) * weight_bytes + embeddings * value_bytes
+    weights: float = (shape.parameters - embeddings) * weight_bytes + embeddings * value_bytes
     if choices.fp32_masters and choices.parts == 1:  # autocast keeps what it has made bf16 of: every matrix
         weights += 2 * (shape.linear_weights + shape.vocab * shape.hidden)
     trained = shape.parameters if full else shape.adapter_weights(config.lora.rank, config.lora.targets)
     trained_bytes = value_bytes if full else 4  # an adapter is trained in fp32
     pissa = 2 if config.lora.init == "pissa" else 1  # what it began with is loaded again to save it
-    adapter = 0 if full else trained * 4 * pissa
-    gradients = trained * trained_bytes
-    moments = trained * (2 if choices.optimizer == "adamw_8bit" else 2 * trained_bytes)
+    adapter: float = 0 if full else trained * 4 * pissa
+    gradients: float = trained * trained_bytes
+    moments: float = trained * (2 if choices.optimizer == "adamw_8bit" else 2 * trained_bytes)
     if (parts := choices.parts) > 1:
         together = embeddings + TOGETHER_LAYERS * shape.linear_weights / shape.layers
         together *= BYTES[choices.dtype] + (4 if full else 0)  # and what is added up of their gradients
-        weights, adapter, gradients, moments = (whole / parts for whole in (weights, adapter, gradients, moments))
+        weights, adapter, gradients, moments = weights / parts, adapter / parts, gradients / parts, moments / parts
         weights += together
     activations = _activations(config, shape.computed, choices, largest)
     logits: float

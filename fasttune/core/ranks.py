@@ -72,6 +72,9 @@ class Ranks:
         """The loaded model, of which this process holds a part."""
         return model
 
+    def apart(self, model: Any) -> None:
+        """Take its layers apart again behind a forward that has no backward: an optimizer updates parts."""
+
     def gathered(self, model: Any, trained_only: bool) -> AbstractContextManager[Any]:
         """Meanwhile the weights are whole on rank 0; every process must take part."""
         return nullcontext()

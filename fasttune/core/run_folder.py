@@ -29,6 +29,7 @@ if TYPE_CHECKING:
 
 CONFIG, METRICS, LOG, REFACTORED = "config.yaml", "metrics.jsonl", "library.log", "refactor.jsonl"
 RUN_FILES = (CONFIG, METRICS, REFACTORED, "run.json", "report.html", LOG, "adapter", "model", checkpoint.FOLDER)
+RANK_LOG = "rank-{}.log"  # of a rank that failed, beside that of rank 0
 EVAL_FILES = ("eval.json", "eval_samples.jsonl")
 TRACKERS = ("tensorboard", "wandb")  # folders of train.report_to
 LOCK = ".lock"
@@ -134,6 +135,8 @@ def _remove_old(folder: Path) -> None:
     for name in {*RUN_FILES, *EVAL_FILES, *trackers} - {CONFIG, checkpoint.FOLDER}:
         path = folder / name
         shutil.rmtree(path) if path.is_dir() and not path.is_symlink() else path.unlink(missing_ok=True)
+    for path in folder.glob(RANK_LOG.format("*")):
+        path.unlink()
     for _, path in checkpoint.steps(folder):
         checkpoint.remove(path)
     (folder / checkpoint.FOLDER / checkpoint.START).unlink(missing_ok=True)
@@ -189,7 +192,7 @@ def begin(job: "Job", log: LibraryLog, start: Path | None, resumed: bool) -> Non
 def keep_log(books: Path, folder: Path, rank: int) -> None:
     """Beside the log of rank 0 that of another one, whose own folder goes with it: its traceback is there."""
     with suppress(OSError):
-        shutil.copyfile(books / LOG, folder / f"rank-{rank}.log")
+        shutil.copyfile(books / LOG, folder / RANK_LOG.format(rank))
 
 
 def _write_config(job: "Job") -> None:

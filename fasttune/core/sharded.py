@@ -50,6 +50,13 @@ class Sharded(Several):
         layout = native.FSDP2Config(fit_layout=False, shard_frozen=True, reshard_after_forward=True)
         return native.shard_model(model, layout)
 
+    def apart(self, model: Any) -> None:
+        from torch.distributed.fsdp import FSDPModule
+
+        for module in model.modules():
+            if isinstance(module, FSDPModule):
+                module.reshard()
+
     def gathered(self, model: Any, trained_only: bool) -> AbstractContextManager[Any]:
         from unsloth.models import fsdp2_save
 
@@ -87,7 +94,10 @@ class Sharded(Several):
         return bool(self.total([found], doing)[0])
 
     def add_gradients(self, parameters: Any) -> None:
-        """Done by the backward itself, to their mean over the processes."""
+        """Each backward took their mean over the processes, where the sum is meant."""
+        for parameter in parameters:
+            if parameter.grad is not None:
+                parameter.grad.mul_(self.size)
 
     def copy_from_first(self, tensors: Any) -> None:
         """Each has put its part there itself."""

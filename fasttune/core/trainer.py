@@ -135,10 +135,7 @@ class MeasuredTrainer(Watched, trl.SFTTrainer):
         }
 
     def _micro_step(self, model: Any, batch: dict[str, Any], supervised: Any) -> torch.Tensor:
-        """parts: the backward of a divided model takes the mean over them, where the sum is meant."""
-        if (parts := self.ranks.parts) == 1:
-            return super().training_step(model, batch, supervised)
-        return super().training_step(model, batch, supervised / parts) / parts
+        return super().training_step(model, batch, supervised)
 
 
 @dataclass
@@ -266,6 +263,7 @@ class StepRecorder(transformers.TrainerCallback):
 def build(job: "Job", scratch: Path, done: int = 0) -> MeasuredTrainer:
     """The trainer of a prepared job whose first `done` steps are behind it. `scratch` is where TRL may write."""
     config, plan = job.config, job.plan
+    job.ranks.apart(job.model)
     arguments = trl.SFTConfig(
         **trainer_settings(config, job.total_steps),
         output_dir=str(scratch),

@@ -200,7 +200,8 @@ def optimizer(live: Any) -> str:
     if live is None:
         return "not seen"
     values = [value for entries in live.state.values() for name, value in entries.items() if name in MOMENTS]
-    moments = {"8 bit" if hasattr(value, "__tensor_flatten__") else _names({value.dtype}) for value in values}
+    parts = [value.to_local() if hasattr(value, "to_local") else value for value in values]  # of a divided model
+    moments = {"8 bit" if hasattr(part, "__tensor_flatten__") else _names({part.dtype}) for part in parts}
     text = f"{type(live).__module__.partition('.')[0]} {type(live).__name__}, moments {'/'.join(sorted(moments))}"
     return text + (", bf16 rounded by chance" if getattr(live, "bf16_stochastic_round", False) else "")
 

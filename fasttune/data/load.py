@@ -189,10 +189,10 @@ def describe(data: Batches) -> list[str]:
         parts += [f"not used: {', '.join(unused[:8])}{' …' * (len(unused) > 8)}"] if unused else []
         found.append("; ".join(parts))
     if data.group_by_prompt:
-        rows, prompts = len(data.prompts), len(set(data.prompts.tolist()))
+        all_rows, prompts = len(data.prompts), len(set(data.prompts.tolist()))
         found.append(
-            f"train.group_by_prompt: the {rows:,} rows have {prompts:,} prompts, those of one come in one step"
-            if prompts < rows
+            f"train.group_by_prompt: the {all_rows:,} rows have {prompts:,} prompts, those of one come in one step"
+            if prompts < all_rows
             else "train.group_by_prompt changes nothing: each row has a prompt of its own"
         )
     return found
