@@ -223,7 +223,7 @@ def cut_off(path: Path, step: int) -> None:
 
     if path.is_file():
         lines = path.read_bytes().splitlines(keepends=True)
-        system.write_atomic(path, b"".join(filter(stays, lines)))
+        system.write_atomic(path, b"".join(line for line in lines if stays(line)))
 
 
 def read_metrics(folder: Path, step: int, warn: Callable[[str], object]) -> list[StepMetrics]:

@@ -50,8 +50,8 @@ def pairs(model: Any) -> list[Pair]:
     return found
 
 
-def after_step(trainer: "MeasuredTrainer", journal: "Journal") -> dict[str, float | None]:
-    """Balance all adapters, write down what was seen of each layer, and return the largest for metrics.StepMetrics.
+def after_step(trainer: "MeasuredTrainer", journal: "Journal") -> tuple[float | None, float | None]:
+    """Balance all adapters, write down what was seen of each layer, and return the largest condition and balance.
 
     Before the checkpoint of the step, and part of its seconds.
     """
@@ -59,7 +59,7 @@ def after_step(trainer: "MeasuredTrainer", journal: "Journal") -> dict[str, floa
     journal.refactored(trainer.state.global_step, layers)
     changed = [each for each in layers if not each["skipped"]]
     worst = max((max(each["condition_a"], each["condition_b"]) for each in changed), default=None)
-    return {"adapter_condition": worst, "adapter_balance": max((each["balance"] for each in changed), default=None)}
+    return worst, max((each["balance"] for each in changed), default=None)
 
 
 @torch.no_grad()

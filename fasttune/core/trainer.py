@@ -165,7 +165,7 @@ class StepRecorder(transformers.TrainerCallback):
         self.validator, self.keeper = validator, keeper
         self.stops = stops
         self.seconds = self.peak_memory_gib = 0.0
-        self.adapters: dict[str, float | None] = {}  # what StepMetrics says of those that were balanced after this step
+        self.adapters: tuple[float | None, float | None] = (None, None)  # condition and balance, if looked at
         self.bad_in_a_row = 0
         self._rows_at_once: int | None = None
         self._asked_was_compared = False
@@ -194,7 +194,7 @@ class StepRecorder(transformers.TrainerCallback):
             model.zero_grad(set_to_none=True)
 
     def on_step_end(self, args: Any, state: Any, control: Any, **kwargs: Any) -> None:
-        self.adapters, every = {}, self.job.config.lora.refactor_every
+        self.adapters, every = (None, None), self.job.config.lora.refactor_every
         if every and state.global_step % every == 0 and not self.bad_in_a_row:
             from fasttune.core import spectral
 
@@ -225,7 +225,8 @@ class StepRecorder(transformers.TrainerCallback):
             eval_token_accuracy=seen.token_accuracy if seen else None,
             eval_exact_match=seen.exact_match if seen else None,
             straggler=self.stops.straggler,
-            **self.adapters,
+            adapter_condition=self.adapters[0],
+            adapter_balance=self.adapters[1],
             **counts,
         )
         self.journal.step(measured)
