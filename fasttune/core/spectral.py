@@ -134,5 +134,5 @@ def _move(moments: dict[str, torch.Tensor], by: torch.Tensor, left: bool) -> Non
     """Those of a gradient G that becomes `by` G (or G `by`). The second ones as if the entries were independent."""
     for name, factor in zip(MOMENTS, (by, by.square()), strict=True):
         if name in moments:
-            value = moments[name].float()
+            value = moments[name].float().clone()  # what is read from a file is not aligned: a BLAS rounds otherwise
             moments[name].copy_(factor @ value if left else value @ factor)
