@@ -41,6 +41,9 @@ def names_of(module: str) -> set[str]:
             "unsloth.utils.packing",
             {"mark_allow_overlength", "_enable_hf_packed_attention", "enable_sample_packing"},
         ),
+        ("unsloth.models.fsdp2_native", {"FSDP2Config", "shard_model"}),
+        ("unsloth.models.fsdp2_load", {"fsdp2_sharded_loading"}),
+        ("unsloth.models.fsdp2_save", {"fsdp2_gathered"}),
     ],
 )
 def test_unsloth_still_has_the_switches_of_its_gpu_kernels(module: str, names: set[str]) -> None:

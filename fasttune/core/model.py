@@ -13,6 +13,7 @@ import sys
 import tempfile
 import warnings
 from collections.abc import Callable
+from contextlib import AbstractContextManager
 from pathlib import Path
 from typing import Any
 
@@ -244,6 +245,28 @@ def set_attention(model: Any, name: str) -> str:
     config = model.config.get_text_config()
     before, config._attn_implementation = config._attn_implementation, name
     return before
+
+
+def loading_in_parts() -> AbstractContextManager[Any]:
+    """Meanwhile `load` reads the part of the weights that this process holds (core/sharded.py)."""
+    from unsloth.models import fsdp2_load
+
+    return fsdp2_load.fsdp2_sharded_loading()
+
+
+def divided(model: Any) -> Any:
+    """A model of which each process holds a part, whatever Unsloth thinks would fit: nothing frozen is held whole."""
+    from unsloth.models import fsdp2_native as native
+
+    layout = native.FSDP2Config(fit_layout=False, shard_frozen=True, reshard_after_forward=True)
+    return native.shard_model(model, layout)
+
+
+def gathered(model: Any, trained_only: bool) -> AbstractContextManager[Any]:
+    """Meanwhile a divided model is whole on rank 0."""
+    from unsloth.models import fsdp2_save
+
+    return fsdp2_save.fsdp2_gathered(model, trainable_only=trained_only)
 
 
 def begin_after(trainer: Any, state: Any, step: int) -> None:

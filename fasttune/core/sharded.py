@@ -39,16 +39,14 @@ class Sharded(Several):
         dist.init_process_group(backend, store=store, rank=rank, world_size=size, timeout=self.timeout)
 
     def loading(self) -> AbstractContextManager[Any]:
-        from unsloth.models import fsdp2_load
+        from fasttune.core import model as models
 
-        return fsdp2_load.fsdp2_sharded_loading()
+        return models.loading_in_parts()
 
     def divide(self, model: Any) -> Any:
-        from unsloth.models import fsdp2_native as native
+        from fasttune.core import model as models
 
-        # As the memory is forecast, whatever Unsloth thinks would fit: nothing frozen is held whole.
-        layout = native.FSDP2Config(fit_layout=False, shard_frozen=True, reshard_after_forward=True)
-        return native.shard_model(model, layout)
+        return models.divided(model)
 
     def apart(self, model: Any) -> None:
         from torch.distributed.fsdp import FSDPModule
@@ -58,9 +56,9 @@ class Sharded(Several):
                 module.reshard()
 
     def gathered(self, model: Any, trained_only: bool) -> AbstractContextManager[Any]:
-        from unsloth.models import fsdp2_save
+        from fasttune.core import model as models
 
-        return fsdp2_save.fsdp2_gathered(model, trainable_only=trained_only)
+        return models.gathered(model, trained_only)
 
     # -- tensors
 
