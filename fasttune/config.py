@@ -33,6 +33,7 @@ MADE_ROWS = 100_000  # of builtin:arithmetic, when more are asked for than it ha
 SHARE = r"(?:[1-9][0-9]?|100) ?%"  # of all steps
 STEPS, MINUTES = r"[1-9][0-9]{0,8} steps?", r"(?=[0-9.]*[1-9])[0-9]{0,9}\.?[0-9]{1,9} minutes?"
 TRUST = "model.trust_remote_code"
+RESIDUAL = ("pissa", "olora")  # of lora.init: what the adapter begins with is taken out of the base weights
 SEVEN_PROJECTIONS = ["q_proj", "k_proj", "v_proj", "o_proj", "gate_proj", "up_proj", "down_proj"]
 
 
@@ -103,7 +104,7 @@ class LoraConfig(Section):
         default_factory=lambda: list(SEVEN_PROJECTIONS), min_length=1, description="linear layers that get an adapter"
     )
     rslora: bool = _setting(False, "scale by alpha / sqrt(rank): https://arxiv.org/abs/2312.03732")
-    init: Literal["default", "pissa"] = _setting("default", "pissa: https://arxiv.org/abs/2404.02948")
+    init: Literal["default", "pissa", "olora", "orthogonal"] = _setting("default", "how A and B begin: docs/recipes.md")
     plus_ratio: float | None = _setting(None, "learning rate of B ÷ A: https://arxiv.org/abs/2402.12354", ge=1, le=1000)
     refactor_every: int | None = _setting(None, "steps after which A and B are balanced again", ge=1, le=10**6)
 
@@ -264,10 +265,11 @@ class Config(Section):
             raise ValueError("lora.* would be ignored by train.method=full: remove the lora section, or add lora=null")
         if self.train.method == "full" and self.model.quantization != "none":
             raise ValueError("model.quantization=nf4 cannot be trained in full: set train.method=lora")
-        if self.lora.init == "pissa" and self.model.quantization != "none":
-            raise ValueError(
-                "lora.init=pissa needs unquantized base weights: set lora.init=default or model.quantization=none"
-            )
+        if (init := self.lora.init) in RESIDUAL and self.model.quantization != "none":
+            other = "set lora.init=default or model.quantization=none"
+            raise ValueError(f"lora.init={init} needs unquantized base weights: {other}")
+        if init == "orthogonal" and self.lora.rank % 2:
+            raise ValueError(f"lora.init=orthogonal needs an even rank: lora.rank={self.lora.rank + 1}")
         held_out = self.data.eval is not None or self.data.eval_share
         on_the_way = self.eval.every_steps or self.eval.share
         asked = {"samples": self.samples, "eval.problems": self.eval.problems, "eval.every": on_the_way}

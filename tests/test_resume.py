@@ -17,7 +17,7 @@ from fasttune.errors import ModelError, OutputError
 
 pytestmark = pytest.mark.usefixtures("unsloth")
 
-PISSA: dict[str, Any] = {"lora": {"init": "pissa"}}
+Split = tuple[Path, dict[str, Any]]
 
 
 @pytest.fixture(scope="module")
@@ -32,10 +32,11 @@ def copy(whole: Path, tmp_path: Path) -> Path:
     return Path(shutil.copytree(whole.with_name("copy"), tmp_path / "run"))
 
 
-@pytest.fixture(scope="module")
-def pissa(unsloth: None, tmp_path_factory: pytest.TempPathFactory) -> Path:
-    """As `whole`, and the copy is of step 3."""
-    return whole_and_copy(tmp_path_factory.mktemp("pissa") / "run", 3, PISSA)
+@pytest.fixture(scope="module", params=["pissa", "olora"])
+def split(request: pytest.FixtureRequest, unsloth: None, tmp_path_factory: pytest.TempPathFactory) -> Split:
+    """As `whole`, of a run whose base weights were split (config.RESIDUAL); the copy is of step 3. And its settings."""
+    changes = {"lora": {"init": request.param}}
+    return whole_and_copy(tmp_path_factory.mktemp(request.param) / "run", 3, changes), changes
 
 
 def test_a_run_is_resumed_more_than_once(copy: Path, whole: Path) -> None:
@@ -47,38 +48,41 @@ def test_a_run_is_resumed_more_than_once(copy: Path, whole: Path) -> None:
     assert (losses(copy), learned(copy)) == (losses(whole), learned(whole))
 
 
-def test_a_pissa_run_resumes_where_the_svd_comes_out_otherwise(
-    tmp_path: Path, pissa: Path, monkeypatch: pytest.MonkeyPatch
+def test_a_split_run_resumes_where_the_svd_comes_out_otherwise(
+    tmp_path: Path, split: Split, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     """As on another card or by another driver: what it began with is kept, and splits the base weights again."""
     import torch
 
-    folder = Path(shutil.copytree(pissa.with_name("copy"), tmp_path / "run"))
+    whole, changes = split
+    folder = Path(shutil.copytree(whole.with_name("copy"), tmp_path / "run"))
     assert (folder / "checkpoints" / checkpoint.START).is_file()
-    svd = torch.linalg.svd
+    svd, qr = torch.linalg.svd, torch.linalg.qr
 
     def otherwise(*arguments: Any, **keywords: Any) -> Any:
         u, s, v = svd(*arguments, **keywords)
         return -u, s * (1 + 1e-6), -v
 
     monkeypatch.setattr(torch.linalg, "svd", otherwise)
-    assert run(folder, PISSA, resume=True).resumed_from_step == 2
-    assert learned(folder) == learned(pissa) and learned(folder)
+    monkeypatch.setattr(torch.linalg, "qr", lambda *arguments: [-each for each in qr(*arguments)])
+    assert run(folder, changes, resume=True).resumed_from_step == 2
+    assert learned(folder) == learned(whole) and learned(folder)
     assert not (folder / "checkpoints" / checkpoint.START).exists()
 
 
-def test_without_its_start_or_with_another_a_pissa_run_is_refused(tmp_path: Path, pissa: Path) -> None:
+def test_without_its_start_or_with_another_a_split_run_is_refused(tmp_path: Path, split: Split) -> None:
     import safetensors.torch
 
-    folder = Path(shutil.copytree(pissa.with_name("copy"), tmp_path / "run"))
+    whole, changes = split
+    folder = Path(shutil.copytree(whole.with_name("copy"), tmp_path / "run"))
     start = folder / "checkpoints" / checkpoint.START
     tensors = safetensors.torch.load_file(start)
     safetensors.torch.save_file({name: tensor * (1 + 1e-6) for name, tensor in tensors.items()}, start)
     with pytest.raises(OutputError, match="start of the adapter was [0-9a-f]{8}, is"):
-        run(folder, PISSA, resume=True)
+        run(folder, changes, resume=True)
     start.write_bytes(b"torn")
-    with pytest.raises(ModelError, match=r"pissa\.safetensors does not hold"):
-        run(folder, PISSA, resume=True)
+    with pytest.raises(ModelError, match=r"start\.safetensors does not hold"):
+        run(folder, changes, resume=True)
 
 
 def flip(path: Path) -> None:

@@ -81,7 +81,7 @@ assert "unsloth" not in sys.modules
 
 
 def test_plain_peft_loads_the_adapter_to_the_same_logits(tmp_path: Path) -> None:
-    """In a process without unsloth. PiSSA changes the base while it trains, so it is saved as an ordinary adapter."""
+    """In a process without unsloth. PiSSA and OLoRA change the base while they train: saved as ordinary adapters."""
     import torch
 
     from fasttune.core import prepare, train as training
@@ -92,7 +92,7 @@ def test_plain_peft_loads_the_adapter_to_the_same_logits(tmp_path: Path) -> None
         jobs.append(prepare.prepare(*arguments))
         return jobs[-1]
 
-    for init in ("default", "pissa"):
+    for init in ("default", "pissa", "olora", "orthogonal"):
         with pytest.MonkeyPatch.context() as patch:
             patch.setattr(training, "prepare", keep)
             assert train(tmp_path / init, lora={"init": init, "rslora": init == "pissa"}).status == "completed"

@@ -55,8 +55,8 @@ def checked_arms(config: Config, arms: str | None, repeats: int, steps: int | No
     for setting in ("plus_ratio", "refactor_every"):
         if getattr(config.lora, setting) is not None:
             raise FasttuneError(f"bench: lora.{setting} is of one arm only, so losses differ; add lora.{setting}=null")
-    if config.lora.init != "default":
-        raise FasttuneError("bench: lora.init=pissa changes the base weights of one arm only; add lora.init=default")
+    if (init := config.lora.init) != "default":
+        raise FasttuneError(f"bench: lora.init={init} is of one arm only, so losses differ; add lora.init=default")
     if config.model.quantization != "none" and (plain := [name for name in names if name in PLAIN]):
         raise FasttuneError(
             f"bench: {', '.join(plain)} train 16-bit weights, which is other work than model.quantization=nf4; add "

@@ -19,6 +19,7 @@ CPU_MICRO_BATCH_TOKENS = 2048
 # Of rows that begin alike, on a GPU: below, more calls of attention may cost what they save. Not measured on one yet.
 GPU_LEAST_SHARED, GPU_SHARED_GAIN = 64, 0.05  # tokens; share of the tokens that is not computed again
 SHARED_STEPS, SHARED_GAIN = 20, 0.03  # steps that are looked at; more rows at once must save such a share of the tokens
+INITS = {"pissa": "PiSSA", "olora": "OLoRA", "orthogonal": "orthogonal start"}
 LEARNING_RATES = {
     "lora": (2e-4, "what LoRA is usually trained with: https://arxiv.org/abs/2305.14314, table 9"),
     "full": (2e-5, "what all weights are usually trained with: https://arxiv.org/abs/2307.09288, section 3.1"),
@@ -232,7 +233,7 @@ def _method(config: Config) -> str:
     lora = config.lora
     if config.train.method == "full":
         return "full fine-tuning"
-    extras = (", rsLoRA" if lora.rslora else "") + (", PiSSA" if lora.init == "pissa" else "")
+    extras = (", rsLoRA" if lora.rslora else "") + ("" if lora.init == "default" else f", {INITS[lora.init]}")
     return f"LoRA r {lora.rank}, alpha {lora.alpha:g}{extras}, on {len(lora.targets)} projections"
 
 

@@ -2,7 +2,7 @@
 
 RUN/checkpoints/step-N/   weights, optimizer, random .safetensors · state.json: plain values, and what it belongs to
                           manifest.json: size and SHA-256 of each of them, written last
-RUN/checkpoints/pissa.safetensors   the adapter that a PiSSA run began with
+RUN/checkpoints/start.safetensors   the adapter that a run with lora.init=pissa or olora began with
 
 The position in the data is the step alone. resume.py reads them, restore.py puts a run back where one left off.
 """
@@ -22,6 +22,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from fasttune import system
+from fasttune.config import RESIDUAL
 
 if TYPE_CHECKING:
     from fasttune.core.evaluation import Validator
@@ -32,7 +33,7 @@ if TYPE_CHECKING:
 FOLDER = "checkpoints"
 MANIFEST = "manifest.json"
 STATE = "state.json"
-START = "pissa.safetensors"
+START = "start.safetensors"
 # What may differ between a checkpoint and the run that resumes from it: how a step is computed, not its result.
 # The length of the run and the model are compared as what they came to: steps, and a checksum of the weights.
 FREE = {
@@ -151,7 +152,7 @@ def identity(job: "Job") -> dict[str, str]:
     for number, (rows, weight) in enumerate(zip(job.data.parts, job.data.weights, strict=True), 1):
         found[f"rows of data set {number}"] = f"{len(rows)} rows × {weight:g} ({rows.checksum})"
     found["weights of the base model"] = job.base_weights
-    if job.config.lora.init == "pissa":  # not the residual weights: their last bits differ by machine
+    if job.config.lora.init in RESIDUAL:  # not the residual weights: their last bits differ by machine
         found["start of the adapter"] = what_ran.fingerprint(trained(job.model).values(), None)
     return found
 
@@ -233,7 +234,7 @@ def save(run: Path, step: int, tensors: dict[str, Tensors], state: dict[str, Any
 
 
 def keep_start(run: Path, adapter: Path) -> None:
-    """Beside the checkpoints, what the base weights of a PiSSA run were split by. Raises OSError."""
+    """Beside the checkpoints, what the base weights of a run (config.RESIDUAL) were split by. Raises OSError."""
     root = _root(run)
     made = root / f".step-{START}"  # swept away as what is left of a checkpoint
     shutil.copyfile(adapter, made)

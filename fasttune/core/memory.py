@@ -14,7 +14,7 @@ from typing import Any
 import numpy as np
 
 from fasttune import metrics
-from fasttune.config import Config
+from fasttune.config import RESIDUAL, Config
 from fasttune.cpu import BLOCK, KEPT, RANK_MULTIPLE
 from fasttune.errors import ModelError
 from fasttune.metrics import Flops, Memory
@@ -219,8 +219,8 @@ def forecast(config: Config, shape: Shape, choices: Choices, largest: Workload) 
         weights += 2 * (shape.linear_weights + shape.vocab * shape.hidden)
     trained = shape.parameters if full else shape.adapter_weights(config.lora.rank, config.lora.targets)
     trained_bytes = value_bytes if full else 4  # an adapter is trained in fp32
-    pissa = 2 if config.lora.init == "pissa" else 1  # what it began with is loaded again to save it
-    adapter: float = 0 if full else trained * 4 * pissa
+    copies = 2 if config.lora.init in RESIDUAL else 1  # what it began with is loaded again to save it
+    adapter: float = 0 if full else trained * 4 * copies
     gradients: float = trained * trained_bytes
     moments: float = trained * (2 if choices.optimizer == "adamw_8bit" else 2 * trained_bytes)
     if (parts := choices.parts) > 1:

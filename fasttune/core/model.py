@@ -18,7 +18,7 @@ from pathlib import Path
 from typing import Any
 
 from fasttune import system, cpu
-from fasttune.config import LoraConfig, ModelConfig
+from fasttune.config import RESIDUAL, LoraConfig, ModelConfig
 from fasttune.core import pretrained
 from fasttune.data import sandbox
 from fasttune.errors import ModelError
@@ -88,7 +88,7 @@ def load(
 def add_lora(model: Any, config: LoraConfig, gradient_checkpointing: str, seed: int, start: Path | None = None) -> Any:
     """A PEFT model with one trainable adapter. Raises ModelError if a target names no layer of this model.
 
-    start: the adapter that PiSSA split the base weights by; computed again, it would differ from machine to machine.
+    start: the adapter that the base weights were split by (RESIDUAL); computed again, it would differ by machine.
     """
     layers = {name.rsplit(".", 1)[-1] for name, module in model.named_modules() if isinstance(module, torch.nn.Linear)}
     if missing := [target for target in config.targets if target not in layers]:
@@ -100,14 +100,14 @@ def add_lora(model: Any, config: LoraConfig, gradient_checkpointing: str, seed: 
         lora_dropout=config.dropout,
         target_modules=config.targets,
         use_rslora=config.rslora,
-        init_lora_weights="pissa" if config.init == "pissa" and start is None else True,
+        init_lora_weights=True if config.init == "default" or start is not None else config.init,
         use_gradient_checkpointing=_unsloth_checkpointing(gradient_checkpointing),
         random_state=seed,
     )
-    if config.init == "pissa" and start is not None:
-        from fasttune.core import pissa
+    if start is not None:
+        from fasttune.core import residual
 
-        pissa.split_again(model, start)
+        residual.split_again(model, start, config.init)
     return model
 
 
@@ -118,15 +118,15 @@ def save(
 
     dtype: that of full weights, which training may have held in fp32.
 
-    `initial_adapter` is what `save_initial` returned: with it a PiSSA adapter, which only fits the residual weights it
-    was split from, is written as an ordinary LoRA adapter of twice the rank that fits the original model.
+    `initial_adapter` is what `save_initial` returned: with it a RESIDUAL adapter, which only fits the weights it was
+    split from, is written as an ordinary LoRA adapter of twice the rank that fits the original model.
     Source: https://huggingface.co/docs/peft/developer_guides/lora#pissa
     """
     with tempfile.TemporaryDirectory(dir=folder.parent, prefix=f".{folder.name}-", ignore_cleanup_errors=True) as temp:
         made = Path(temp) / "made"
         extra = {"path_initial_model_for_weight_conversion": str(initial_adapter)} if initial_adapter else {}
         with warnings.catch_warnings():
-            warnings.filterwarnings("ignore", "PiSSA changes the base weights")  # the conversion undoes just that
+            warnings.filterwarnings("ignore", ".* changes the base weights")  # the conversion undoes just that
             model.save_pretrained(made, **extra, **({"state_dict": _weights_in(model, dtype)} if dtype else {}))
         if dtype:
             settings = json.loads((made / "config.json").read_text(encoding="utf-8")) | {"dtype": dtype}
@@ -150,8 +150,8 @@ def _weights_in(model: Any, dtype: str) -> dict[str, torch.Tensor]:
 
 
 def save_initial(model: Any, config: LoraConfig, folder: Path) -> Path | None:
-    """Keep a PiSSA adapter's start for `save`; None for an ordinary adapter, which needs none."""
-    if config.init != "pissa":
+    """Keep a RESIDUAL adapter's start for `save`; None for any other one, which needs none."""
+    if config.init not in RESIDUAL:
         return None
     model.save_pretrained(folder)
     return folder

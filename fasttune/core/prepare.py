@@ -10,7 +10,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from fasttune import config as configuration, hardware
-from fasttune.config import Config, looks_like_hub
+from fasttune.config import RESIDUAL, Config, looks_like_hub
 from fasttune.core import autoconfig, pretrained, run_folder
 from fasttune.core.autoconfig import Plan
 from fasttune.core.memory import Shape
@@ -75,7 +75,7 @@ def check_sources_and_model(config: Config) -> None:
 
 
 def prepare(config: Config, folder: Path, reporter: Reporter, start: Path | None = None, ranks: Ranks = ALONE) -> Job:
-    """Plan, model and data, ready to train. Writes nothing. `start`: what a PiSSA run that is resumed began with."""
+    """Plan, model and data, ready to train. Writes nothing. `start`: the adapter that a resumed run split by."""
     ranks.check(config)
     machine = hardware.detect(folder)
     warnings: list[str] = []
@@ -204,7 +204,7 @@ def needed_gib(config: Config, trained_gib: float) -> float:
     never = config.checkpoint.every == "never"
     kept = 3 if never else 3 * (config.checkpoint.keep + 1)  # a signal writes one even then
     kept += 3 if config.eval.keep_best or (config.eval.every_steps and not never) else 0
-    return trained_gib * ((3 if config.lora.init == "pissa" else 1) + kept)  # its start, and twice the rank
+    return trained_gib * ((3 if config.lora.init in RESIDUAL else 1) + kept)  # its start, and twice the rank
 
 
 def _when(config: Config) -> str:

@@ -179,7 +179,7 @@ def _explained(folder: Path, done: str) -> AbstractContextManager[None]:
 def begin(job: "Job", log: LibraryLog, start: Path | None, resumed: bool) -> None:
     """Write the resolved config into the folder of a run, which is held. Raises OutputError.
 
-    start: the folder of the adapter that a PiSSA run begins with, and begins with again when it is resumed.
+    start: the folder of the adapter that a run splits its base weights by, and splits them by again when it is resumed.
     """
     with _explained(job.folder, "written"):
         _write_config(job)

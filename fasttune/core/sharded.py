@@ -12,7 +12,7 @@ from collections.abc import Mapping, Sequence
 from contextlib import AbstractContextManager
 from typing import TYPE_CHECKING, Any
 
-from fasttune.config import Config
+from fasttune.config import RESIDUAL, Config
 from fasttune.core.distributed import Several
 from fasttune.core.ranks import DIVIDED
 from fasttune.errors import FasttuneError
@@ -110,7 +110,7 @@ def check(config: Config) -> None:
         "model.quantization=none": config.model.quantization != "none",
         "train.optimizer=adamw_torch_fused": config.train.optimizer == "adamw_8bit",
         "lora.refactor_every=null": adapter and config.lora.refactor_every is not None,
-        "lora.init=default": adapter and config.lora.init == "pissa",
+        "lora.init=default": adapter and config.lora.init in RESIDUAL,
     }
     if ways := [way for way, found in wrong.items() if found]:
         raise FasttuneError(f"{DIVIDED}: with a model divided among processes set {', '.join(ways)}")

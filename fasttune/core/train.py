@@ -66,8 +66,8 @@ def run(
             if not ranks.rank:
                 locks.enter_context(run_folder.hold(folder))  # before anything in it is looked at
             resuming.refuse_completed(folder)
-        pissa_start = folder / checkpoint.FOLDER / checkpoint.START
-        start = pissa_start if there and pissa_start.exists() else None
+        split_by = folder / checkpoint.FOLDER / checkpoint.START
+        start = split_by if there and split_by.exists() else None
         job = prepare(config, folder, reporter, start, ranks)
         if not ranks.rank:
             when_ready(job)
