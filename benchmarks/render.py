@@ -22,6 +22,7 @@ CPU_FILES = {
     "smollm2-135m-shared-prompt.jsonl": "the same behind an 885-token prompt",
     "smollm2-135m-shared-prompt-16.jsonl": "the same, 16 rows a step",
     "smollm2-135m-eight-answers.jsonl": "8 answers to each question, shuffled, 16 rows a step",
+    "smollm2-135m-eight-answers-grouped.jsonl": "the same with train.group_by_prompt",
 }
 GPU_FILE = "lora-r64-2048-gsm8k.jsonl"
 KEY_VERSIONS = ("torch", "transformers", "peft", "trl", "unsloth")

@@ -1,6 +1,7 @@
 """Two GPUs train as one does: the real command, NCCL, and a GPU for each process."""
 
 import json
+import os
 import subprocess
 import sys
 from pathlib import Path
@@ -16,7 +17,7 @@ pytestmark = [pytest.mark.gpu, pytest.mark.slow, pytest.mark.skipif(CARDS < 2, r
 LOSS_RELATIVE = 5e-3  # bf16, and kernels that add in no fixed order
 
 
-def run(folder: Path, processes: int, method: str) -> tuple[dict[str, Any], list[float]]:
+def run(folder: Path, processes: int, method: str, divided: bool = False) -> tuple[dict[str, Any], list[float]]:
     tree = {
         "name": "ranks",
         "model": {"name": "builtin:tiny", "max_length": 512},
@@ -35,7 +36,8 @@ def run(folder: Path, processes: int, method: str) -> tuple[dict[str, Any], list
         "--gpus",
         str(processes),
     ]
-    done = subprocess.run(command, capture_output=True, text=True, check=False)
+    environment = os.environ | {"UNSLOTH_FSDP2": str(int(divided))}
+    done = subprocess.run(command, env=environment, capture_output=True, text=True, check=False)
     assert done.returncode == 0, done.stderr
     lines = (folder / "metrics.jsonl").read_text().splitlines()
     return json.loads((folder / "run.json").read_text()), [json.loads(line)["loss"] for line in lines]
@@ -49,3 +51,11 @@ def test_two_gpus_train_as_one(tmp_path: Path, method: str) -> None:
     assert two["ranks"]["ranks"] == 2 and len(two["ranks"]["peak_memory_gib"]) == 2
     assert two["held_out"]["after"]["loss"] == pytest.approx(one["held_out"]["after"]["loss"], rel=LOSS_RELATIVE)
     assert two["backend"]["patched_layers"] == one["backend"]["patched_layers"], "Unsloth's kernels run in both"
+
+
+@pytest.mark.parametrize("method", ["lora", "full"])
+def test_a_model_divided_among_two_gpus_trains_as_a_whole_one(tmp_path: Path, method: str) -> None:
+    _, alone = run(tmp_path / "one", 1, method)
+    two, both = run(tmp_path / "two", 2, method, divided=True)
+    assert both == pytest.approx(alone, rel=LOSS_RELATIVE)
+    assert any("2 parts" in setting["value"] for setting in two["settings"])
