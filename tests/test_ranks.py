@@ -50,8 +50,9 @@ KINDS: dict[str, dict[str, Any]] = {
     "several packs": {"train": {"micro_batch_rows": 1}},
     "ranks without rows": {"train": {"batch_rows": 3}},
     "odd last step": {"train": {"batch_rows": 7}},
+    "refactored": {"lora": {"refactor_every": 2}},
 }
-BY_NIGHT = {kind: [pytest.mark.nightly] for kind in ("several packs", "odd last step")}
+BY_NIGHT = {kind: [pytest.mark.nightly] for kind in ("several packs", "odd last step", "refactored")}
 
 
 @pytest.mark.slow

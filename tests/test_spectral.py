@@ -114,7 +114,8 @@ def test_no_random_number_is_drawn() -> None:
 
 RECIPE: dict[str, Any] = {
     "lora": {"refactor_every": 3, "init": "pissa", "rslora": True, "dropout": 0.05},
-    "train": {"micro_batch_rows": 1},  # several micro-batches a step: once a step all the same
+    # Several micro-batches a step: once a step all the same.
+    "train": {"micro_batch_rows": 1, "gradient_checkpointing": "full"},
 }
 
 
@@ -141,6 +142,13 @@ def test_killed_and_resumed_across_a_refactoring_it_is_the_same_run(whole: Path,
     assert (result.status, result.resumed_from_step) == ("completed", 2)
     assert (losses(folder), learned(folder)) == (losses(whole), learned(whole))
     assert (folder / "refactor.jsonl").read_text() == (whole / "refactor.jsonl").read_text()
+
+
+def test_where_it_is_never_due_the_run_is_the_same_to_the_bit(unsloth: None, tmp_path: Path) -> None:
+    for name, every in (("off", None), ("later", STEPS + 1)):
+        run(tmp_path / name, {"lora": {"refactor_every": every}})
+    assert learned(tmp_path / "later") == learned(tmp_path / "off") and learned(tmp_path / "off")
+    assert not (tmp_path / "later" / "refactor.jsonl").exists()
 
 
 def test_the_loss_of_a_batch_does_not_change(unsloth: None, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
