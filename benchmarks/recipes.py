@@ -3,10 +3,10 @@
 
 SmolLM2-135M for STEPS steps on GSM8K and on the built-in problems. Each arm has the best of three learning rates, found
 on a seed that does not count, and then SEEDS seeds, one arm after the other. A line is appended to
-results/recipes.jsonl as each run ends; the same command continues where it stopped, and --hours ends it in time.
+results/recipes/runs.jsonl as each run ends; the same command continues where it stopped, and --hours ends it in time.
 Losses do not depend on what else the machine does; the seconds of a line do, and are no claim.
 
-    python benchmarks/recipes.py --table          # the rows as docs/recipes.md shows them
+Then run benchmarks/render.py, which writes the table of docs/recipes.md.
 """
 
 import argparse
@@ -25,7 +25,7 @@ from fasttune import hardware
 from fasttune.bench.run import revision
 
 ROOT = Path(__file__).resolve().parent.parent
-RESULTS = ROOT / "benchmarks" / "results" / "recipes.jsonl"
+RESULTS = Path("benchmarks", "results", "recipes", "runs.jsonl")  # beside the rows of `fasttune bench`, which differ
 STEPS, HELD_OUT_ROWS, SEEDS, SEARCH_SEED = 120, 128, (1, 2, 3, 4, 5), 99
 RATES = (2e-4, 5e-4, 1.25e-3)
 ARMS: dict[str, list[str]] = {
@@ -137,8 +137,14 @@ def one(arm: str, overrides: list[str]) -> None:
     train.run(config.load(str(ROOT / "configs" / "smollm2_135m_gsm8k.yaml"), overrides), reporter)
 
 
+def read(path: Path) -> list[dict[str, Any]]:
+    return [json.loads(line) for line in path.read_text().splitlines()] if path.exists() else []
+
+
 def table(rows: list[dict[str, Any]]) -> str:
     """Markdown: held-out loss of each arm, its spread over the seeds, and the paired difference from the baseline."""
+    if not rows:
+        return "Nothing has been measured yet."
     made = []
     for task in TASKS:
         counted = [row for row in rows if row["task"] == task and row["seed"] in SEEDS and row["loss"] is not None]
@@ -175,25 +181,22 @@ def main() -> None:
     parser.add_argument("--hours", type=float, default=12.0, help="no run is begun after so long")
     parser.add_argument("--steps", type=int, default=STEPS, help="fewer to try it out: the rows then go to --out only")
     parser.add_argument("--model", default="builtin:smollm2-135m")
-    parser.add_argument("--out", type=Path, default=RESULTS)
+    parser.add_argument("--out", type=Path, default=ROOT / RESULTS)
     parser.add_argument("--one", help=argparse.SUPPRESS)
-    parser.add_argument("--table", action="store_true", help="print what was found so far")
     options = parser.parse_args()
     if options.one:
         one(options.one, options.files)
         return
-    done = [json.loads(line) for line in options.out.read_text().splitlines()] if options.out.exists() else []
-    if options.table:
-        print(table(done))
-        return
+    done = read(options.out)
     if len(options.files) != 2:
         parser.error("name GSM8K's train and test file")
-    if options.out == RESULTS and (options.steps != STEPS or options.model != "builtin:smollm2-135m"):
+    if options.out == ROOT / RESULTS and (options.steps != STEPS or options.model != "builtin:smollm2-135m"):
         parser.error("another length or model: name another --out")
     ends = time.monotonic() + 3600 * options.hours
     while (run := next(wanted(done), None)) and time.monotonic() < ends:
         print(*run, sep=" · ", flush=True)
         done.append(measure(*run, options.files, options.steps, options.model))
+        options.out.parent.mkdir(exist_ok=True)
         with options.out.open("a") as file:
             file.write(json.dumps(done[-1]) + "\n")
 

@@ -1,5 +1,5 @@
 #!/usr/bin/env python3
-"""results/*.jsonl → the tables in benchmarks/README.md, the measured sentences in README.md and tools/rates.json:
+"""results/*.jsonl → the tables in benchmarks/README.md and docs/recipes.md, the sentences in README.md, tools/rates.json:
 
     python benchmarks/render.py [--check]
 
@@ -12,6 +12,8 @@ import statistics
 import sys
 from pathlib import Path
 from typing import Any
+
+import recipes
 
 from fasttune.report import rate as number
 
@@ -38,6 +40,7 @@ def main(argv: list[str] | None = None) -> int:
     for path, marker, text in (
         (options.root / "benchmarks" / "README.md", "results", tables(rows)),
         (options.root / "README.md", "measured", sentences(rows)),
+        (options.root / "docs" / "recipes.md", "recipes", recipes.table(recipes.read(options.root / recipes.RESULTS))),
         (options.root / "fasttune" / "tools" / "rates.json", None, json.dumps(rates(rows), indent=2) + "\n"),
     ):
         old = path.read_text(encoding="utf-8")

@@ -45,11 +45,13 @@ def bench(**changes: Any) -> dict[str, Any]:
 
 @pytest.fixture
 def repository(tmp_path: Path) -> Path:
-    """The two pages, and no results and rates yet."""
+    """The three pages, and no results and rates yet."""
+    (tmp_path / "docs").mkdir()
     (tmp_path / "benchmarks" / "results").mkdir(parents=True)
     (tmp_path / "fasttune" / "tools").mkdir(parents=True)
     (tmp_path / "fasttune" / "tools" / "rates.json").write_text("[]\n")
-    for page, marker in (("README.md", "measured"), ("benchmarks/README.md", "results")):
+    pages = {"README.md": "measured", "benchmarks/README.md": "results", "docs/recipes.md": "recipes"}
+    for page, marker in pages.items():
         (tmp_path / page).write_text(f"before\n<!-- {marker} -->\n<!-- /{marker} -->\nafter\n")
     return tmp_path
 
@@ -275,3 +277,28 @@ def test_the_canary_has_packs_and_rectangles_in_every_step(
         made = batches.micro_batches(step)
         assert {"packed_seq_lengths" in batch for batch in made} == {True, False}
         assert any(len(batch["input_ids"]) == 2 for batch in made)
+
+
+def test_recipes_are_tried_at_three_rates_and_then_by_seed(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Each arm at its own best rate, and a seed of all before the next; the table compares within a seed."""
+    monkeypatch.syspath_prepend("benchmarks")
+    import recipes
+
+    monkeypatch.setattr(recipes, "ARMS", {"default": [], "other": []})
+    monkeypatch.setattr(recipes, "SEEDS", (1, 2, 3))
+    done: list[dict[str, Any]] = []
+    while run := next(recipes.wanted(done), None):
+        task, arm, rate, seed = run
+        best = {"default": 5e-4, "other": 2e-4}[arm]
+        loss = 1 + abs(rate - best) + seed / 10 - (0.5 + seed / 100) * (arm == "other")
+        done.append({"task": task, "arm": arm, "learning_rate": rate, "seed": seed, "loss": loss})
+    order = [(row["task"], row["arm"], row["learning_rate"], row["seed"]) for row in done]
+    assert {rate for _, _, rate, seed in order if seed == recipes.SEARCH_SEED} == set(recipes.RATES)
+    counted = [each for each in order if each[3] != recipes.SEARCH_SEED]
+    assert counted[:4] == [
+        (task, arm, rate, 1) for task in recipes.TASKS for arm, rate in (("default", 5e-4), ("other", 2e-4))
+    ]
+    assert len(order) == len(set(order)) == 2 * 2 * (3 + 3)
+    table = recipes.table(done)
+    # The differences are -0.51, -0.52 and -0.53: their mean over their standard error is -0.52 / (0.01 / √3).
+    assert "| other | 0.0002 | 3 | 0.6800 ± 0.0900 | -0.5200 | -90.1 |" in table
