@@ -1,5 +1,5 @@
 #!/usr/bin/env python3
-"""results/*.jsonl → the tables in benchmarks/README.md and docs/recipes.md, the sentences in README.md, tools/rates.json:
+"""results/ → the tables in benchmarks/README.md and docs/recipes.md, the sentences in README.md, tools/rates.json:
 
     python benchmarks/render.py [--check]
 
