@@ -119,7 +119,7 @@ def prepare(config: Config, folder: Path, reporter: Reporter, start: Path | None
     model = ranks.divide(model)
     if base_weights is None:
         base = (parameter for parameter in model.parameters() if full or not parameter.requires_grad)
-        base_weights = what_ran.fingerprint(ranks.whole({"": parameter})[""] for parameter in base)
+        base_weights = what_ran.fingerprint(ranks.one_by_one(base))
     packed = config.train.packing is not False
     if packed and (reason := packing.enable(model, config.model.max_length)):
         packed = False

@@ -4,7 +4,7 @@ JSON: plain values only.
 """
 
 import os
-from collections.abc import Iterable, Mapping, Sequence
+from collections.abc import Iterable, Iterator, Mapping, Sequence
 from contextlib import AbstractContextManager, nullcontext
 from typing import TYPE_CHECKING, Any
 
@@ -80,8 +80,12 @@ class Ranks:
         return nullcontext()
 
     def whole(self, tensors: Mapping[str, Any]) -> dict[str, Any]:
-        """The same, each tensor whole; every process must take part."""
+        """The same, each tensor whole, on rank 0's host; every process must take part, and gets what is not divided."""
         return dict(tensors)
+
+    def one_by_one(self, tensors: "Iterable[torch.Tensor]") -> "Iterator[torch.Tensor]":
+        """Each whole, on every process, for as long as it is looked at; every process must take part."""
+        return iter(tensors)
 
     def part_of(self, whole: "torch.Tensor", like: "torch.Tensor") -> "torch.Tensor":
         """What this process holds of a tensor that is divided as `like` is."""

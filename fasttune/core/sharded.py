@@ -8,7 +8,7 @@ Source: torch's fully_shard (https://docs.pytorch.org/docs/stable/distributed.fs
 unsloth/models/fsdp2_native.py (2026.10.9).
 """
 
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterable, Iterator, Mapping, Sequence
 from contextlib import AbstractContextManager
 from typing import TYPE_CHECKING, Any
 
@@ -65,7 +65,17 @@ class Sharded(Several):
     def whole(self, tensors: Mapping[str, Any]) -> dict[str, Any]:
         from torch.distributed.tensor import DTensor
 
-        return {name: each.full_tensor().cpu() if isinstance(each, DTensor) else each for name, each in tensors.items()}
+        found: dict[str, Any] = {}
+        for name, each in tensors.items():
+            value = each.full_tensor() if isinstance(each, DTensor) else each
+            if value is each or not self.rank:
+                found[name] = value if value is each else value.cpu()
+        return found
+
+    def one_by_one(self, tensors: "Iterable[torch.Tensor]") -> "Iterator[torch.Tensor]":
+        from torch.distributed.tensor import DTensor
+
+        return (each.full_tensor() if isinstance(each, DTensor) else each for each in tensors)
 
     def part_of(self, whole: "torch.Tensor", like: "torch.Tensor") -> "torch.Tensor":
         from torch.distributed.tensor import DTensor, distribute_tensor

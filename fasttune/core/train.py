@@ -74,7 +74,7 @@ def run(
         from fasttune.core import evaluation, model as models, trainer as trainers, what_ran  # torch is loaded
 
         identity, found = checkpoint.identity(job), None
-        trained = what_ran.fingerprint(ranks.whole(checkpoint.trained(job.model)).values())
+        trained = what_ran.fingerprint(ranks.one_by_one(checkpoint.trained(job.model).values()))
         ranks.check_same({**identity, "start of what is trained": trained})
         if resume:
             found = resuming.find(folder, job.model, identity, reporter.note)
