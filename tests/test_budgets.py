@@ -18,9 +18,9 @@ SPINE = [
     "data/tokenize.py",
     "core/model.py",
 ]
-SPINE_LINES, SPINE_CODE_LINES = 1_285, 920
-PACKAGE_LINES, PACKAGE_CODE_LINES = 16_900, 12_170
-RUN_MODULES, RUN_LINES, RUN_CODE_LINES = 45, 8_735, 6_165  # of tests/test_train_command.py
+SPINE_LINES, SPINE_CODE_LINES = 1_300, 930
+PACKAGE_LINES, PACKAGE_CODE_LINES = 17_145, 12_335
+RUN_MODULES, RUN_LINES, RUN_CODE_LINES = 45, 8_765, 6_190  # of tests/test_train_command.py
 KINDS = "COMMENT NL NEWLINE INDENT DEDENT ENDMARKER"
 NOT_TEXT = {getattr(tokenize, kind) for kind in KINDS.split()}
 
