@@ -17,6 +17,10 @@ from fasttune.errors import FasttuneError
 HELD_OUT = {"data": {"eval": "builtin:arithmetic"}, "eval": {"rows": 8, "every": "2 steps", "keep_best": True}}
 
 
+def by_night(value: str) -> Any:
+    return pytest.param(value, marks=pytest.mark.nightly)
+
+
 @pytest.fixture(scope="module")
 def nursery() -> Iterator[Nursery]:
     made = Nursery("unsloth.models.fsdp2_native", "unsloth.models.fsdp2_save", "torch.distributed.fsdp")
@@ -35,7 +39,7 @@ def same_weights(one: Path, other: Path) -> None:
 
 
 @pytest.mark.slow
-@pytest.mark.parametrize("kind", ["LoRA", "full", "padded", "several packs", "ranks without rows"])
+@pytest.mark.parametrize("kind", ["LoRA", "full", by_night("padded"), by_night("several packs"), "ranks without rows"])
 def test_a_divided_model_trains_as_a_whole_one(tmp_path: Path, nursery: Nursery, kind: str) -> None:
     changes = changed(FOUR, KINDS[kind], HELD_OUT)
     one = nursery.run(tmp_path / "one", 1, changes)
@@ -52,7 +56,7 @@ def test_a_divided_model_trains_as_a_whole_one(tmp_path: Path, nursery: Nursery,
 
 
 @pytest.mark.slow
-@pytest.mark.parametrize("method", ["lora", "full"])
+@pytest.mark.parametrize("method", [by_night("lora"), "full"])
 def test_its_checkpoint_is_whole_and_any_number_of_processes_resume(
     tmp_path: Path, nursery: Nursery, method: str
 ) -> None:
