@@ -37,6 +37,17 @@ GPU = Choices(
 )
 
 
+def test_a_divided_model_takes_a_part_of_its_memory_and_the_layers_that_are_together() -> None:
+    one_row = memory_forecast.Workload.full(1, 1024, packed=True)
+    asked = settings(train={"method": "full"})
+    whole, part = (
+        memory_forecast.forecast(asked, LLAMA_8B, replace(GPU, method="full", parts=parts), one_row) for parts in (1, 8)
+    )
+    for name in ("gradients", "optimizer"):
+        assert getattr(part, name) == pytest.approx(getattr(whole, name) / 8)
+    assert whole.total > 80 > part.total and whole.weights / 8 < part.weights < whole.weights / 2
+
+
 def settings(**changes: Any) -> config.Config:
     return config.parse({"model": {"name": "a/b"}, "data": {"train": "a/c"}} | changes)
 

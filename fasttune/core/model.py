@@ -104,7 +104,7 @@ def add_lora(model: Any, config: LoraConfig, gradient_checkpointing: str, seed: 
         use_gradient_checkpointing=_unsloth_checkpointing(gradient_checkpointing),
         random_state=seed,
     )
-    if start is not None:
+    if config.init in RESIDUAL and start is not None:
         from fasttune.core import residual
 
         residual.split_again(model, start, config.init)

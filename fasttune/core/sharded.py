@@ -67,9 +67,12 @@ class Sharded(Several):
 
         found: dict[str, Any] = {}
         for name, each in tensors.items():
-            value = each.full_tensor() if isinstance(each, DTensor) else each
-            if value is each or not self.rank:
-                found[name] = value if value is each else value.cpu()
+            if not isinstance(each, DTensor):
+                found[name] = each
+                continue
+            value = each.full_tensor()  # every process takes part, and rank 0 keeps it
+            if not self.rank:
+                found[name] = value.cpu()
         return found
 
     def one_by_one(self, tensors: "Iterable[torch.Tensor]") -> "Iterator[torch.Tensor]":
