@@ -14,6 +14,7 @@ from tiny_run import settings
 from fasttune.core import checkpoint, sharded
 from fasttune.errors import FasttuneError
 
+KINDS = KINDS | {"ranks without rows": {"train": {"batch_rows": 2}}}  # of three
 HELD_OUT = {"data": {"eval": "builtin:arithmetic"}, "eval": {"rows": 8, "every": "2 steps", "keep_best": True}}
 
 
