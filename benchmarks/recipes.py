@@ -2,16 +2,19 @@
 """Which LoRA recipe learns more from the same tokens:  python benchmarks/recipes.py GSM8K_TRAIN GSM8K_TEST [--hours H]
 
 SmolLM2-135M for STEPS steps on GSM8K and on the built-in problems. Each arm has the best of three learning rates, found
-on a seed that does not count, and then SEEDS seeds, one arm after the other. A line is appended to
-results/recipes/runs.jsonl as each run ends; the same command continues where it stopped, and --hours ends it in time.
-Losses do not depend on what else the machine does; the seconds of a line do, and are no claim.
+in runs of half as many steps on a seed that does not count, and then SEEDS seeds, one arm after the other. A line is
+appended to results/recipes/runs.jsonl as each run ends; the same command continues where it stopped, and --hours ends
+it in time. Losses do not depend on what else the machine does, so one run a core goes on at a time, at low priority.
 
-Then run benchmarks/render.py, which writes the table of docs/recipes.md.
+Speed does depend on it: `--speed`, on a machine that does nothing else, measures each arm by itself, SPEED_REPEATS
+times, interleaved, in results/recipes/speed.jsonl. Then benchmarks/render.py writes the tables of docs/recipes.md.
 """
 
 import argparse
+import concurrent.futures
 import datetime
 import json
+import os
 import statistics
 import subprocess
 import sys
@@ -26,7 +29,10 @@ from fasttune.bench.run import revision
 
 ROOT = Path(__file__).resolve().parent.parent
 RESULTS = Path("benchmarks", "results", "recipes", "runs.jsonl")  # beside the rows of `fasttune bench`, which differ
-STEPS, HELD_OUT_ROWS, SEEDS, SEARCH_SEED = 120, 128, (1, 2, 3, 4, 5), 99
+SPEED = RESULTS.with_name("speed.jsonl")
+STEPS, HELD_OUT_ROWS, SEEDS, SEARCH_SEED = 120, 64, (1, 2, 3, 4, 5), 99
+SPEED_STEPS, SPEED_REPEATS = 12, 3
+BATCH_ROWS = {"gsm8k": 2, "arithmetic": 4}
 RATES = (2e-4, 5e-4, 1.25e-3)
 ARMS: dict[str, list[str]] = {
     "default": [],
@@ -35,7 +41,6 @@ ARMS: dict[str, list[str]] = {
     "PiSSA + rsLoRA": ["lora.init=pissa", "lora.rslora=true"],
     "PiSSA + rsLoRA, refactored every 40": ["lora.init=pissa", "lora.rslora=true", "lora.refactor_every=40"],
     "PiSSA + rsLoRA, refactored every 10": ["lora.init=pissa", "lora.rslora=true", "lora.refactor_every=10"],
-    "default, refactored every 10": ["lora.refactor_every=10"],
     "LoRA+": ["lora.plus_ratio=16"],  # the paper's choice: https://arxiv.org/abs/2402.12354
     "Riemannian": [],
 }
@@ -43,8 +48,11 @@ BASELINE = "default"
 TASKS = ("gsm8k", "arithmetic")
 
 
-def wanted(done: list[dict[str, Any]]) -> Iterator[tuple[str, str, float, int]]:
-    """(task, arm, learning rate, seed) of the missing runs: rates first, then a seed of every arm at a time."""
+Run = tuple[str, str, float, int]  # task, arm, learning rate, seed
+
+
+def wanted(done: list[dict[str, Any]]) -> Iterator[Run]:
+    """The missing runs: rates first, then a seed of every arm at a time."""
     have = {(row["task"], row["arm"], row["learning_rate"], row["seed"]) for row in done}
     for task in TASKS:
         for arm in ARMS:
@@ -59,8 +67,10 @@ def wanted(done: list[dict[str, Any]]) -> Iterator[tuple[str, str, float, int]]:
 
 def best_rate(done: list[dict[str, Any]], task: str, arm: str) -> float | None:
     tried = [row for row in done if (row["task"], row["arm"], row["seed"]) == (task, arm, SEARCH_SEED)]
-    tried = [row for row in tried if row["loss"] is not None]
-    return min(tried, key=lambda row: row["loss"])["learning_rate"] if len(tried) == len(RATES) else None
+    if len(tried) < len(RATES):
+        return None
+    sound = [row for row in tried if row["loss"] is not None]  # a diverged one has no loss
+    return min(sound, key=lambda row: row["loss"])["learning_rate"] if sound else None
 
 
 def settings(task: str, arm: str, rate: float, seed: int, files: list[str], steps: int) -> list[str]:
@@ -75,24 +85,30 @@ def settings(task: str, arm: str, rate: float, seed: int, files: list[str], step
         f"seed={seed}",
         f"train.max_steps={steps}",
         f"eval.rows={HELD_OUT_ROWS}",
-        f"train.batch_rows={4 if task == 'gsm8k' else 8}",
+        f"train.batch_rows={BATCH_ROWS[task]}",
         "checkpoint.every=never",
     ]
 
 
-def measure(task: str, arm: str, rate: float, seed: int, files: list[str], steps: int, model: str) -> dict[str, Any]:
-    """One run in a process of its own; its line."""
+def result(arm: str, asked: list[str], threads: int | None = None) -> dict[str, Any]:
+    """run.json of one run in a process of its own."""
     with tempfile.TemporaryDirectory() as folder:
-        asked = settings(task, arm, rate, seed, files, steps)
-        command = [sys.executable, __file__, "--one", arm, "--", *asked, f"model.name={model}"]
-        command.append(f"output_dir={folder}/run")
-        ended = subprocess.run(command, capture_output=True, text=True, check=False)
+        command = [sys.executable, __file__, "--one", arm, "--", *asked, f"output_dir={folder}/run"]
+        environment = os.environ | ({"OMP_NUM_THREADS": str(threads)} if threads else {})
+        ended = subprocess.run(command, capture_output=True, text=True, check=False, env=environment)
         path = Path(folder, "run", "run.json")
         if not path.exists():
-            sys.exit(f"{arm}: {ended.stderr[-2000:]}")
-        told = json.loads(path.read_text())
-    held_out = told["held_out"] or {}
-    last = held_out.get("last") or {}
+            raise RuntimeError(f"{arm}: {ended.stderr[-2000:]}")
+        told: dict[str, Any] = json.loads(path.read_text())
+        return told
+
+
+def measure(run: Run, files: list[str], steps: int, model: str) -> dict[str, Any]:
+    """One run on one core; its line."""
+    task, arm, rate, seed = run
+    steps = steps // 2 if seed == SEARCH_SEED else steps
+    told = result(arm, [*settings(task, arm, rate, seed, files, steps), f"model.name={model}"], threads=1)
+    after = (told["held_out"] or {}).get("after") or {}
     return {
         "task": task,
         "arm": arm,
@@ -100,13 +116,23 @@ def measure(task: str, arm: str, rate: float, seed: int, files: list[str], steps
         "seed": seed,
         "steps": told["steps"],
         "status": told["status"],
-        "loss": last.get("loss"),
-        "token_accuracy": last.get("token_accuracy"),
-        "loss_before": (held_out.get("before") or {}).get("loss"),
+        "loss": after.get("loss"),
+        "token_accuracy": after.get("token_accuracy"),
         "tokens": told["tokens"],
-        "tokens_per_s": told["tokens_per_s"],
-        "peak_memory_gib": told["peak_memory_gib"],
-        "wall_s": told["wall_s"],
+        "wall_s": round(told["wall_s"], 1),
+    } | where()
+
+
+def speed(arm: str, files: list[str], model: str) -> dict[str, Any]:
+    """A short run on all cores, for its seconds and memory; its line."""
+    asked = settings("gsm8k", arm, RATES[0], SEARCH_SEED, files, SPEED_STEPS)
+    told = result(arm, [*asked, f"model.name={model}", "data.eval=null"])
+    names = ("steps", "tokens_per_s", "peak_memory_gib", "seconds_to_first_step")
+    return {"arm": arm} | {name: told[name] for name in names} | where()
+
+
+def where() -> dict[str, Any]:
+    return {
         "machine": hardware.machine_name(hardware.detect()),
         "git": revision(),
         "date": f"{datetime.date.today()}",
@@ -116,22 +142,23 @@ def measure(task: str, arm: str, rate: float, seed: int, files: list[str], steps
 def one(arm: str, overrides: list[str]) -> None:
     """In a process of its own: `fasttune train`, for one arm with an optimizer that it does not offer."""
     from fasttune import config, terminal
-    from fasttune.core import train
+    from fasttune.core import evaluation, train, trainer
+
+    os.nice(0 if "data.eval=null" in overrides else 10)
+    ends = evaluation.Validator._at_an_end  # the held-out loss before the first step is the same in every arm
+    evaluation.Validator._at_an_end = lambda self, step: step > 0 and ends(self, step)  # type: ignore[method-assign]
+    build = trainer.build
+
+    def preconditioned(*arguments: Any, **options: Any) -> Any:
+        import torch
+        from peft.optimizers import create_riemannian_optimizer
+
+        made = build(*arguments, **options)
+        rate = made.args.learning_rate
+        made.optimizer = create_riemannian_optimizer(made.model, torch.optim.AdamW, lr=rate, weight_decay=0.0)
+        return made
 
     if arm == "Riemannian":
-        from fasttune.core import trainer
-
-        build = trainer.build
-
-        def preconditioned(*arguments: Any, **options: Any) -> Any:
-            import torch
-            from peft.optimizers import create_riemannian_optimizer
-
-            made = build(*arguments, **options)
-            rate = made.args.learning_rate
-            made.optimizer = create_riemannian_optimizer(made.model, torch.optim.AdamW, lr=rate, weight_decay=0.0)
-            return made
-
         trainer.build = preconditioned
     reporter = terminal.Reporter(console=terminal.Console(quiet=True))
     train.run(config.load(str(ROOT / "configs" / "smollm2_135m_gsm8k.yaml"), overrides), reporter)
@@ -141,8 +168,13 @@ def read(path: Path) -> list[dict[str, Any]]:
     return [json.loads(line) for line in path.read_text().splitlines()] if path.exists() else []
 
 
-def table(rows: list[dict[str, Any]]) -> str:
-    """Markdown: held-out loss of each arm, its spread over the seeds, and the paired difference from the baseline."""
+def page(root: Path) -> str:
+    return table(read(root / RESULTS), read(root / SPEED))
+
+
+def table(rows: list[dict[str, Any]], speeds: list[dict[str, Any]]) -> str:
+    """Markdown: held-out loss of each arm, its spread over the seeds, the paired difference from the baseline, and what
+    a step of GSM8K costs."""
     if not rows:
         return "Nothing has been measured yet."
     made = []
@@ -162,7 +194,30 @@ def table(rows: list[dict[str, Any]]) -> str:
                 f"| {arm} | {rates} | {len(losses)} | {statistics.mean(losses):.4f}{spread} | {difference} | {t} |"
             )
         made.append("")
-    return "\n".join(made)
+    return "\n".join(made + cost(speeds))
+
+
+def cost(speeds: list[dict[str, Any]]) -> list[str]:
+    """Rows of a table: medians of an arm's repeats, and how far apart the speeds were."""
+    if not speeds:
+        return ["Speed has not been measured yet."]
+    made = ["| recipe | tokens/s | of default's | peak memory, GiB | seconds to the first step |"]
+    made.append("| --- | --- | --- | --- | --- |")
+    by_arm = {arm: [row for row in speeds if row["arm"] == arm] for arm in ARMS}
+    base = statistics.median(row["tokens_per_s"] for row in by_arm[BASELINE])
+    for arm, repeats in by_arm.items():
+        if not repeats:
+            continue
+        fast = [row["tokens_per_s"] for row in repeats]
+        memory, first = (
+            statistics.median(row[name] for row in repeats) for name in ("peak_memory_gib", "seconds_to_first_step")
+        )
+        made.append(
+            f"| {arm} | {statistics.median(fast):.0f} ({min(fast):.0f} to {max(fast):.0f}) "
+            f"| {statistics.median(fast) / base:.3f} | {memory:.2f} | {first:.0f} |"
+        )
+    machines = ", ".join(sorted({row["machine"] for row in speeds}))
+    return [*made, "", f"{SPEED_STEPS} steps, {len(by_arm[BASELINE])} times each, interleaved: {machines}."]
 
 
 def paired(arm: dict[int, dict[str, Any]], baseline: dict[int, dict[str, Any]]) -> tuple[str, str]:
@@ -179,26 +234,50 @@ def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("files", nargs="*", help="GSM8K's train and test file")
     parser.add_argument("--hours", type=float, default=12.0, help="no run is begun after so long")
-    parser.add_argument("--steps", type=int, default=STEPS, help="fewer to try it out: the rows then go to --out only")
+    parser.add_argument("--steps", type=int, default=STEPS, help="fewer to try it out: name another --out")
     parser.add_argument("--model", default="builtin:smollm2-135m")
     parser.add_argument("--out", type=Path, default=ROOT / RESULTS)
+    parser.add_argument("--speed", action="store_true", help="seconds and memory in place of losses")
     parser.add_argument("--one", help=argparse.SUPPRESS)
     options = parser.parse_args()
     if options.one:
         one(options.one, options.files)
         return
-    done = read(options.out)
     if len(options.files) != 2:
         parser.error("name GSM8K's train and test file")
     if options.out == ROOT / RESULTS and (options.steps != STEPS or options.model != "builtin:smollm2-135m"):
         parser.error("another length or model: name another --out")
-    ends = time.monotonic() + 3600 * options.hours
-    while (run := next(wanted(done), None)) and time.monotonic() < ends:
-        print(*run, sep=" · ", flush=True)
-        done.append(measure(*run, options.files, options.steps, options.model))
-        options.out.parent.mkdir(exist_ok=True)
-        with options.out.open("a") as file:
-            file.write(json.dumps(done[-1]) + "\n")
+    options.out.parent.mkdir(exist_ok=True)
+    if options.speed:
+        for arm in [*ARMS] * SPEED_REPEATS:
+            append(options.out.with_name(SPEED.name), speed(arm, options.files, options.model))
+        return
+    losses(options)
+
+
+def losses(options: argparse.Namespace) -> None:
+    """All runs that are missing, one on each core at a time."""
+    done, ends = read(options.out), time.monotonic() + 3600 * options.hours
+    going: dict[concurrent.futures.Future[dict[str, Any]], Run] = {}
+    with concurrent.futures.ThreadPoolExecutor() as pool:
+        while True:
+            free = (os.cpu_count() or 1) - len(going)
+            begun = [run for run in wanted(done) if run not in going.values()][: max(0, free)]
+            for run in begun if time.monotonic() < ends else []:
+                print(*run, sep=" · ", flush=True)
+                going[pool.submit(measure, run, options.files, options.steps, options.model)] = run
+            if not going:
+                return
+            ended, _ = concurrent.futures.wait(going, return_when=concurrent.futures.FIRST_COMPLETED)
+            for each in ended:
+                del going[each]
+                done.append(append(options.out, each.result()))
+
+
+def append(path: Path, row: dict[str, Any]) -> dict[str, Any]:
+    with path.open("a") as file:
+        file.write(json.dumps(row) + "\n")
+    return row
 
 
 if __name__ == "__main__":

@@ -299,6 +299,13 @@ def test_recipes_are_tried_at_three_rates_and_then_by_seed(monkeypatch: pytest.M
         (task, arm, rate, 1) for task in recipes.TASKS for arm, rate in (("default", 5e-4), ("other", 2e-4))
     ]
     assert len(order) == len(set(order)) == 2 * 2 * (3 + 3)
-    table = recipes.table(done)
+    speeds = [
+        {"arm": arm, "tokens_per_s": 100 + at - 30 * (arm == "other"), "peak_memory_gib": 2, "seconds_to_first_step": 9}
+        | {"machine": "a card"}
+        for at in (0, 5, 1)
+        for arm in ("default", "other")
+    ]
+    table = recipes.table(done, speeds)
+    assert "| other | 71 (70 to 75) | 0.703 | 2.00 | 9 |" in table
     # The differences are -0.51, -0.52 and -0.53: their mean over their standard error is -0.52 / (0.01 / √3).
     assert "| other | 0.0002 | 3 | 0.6800 ± 0.0900 | -0.5200 | -90.1 |" in table
