@@ -102,9 +102,9 @@ def fresh(what: str, path: Path, scratch: Path, keep: bool = False) -> dict[str,
 
 def raw(file: str) -> dict[str, Any]:
     """encode_batch alone, on the same texts, in batches of BATCH; the texts lie in memory."""
-    from fasttune.config import ModelConfig
     from fasttune.core import pretrained
     from fasttune.data import chat, formats, sources
+    from fasttune.settings import ModelConfig
 
     tokenizer = pretrained.read_tokenizer(ModelConfig(name=MODEL))
     template = chat.template_of(tokenizer)

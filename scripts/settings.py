@@ -1,7 +1,7 @@
 #!/usr/bin/env python3
 """Every setting of a run with its default and meaning, as docs/settings.md:  python scripts/settings.py --write
 
-From fasttune/config.py, the only place where they are declared; a test compares the page with it.
+From fasttune/settings.py, the only place where they are declared; a test compares the page with it.
 """
 
 import sys
@@ -14,7 +14,8 @@ from pydantic.fields import FieldInfo
 ROOT = Path(__file__).resolve().parent.parent
 sys.path.insert(0, str(ROOT))
 
-from fasttune.config import Config, Section, is_section  # noqa: E402
+from fasttune.config import Config  # noqa: E402
+from fasttune.settings import Section, is_section  # noqa: E402
 
 PAGE = ROOT / "docs" / "settings.md"
 HEAD = """# Settings

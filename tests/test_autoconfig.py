@@ -110,7 +110,7 @@ def test_shape_counts_llama_3_1_8b() -> None:
     )
     assert Shape.of(architecture) == LLAMA_8B
     assert LLAMA_8B.parameters == 8_030_261_248  # as transformers counts it
-    assert LLAMA_8B.adapter_weights(64, list(config.SEVEN_PROJECTIONS)) == 167_772_160
+    assert LLAMA_8B.adapter_weights(64, list(settings.SEVEN_PROJECTIONS)) == 167_772_160
 
 
 def test_all_experts_are_kept_and_the_active_ones_computed() -> None:

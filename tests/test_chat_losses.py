@@ -9,10 +9,10 @@ from typing import Any
 
 import pytest
 
-from fasttune.config import LOSSES
 from fasttune.data import chat, formats, sandbox
 from fasttune.data.formats import Conversation, Unusable
 from fasttune.errors import DataError, ModelError
+from fasttune.settings import LOSSES
 from tests.test_chat import MESSAGES, TOOL, TWO_ANSWERS, parts, plain
 
 

@@ -8,7 +8,7 @@ from pathlib import Path
 
 import pytest
 
-from fasttune import config, hints
+from fasttune import config, hints, settings
 from fasttune.errors import ConfigError
 
 ROOT = Path(__file__).resolve().parents[1]
@@ -199,7 +199,7 @@ def test_a_section_that_another_setting_makes_idle_is_left_out_by_null(tmp_path:
     with pytest.raises(ConfigError, match=r"eval=null"):
         read(tmp_path, text)
     assert read(tmp_path, text, "train.method=full", "lora=null", "eval=null").train.method == "full"
-    assert read(tmp_path, text, "lora=null", "lora.alpha=3", "eval=null").lora == config.LoraConfig(alpha=3)
+    assert read(tmp_path, text, "lora=null", "lora.alpha=3", "eval=null").lora == settings.LoraConfig(alpha=3)
     with pytest.raises(ConfigError, match=r"^model.name: is required"):
         read(tmp_path, text, "model=null", "eval=null")
 

@@ -11,9 +11,9 @@ import goldens
 import pytest
 from tiny_run import learned, losses, run, whole_and_copy
 
-from fasttune.config import ModelConfig
 from fasttune.core import checkpoint
 from fasttune.data import arithmetic, load, sources
+from fasttune.settings import ModelConfig
 
 pytestmark = [pytest.mark.slow, pytest.mark.usefixtures("unsloth")]
 

@@ -9,8 +9,8 @@ from typing import Any
 
 import pytest
 
-from fasttune.config import ModelConfig
 from fasttune.errors import ModelError
+from fasttune.settings import ModelConfig
 from fasttune.tools import merge_check, merged_weights, trained_model
 
 pytestmark = pytest.mark.usefixtures("unsloth")
@@ -50,8 +50,8 @@ def adapter(base: Path, folder: Path, grow: int = 0, **settings: Any) -> Path:
     import torch
     from transformers import AutoModelForCausalLM, AutoTokenizer
 
-    from fasttune.config import LoraConfig
     from fasttune.core import model as models
+    from fasttune.settings import LoraConfig
 
     model, tokenizer = AutoModelForCausalLM.from_pretrained(base), AutoTokenizer.from_pretrained(base)
     if grow:

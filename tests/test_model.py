@@ -70,8 +70,8 @@ def test_what_is_replaced_is_still_called(unsloth: None) -> None:
 
 
 def test_another_attention_is_taken_and_given_back(unsloth: None) -> None:
-    from fasttune.config import ModelConfig
     from fasttune.core import model as models
+    from fasttune.settings import ModelConfig
 
     model, _ = models.load(ModelConfig(name="builtin:tiny", max_length=64), "float32", "none", False, 0)
     before = models.set_attention(model, "eager")

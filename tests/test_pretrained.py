@@ -8,9 +8,9 @@ from typing import Any
 import pytest
 
 from fasttune import cli, config
-from fasttune.config import ModelConfig
 from fasttune.core import pretrained
 from fasttune.errors import ConfigError, ModelError
+from fasttune.settings import ModelConfig
 
 pytestmark = pytest.mark.usefixtures("unsloth")
 

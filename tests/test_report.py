@@ -186,7 +186,7 @@ def test_page_of_any_number_of_steps_with_losses_that_are_not_finite(tmp_path, c
 
 
 def test_a_card_of_a_name_that_is_no_unicode(tmp_path):
-    from fasttune.config import ModelConfig
+    from fasttune.settings import ModelConfig
     from fasttune.tools import card, trained_model
 
     odd = "caf\udce9"  # a folder's name in another encoding, as Python gives it

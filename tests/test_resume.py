@@ -34,7 +34,7 @@ def copy(whole: Path, tmp_path: Path) -> Path:
 
 @pytest.fixture(scope="module", params=["pissa", "olora"])
 def split(request: pytest.FixtureRequest, unsloth: None, tmp_path_factory: pytest.TempPathFactory) -> Split:
-    """As `whole`, of a run whose base weights were split (config.RESIDUAL); the copy is of step 3. And its settings."""
+    """As `whole`, of a run (settings.RESIDUAL) with split base weights; its copy is of step 3."""
     changes = {"lora": {"init": request.param}}
     return whole_and_copy(tmp_path_factory.mktemp(request.param) / "run", 3, changes), changes
 

@@ -7,7 +7,7 @@ from typing import Any
 
 import pytest
 
-from fasttune import chips, cli, config, hardware
+from fasttune import chips, cli, config, hardware, settings
 from fasttune.core import autoconfig, memory as memory_forecast, pretrained
 from fasttune.core.memory import Shape, Workload
 from fasttune.metrics import Roofline
@@ -34,7 +34,7 @@ def table(train: dict[str, Any], gpu: hardware.Hardware = H100, sample: estimate
 def test_flops_are_those_of_mfu_and_what_is_computed_again(method: str, policy: str) -> None:
     found = table({"method": method, "gradient_checkpointing": policy})
     assert found is not None
-    adapter = 0 if method == "full" else LLAMA_8B.adapter_weights(16, list(config.SEVEN_PROJECTIONS))
+    adapter = 0 if method == "full" else LLAMA_8B.adapter_weights(16, list(settings.SEVEN_PROJECTIONS))
     once = LLAMA_8B.flops(method == "full", adapter)
     expected = once.of_step(STEP.tokens, STEP.labels, STEP.tokens / STEP.rows)
     if policy == "full":  # the forward of all layers: two FLOPs a weight, and a third of attention's

@@ -16,10 +16,10 @@ import yaml
 from guarded import SECRETS, leaks, written
 
 from fasttune import cli, config
-from fasttune.config import ModelConfig
 from fasttune.core import checkpoint, pretrained, remedies, resume
 from fasttune.data import sources
 from fasttune.errors import ConfigError, DataError, ModelError
+from fasttune.settings import ModelConfig
 
 TREE: dict[str, Any] = {
     "name": "tiny",

@@ -11,9 +11,9 @@ from typing import Any
 import pytest
 
 from fasttune import cli
-from fasttune.config import ModelConfig
 from fasttune.core import model_files, pretrained
 from fasttune.errors import ModelError
+from fasttune.settings import ModelConfig
 from fasttune.tools import merged_weights, trained_model
 
 pytestmark = pytest.mark.usefixtures("unsloth")

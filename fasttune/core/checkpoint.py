@@ -22,7 +22,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from fasttune import system
-from fasttune.config import RESIDUAL
+from fasttune.settings import RESIDUAL
 
 if TYPE_CHECKING:
     from fasttune.core.evaluation import Validator
@@ -234,7 +234,7 @@ def save(run: Path, step: int, tensors: dict[str, Tensors], state: dict[str, Any
 
 
 def keep_start(run: Path, adapter: Path) -> None:
-    """Beside the checkpoints, what the base weights of a run (config.RESIDUAL) were split by. Raises OSError."""
+    """Beside the checkpoints, what the base weights of a run (settings.RESIDUAL) were split by. Raises OSError."""
     root = _root(run)
     made = root / f".step-{START}"  # swept away as what is left of a checkpoint
     shutil.copyfile(adapter, made)

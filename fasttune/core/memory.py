@@ -14,10 +14,11 @@ from typing import Any
 import numpy as np
 
 from fasttune import metrics
-from fasttune.config import RESIDUAL, Config
+from fasttune.config import Config
 from fasttune.cpu import BLOCK, KEPT, RANK_MULTIPLE
 from fasttune.errors import ModelError
 from fasttune.metrics import Flops, Memory
+from fasttune.settings import RESIDUAL
 
 GIB = 2**30
 BYTES = {"bfloat16": 2, "float32": 4}

@@ -18,7 +18,7 @@ from pathlib import Path
 from typing import Any
 
 from fasttune import system, cpu
-from fasttune.config import RESIDUAL, LoraConfig, ModelConfig
+from fasttune.settings import RESIDUAL, LoraConfig, ModelConfig
 from fasttune.core import pretrained
 from fasttune.data import sandbox
 from fasttune.errors import ModelError

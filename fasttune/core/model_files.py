@@ -6,9 +6,9 @@ from pathlib import Path
 from typing import Any
 
 from fasttune import system
-from fasttune.config import ModelConfig
 from fasttune.core.memory import NEEDED, Shape
 from fasttune.errors import ModelError, first_line
+from fasttune.settings import ModelConfig
 
 TEMPLATES = "additional_chat_templates"
 MAX_JSON_BYTES = 100 << 20  # the largest tokenizer.json is 33 MB (Gemma 3)

@@ -10,7 +10,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from fasttune import config as configuration, hardware
-from fasttune.config import RESIDUAL, Config, looks_like_hub
+from fasttune.config import Config
 from fasttune.core import autoconfig, pretrained, run_folder
 from fasttune.core.autoconfig import Plan
 from fasttune.core.memory import Shape
@@ -20,6 +20,7 @@ from fasttune.data.batching import Batches, Encoded
 from fasttune.errors import ConfigError, DataError, FasttuneError
 from fasttune.hardware import Hardware
 from fasttune.metrics import Forecast, Setting
+from fasttune.settings import RESIDUAL, looks_like_hub
 from fasttune.system import take_over_loggers
 from fasttune.terminal import Reporter
 

@@ -13,8 +13,8 @@ from pathlib import Path
 from typing import Any
 
 from fasttune import system
-from fasttune.config import ModelConfig
 from fasttune.errors import ModelError
+from fasttune.settings import ModelConfig
 
 TINY_VERSION = "1"  # raise it when the tiny model changes: its golden losses change too
 

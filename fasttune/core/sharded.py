@@ -12,10 +12,11 @@ from collections.abc import Iterable, Iterator, Mapping, Sequence
 from contextlib import AbstractContextManager
 from typing import TYPE_CHECKING, Any
 
-from fasttune.config import RESIDUAL, Config
+from fasttune.config import Config
 from fasttune.core.distributed import Several
 from fasttune.core.ranks import DIVIDED
 from fasttune.errors import FasttuneError
+from fasttune.settings import RESIDUAL
 
 if TYPE_CHECKING:
     import torch

@@ -83,7 +83,7 @@ class Template:
         """Text and supervised spans of a row. `train_on`: assistant (every answer), last, or all.
 
         `notes` counts what the template left out. Raises DataError where that may not be (only if `allow_lost` has its
-        name, of config.LOSSES), and where a later turn changes earlier text, since then no label could be trusted;
+        name, of settings.LOSSES), and where a later turn changes earlier text, since then no label could be trusted;
         Unusable where the template refuses the row.
         """
         if isinstance(conversation, str):

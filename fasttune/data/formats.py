@@ -23,7 +23,7 @@ from fasttune.errors import DataError, short
 Row = dict[str, Any]
 Message = dict[str, Any]  # a turn, as chat templates take it
 
-COLUMNS = {  # by the names of config.FORMATS
+COLUMNS = {  # by the names of settings.FORMATS
     "messages": ("messages",),
     "conversations": ("conversations",),
     "question_answer": ("question", "answer"),

@@ -15,7 +15,7 @@ from fasttune.data.formats import REASONING, Message, Unusable
 from fasttune.data.turns import Arguments
 from fasttune.errors import DataError
 
-LOSSES = {  # by the names of config.LOSSES
+LOSSES = {  # by the names of settings.LOSSES
     "content": "what a turn says",
     "reasoning": "its reasoning",
     "tool_calls": "its tool calls",

@@ -37,7 +37,7 @@ class Recipe:
     train_on: str  # assistant | last | all
     max_length: int
     too_long: str  # truncate | drop | split
-    allow_lost: tuple[str, ...] = ()  # of config.LOSSES
+    allow_lost: tuple[str, ...] = ()  # of settings.LOSSES
     control_tokens: str = "keep"  # keep | text
 
 

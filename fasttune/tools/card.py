@@ -13,9 +13,10 @@ import pydantic
 import yaml
 
 from fasttune import config as configuration, hardware, report, system
-from fasttune.config import TRUST, Config, looks_like_hub
+from fasttune.config import TRUST, Config
 from fasttune.core.run_folder import CONFIG, EVAL_FILES
 from fasttune.metrics import RunResult
+from fasttune.settings import looks_like_hub
 
 if TYPE_CHECKING:
     from fasttune.tools.merge_check import Comparison

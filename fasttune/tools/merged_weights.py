@@ -19,9 +19,9 @@ from typing import Any
 import safetensors
 
 from fasttune import system
-from fasttune.config import ModelConfig
 from fasttune.core import model_files, pretrained
 from fasttune.errors import ModelError, in_one_line
+from fasttune.settings import ModelConfig
 from fasttune.tools import trained_model
 from fasttune.tools.trained_model import PREFIX
 

@@ -15,7 +15,7 @@ from rich.table import Table
 from rich.text import Text
 
 from fasttune import chips, hardware, terminal
-from fasttune.config import Config, looks_like_hub
+from fasttune.config import Config
 from fasttune.core import autoconfig, prepare, pretrained, remedies
 from fasttune.core.memory import Shape
 from fasttune.core.ranks import divided_is_asked_for
@@ -24,6 +24,7 @@ from fasttune.errors import ConfigError, DataError, in_one_line
 from fasttune.hardware import Hardware
 from fasttune.metrics import Forecast, Roofline, Setting
 from fasttune.report import rate, steps_text, usd
+from fasttune.settings import looks_like_hub
 from fasttune.system import library_log
 from fasttune.tools import estimate, scaling
 from fasttune.tools.estimate import span

@@ -17,9 +17,10 @@ from typing import Annotated, Any, Literal
 import pydantic
 
 from fasttune import config as configuration, hints
-from fasttune.config import Config, ModelConfig, looks_like_hub
+from fasttune.config import Config
 from fasttune.core import model_files, pretrained
 from fasttune.errors import ConfigError, ModelError, in_one_line
+from fasttune.settings import ModelConfig, looks_like_hub
 
 Dtype = Literal["bfloat16", "float32"]
 SETTINGS, WEIGHTS = "adapter_config.json", "adapter_model.safetensors"

@@ -124,8 +124,8 @@ CHECKS = {"import:unsloth": import_unsloth, "unsloth-parity": parity, "privacy-s
 
 
 def unsloth_side(folder: Path, dtype: str, reference: dict[str, Any]) -> tuple[Any, dict[str, Any]]:
-    from fasttune.config import LoraConfig, ModelConfig
     from fasttune.core import model as models
+    from fasttune.settings import LoraConfig, ModelConfig
 
     config = ModelConfig.model_validate({"name": str(folder), "max_length": 64})
     lora = LoraConfig.model_validate({"rank": RANK, "alpha": ALPHA, "targets": TARGETS})

@@ -17,12 +17,12 @@ def model(unsloth: None) -> Any:
 def tiny_lora(dropout: float = 0.0, rank: int = 8) -> Any:
     import torch
 
-    from fasttune import config
     from fasttune.core import model as models
+    from fasttune.settings import LoraConfig, ModelConfig
 
-    wanted = config.ModelConfig(name="builtin:tiny", max_length=64, dtype="float32")
+    wanted = ModelConfig(name="builtin:tiny", max_length=64, dtype="float32")
     base, _ = models.load(wanted, "float32", "none", False, 0)
-    made = models.add_lora(base, config.LoraConfig(rank=rank, dropout=dropout, targets=TARGETS), "none", 0)
+    made = models.add_lora(base, LoraConfig(rank=rank, dropout=dropout, targets=TARGETS), "none", 0)
     generator = torch.Generator().manual_seed(1)
     with torch.no_grad():  # B is zero at the start, which would hide A's gradient
         for parameter in made.parameters():

@@ -94,10 +94,10 @@ def test_every_layout_gives_the_same_step(step: Callable[..., Step], layout: Lay
 
 @pytest.mark.parametrize("dtype", ["float32", "bfloat16", "float16"])
 def test_a_pack_is_proved_and_every_leak_is_found(unsloth: None, monkeypatch: pytest.MonkeyPatch, dtype: str) -> None:
-    from fasttune import config
     from fasttune.core import model as models, packing
+    from fasttune.settings import ModelConfig
 
-    wanted = config.ModelConfig(name="builtin:tiny", max_length=64)
+    wanted = ModelConfig(name="builtin:tiny", max_length=64)
     model, _ = models.load(wanted, dtype, "none", False, 0)
     assert packing.enable(model, 64) is None  # in bf16 rounding alone moves logits by more than a percent
     assert packing.enable_shared(model, 64) is None
@@ -197,10 +197,10 @@ def test_positions_that_do_not_restart_are_found(unsloth: None, monkeypatch: pyt
 def test_an_error_of_the_device_is_not_taken_for_a_leak(unsloth: None, monkeypatch: pytest.MonkeyPatch) -> None:
     import torch
 
-    from fasttune import config
     from fasttune.core import model as models, packing
+    from fasttune.settings import ModelConfig
 
-    wanted = config.ModelConfig(name="builtin:tiny", max_length=64, dtype="float32")
+    wanted = ModelConfig(name="builtin:tiny", max_length=64, dtype="float32")
     model, _ = models.load(wanted, "float32", "none", False, 0)
 
     def full(*args: Any, **kwargs: Any) -> Any:
@@ -229,10 +229,10 @@ def test_generation_with_padded_prompts_is_unchanged(unsloth: None) -> None:
     """The model that was made ready for packs answers a padded batch like a plain one."""
     import torch
 
-    from fasttune import config
     from fasttune.core import model as models, packing
+    from fasttune.settings import ModelConfig
 
-    wanted = config.ModelConfig(name="builtin:tiny", max_length=64, dtype="float32")
+    wanted = ModelConfig(name="builtin:tiny", max_length=64, dtype="float32")
     model, _ = models.load(wanted, "float32", "none", False, 0)
     ids = torch.randint(3, 250, (3, 12), generator=torch.Generator().manual_seed(0))
     mask = torch.ones_like(ids)
