@@ -14,6 +14,7 @@ from fasttune.data.batching import Batches
 from fasttune.data.tokenize import Rows
 from fasttune.errors import ModelError
 from fasttune.hardware import Gpu, Hardware
+from fasttune.settings import SEVEN_PROJECTIONS
 
 LLAMA_8B = Shape(
     layers=32, hidden=4096, mlp=14336, heads=32, query_width=4096, key_width=1024, vocab=128256, tied=False
@@ -110,7 +111,7 @@ def test_shape_counts_llama_3_1_8b() -> None:
     )
     assert Shape.of(architecture) == LLAMA_8B
     assert LLAMA_8B.parameters == 8_030_261_248  # as transformers counts it
-    assert LLAMA_8B.adapter_weights(64, list(settings.SEVEN_PROJECTIONS)) == 167_772_160
+    assert LLAMA_8B.adapter_weights(64, list(SEVEN_PROJECTIONS)) == 167_772_160
 
 
 def test_all_experts_are_kept_and_the_active_ones_computed() -> None:
