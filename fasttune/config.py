@@ -58,9 +58,14 @@ class Config(Section):
             raise ValueError(f"lora.init={init} needs unquantized base weights: {other}")
         if init == "orthogonal" and self.lora.rank % 2:
             raise ValueError(f"lora.init=orthogonal needs an even rank: lora.rank={self.lora.rank + 1}")
+        if self.train.group_by_prompt and self.data.layout == "concat":
+            raise ValueError("train.group_by_prompt would be ignored: documents of data.layout=concat have no prompt")
         held_out = self.data.eval is not None or self.data.eval_share
         on_the_way = self.eval.every_steps or self.eval.share
         asked = {"samples": self.samples, "eval.problems": self.eval.problems, "eval.every": on_the_way}
+        answers = "no problem to answer in data.layout=concat: give samples=0 and eval.problems=0"
+        if self.data.layout == "concat" and (self.samples or self.eval.problems):
+            raise ValueError(answers)
         for name in (name for name, value in asked.items() if value and not held_out):
             off = "samples=0" if name == "samples" else "eval=null"
             raise ValueError(f"{name} needs held-out rows: set data.eval or data.eval_share, or give {off}")

@@ -104,8 +104,9 @@ class DataConfig(Section):
     """Rows to train on and rows to look at."""
 
     train: PathText | dict[PathText, Weight] = Field(
-        description="JSONL, JSON, CSV (each also .gz, .zst) or Parquet file, hub id owner/name[:subset], "
-        "builtin:arithmetic; or several of them as {source: how often a row is seen in an epoch}"
+        description="JSONL, JSON, CSV, .txt (each also .gz, .zst) or Parquet file, a folder or a pattern (texts/*.txt) "
+        "of them, Megatron's .bin, hub id owner/name[:subset], builtin:arithmetic; or several of them as "
+        "{source: how often a row is seen in an epoch}"
     )
     eval: PathText | None = setting(None, "held-out rows: samples, and the loss before and after (eval.every)")
     eval_share: float = setting(0.0, "share of the training rows to hold out instead", ge=0, lt=1)
@@ -128,6 +129,25 @@ class DataConfig(Section):
     control_tokens: Literal["keep", "text"] = setting(
         "keep", "read <|im_end|> and the like inside of a turn as control tokens, or as plain text"
     )
+    documents: Literal["file", "line", "blank_line"] | None = setting(
+        None, "of a .txt file: it is one document, each line is one, or they end at a blank line"
+    )
+    layout: Literal["rows", "concat"] = setting(
+        "rows", "concat, of plain text: documents end to end, cut into sequences of model.max_length tokens"
+    )
+    cross_document: bool = setting(
+        False, "of data.layout=concat: whether a token sees the documents before its own in a sequence"
+    )
+    tokenization: Literal["vanilla", "stochastok", "patok"] = setting(
+        "vanilla", "of plain text that is trained on: split tokens at random, see docs/pretraining.md"
+    )
+    stochastok_p: float | None = setting(
+        None, "of stochastok: splits, as a share of the tokens; null: 0.1", gt=0, le=10
+    )
+    expand_share: float | None = setting(None, "of patok: splits ÷ tokens; null: 0.3", ge=0, le=10)
+    contract_share: float | None = setting(None, "of patok: tries to cut at affixes ÷ tokens; null: 0.3", ge=0, le=10)
+    affixes: PathText | None = setting(None, "of patok: filipino, or a file of a language's affixes")
+    redraw: bool = setting(False, "of stochastok and patok: split anew in every epoch")
 
     @property
     def sources(self) -> dict[str, float]:
@@ -152,6 +172,30 @@ class DataConfig(Section):
                 raise ValueError("eval names the rows that are trained on: hold some out with data.eval_share instead")
             if self.split == self.eval_split:
                 raise ValueError(f"eval_split={self.eval_split} is what is trained on: name another split of it")
+        for name in (self.eval or "", *self.sources) if self.layout == "rows" else ():
+            if name.endswith(".bin"):
+                raise ValueError(f"{name[-100:]} holds documents of any length: set data.layout=concat")
+        return self
+
+    @model_validator(mode="after")
+    def _text(self) -> "DataConfig":
+        if self.cross_document and self.layout == "rows":
+            raise ValueError("cross_document would be ignored: rows see no other; set data.layout=concat")
+        if self.layout == "concat" and "too_long" in self.model_fields_set and self.too_long != "truncate":
+            raise ValueError(f"too_long={self.too_long} would be ignored: data.layout=concat cuts nothing off")
+        of_patok = {"expand_share", "contract_share", "affixes"}
+        for name, value in self.model_dump(include={"stochastok_p", "redraw", *of_patok}).items():
+            wanted = {"redraw": ("stochastok", "patok")}.get(name, ("patok",) if name in of_patok else ("stochastok",))
+            if value not in (None, False) and self.tokenization not in wanted:
+                raise ValueError(f"{name} would be ignored by data.tokenization={self.tokenization}")
+        if self.tokenization == "patok" and self.affixes is None:
+            raise ValueError("tokenization=patok needs affixes: filipino, or a file of a language's own")
+        if self.redraw and self.layout == "rows":
+            raise ValueError("redraw needs data.layout=concat")
+        return self
+
+    @model_validator(mode="after")
+    def _streamed(self) -> "DataConfig":
         if self.streaming and not any(looks_like_hub(source) for source in self.sources):
             raise ValueError("streaming would be ignored: it is for hub data sets, files are never read whole")
         return self

@@ -12,7 +12,7 @@ import pytest
 from tiny_run import learned, losses, run, whole_and_copy
 
 from fasttune.core import checkpoint
-from fasttune.data import arithmetic, load, sources
+from fasttune.data import arithmetic, sources, store
 from fasttune.settings import ModelConfig
 
 pytestmark = [pytest.mark.slow, pytest.mark.usefixtures("unsloth")]
@@ -135,9 +135,9 @@ def test_the_bytes_of_the_token_cache(tiny_recipe: Any, rows: str, monkeypatch: 
         (str(sums), replace(tiny_recipe, form="question_answer")),
     ]:
         key = sources.fingerprint(source, "train", "train")
-        load.stored(source, key, recipe, lambda source=source: sources.read(source, "train"), lambda share: None)
+        store.stored(source, key, recipe, lambda source=source: sources.read(source, "train"), lambda share: None)
         (entry,) = (path for path in (tmp_path / "data").iterdir() if path.name not in {name for name, _ in found})
-        found.append((entry.name, goldens.digest(*((entry / name).read_bytes() for name in sorted(load.ARRAYS)))))
+        found.append((entry.name, goldens.digest(*((entry / name).read_bytes() for name in sorted(store.ARRAYS)))))
     goldens.check("runs.json", "token cache", {"exact": [bytes_of for _, bytes_of in found]})
 
 

@@ -15,7 +15,7 @@ from typing import Any
 import pytest
 
 from fasttune import system
-from fasttune.data import arithmetic, files, load, sources, workers
+from fasttune.data import arithmetic, files, sources, store, workers
 from fasttune.data.sources import Chunk
 from fasttune.data.tokenize import Recipe, Rows
 from fasttune.errors import DataError, FasttuneError
@@ -33,13 +33,13 @@ def recipe(tiny_recipe: Recipe) -> Recipe:
 def encoded(monkeypatch: pytest.MonkeyPatch) -> list[int]:
     """Rows of every chunk that is encoded in this process."""
     seen: list[int] = []
-    encode = load.Encoder.encode
+    encode = store.Encoder.encode
 
     def counting(self: Any, chunk: Chunk) -> Any:
         seen.append(len(chunk))
         return encode(self, chunk)
 
-    monkeypatch.setattr(load.Encoder, "encode", counting)
+    monkeypatch.setattr(store.Encoder, "encode", counting)
     return seen
 
 
@@ -50,7 +50,7 @@ def write(path: Path, rows: list[dict[str, Any]]) -> str:
 
 def stored(recipe: Recipe, source: str) -> Rows:
     key = sources.fingerprint(source, "train", "train")
-    return load.stored(source, key, recipe, lambda: sources.read(source, "train"), lambda share: None)
+    return store.stored(source, key, recipe, lambda: sources.read(source, "train"), lambda share: None)
 
 
 def contents(rows: Rows) -> tuple[list[int], ...]:
@@ -65,7 +65,7 @@ def test_rows_come_back_as_they_were_encoded(tmp_path: Path, cache: Path, recipe
     rows = arithmetic.generate("train", rows=50)
     source = write(tmp_path / "rows.jsonl", [*rows[:20], EMPTY, *rows[20:]])
     found = stored(recipe, source)
-    block = load.Encoder(recipe).encode(Chunk(source, 1, 1.0, rows=[*rows[:20], EMPTY, *rows[20:]]))
+    block = store.Encoder(recipe).encode(Chunk(source, 1, 1.0, rows=[*rows[:20], EMPTY, *rows[20:]]))
     assert len(found) == 50
     assert found.lengths.tolist() == block.lengths.tolist()
     assert (found.ids.tolist(), found.supervised.tolist()) == (block.ids.tolist(), block.supervised.tolist())
@@ -133,7 +133,7 @@ def shorten(path: Path) -> None:
     path.write_bytes(path.read_bytes()[:-4])
 
 
-@pytest.mark.parametrize("name", [*load.ARRAYS, "manifest.json"])
+@pytest.mark.parametrize("name", [*store.ARRAYS, "manifest.json"])
 @pytest.mark.parametrize("tear", [flip, shorten, Path.unlink, lambda path: path.write_bytes(b"")])
 def test_a_torn_entry_is_made_again(
     tmp_path: Path, cache: Path, recipe: Recipe, encoded: list[int], name: str, tear: Callable[[Path], None]
@@ -168,7 +168,7 @@ def test_an_interrupted_build_leaves_nothing(tmp_path: Path, cache: Path, recipe
         raise KeyboardInterrupt
 
     with pytest.raises(KeyboardInterrupt):
-        load.stored(source, "key", recipe, interrupted, lambda share: None)
+        store.stored(source, "key", recipe, interrupted, lambda share: None)
     assert entries(cache) == []
 
 
@@ -209,10 +209,10 @@ def test_an_entry_that_another_process_has_made_again_stays(tmp_path: Path, cach
     """Both found it torn: what the first one has put there, and is reading, is not removed by the second one."""
     stored(recipe, write(tmp_path / "rows.jsonl", [GOOD]))
     (entry,) = cache.iterdir()
-    system.discard_cached(entry, lambda found: load._open(found, "") is not None)
-    assert load._open(entry, "") and list(cache.iterdir()) == [entry]
+    system.discard_cached(entry, lambda found: store._open(found, "") is not None)
+    assert store._open(entry, "") and list(cache.iterdir()) == [entry]
     (entry / "ids.i32").write_bytes(b"torn")
-    system.discard_cached(entry, lambda found: load._open(found, "") is not None)
+    system.discard_cached(entry, lambda found: store._open(found, "") is not None)
     assert not list(cache.iterdir())
 
 
@@ -246,7 +246,7 @@ def test_progress_rises_to_the_end(
     monkeypatch.setattr(files, "BLOCK_BYTES", 4000)
     source = write(tmp_path / "rows.jsonl", arithmetic.generate("train", rows=200))
     shares: list[float] = []
-    load.stored(source, "key", recipe, lambda: sources.read(source, "train"), shares.append)
+    store.stored(source, "key", recipe, lambda: sources.read(source, "train"), shares.append)
     assert len(shares) > 5
     assert shares == sorted(shares)
     assert shares[-1] == 1.0
@@ -261,7 +261,7 @@ def test_workers_give_the_same_bytes_as_one_process(
     assert sum(encoded) == 301
     encoded.clear()
     monkeypatch.setenv("FASTTUNE_CACHE", str(tmp_path / "other"))
-    monkeypatch.setattr(load, "POOL_FROM_CHUNKS", 2)
+    monkeypatch.setattr(store, "POOL_FROM_CHUNKS", 2)
     monkeypatch.setattr(os, "sched_getaffinity", lambda _: {0, 1})
     assert contents(stored(recipe, source)) == alone
     assert encoded == []  # not here
@@ -274,7 +274,7 @@ def test_workers_give_the_same_bytes_as_one_process(
 def test_a_killed_worker_is_a_clear_error(
     tmp_path: Path, cache: Path, recipe: Recipe, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    monkeypatch.setattr(load, "POOL_FROM_CHUNKS", 2)
+    monkeypatch.setattr(store, "POOL_FROM_CHUNKS", 2)
     monkeypatch.setattr(os, "sched_getaffinity", lambda _: {0, 1})
 
     def chunks() -> Iterator[Chunk]:
@@ -286,7 +286,7 @@ def test_a_killed_worker_is_a_clear_error(
             yield Chunk("rows.jsonl", number, 0.5, rows=[GOOD])
 
     with pytest.raises(DataError, match="ended from outside, most likely for memory"):
-        load.stored("rows.jsonl", "key", recipe, chunks, lambda share: None)
+        store.stored("rows.jsonl", "key", recipe, chunks, lambda share: None)
     assert entries(cache) == []
     assert multiprocessing.active_children() == []
 
@@ -294,7 +294,7 @@ def test_a_killed_worker_is_a_clear_error(
 def test_a_stalled_worker_is_named_and_leaves_no_process(
     tmp_path: Path, cache: Path, recipe: Recipe, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    monkeypatch.setattr(load, "POOL_FROM_CHUNKS", 2)
+    monkeypatch.setattr(store, "POOL_FROM_CHUNKS", 2)
     monkeypatch.setattr(workers, "STALLED_S", 1.0)
     monkeypatch.setattr(os, "sched_getaffinity", lambda _: {0, 1})
 
@@ -305,6 +305,6 @@ def test_a_stalled_worker_is_named_and_leaves_no_process(
             yield Chunk("rows.jsonl", number, 0.5, rows=[GOOD])
 
     with pytest.raises(DataError, match="stalled: no answer within 1 s for 1 rows of rows.jsonl from 1 on"):
-        load.stored("rows.jsonl", "key", recipe, chunks, lambda share: None)
+        store.stored("rows.jsonl", "key", recipe, chunks, lambda share: None)
     assert entries(cache) == []
     assert multiprocessing.active_children() == []

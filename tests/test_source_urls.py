@@ -36,7 +36,7 @@ def test_a_file_behind_a_url_is_read_as_here(tmp_path: Path, served: str) -> Non
         assert there == sources.fingerprint(here, "train", "train")
     assert "cannot be downloaded (FileNotFoundError" in refused(f"{served}/none.jsonl")
     with pytest.raises(DataError, match="unknown ending"):
-        sources.check_source(f"{served}/rows.txt")
+        sources.check_source(f"{served}/rows.text")
     for secret in ("https://me:word@host/rows.jsonl", "https://host/rows.jsonl?token=word"):
         with pytest.raises(DataError, match="URL of host holds a password or a .query") as caught:
             sources.check_source(secret)

@@ -61,14 +61,13 @@ def share(config: Config, shared: Path, scratch: Path) -> dict[str, Any]:
         adapter = {n: p.detach().cpu() for n, p in job.model.named_parameters() if p.requires_grad}
         torch.save(adapter, shared / arms.ADAPTER)
     data = job.data
-    rows = [[data.parts[part].row(row) for part, row in data.rows_of(step)] for step in range(job.total_steps)]
+    rows = map(data.encoded, range(job.total_steps))
     plain = [[(ids.tolist(), supervised.tolist()) for ids, supervised in step] for step in rows]
     (shared / arms.ROWS).write_text(json.dumps(plain), encoding="utf-8")
     (shared / "config.yaml").write_text(configuration.dump(job.config), encoding="utf-8")
     (shared / SIZES).write_text(json.dumps(at_once(data, job.total_steps)), encoding="utf-8")
-    mean_tokens = sum(part.counts["tokens"] for part in data.parts) / sum(map(len, data.parts))
     return {
-        "tokens_per_epoch": round(mean_tokens * data.rows_per_epoch),
+        "tokens_per_epoch": data.tokens_per_epoch,
         "steps_per_epoch": data.steps_per_epoch,
         "full_steps_per_epoch": data.rows_per_epoch // data.batch_rows,
     }

@@ -104,8 +104,7 @@ class Keeper:
     def sound(self) -> bool:
         """Whether the weights as they are now have not diverged: tried on a row of the last step that had a loss."""
         good = next((step.step for step in reversed(self.journal.steps) if math.isfinite(step.loss)), 1)
-        part, row = self.job.data.rows_of(good - 1)[0]
-        return self.validator.sound(self.job.data.parts[part].row(row))
+        return self.validator.sound(self.job.data.encoded(good - 1)[0])
 
     def bring_back_best(self, step: int) -> int:
         """After the last step: with eval.keep_best the weights of the best one. Returns the step they are of."""
@@ -151,6 +150,8 @@ def identity(job: "Job") -> dict[str, str]:
     found["data.eval_share"] = str(job.config.data.eval_share)
     for number, (rows, weight) in enumerate(zip(job.data.parts, job.data.weights, strict=True), 1):
         found[f"rows of data set {number}"] = f"{len(rows)} rows × {weight:g} ({rows.checksum})"
+    if (data := job.config.data).layout == "concat":
+        found["data.layout"] = f"concat, cross_document={data.cross_document}, redraw={data.redraw}"
     found["weights of the base model"] = job.base_weights
     if job.config.lora.init in RESIDUAL:  # not the residual weights: their last bits differ by machine
         found["start of the adapter"] = what_ran.fingerprint(trained(job.model).values(), None)

@@ -7,6 +7,7 @@ A step is always the same rows, packed or padded: packing decides only how they 
 import math
 from dataclasses import dataclass
 from functools import cached_property
+from typing import ClassVar
 
 import numpy as np
 
@@ -43,6 +44,7 @@ class Batches:
     rank: int = 0
     ranks: int = 1
     in_step: bool = False
+    unit: ClassVar = "rows"  # what `parts` consist of, in a sentence
 
     @cached_property
     def split(self) -> list[tuple[np.ndarray, np.ndarray]]:
@@ -75,6 +77,12 @@ class Batches:
         return sum(size * int(weight) + round((weight % 1.0) * size) for size, weight in sets)
 
     @property
+    def tokens_per_epoch(self) -> int:
+        """Of the rows that `epoch_order` gives, by the mean length of all."""
+        mean = sum(part.counts["tokens"] for part in self.parts) / sum(map(len, self.parts))
+        return round(mean * self.rows_per_epoch)
+
+    @property
     def steps_per_epoch(self) -> int:
         """The last step of an epoch may hold fewer rows."""
         return math.ceil(self.rows_per_epoch / self.batch_rows)
@@ -89,6 +97,10 @@ class Batches:
 
     def rows_of(self, step: int) -> list[tuple[int, int]]:
         """(part, row) of every row of a step, from 0."""
+        return [(part, int(self.split[part][0][at])) for part, at in self.chosen(step)]
+
+    def chosen(self, step: int) -> list[tuple[int, int]]:
+        """(part, the how manieth of those that are trained on) of every row of a step."""
         epoch, within = divmod(step, self.steps_per_epoch)
         if epoch != getattr(self, "_epoch", None):
             order = epoch_order(self.sizes, self.weights, self.seed, epoch)
@@ -96,7 +108,7 @@ class Batches:
         chosen = self._order[within * self.batch_rows : (within + 1) * self.batch_rows]
         firsts = np.cumsum([0, *self.sizes])
         parts = np.searchsorted(firsts, chosen, side="right") - 1
-        return [(int(p), int(self.split[p][0][i - firsts[p]])) for p, i in zip(parts, chosen, strict=True)]
+        return [(int(part), int(at - firsts[part])) for part, at in zip(parts, chosen, strict=True)]
 
     def describe(self, step: int) -> str:
         """The rows of a step as a person finds them: rows 12, 40 of rows.jsonl."""
@@ -107,7 +119,16 @@ class Batches:
 
     def tokens_of(self, step: int) -> int:
         """Tokens of all rows of a step, each counted by itself."""
-        return sum(len(self.parts[part].row(row)[0]) for part, row in self.rows_of(step))
+        return sum(len(ids) for ids, _ in self.encoded(step))
+
+    def encoded(self, step: int) -> list[Encoded]:
+        """The rows of a step."""
+        return [row for _, _, rows in self.items(step) for row in rows]
+
+    def items(self, step: int) -> list[tuple[str, int, list[Encoded]]]:
+        """(source, number there, what it consists of) of every row of a step."""
+        parts = ((self.parts[part], row) for part, row in self.rows_of(step))
+        return [(rows.source, int(rows.numbers[row]), [rows.row(row)]) for rows, row in parts]
 
     def computed_tokens(self, steps: int, micro_rows: int) -> int:
         """Tokens that the first `steps` steps compute on all processes, with `micro_rows` full rows at once."""
@@ -119,7 +140,7 @@ class Batches:
 
     def dealt(self, step: int) -> list[list[Encoded]]:
         """The rows of a step that each process trains on."""
-        rows = [self.parts[part].row(row) for part, row in self.rows_of(step)]
+        rows = self.encoded(step)
         if self.ranks == 1:
             return [rows]
         from fasttune.data import dealing

@@ -1,16 +1,18 @@
-"""Files of rows → chunks of rows: JSONL, JSON and CSV, each plain, .gz or .zst, and Parquet (arrow.py); on this machine
-or behind a URL.
+"""Files of rows → chunks of rows: JSONL, JSON, CSV and text (texts.py), each plain, .gz or .zst, and Parquet
+(arrow.py); on this machine, a folder or a pattern of them, or one behind a URL.
 
 JSONL is read by hand: Arrow's reader would give each object the keys of all of them, which changes tool calls.
 """
 
 import codecs
 import csv
+import glob
 import io
 import os
 import re
 from collections.abc import Collection, Iterator
 from contextlib import contextmanager
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 from urllib.parse import urlsplit
@@ -20,7 +22,8 @@ from fasttune.data.formats import Row
 from fasttune.data.sources import Chunk, grouped, not_utf8, parse
 from fasttune.errors import DataError, first_line, kind_and_line
 
-KINDS = {".jsonl": "jsonl", ".ndjson": "jsonl", ".json": "json", ".csv": "csv", ".parquet": "parquet"}
+KINDS = {".jsonl": "jsonl", ".ndjson": "jsonl", ".json": "json", ".csv": "csv", ".txt": "text", ".parquet": "parquet"}
+TOKENS = ".bin"  # Megatron's, which corpus.py reads
 COMPRESSIONS = {".gz": "gzip", ".zst": "zstd"}
 PACKAGES = {"s3": "s3fs", "gs": "gcsfs", "gcs": "gcsfs"}  # what fsspec needs beside itself; released together with it
 # How a file begins that has several bytes a letter; the last without its mark: {, [ or a letter, and nothing.
@@ -34,27 +37,13 @@ MAX_LINE_BYTES = 64 << 20
 
 
 def check(source: str, split: str) -> None:
-    """DataError for a file that is missing or of an unknown kind; what may be a hub id passes."""
+    """DataError for what is missing or of an unknown kind; what may be a hub id passes."""
     path = Path(os.path.expanduser(source))  # Path's own raises for a user who is not there
     url = urlsplit(source) if "://" in source else None
     if url or os.path.isfile(path):
-        if split != "train":
-            raise DataError(f"data.split={split} would be ignored: {source} is a file, it has no splits; remove it")
-        if url and (url.query or "@" in url.netloc):
-            why = "holds a password or a ?query, which may be secret and would be written into the run's files"
-            raise DataError(f"data: the URL of {url.hostname} {why}: download the file and name it")
-        if kind(source) is None:
-            endings = f"use {', '.join(KINDS)} (all but the last also .gz, .zst)"
-            remedy = AS_PARQUET.format("Dataset", "d.from_file('FILE')") if path.suffix == ".arrow" else endings
-            raise DataError(f"data: {source} has an unknown ending; {remedy}")
-        if not url and path.stat().st_size == 0:
-            raise DataError(f"data: {source} is empty")
-    elif os.path.isdir(path):
-        remedy = "; name one file of it"
-        for name, rows in (("state.json", "d('FOLDER')"), ("dataset_dict.json", "d('FOLDER')['train']")):
-            if os.path.isfile(path / name):
-                remedy = f" that save_to_disk wrote; {AS_PARQUET.format('load_from_disk', rows)}"
-        raise DataError(f"data: {source} is a folder{remedy}")
+        _check_one(source, path, url, split)
+    elif os.path.isdir(path) or is_pattern(source):
+        _check_several(source, path, split)
     elif system.not_a_file(path):
         raise DataError(f"data: {source} is a pipe or a device, not a file; save what comes out of it, and name that")
     elif kind(source) or source.startswith((".", "/", "~")) or source.count("/") != 1:
@@ -68,24 +57,83 @@ def check(source: str, split: str) -> None:
         raise DataError(f"data: {why}")
 
 
+def _check_one(source: str, path: Path, url: Any, split: str) -> None:
+    _check_no_split(source, split, "file")
+    if url and (url.query or "@" in url.netloc):
+        why = "holds a password or a ?query, which may be secret and would be written into the run's files"
+        raise DataError(f"data: the URL of {url.hostname} {why}: download the file and name it")
+    if source.endswith(TOKENS) and not url:
+        if not path.with_suffix(".idx").is_file():
+            raise DataError(f"data: {source}: no file {path.with_suffix('.idx')} beside it; copy both there")
+    elif kind(source) is None:
+        endings = f"use {', '.join(KINDS)} (all but the last also .gz, .zst)"
+        remedy = AS_PARQUET.format("Dataset", "d.from_file('FILE')") if path.suffix == ".arrow" else endings
+        raise DataError(f"data: {source} has an unknown ending; {remedy}")
+    if not url and path.stat().st_size == 0:
+        raise DataError(f"data: {source} is empty")
+
+
+def _check_several(source: str, path: Path, split: str) -> None:
+    for name, rows in (("state.json", "d('FOLDER')"), ("dataset_dict.json", "d('FOLDER')['train']")):
+        if os.path.isfile(path / name):
+            remedy = AS_PARQUET.format("load_from_disk", rows)
+            raise DataError(f"data: {source} is a folder that save_to_disk wrote; {remedy}")
+    _check_no_split(source, split, "folder" if os.path.isdir(path) else "pattern")
+    read, others = several(source)
+    if not read:
+        found = f"none of its {len(others):,} files ends in one of" if others else "no file there ends in one of"
+        raise DataError(f"data: {source}: {found} {', '.join(KINDS)}; check the path")
+
+
+def _check_no_split(source: str, split: str, what: str) -> None:
+    if split != "train":
+        raise DataError(f"data.split={split} would be ignored: {source} is a {what}, it has no splits; remove it")
+
+
+def is_pattern(source: str) -> bool:
+    """Whether it names files as a shell does: texts/*.txt, texts/**/*.jsonl."""
+    return "://" not in source and glob.has_magic(source) and not os.path.exists(os.path.expanduser(source))
+
+
+def several(source: str) -> tuple[list[Path], list[Path]]:
+    """(files of rows, other files) of a folder with all below it, or of a pattern, in the order of their names.
+
+    Hidden ones are none of both.
+    """
+    place = os.path.expanduser(source)
+    pattern = place if is_pattern(source) else os.path.join(glob.escape(place), "**", "*")
+    found = sorted(Path(name) for name in glob.iglob(pattern, recursive=True) if os.path.isfile(name))
+    read = [path for path in found if kind(path.name)]
+    return read, [path for path in found if not kind(path.name)]
+
+
+def not_read(source: str) -> list[str]:
+    """Names of the files of a folder, or of a pattern, that are of an unknown kind."""
+    if "://" in source or not (os.path.isdir(os.path.expanduser(source)) or is_pattern(source)):
+        return []
+    return [path.name for path in several(source)[1]]
+
+
 def kind(source: str) -> str | None:
-    """jsonl, json, csv or parquet, by the ending; None for any other. Parquet compresses by itself."""
+    """jsonl, json, csv, text or parquet, by the ending; None for any other. Parquet compresses by itself."""
     path = Path(source.lower())
     compressed = path.suffix in COMPRESSIONS
     found = KINDS.get(Path(path.stem).suffix if compressed else path.suffix)
     return None if found == "parquet" and compressed else found
 
 
-def find(source: str) -> Path | None:
-    """The file of a source, downloaded once a process where it is behind a URL; None for a hub data set."""
+def find(source: str) -> list[Path]:
+    """The files of a source, downloaded once a process where it is behind a URL; none of a hub data set."""
     if "://" not in source:
         path = os.path.expanduser(source)
-        return Path(path) if os.path.isfile(path) else None
+        if os.path.isfile(path):
+            return [Path(path)]
+        return several(source)[0] if os.path.isdir(path) or is_pattern(source) else []
     import fsspec
 
     try:
         with fsspec.open(f"simplecache::{source}") as file:
-            return Path(file.name)  # of a temporary copy
+            return [Path(file.name)]  # of a temporary copy
     except ImportError as error:
         package = PACKAGES.get(source.partition("://")[0])
         remedy = f"pip install {package}=={fsspec.__version__}" if package else "download the file and name it"
@@ -95,14 +143,34 @@ def find(source: str) -> Path | None:
         raise DataError(f"data: {source} {why}") from error
 
 
-def read(source: str, path: Path, also: Collection[str]) -> Iterator[Chunk]:
-    """All rows of a file. Of Parquet only the columns that mean something, and `also`. Raises DataError."""
+def read_all(source: str, paths: list[Path], also: Collection[str], documents: str | None) -> Iterator[Chunk]:
+    """All rows of all files of a source, one file after the other. Raises DataError."""
+    if len(paths) == 1 and not is_pattern(source) and not os.path.isdir(os.path.expanduser(source)):
+        yield from read(source, paths[0], also, documents)
+        return
+    sizes = [path.stat().st_size for path in paths]
+    before = size_before = 0
+    for path, size in zip(paths, sizes, strict=True):
+        last = 0
+        for chunk in read(str(path), path, also, documents):
+            last = chunk.first + len(chunk) - 1
+            yield replace(chunk, before=before, done=(size_before + chunk.done * size) / max(1, sum(sizes)))
+        before, size_before = before + last, size_before + size
+
+
+def read(source: str, path: Path, also: Collection[str], documents: str | None = None) -> Iterator[Chunk]:
+    """All rows of a file. Of Parquet only the columns that mean something, and `also`; `documents` of a text, as in
+    settings.DataConfig. Raises DataError."""
     readers: dict[str, Any] = {"jsonl": _jsonl, "json": _json, "csv": _csv}
     try:
         if kind(source) == "parquet":
             from fasttune.data import arrow
 
             yield from arrow.parquet(source, path, also)
+        elif kind(source) == "text":
+            from fasttune.data import texts
+
+            yield from texts.read(source, path, documents)
         else:
             yield from readers[kind(source) or ""](source, path)
     except OSError as error:
@@ -111,7 +179,7 @@ def read(source: str, path: Path, also: Collection[str]) -> Iterator[Chunk]:
 
 
 @contextmanager
-def _opened(source: str, path: Path) -> Iterator[tuple[Any, Any, bytes]]:
+def opened(source: str, path: Path) -> Iterator[tuple[Any, Any, bytes]]:
     """(the file on the disk, what is in it, how that begins), after the mark of UTF-8. Other encodings are refused."""
     with path.open("rb") as raw:
         stream: Any = raw
@@ -132,7 +200,7 @@ def _opened(source: str, path: Path) -> Iterator[tuple[Any, Any, bytes]]:
 
 def _jsonl(source: str, path: Path) -> Iterator[Chunk]:
     size, number, rest = path.stat().st_size, 1, b""
-    with _opened(source, path) as (raw, stream, _):
+    with opened(source, path) as (raw, stream, _):
         try:
             while block := stream.read(BLOCK_BYTES):
                 head, newline, tail = block.rpartition(b"\n")
@@ -150,7 +218,7 @@ def _jsonl(source: str, path: Path) -> Iterator[Chunk]:
 
 def _json(source: str, path: Path) -> Iterator[Chunk]:
     """One JSON array of rows; a .json file that begins otherwise is JSONL under another name."""
-    with _opened(source, path) as (_, stream, start):
+    with opened(source, path) as (_, stream, start):
         if not start.lstrip().startswith(b"["):
             yield from _jsonl(source, path)
             return
@@ -163,7 +231,7 @@ def _json(source: str, path: Path) -> Iterator[Chunk]:
 
 def _csv(source: str, path: Path) -> Iterator[Chunk]:
     csv.field_size_limit(MAX_LINE_BYTES)
-    with _opened(source, path) as (raw, stream, _):
+    with opened(source, path) as (raw, stream, _):
         reader = csv.reader(io.TextIOWrapper(stream, "utf-8", newline=""), strict=True)
         try:
             names = next(reader, [])

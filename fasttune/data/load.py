@@ -1,39 +1,20 @@
-"""Config and tokenizer → Batches: every data set is recognised, encoded and split.
+"""Config and tokenizer → Batches: every data set is recognised, encoded (store.py) and split."""
 
-Tokens are made once for each content (file, template, tokenizer, settings), in memory that does not grow with the data:
-
-    <cache>/data/<key>/   ids.i32 (tokens) · learned.bool (tokens: whether supervised) · lengths.i32 (rows)
-                          numbers.i64 (rows) · manifest.json: CRC of each file, counts
-"""
-
-import hashlib
-import json
-import os
-import zlib
-from collections import Counter
 from collections.abc import Callable, Iterable, Iterator, Sequence
-from contextlib import ExitStack
-from dataclasses import astuple
-from itertools import chain, islice
 from pathlib import Path
 from typing import Any
 
 import numpy as np
 
-from fasttune import config as configuration, system
+from fasttune import config as configuration
 from fasttune.config import Config
-from fasttune.data import formats, sources, tokenize
+from fasttune.data import files, formats, sources, store, tokenize
 from fasttune.data.arithmetic import Part
 from fasttune.data.batching import Batches, Encoded
 from fasttune.data.formats import Row
 from fasttune.data.sources import Chunk
-from fasttune.data.tokenize import Block, Encoder, Recipe, Rows
+from fasttune.data.tokenize import Rows
 from fasttune.errors import DataError
-
-VERSION = 3  # raise it when the same recipe gives other tokens or counts
-ARRAYS = {"ids.i32": np.int32, "learned.bool": np.bool_, "lengths.i32": np.int32, "numbers.i64": np.int64}
-MAX_UNUSABLE_SHARE = 0.05
-POOL_FROM_CHUNKS = 24  # about 24 MB of JSONL: below, starting workers costs more than they save
 
 Progress = Callable[[str, float], None]  # what is being done, and the share of it that is
 
@@ -41,21 +22,31 @@ Progress = Callable[[str, float], None]  # what is being done, and the share of 
 def encode(config: Config, tokenizer: Any, packed: bool, progress: Progress) -> Batches:
     """All data sets as steps to train on, from the cache where they are there already. Raises DataError."""
     data, train = config.data, config.train
-    batches = Batches(
-        parts=[_encode_one(config, source, tokenizer, progress) for source in data.sources],
-        weights=list(data.sources.values()),
-        seed=config.seed,
-        eval_share=data.eval_share,
-        batch_rows=train.batch_rows,
-        micro_rows=train.batch_rows if train.micro_batch_rows == "auto" else train.micro_batch_rows,
-        max_length=config.model.max_length,
-        packed=packed,
-        pad_id=tokenizer.pad_token_id or 0,
-        group_by_prompt=train.group_by_prompt,
-    )
+    settings: dict[str, Any] = {
+        "parts": [_encode_one(config, source, tokenizer, progress) for source in data.sources],
+        "weights": list(data.sources.values()),
+        "seed": config.seed,
+        "eval_share": data.eval_share,
+        "batch_rows": train.batch_rows,
+        "micro_rows": train.batch_rows if train.micro_batch_rows == "auto" else train.micro_batch_rows,
+        "max_length": config.model.max_length,
+        "packed": packed,
+        "pad_id": tokenizer.pad_token_id or 0,
+    }
+    if data.layout == "concat":
+        from fasttune.data import corpus
+
+        batches: Batches = corpus.sequences(config, settings, lambda draw: _draw(config, draw, tokenizer, progress))
+    else:
+        batches = Batches(**settings, group_by_prompt=train.group_by_prompt)
     if not batches.rows_per_epoch:
         raise DataError(f"data.eval_share={data.eval_share:g} leaves no row to train on: lower it")
     return batches
+
+
+def _draw(config: Config, draw: int, tokenizer: Any, progress: Progress) -> list[Rows]:
+    """All data sets with their tokens split anew."""
+    return [_encode_one(config, source, tokenizer, progress, draw=draw) for source in config.data.sources]
 
 
 def held_out(config: Config, tokenizer: Any, batches: Batches, progress: Progress) -> tuple[list[Encoded], list[str]]:
@@ -64,6 +55,13 @@ def held_out(config: Config, tokenizer: Any, batches: Batches, progress: Progres
     Of all rows that something is measured on or shown of, those that are trained on too are counted.
     """
     count = config.eval.rows if config.eval.every != "never" else 0
+    if config.data.layout == "concat":
+        from fasttune.data import corpus
+
+        def encode_whole(source: str, part: Part) -> Rows:
+            return _encode_one(config, source, tokenizer, progress, part, vanilla=True)
+
+        return corpus.held_out(config, batches, count, encode_whole)
     if config.data.eval is not None:
         most = max(count, config.samples, config.eval.problems)
         if not most:
@@ -102,9 +100,10 @@ def overlap(batches: Batches, held_out: Iterable[Encoded]) -> str | None:
 
 
 def _hashes(ids: np.ndarray, supervised: np.ndarray) -> tuple[int, int | None]:
-    """Of a whole row and of its prompt, what comes before its first supervised token; plain text has none."""
+    """Of a whole row and of its prompt, what comes before its first supervised token; plain text has none: only its
+    first token, which nothing predicts."""
     answer = supervised.argmax()
-    return hash(ids.tobytes()), hash(b"prompt" + ids[:answer].tobytes()) if answer else None
+    return hash(ids.tobytes()), hash(b"prompt" + ids[:answer].tobytes()) if answer > 1 else None
 
 
 def texts(batches: Batches, held_out: Sequence[Encoded] = ()) -> Iterator[tuple[str, Any]]:
@@ -116,30 +115,61 @@ def texts(batches: Batches, held_out: Sequence[Encoded] = ()) -> Iterator[tuple[
 
 
 def _encode_one(
-    config: Config, source: str, tokenizer: Any, progress: Progress, part: Part = "train", max_rows: int | None = None
+    config: Config,
+    source: str,
+    tokenizer: Any,
+    progress: Progress,
+    part: Part = "train",
+    max_rows: int | None = None,
+    vanilla: bool = False,
+    draw: int = 0,
 ) -> Rows:
+    """The rows of a source. vanilla: with their tokens as they are, also where the config splits some at random, which
+    it does anew in each `draw`."""
     data = config.data
     split = data.split if part == "train" else data.held_out_split
     max_rows = max_rows or data.max_rows
-    what = f"reading and tokenising {source}"
+    what = f"reading and tokenising {source}" + (f", draw {draw + 1}" if draw else "")
     progress(what, 0.0)
-    form, columns = form_of(config, source, split)
-    settings = data.train_on, config.model.max_length, data.too_long, tuple(data.allow_lost), data.control_tokens
-    recipe = tokenize.recipe_of(tokenizer, form, columns, *settings)
-    key = f"{sources.fingerprint(source, part, split)} {max_rows}"
+    recipe = _recipe(config, source, split, tokenizer, vanilla or part == "test", draw)
+    if recipe is None:
+        from fasttune.data import corpus
 
-    def chunks() -> Iterator[Chunk]:
-        return sources.read(source, part, split, max_rows, data.streaming, data.columns.values())
+        rows = corpus.tokenized(source, len(tokenizer), max_rows, lambda share: progress(what, share))
+    else:
+        key = f"{sources.fingerprint(source, part, split)} {max_rows} {data.documents}"
 
-    rows = stored(source, key, recipe, chunks, lambda share: progress(what, share))
+        def chunks() -> Iterator[Chunk]:
+            also = data.columns.values()
+            return sources.read(source, part, split, max_rows, data.streaming, also, data.documents)
+
+        rows = store.stored(source, key, recipe, chunks, lambda share: progress(what, share))
+        rows.counts.update(f"not read: {name}" for name in files.not_read(source))
     progress(what, 1.0)
     return rows
+
+
+def _recipe(
+    config: Config, source: str, split: str, tokenizer: Any, vanilla: bool, draw: int
+) -> tokenize.Recipe | None:
+    """How a source is encoded; None for one that holds tokens. Raises DataError."""
+    data = config.data
+    form, columns = form_of(config, source, split)
+    settings = data.train_on, config.model.max_length, data.too_long, tuple(data.allow_lost), data.control_tokens
+    if data.layout == "rows" and data.tokenization == "vanilla":
+        return tokenize.recipe_of(tokenizer, form, columns, *settings)
+    from fasttune.data import corpus
+
+    return corpus.recipe_of(config, source, tokenizer, form, columns, settings, vanilla, draw)
 
 
 def form_of(config: Config, source: str, split: str | None = None) -> tuple[str, dict[str, str]]:
     """(format, columns to rename) of a source, by its first row. Raises DataError."""
     data = config.data
-    rows = sources.first_rows(source, "train", split or data.split, 1, data.streaming, data.columns.values())
+    if source.endswith(files.TOKENS):
+        return "text", {}
+    also, split = data.columns.values(), split or data.split
+    rows = sources.first_rows(source, "train", split, 1, data.streaming, also, documents=data.documents)
     for _, place, row in rows:
         return form_by(config, source, row, place)
     raise DataError(f"data: {source} holds no rows")
@@ -176,7 +206,8 @@ def describe(data: Batches) -> list[str]:
     found = []
     for rows, weight, (_, held_out) in zip(data.parts, data.weights, data.split, strict=True):
         counts, tokens = rows.counts, rows.counts["tokens"]
-        parts = [f"{rows.source}: {len(rows):,} rows, {tokens:,} tokens ({tokens / len(rows):.0f} a row)"]
+        each = data.unit.removesuffix("s")
+        parts = [f"{rows.source}: {len(rows):,} {data.unit}, {tokens:,} tokens ({tokens / len(rows):.0f} a {each})"]
         parts[0] += f", {counts['supervised']:,} supervised"
         parts += [f"{weight:g} × an epoch"] if weight != 1 else []
         parts += [f"{len(held_out):,} held out"] if len(held_out) else []
@@ -185,9 +216,16 @@ def describe(data: Batches) -> list[str]:
             for name in sorted(counts)
             if name.startswith(("truncated", "split", "dropped", "lost: ", "control token: ", "only text: "))
         ]
-        unused = sorted(name.removeprefix("not used: ") for name in counts if name.startswith("not used: "))
-        parts += [f"not used: {', '.join(unused[:8])}{' …' * (len(unused) > 8)}"] if unused else []
+        if before := counts["tokenization: tokens before"]:
+            after = counts["tokenization: tokens after"]
+            parts.append(f"tokens split at random: {before:,} → {after:,} ({after / before:.3f} ×)")
+        for kind in ("not used: ", "not read: "):
+            names = sorted(name.removeprefix(kind) for name in counts if name.startswith(kind))
+            parts += [f"{kind}{', '.join(names[:8])}{' …' * (len(names) > 8)}"] if names else []
         found.append("; ".join(parts))
+    if data.unit == "documents":
+        many = f"{data.rows_per_epoch:,} sequences of {data.max_length:,} tokens an epoch"
+        found.append(f"documents end to end: {many}, shuffled anew in each")
     if data.group_by_prompt:
         all_rows, prompts = len(data.prompts), len(set(data.prompts.tolist()))
         found.append(
@@ -196,98 +234,3 @@ def describe(data: Batches) -> list[str]:
             else "train.group_by_prompt changes nothing: each row has a prompt of its own"
         )
     return found
-
-
-def stored(
-    source: str, key: str, recipe: Recipe, chunks: Callable[[], Iterator[Chunk]], progress: Callable[[float], None]
-) -> Rows:
-    """The rows of a source, from the cache or made now. `key` is the hash of its content; `progress` takes the share of
-    it that is encoded, 0 to 1.
-
-    Raises DataError for a row of a wrong form, for no row left, and when over MAX_UNUSABLE_SHARE of the rows teach
-    nothing (one is shown).
-    """
-    name = hashlib.sha256(json.dumps([VERSION, key, *astuple(recipe)], default=str).encode()).hexdigest()[:32]
-    folder = system.cache_root() / "data" / name
-    if rows := _open(folder, source):
-        return rows
-    system.discard_cached(
-        folder, lambda found: _open(found, source) is not None
-    )  # torn or changed: never used, made again
-    made = _open(
-        system.cached_folder(f"data/{name}", lambda made: _make(made, source, recipe, chunks(), progress)), source
-    )
-    assert made is not None
-    return made
-
-
-def _open(folder: Path, source: str) -> Rows | None:
-    """An entry of the cache, every byte of it checked; None where it is not there or not whole."""
-    try:
-        manifest = json.loads((folder / "manifest.json").read_text(encoding="utf-8"))
-        files: list[Any] = [np.memmap(folder / name, dtype, mode="r") for name, dtype in ARRAYS.items()]
-        if any(zlib.crc32(file) != manifest["crc32"][name] for name, file in zip(ARRAYS, files, strict=True)):
-            return None
-        ids, supervised, lengths, numbers = files
-        starts = np.concatenate([[0], np.cumsum(lengths, dtype=np.int64)])
-        checksum = f"{zlib.crc32(json.dumps(manifest['crc32'], sort_keys=True).encode()):08x}"
-        return Rows(source, ids, supervised, starts, numbers, Counter(manifest["counts"]), checksum)
-    except (OSError, ValueError, KeyError, TypeError):
-        return None
-
-
-def _make(
-    folder: Path, source: str, recipe: Recipe, chunks: Iterator[Chunk], progress: Callable[[float], None]
-) -> None:
-    counts, examples, checks = Counter[str](), dict[str, str](), dict.fromkeys(ARRAYS, 0)
-    with ExitStack() as stack:
-        out = {name: stack.enter_context((folder / name).open("wb")) for name in ARRAYS}
-        for block, done in _blocks(recipe, chunks):
-            for name, each in zip(ARRAYS, (block.ids, block.supervised, block.lengths, block.numbers), strict=True):
-                data = each.tobytes()
-                checks[name] = zlib.crc32(data, checks[name])
-                out[name].write(data)
-            counts.update(block.counts)
-            counts["kept"] += len(block.lengths)
-            counts["tokens"] += len(block.ids)
-            counts["supervised"] += int(block.supervised.sum())
-            examples = block.examples | examples
-            progress(done)
-    _check_enough_left(source, counts, examples, recipe.max_length)
-    (folder / "manifest.json").write_text(json.dumps({"crc32": checks, "counts": counts}), encoding="utf-8")
-
-
-def _check_enough_left(source: str, counts: Counter[str], examples: dict[str, str], max_length: int) -> None:
-    reasons = {name.removeprefix("dropped: "): n for name, n in counts.items() if name.startswith("dropped: ")}
-    unusable = sum(reasons.values())
-    if not counts["rows"]:
-        raise DataError(f"data: {source} holds no rows")
-    if unusable > MAX_UNUSABLE_SHARE * counts["rows"]:
-        listed = ", ".join(f"{n:,} {reason}" for reason, n in sorted(reasons.items(), key=lambda item: -item[1]))
-        worst = max(reasons, key=lambda reason: reasons[reason])
-        raise DataError(
-            f"data: {unusable:,} of {counts['rows']:,} rows of {source} teach nothing ({listed}): fix or remove them. "
-            f"One of them: {examples[worst]!r}"
-        )
-    if not counts["kept"]:
-        raise DataError(
-            f"data: no row of {source} is left; all {counts['rows']:,} are longer than model.max_length={max_length}: "
-            "raise it, or set data.too_long=truncate"
-        )
-
-
-def _blocks(recipe: Recipe, chunks: Iterator[Chunk]) -> Iterator[tuple[Block, float]]:
-    """(block, share of the source that is done) in the order of the chunks; few are encoded in this process."""
-    first = list(islice(chunks, POOL_FROM_CHUNKS))
-    workers = len(os.sched_getaffinity(0))
-    if len(first) < POOL_FROM_CHUNKS or workers == 1:
-        encoder = Encoder(recipe)
-        for chunk in chain(first, chunks):
-            os.environ["TOKENIZERS_PARALLELISM"] = "true"  # the tokenizer's own threads, and only for this
-            block = encoder.encode(chunk)
-            os.environ["TOKENIZERS_PARALLELISM"] = "false"
-            yield block, chunk.done
-        return
-    from fasttune.data import workers as pool
-
-    yield from pool.blocks(recipe, chain(first, chunks), workers)

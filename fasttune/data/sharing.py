@@ -112,9 +112,13 @@ def _first(true: np.ndarray) -> int:
 
 
 def prompts(rows: Iterable[Encoded]) -> np.ndarray:
-    """A number for each row, the same where all before the first supervised token is the same: (rows,)."""
+    """A number for each row, the same where all before the first supervised token is the same: (rows,).
+
+    Plain text has no prompt, only a first token that nothing predicts: the same text has the same number.
+    """
     numbers: dict[bytes, int] = {}
-    keys = (hashlib.blake2b(ids[: _first(supervised)].tobytes(), digest_size=16).digest() for ids, supervised in rows)
+    parts = (ids[:answer] if (answer := _first(supervised)) > 1 else ids for ids, supervised in rows)
+    keys = (hashlib.blake2b(part.tobytes(), digest_size=16).digest() for part in parts)
     return np.array([numbers.setdefault(key, len(numbers)) for key in keys])
 
 

@@ -24,12 +24,15 @@ INT_DIGITS = 600  # Python reads no longer integers than a limit, which is nowhe
 
 @dataclass(frozen=True)
 class Chunk:
-    """Unparsed lines of JSONL, or rows. first: number of the first, from 1. done: share of the source read then."""
+    """Unparsed lines of JSONL, or rows. first: number of the first in its file, from 1. done: share of the source read
+    then. before: how many are in the files before this one, of a folder.
+    """
 
     source: str
     first: int
     done: float
     rows: list[Any]
+    before: int = 0
 
     def __len__(self) -> int:
         return len(self.rows)
@@ -38,10 +41,10 @@ class Chunk:
         """(number, place for an error, row) of each row; blank lines are skipped. Raises DataError."""
         for number, row in enumerate(self.rows, self.first):
             if isinstance(row, dict):
-                yield number, f"{self.source} row {number}", row
+                yield self.before + number, f"{self.source} row {number}", row
             elif row.strip():
                 place = f"{self.source} line {number}"
-                yield number, place, parse(row, place)
+                yield self.before + number, place, parse(row, place)
 
 
 def check_source(source: str, split: str = "train") -> None:
@@ -62,9 +65,11 @@ def read(
     max_rows: int | None = None,
     streaming: bool = False,
     also: Collection[str] = (),
+    documents: str | None = None,
 ) -> Iterator[Chunk]:
     """The rows of a source in its order, chunk by chunk. `part` is of a built-in set, `split` of a hub set, which
-    `streaming` reads without downloading all of it first; `also`: columns to read beside those that formats.is_read.
+    `streaming` reads without downloading all of it first; `also`: columns to read beside those that formats.is_read;
+    `documents`: what a row of a text is.
     """
     check_source(source, split)
     if source == BUILTIN:
@@ -73,8 +78,9 @@ def read(
     else:
         from fasttune.data import arrow, files
 
-        path = files.find(source)
-        chunks = files.read(source, path, also) if path else arrow.hub(source, split, streaming, also)
+        paths = files.find(source)
+        all_of_it = files.read_all(source, paths, also, documents) if paths else None
+        chunks = all_of_it or arrow.hub(source, split, streaming, also)
     if max_rows is None:
         yield from chunks
         return
@@ -88,10 +94,10 @@ def read(
 
 
 def first_rows(
-    source: str, part: arithmetic.Part, split: str, rows: int, streaming: bool = False, also: Collection[str] = ()
+    source: str, part: arithmetic.Part, split: str, rows: int, *how: Any, **more: Any
 ) -> Iterator[tuple[int, str, Row]]:
-    """The first rows of a source, as Chunk.numbered gives them."""
-    for chunk in read(source, part, split, rows, streaming, also):
+    """The first rows of a source, as Chunk.numbered gives them; the others as `read` takes them."""
+    for chunk in read(source, part, split, rows, *how, **more):
         yield from chunk.numbered()
 
 
@@ -101,14 +107,18 @@ def fingerprint(source: str, part: arithmetic.Part, split: str) -> str:
         return hashlib.sha256(json.dumps(arithmetic.generate(part, rows=BUILTIN_ROWS[part])).encode()).hexdigest()
     from fasttune.data import arrow, files
 
-    path = files.find(source)
-    if path is None:
+    paths = files.find(source)
+    if not paths:
         return f"{source} {split} {arrow.revision(source)}"
+    whole = hashlib.sha256()
     try:
-        with path.open("rb") as file:
-            return hashlib.file_digest(file, "sha256").hexdigest()
+        for path in paths:
+            with path.open("rb") as file:
+                digest = hashlib.file_digest(file, "sha256").hexdigest()
+            whole.update(f"{path.name} {digest}".encode())
     except OSError as error:
         raise DataError(f"data: {source} cannot be read: {error.strerror}") from error
+    return digest if len(paths) == 1 else whole.hexdigest()
 
 
 def grouped(source: str, rows: Iterator[Row], done: Callable[[int], float]) -> Iterator[Chunk]:

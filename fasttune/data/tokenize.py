@@ -39,6 +39,8 @@ class Recipe:
     too_long: str  # truncate | drop | split
     allow_lost: tuple[str, ...] = ()  # of settings.LOSSES
     control_tokens: str = "keep"  # keep | text
+    splitting: Any = None  # a subword.Splitting: of plain text, tokens are split at random
+    seed: tuple[int, int] = (0, 0)  # of the splits: the run's, and how often they were drawn before
 
 
 @dataclass
@@ -59,11 +61,14 @@ class Block:
 
 @dataclass
 class Rows:
-    """Encoded rows of one source. ids, supervised: (tokens,) on disk; starts: (rows + 1,); numbers: (rows,)."""
+    """Encoded rows of one source. ids, supervised: (tokens,) on disk; starts: (rows + 1,); numbers: (rows,).
+
+    supervised: None where every token is.
+    """
 
     source: str
     ids: np.ndarray
-    supervised: np.ndarray
+    supervised: np.ndarray | None
     starts: np.ndarray
     numbers: np.ndarray
     counts: Counter[str]
@@ -80,7 +85,8 @@ class Rows:
     def row(self, index: int) -> tuple[np.ndarray, np.ndarray]:
         """(ids, supervised) of a row, both (length,)."""
         inside = slice(self.starts[index], self.starts[index + 1])
-        return self.ids[inside], self.supervised[inside]
+        ids = self.ids[inside]
+        return ids, np.ones(len(ids), np.bool_) if self.supervised is None else self.supervised[inside]
 
 
 def recipe_of(tokenizer: Any, form: str, columns: dict[str, str], *settings: Any) -> Recipe:
@@ -107,6 +113,11 @@ class Encoder:
         self.tokenizer.no_padding()
         self.tokenizer.no_truncation()
         self.control = ControlTokens(self.tokenizer)
+        self.splitter: Any = None
+        if recipe.splitting is not None:
+            from fasttune.data import subword
+
+            self.splitter = subword.Splitter(self.tokenizer, recipe.splitting)
         self.refused = 0  # rows, by the chat template
 
     def encode(self, chunk: Chunk) -> Block:
@@ -138,6 +149,9 @@ class Encoder:
                 row_ids, tokens = as_text.encode(self.tokenizer, text, spans, apart)
             else:
                 row_ids, tokens = encoding.ids, token_spans(encoding, len(text), spans)
+            if self.splitter:
+                row_ids = self._split(number, row_ids, counts)
+                tokens = [(0, len(row_ids))]
             pieces = self._pieces(len(row_ids), [span for span in tokens if span[0] < span[1]], counts)
             for start, end, inside in pieces:
                 supervised += [(len(ids) + a, len(ids) + b) for a, b in inside]
@@ -152,6 +166,19 @@ class Encoder:
             mask[start:end] = True
         lengths, numbers = np.array(kept, np.int64).reshape(-1, 2).T
         return Block(np.array(ids, np.int32), mask, lengths.astype(np.int32), numbers.copy(), counts, examples)
+
+    def _split(self, number: int, ids: list[int], counts: Counter[str]) -> list[int]:
+        """A text's tokens, some of them split; never its BOS and EOS. By (seed, draw, number): of any process."""
+        special = self.recipe.template
+        first = int(ids[:1] == [self.tokenizer.token_to_id(special.bos)]) if special.bos else 0
+        last = len(ids) - int(ids[-1:] == [self.tokenizer.token_to_id(special.eos)]) if special.eos else len(ids)
+        rng = np.random.default_rng([*self.recipe.seed, number])
+        inside = self.splitter.apply(ids[first:last], rng)
+        counts["tokenization: tokens before"] += last - first
+        counts["tokenization: tokens after"] += len(inside)
+        counts.update({f"tokenization: {name}": count for name, count in self.splitter.counts.items()})
+        self.splitter.counts.clear()
+        return [*ids[:first], *inside, *ids[last:]]
 
     def _text(self, number: int, place: str, row: Row, counts: Counter[str]) -> tuple[str, list[Span], list[Span]]:
         """(text, its supervised spans, where it has control tokens that are text) of a row.

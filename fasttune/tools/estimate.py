@@ -141,9 +141,8 @@ def lay_out(data: Batches, steps: int) -> Sample:
     done = rows = tokens = 0
     one_length = True
     while done < min(steps, SAMPLED_STEPS) and tokens < SAMPLED_TOKENS:
-        of_step = data.rows_of(done)
-        rows += len(of_step)
-        tokens += sum(len(data.parts[part].row(row)[0]) for part, row in of_step)
+        rows += len(data.rows_of(done))
+        tokens += data.tokens_of(done)
         for batch in data.micro_batches(done):
             found.append(Workload.of(batch, IGNORE))
             one_length = one_length and "packed_seq_lengths" not in batch

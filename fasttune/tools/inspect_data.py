@@ -54,6 +54,7 @@ class DataSet:
     rows_with_unused: dict[str, int]  # what is not used (column id, from of a turn) or is only text (<image>) → rows
     rows_lost: dict[str, int]  # what the chat template leaves out → rows
     rows_with_control_tokens: dict[str, int]  # token → rows that have it in what a turn says
+    files_not_read: list[str]  # of a folder, for their endings
     tokens: int  # of the kept rows
     learned_tokens: int
 
@@ -126,6 +127,7 @@ class DataFigures:
     rows_per_step: int
     rows_per_epoch: int
     steps_per_epoch: int
+    layout: str  # data.layout: with concat a row of an epoch is a sequence, and all others are documents
     lengths: Lengths
     padding: PaddedShare
     shown: list[Row]
@@ -178,6 +180,7 @@ def measure(
         rows_per_step=data.batch_rows,
         rows_per_epoch=data.rows_per_epoch,
         steps_per_epoch=data.steps_per_epoch,
+        layout=config.data.layout,
         lengths=_lengths(lengths),
         padding=_padding(data, data.total_steps(config.train.epochs, config.train.max_steps)),
         shown=_first_rows(data, tokenizer, min(rows, data.rows_per_epoch)),
@@ -206,6 +209,7 @@ def _data_set(rows: Rows, weight: float, held_out: int) -> DataSet:
         rows_with_unused=named("not used: ", "only text: "),
         rows_lost=of("lost: "),
         rows_with_control_tokens=of("control token: "),
+        files_not_read=list(of("not read: ")),
         tokens=counts["tokens"],
         learned_tokens=counts["supervised"],
     )
@@ -230,7 +234,7 @@ def _padding(data: Batches, steps: int) -> PaddedShare:
     packed, padded = (lay_out(replace(data, packed=way, least_shared=0), steps) for way in (True, False))
     shares = [1 - each.tokens / each.cells for each in (padded, packed)]
     computed = data.computed_tokens(packed.steps, data.micro_rows)
-    grouped = replace(data, group_by_prompt=True)
+    grouped = replace(data, group_by_prompt=data.unit == "rows")
     share = grouped.computed_tokens(packed.steps, data.micro_rows) / sum(map(grouped.tokens_of, range(packed.steps)))
     return PaddedShare(padded.steps, data.micro_rows, shares[0], shares[1], packed.tokens, computed, share)
 
@@ -239,12 +243,11 @@ def _first_rows(data: Batches, tokenizer: Any, wanted: int) -> list[Row]:
     """The first rows of the run, in the order they are trained."""
     found: list[Row] = []
     steps = range(math.ceil(wanted / data.batch_rows))
-    for part, index in [each for step in steps for each in data.rows_of(step)][:wanted]:
-        rows = data.parts[part]
-        ids, mask = rows.row(index)
-        supervised = labels(ids, mask) != IGNORE
-        pieces = _pieces(tokenizer, ids.tolist(), supervised)
-        found.append(Row(rows.source, int(rows.numbers[index]), len(ids), int(supervised.sum()), pieces))
+    for source, number, rows in [each for step in steps for each in data.items(step)][:wanted]:
+        parts = [(ids.tolist(), labels(ids, mask) != IGNORE) for ids, mask in rows]
+        pieces = [piece for ids, supervised in parts for piece in _pieces(tokenizer, ids, supervised)]
+        tokens, learned = sum(len(ids) for ids, _ in parts), sum(int(supervised.sum()) for _, supervised in parts)
+        found.append(Row(source, number, tokens, learned, pieces))
     return found
 
 
@@ -288,6 +291,7 @@ def show(figures: DataFigures, console: Console = terminal.console) -> None:
     indented(Text.assemble(marked("supervised", True), between, marked("only read", False)))
     for row in figures.shown:
         unit = "line" if files.kind(row.source) == "jsonl" else "row"
+        unit = "sequence" if figures.layout == "concat" else unit
         place = f"{unit} {row.number:,} of {Path(row.source).name}"
         counts = f" · {row.tokens:,} tokens, {row.learned_tokens:,} supervised"
         text = Text.assemble(*(marked(_clip(piece), supervised) for piece, supervised in row.pieces))
@@ -307,6 +311,7 @@ def _sets(figures: DataFigures) -> list[RenderableType]:
         held = f", {each.rows_held_out:,} of them held out" if each.rows_held_out else ""
         lines.append(Text(f"  {each.rows_read:,} rows read, {each.rows_kept:,} kept{held} · {tokens(each)}"))
         unused = [f"  {_rows(n)}: {what}" for what, n in each.rows_with_unused.items()][:20]
+        unused += [f"  not read: {', '.join(each.files_not_read[:8])}"] if each.files_not_read else []
         lines += [Text(_visible(text), style="dim") for text in unused]
         losses = [f"  {_rows(n)} ({n / each.rows_read:.1%}) {what}" for what, n in _losses(each, figures) if n]
         lines += [Text(_visible(text), style="yellow") for text in losses]
@@ -315,7 +320,8 @@ def _sets(figures: DataFigures) -> list[RenderableType]:
         lines.append(Text("together", style="bold"))
         lines.append(Text(f"  {figures.rows:,} rows kept · {tokens(figures)}"))
     steps = f"{steps_text(figures.steps_per_epoch)} of {figures.rows_per_step:,}"
-    lines.append(Text(f"an epoch is {figures.rows_per_epoch:,} rows, in {steps}", style="dim"))
+    rows = f"sequences of {figures.max_length_tokens:,} tokens" if figures.layout == "concat" else "rows"
+    lines.append(Text(f"an epoch is {figures.rows_per_epoch:,} {rows}, in {steps}", style="dim"))
     lines += [Text(f"chat template: {what}: {why}", style="dim") for what, why in figures.template_changes]
     return lines + [Text(_visible(warning), style="yellow") for warning in figures.warnings]
 

@@ -19,7 +19,7 @@ from fasttune.config import Config
 from fasttune.core import autoconfig, prepare, pretrained, remedies
 from fasttune.core.memory import Shape
 from fasttune.core.ranks import divided_is_asked_for
-from fasttune.data import chat, load, sources
+from fasttune.data import chat, files, load, sources
 from fasttune.errors import ConfigError, DataError, in_one_line
 from fasttune.hardware import Hardware
 from fasttune.metrics import Forecast, Roofline, Setting
@@ -113,18 +113,18 @@ def _sample(config: Config) -> tuple[Config, float]:
     most = config.data.max_rows
     whole = read = 0.0
     for source, weight in config.data.sources.items():
-        rows = _rows_of(source, config.data.split)
+        rows = _rows_of(source, config.data.split, config.data.documents)
         whole += weight * (rows if most is None else min(rows, most))
         read += weight * min(rows, SAMPLED_ROWS, most or SAMPLED_ROWS)
     hub = any(looks_like_hub(source) for source in (*config.data.sources, config.data.eval or ""))
     if whole == read and not hub:
         return config, 1.0
     # Past the check of the settings, which lets nobody stream data.eval alone.
-    data = config.data.model_copy(update={"max_rows": min(most or SAMPLED_ROWS, SAMPLED_ROWS), "streaming": hub})
-    return config.model_copy(update={"data": data}), whole / read
+    fewer = {"max_rows": min(most or SAMPLED_ROWS, SAMPLED_ROWS), "streaming": hub, "redraw": False}
+    return config.model_copy(update={"data": config.data.model_copy(update=fewer)}), whole / read
 
 
-def _rows_of(source: str, split: str) -> int:
+def _rows_of(source: str, split: str, documents: str | None) -> int:
     """Rows of a source: counted as far as SAMPLED_ROWS, then by the share of the file that they are; of a hub set what
     the hub says, without downloading it. Raises DataError.
     """
@@ -135,8 +135,12 @@ def _rows_of(source: str, split: str) -> int:
         fix = "give a file, or download the set and name the file"
         with in_one_line(DataError, f"data: the hub does not say how many rows {source} has", fix):
             return int(datasets.load_dataset_builder(name, subset or None).info.splits[split].num_examples)
+    if source.endswith(files.TOKENS):
+        from fasttune.data import megatron
+
+        return len(megatron.read(source))
     rows = 0
-    for chunk in sources.read(source, "train", split):
+    for chunk in sources.read(source, "train", split, documents=documents):
         rows += len(chunk)
         if rows >= SAMPLED_ROWS:
             return round(rows / chunk.done)

@@ -1,0 +1,119 @@
+"""What continued pretraining needs beside rows: documents end to end (sequences.py), tokens that are split at random
+(subword.py), and files of tokens (megatron.py), each loaded where it is asked for.
+"""
+
+import math
+import sys
+import zlib
+from collections import Counter
+from collections.abc import Callable
+from dataclasses import replace
+from typing import Any
+
+import numpy as np
+
+from fasttune.config import Config
+from fasttune.data import tokenize
+from fasttune.data.arithmetic import Part
+from fasttune.data.batching import Batches
+from fasttune.data.files import TOKENS
+from fasttune.data.sequences import Sequences, Stream
+from fasttune.data.sharing import Encoded
+from fasttune.data.tokenize import Recipe, Rows
+from fasttune.errors import DataError
+
+BLOCK = 1 << 22  # tokens of a checksum at once
+STOCHASTOK_P, EXPAND_SHARE, CONTRACT_SHARE = 0.1, 0.3, 0.3  # github.com/anyasims/stochastok; its Filipino recipe
+
+
+def recipe_of(
+    config: Config,
+    source: str,
+    tokenizer: Any,
+    form: str,
+    columns: dict[str, str],
+    settings: tuple[Any, ...],
+    vanilla: bool,
+    draw: int,
+) -> Recipe | None:
+    """As tokenize.recipe_of, of plain text; None for a file of tokens. Raises DataError."""
+    data, splits = config.data, not vanilla and config.data.tokenization != "vanilla"
+    if source.endswith(TOKENS):
+        if splits:
+            raise DataError(f"data: {source} holds tokens already, data.tokenization={data.tokenization} needs text")
+        return None
+    if form != "text":
+        what = "layout=concat" if data.layout == "concat" else f"tokenization={data.tokenization}"
+        raise DataError(f"data: {source} has the form {form}: data.{what} is for plain text, rows with a `text`")
+    recipe = tokenize.recipe_of(tokenizer, form, columns, *settings)
+    if data.layout == "concat":
+        if not recipe.template.eos:
+            raise DataError("model.name: its tokenizer has no EOS, with which data.layout=concat ends a document")
+        recipe = replace(recipe, max_length=sys.maxsize, too_long="split")  # documents whole: they are cut later
+    return replace(recipe, splitting=splitting(config), seed=(config.seed, draw)) if splits else recipe
+
+
+def splitting(config: Config) -> Any:
+    """How data.tokenization splits tokens, a subword.Splitting. Raises DataError for affixes that cannot be read."""
+    from fasttune.data import subword
+
+    data = config.data
+    if data.tokenization == "stochastok":
+        return subword.Splitting("stochastok", stochastok_p=_or(data.stochastok_p, STOCHASTOK_P))
+    shares = _or(data.expand_share, EXPAND_SHARE), _or(data.contract_share, CONTRACT_SHARE)
+    affixes = subword.affixes_of(data.affixes or "")
+    return subword.Splitting("patok", expand_share=shares[0], contract_share=shares[1], affixes=affixes)
+
+
+def _or(value: float | None, default: float) -> float:
+    return default if value is None else value
+
+
+def tokenized(source: str, vocabulary: int, max_documents: int | None, progress: Callable[[float], None]) -> Rows:
+    """The documents of Megatron's PREFIX.bin and PREFIX.idx. Raises DataError, also for ids beyond the vocabulary."""
+    from fasttune.data import megatron
+
+    found = megatron.read(source)
+    if (largest := found.largest_id(progress)) >= vocabulary:
+        told = f"holds the token id {largest:,}, the tokenizer of the model has {vocabulary:,} tokens"
+        raise DataError(f"data: {source} {told}: tokenise the text again, `fasttune tokenize`, or name its model")
+    starts = found.starts[: None if max_documents is None else max_documents + 1]
+    lengths = np.diff(starts)
+    counts = {"rows": len(lengths), "kept": len(lengths), "tokens": int(starts[-1]), "supervised": int(starts[-1])}
+    numbers = np.arange(1, len(lengths) + 1)
+    checksum = zlib.crc32(starts.tobytes())
+    for start in range(0, int(starts[-1]), BLOCK):
+        checksum = zlib.crc32(found.ids[start : start + BLOCK].tobytes(), checksum)
+    return Rows(source, found.ids, None, starts, numbers, Counter(counts), f"{checksum:08x}")
+
+
+def sequences(config: Config, settings: dict[str, Any], draw: Callable[[int], list[Rows]]) -> Sequences:
+    """The steps of data.layout=concat; `draw` gives the documents of another epoch, where each splits tokens anew."""
+    made = Sequences(**settings, cross_document=config.data.cross_document)
+    if config.data.redraw and made.rows_per_epoch:
+        steps = made.total_steps(config.train.epochs, config.train.max_steps)
+        epochs = math.ceil(steps / made.steps_per_epoch)
+        made.draws = [made.parts, *map(draw, range(1, epochs))]
+    return made
+
+
+def held_out(
+    config: Config, batches: Batches, count: int, encode: Callable[[str, Part], Rows]
+) -> tuple[list[Encoded], list[str]]:
+    """What `count` sequences of held-out documents consist of, evenly spread over them, and what to warn of.
+
+    Their tokens are as the tokenizer makes them, whatever the training ones are.
+    """
+    data = config.data
+    if data.eval is not None:
+        rows = encode(data.eval, "test")
+        parts = [(rows, np.arange(len(rows)))]
+    else:
+        whole = batches.parts if data.tokenization == "vanilla" else [encode(name, "train") for name in data.sources]
+        split = zip(whole, batches.parts, batches.split, strict=True)
+        parts = [(rows, np.flatnonzero(np.isin(rows.numbers, old.numbers[held]))) for rows, old, (_, held) in split]
+    streams = [Stream(rows, chosen, config.model.max_length, data.cross_document) for rows, chosen in parts]
+    places = [(stream, number) for stream in streams for number in range(len(stream))]
+    count = min(count, len(places))
+    chosen = [places[at * len(places) // count] for at in range(count)]
+    return [row for stream, number in chosen for row in stream[number]], []
