@@ -56,12 +56,13 @@ def recipe_of(
 def splitting(config: Config) -> Any:
     """How data.tokenization splits tokens, a subword.Splitting. Raises DataError for affixes that cannot be read."""
     from fasttune.data import subword
+    from fasttune.data.affix_lists import affixes_of
 
     data = config.data
     if data.tokenization == "stochastok":
         return subword.Splitting("stochastok", stochastok_p=_or(data.stochastok_p, STOCHASTOK_P))
     shares = _or(data.expand_share, EXPAND_SHARE), _or(data.contract_share, CONTRACT_SHARE)
-    affixes = subword.affixes_of(data.affixes or "")
+    affixes = affixes_of(data.affixes or "")
     return subword.Splitting("patok", expand_share=shares[0], contract_share=shares[1], affixes=affixes)
 
 

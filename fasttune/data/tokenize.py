@@ -174,8 +174,6 @@ class Encoder:
         last = len(ids) - int(ids[-1:] == [self.tokenizer.token_to_id(special.eos)]) if special.eos else len(ids)
         rng = np.random.default_rng([*self.recipe.seed, number])
         inside = self.splitter.apply(ids[first:last], rng)
-        counts["tokenization: tokens before"] += last - first
-        counts["tokenization: tokens after"] += len(inside)
         counts.update({f"tokenization: {name}": count for name, count in self.splitter.counts.items()})
         self.splitter.counts.clear()
         return [*ids[:first], *inside, *ids[last:]]
