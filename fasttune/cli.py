@@ -151,6 +151,10 @@ def _with_config(commands: Any) -> None:
     add = command("data", "show the rows as they will be trained; trains nothing", data)
     add("--rows", type=int, default=3, metavar="N", help="rows to print (default 3)")
 
+    about, lost = "plain text as Megatron's .bin and .idx, in the tokenisation of the config", "; nothing was written"
+    add = command("tokenize", about, tokenize, lost)
+    add("--out", required=True, metavar="PREFIX", help="PREFIX.bin and PREFIX.idx, which must not be there")
+
     add = command("plan", "settings, memory, time and cost of a run; trains nothing", plan)
     add("--gpu", metavar="GPU", help="plan for another GPU than this machine's: h100-80, h200-141, l40s-48 …")
     add("--gpus", type=int, default=1, metavar="N", help="on N such GPUs of each machine")
@@ -291,11 +295,21 @@ def evaluate(options: argparse.Namespace) -> Done:
 def data(options: argparse.Namespace) -> Done:
     """`fasttune data`: 0, with the page on stderr."""
     from fasttune import config, terminal
-    from fasttune.tools import inspect_data
+    from fasttune.tools import data_page, inspect_data
 
     figures = inspect_data.look(config.load(options.config, options.overrides), options.rows, terminal.Reporter())
-    inspect_data.show(figures)
+    data_page.show(figures)
     return 0, figures
+
+
+def tokenize(options: argparse.Namespace) -> Done:
+    """`fasttune tokenize`: 0, with both files written."""
+    from fasttune import config, terminal
+    from fasttune.tools import tokenize_corpus
+
+    written = tokenize_corpus.run(config.load(options.config, options.overrides), options.out, terminal.Reporter())
+    tokenize_corpus.show(written)
+    return 0, written
 
 
 def generate(options: argparse.Namespace) -> Done:

@@ -19,7 +19,7 @@ from fasttune import cli, config, hardware, terminal
 from fasttune.data import arithmetic
 from fasttune.data.batching import Batches
 from fasttune.data.tokenize import Rows
-from fasttune.tools import estimate, inspect_data
+from fasttune.tools import data_page, estimate, inspect_data
 
 CONFIG = """
 name: looked-at
@@ -46,7 +46,7 @@ def write(path: Path, rows: list[dict[str, Any]]) -> None:
 
 def page(figures: inspect_data.DataFigures, **options: Any) -> str:
     console = Console(file=io.StringIO(), width=100, **options)
-    inspect_data.show(figures, console)
+    data_page.show(figures, console)
     return console.file.getvalue()  # type: ignore[attr-defined]
 
 

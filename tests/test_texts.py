@@ -10,7 +10,7 @@ import pytest
 from hypothesis import given, settings as examples, strategies as st
 
 from fasttune import config
-from fasttune.data import files, load, sources, store, texts
+from fasttune.data import load, sources, store, texts
 from fasttune.data.sources import Chunk
 from fasttune.data.tokenize import Recipe
 from fasttune.errors import ConfigError, DataError
@@ -78,7 +78,7 @@ def test_a_folder_and_a_pattern_are_read_file_by_file(tmp_path: Path, cache: Pat
     (folder / ".hidden.txt").write_text("no text either")
     assert documents(str(folder), "line") == [(1, "from a"), (3, "from b"), (4, "and more"), (5, "from c")]
     assert [text for _, text in documents(str(folder / "*.txt"), "line")] == ["from a", "from b", "and more"]
-    assert files.not_read(str(folder)) == ["notes.md"]
+    assert sources.not_read(str(folder)) == ["notes.md"]
     shares = [chunk.done for chunk in sources.read(str(folder), "train", documents="line")]
     assert shares == sorted(shares) and shares[-1] == 1.0
     asked = config.parse({"model": {"name": "builtin:tiny"}, "data": {"train": str(folder), "documents": "line"}})

@@ -17,6 +17,7 @@ from fasttune import config as configuration, hardware, report, system
 from fasttune.config import TRUST, Config
 from fasttune.core import checkpoint
 from fasttune.core.ranks import Ranks
+from fasttune.data.sources import is_pattern
 from fasttune.errors import OutputError, in_one_line
 from fasttune.metrics import Status, StepMetrics
 from fasttune.system import LibraryLog
@@ -206,13 +207,15 @@ def _portable(config: Config) -> Config:
 
     def absolute(name: str | None) -> str | None:
         path = Path(name).expanduser() if name and not name.startswith("builtin:") else None
+        if path and is_pattern(str(name)):
+            return str(Path.cwd() / path)
         return str(path.resolve()) if path and path.exists() else name
 
     train = config.data.train
     named = absolute(train) if isinstance(train, str) else {absolute(name): weight for name, weight in train.items()}
     return configuration.changed(
         config,
-        data={"train": named, "eval": absolute(config.data.eval)},
+        data={name: absolute(getattr(config.data, name)) for name in ("eval", "affixes")} | {"train": named},
         model={"name": absolute(config.model.name)},
         output_dir=None,
         overwrite=False,

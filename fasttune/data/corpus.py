@@ -16,9 +16,9 @@ from fasttune.config import Config
 from fasttune.data import tokenize
 from fasttune.data.arithmetic import Part
 from fasttune.data.batching import Batches
-from fasttune.data.files import TOKENS
 from fasttune.data.sequences import Sequences, Stream
 from fasttune.data.sharing import Encoded
+from fasttune.data.sources import TOKENS
 from fasttune.data.tokenize import Recipe, Rows
 from fasttune.errors import DataError
 

@@ -19,11 +19,10 @@ from urllib.parse import urlsplit
 
 from fasttune import system
 from fasttune.data.formats import Row
-from fasttune.data.sources import Chunk, grouped, not_utf8, parse
+from fasttune.data.sources import TOKENS, Chunk, grouped, is_pattern, not_utf8, parse
 from fasttune.errors import DataError, first_line, kind_and_line
 
 KINDS = {".jsonl": "jsonl", ".ndjson": "jsonl", ".json": "json", ".csv": "csv", ".txt": "text", ".parquet": "parquet"}
-TOKENS = ".bin"  # Megatron's, which corpus.py reads
 COMPRESSIONS = {".gz": "gzip", ".zst": "zstd"}
 PACKAGES = {"s3": "s3fs", "gs": "gcsfs", "gcs": "gcsfs"}  # what fsspec needs beside itself; released together with it
 # How a file begins that has several bytes a letter; the last without its mark: {, [ or a letter, and nothing.
@@ -90,11 +89,6 @@ def _check_no_split(source: str, split: str, what: str) -> None:
         raise DataError(f"data.split={split} would be ignored: {source} is a {what}, it has no splits; remove it")
 
 
-def is_pattern(source: str) -> bool:
-    """Whether it names files as a shell does: texts/*.txt, texts/**/*.jsonl."""
-    return "://" not in source and glob.has_magic(source) and not os.path.exists(os.path.expanduser(source))
-
-
 def several(source: str) -> tuple[list[Path], list[Path]]:
     """(files of rows, other files) of a folder with all below it, or of a pattern, in the order of their names.
 
@@ -105,13 +99,6 @@ def several(source: str) -> tuple[list[Path], list[Path]]:
     found = sorted(Path(name) for name in glob.iglob(pattern, recursive=True) if os.path.isfile(name))
     read = [path for path in found if kind(path.name)]
     return read, [path for path in found if not kind(path.name)]
-
-
-def not_read(source: str) -> list[str]:
-    """Names of the files of a folder, or of a pattern, that are of an unknown kind."""
-    if "://" in source or not (os.path.isdir(os.path.expanduser(source)) or is_pattern(source)):
-        return []
-    return [path.name for path in several(source)[1]]
 
 
 def kind(source: str) -> str | None:

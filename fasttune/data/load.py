@@ -8,7 +8,7 @@ import numpy as np
 
 from fasttune import config as configuration
 from fasttune.config import Config
-from fasttune.data import files, formats, sources, store, tokenize
+from fasttune.data import formats, sources, store, tokenize
 from fasttune.data.arithmetic import Part
 from fasttune.data.batching import Batches, Encoded
 from fasttune.data.formats import Row
@@ -144,7 +144,7 @@ def _encode_one(
             return sources.read(source, part, split, max_rows, data.streaming, also, data.documents)
 
         rows = store.stored(source, key, recipe, chunks, lambda share: progress(what, share))
-        rows.counts.update(f"not read: {name}" for name in files.not_read(source))
+        rows.counts.update(f"not read: {name}" for name in sources.not_read(source))
     progress(what, 1.0)
     return rows
 
@@ -166,7 +166,7 @@ def _recipe(
 def form_of(config: Config, source: str, split: str | None = None) -> tuple[str, dict[str, str]]:
     """(format, columns to rename) of a source, by its first row. Raises DataError."""
     data = config.data
-    if source.endswith(files.TOKENS):
+    if source.endswith(sources.TOKENS):
         return "text", {}
     also, split = data.columns.values(), split or data.split
     rows = sources.first_rows(source, "train", split, 1, data.streaming, also, documents=data.documents)

@@ -189,6 +189,10 @@ class Writer:
             if os.path.lexists(file):
                 raise OutputError(f"output: {file} is there already; remove it, or choose another name")
 
+    @property
+    def bytes_a_token(self) -> int:
+        return np.dtype(DTYPES[self.code]).itemsize
+
     def _file(self, ending: str) -> Path:
         return Path(f"{self.prefix}.{ending}")
 

@@ -4,8 +4,10 @@ behind a URL; hub data sets, owner/name or owner/name:subset (arrow.py).
 Never more than one chunk in memory, except of a JSON array; every DataError names the file and the line.
 """
 
+import glob
 import hashlib
 import json
+import os
 from collections.abc import Callable, Collection, Iterator
 from dataclasses import dataclass, replace
 from decimal import Decimal
@@ -18,6 +20,7 @@ from fasttune.errors import DataError
 
 BUILTIN = "builtin:arithmetic"
 BUILTIN_ROWS: dict[arithmetic.Part, int] = {"train": 2000, "test": 40}
+TOKENS = ".bin"  # Megatron's, which corpus.py reads
 CHUNK_ROWS = 1000
 INT_DIGITS = 600  # Python reads no longer integers than a limit, which is nowhere below 640
 
@@ -45,6 +48,11 @@ class Chunk:
             elif row.strip():
                 place = f"{self.source} line {number}"
                 yield self.before + number, place, parse(row, place)
+
+
+def is_pattern(source: str) -> bool:
+    """Whether it names files as a shell does: texts/*.txt, texts/**/*.jsonl."""
+    return "://" not in source and glob.has_magic(source) and not os.path.exists(os.path.expanduser(source))
 
 
 def check_source(source: str, split: str = "train") -> None:
@@ -119,6 +127,15 @@ def fingerprint(source: str, part: arithmetic.Part, split: str) -> str:
     except OSError as error:
         raise DataError(f"data: {source} cannot be read: {error.strerror}") from error
     return digest if len(paths) == 1 else whole.hexdigest()
+
+
+def not_read(source: str) -> list[str]:
+    """Names of the files of a folder, or of a pattern, that are of an unknown kind."""
+    if "://" in source or not (os.path.isdir(os.path.expanduser(source)) or is_pattern(source)):
+        return []
+    from fasttune.data import files
+
+    return [path.name for path in files.several(source)[1]]
 
 
 def grouped(source: str, rows: Iterator[Row], done: Callable[[int], float]) -> Iterator[Chunk]:

@@ -19,7 +19,7 @@ from fasttune.config import Config
 from fasttune.core import autoconfig, prepare, pretrained, remedies
 from fasttune.core.memory import Shape
 from fasttune.core.ranks import divided_is_asked_for
-from fasttune.data import chat, files, load, sources
+from fasttune.data import chat, load, sources
 from fasttune.errors import ConfigError, DataError, in_one_line
 from fasttune.hardware import Hardware
 from fasttune.metrics import Forecast, Roofline, Setting
@@ -135,7 +135,7 @@ def _rows_of(source: str, split: str, documents: str | None) -> int:
         fix = "give a file, or download the set and name the file"
         with in_one_line(DataError, f"data: the hub does not say how many rows {source} has", fix):
             return int(datasets.load_dataset_builder(name, subset or None).info.splits[split].num_examples)
-    if source.endswith(files.TOKENS):
+    if source.endswith(sources.TOKENS):
         from fasttune.data import megatron
 
         return len(megatron.read(source))
