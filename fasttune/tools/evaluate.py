@@ -171,9 +171,9 @@ def asked_in_turns(asked: bool | None, names: list[str], trained: TrainedModel) 
 
 def show(result: dict[str, Any], page: Console = terminal.console) -> None:
     """The scores on the terminal, shares in percent with their 95 % interval, and where the files are."""
-    table = Table(Column("task", overflow="fold"), "metric", box=None, header_style="bold")
+    table = Table(Column("task", overflow="fold"), "metric", box=None, pad_edge=False, header_style="bold")
     guessed = any(score.chance is not None for score in result["scores"])
-    for heading in ("score", *(("chance", "above chance") if guessed else ()), "problems"):
+    for heading in ("score", *(("chance", "above\nchance") if guessed else ()), "problems"):
         table.add_column(heading, justify="right", no_wrap=heading == "score")
     for score in result["scores"]:
         beside = ["" if share is None else report.percent(share) for share in (score.chance, score.corrected)]

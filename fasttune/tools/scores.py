@@ -65,8 +65,8 @@ def same_options(raw: Raw) -> list[str]:
         if twice := sum(different < offered for offered, different in counts):
             chance, different = (sum(1 / count for count in each) / len(counts) for each in zip(*counts, strict=True))
             warnings.append(
-                f"{task}: {twice:,} of {len(counts):,} problems offer the same option twice; chance counts all options "
-                f"({report.percent(chance)}), over different ones it is {report.percent(different)}"
+                f"{task}: the same option is offered twice in {twice:,} of {len(counts):,} problems; chance counts all "
+                f"options ({report.percent(chance)}), over different ones it is {report.percent(different)}"
             )
     return warnings
 
