@@ -90,7 +90,7 @@ def test_every_form_is_read(folder: Path) -> None:
         for problem in problems:
             assert problem["prompt"] and problem["answer"] == problem["answer"].strip()
             if form.options:
-                assert problem["options"][problem["right"]] == problem["answer"]
+                assert problem["options"].index(problem["answer"]) == problem["right"]  # of equals the first
                 assert all(option == option.strip() for option in problem["options"])
     asked = {name: benchmarks.rows(name, str(folder))["test"][0] for name in benchmarks.NAMES}
     assert asked["hierarchical"]["prompt"].startswith("Ano") and asked["hierarchical"]["answer"] == "u"
