@@ -105,10 +105,8 @@ def rows(name: str, data: str, **_: Any) -> dict[str, Any]:
             options = _options(row, form.options, place)
             if answer not in options:
                 raise DataError(f"--data: {place}: the answer {answer[:60]!r} is none of its options; correct the row")
-            problem |= {
-                "options": options,
-                "right": options.index(answer),
-            }  # of equal options the first, as argmax does
+            # Of equal options the first: argmax takes that one.
+            problem |= {"options": options, "right": options.index(answer)}
         found.append(problem)
     return tasks.test_split(found, source)
 
