@@ -141,8 +141,9 @@ def test_groups_and_folders(folder: Path, tmp_path: Path) -> None:
         (("cute", str(folder)), "has no cute_gen.jsonl, which --tasks cute reads"),
         (("addition", rows), "rows.jsonl: is no folder"),
         (("langgame", None), "add --data FOLDER that holds langgame_mcq.jsonl"),
-        ((None, str(folder)), "say what to read of it: --tasks pacute,filipino"),
-        (("gsm8k_jsonl", str(folder)), "say what to read of it"),
+        ((None, str(folder)), "is a folder, which no task reads by itself; say --tasks pacute or filipino"),
+        (("gsm8k_jsonl", str(folder)), "which --tasks gsm8k_jsonl does not read; say --tasks pacute or"),
+        (("langgam", str(folder)), "say --tasks langgame"),
         (("langgame,gsm8k_jsonl", str(folder)), "gsm8k_jsonl: reads no folder, langgame does"),
     ):
         with pytest.raises(FasttuneError) as caught:

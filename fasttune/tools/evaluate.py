@@ -4,6 +4,7 @@ Writes eval.json and eval_samples.jsonl (a line a problem: prompt, answer, refer
 """
 
 import argparse
+import difflib
 import importlib.metadata
 import importlib.util
 import math
@@ -55,8 +56,8 @@ def run(options: argparse.Namespace) -> dict[str, Any]:
 
         take_over_loggers()
         machine = hardware.as_torch_sees(hardware.detect(folder))
-        loaded = harness.load_tasks(names, data, *trained.reading(data or ""))  # bad rows fail before weights are read
         templated, because = asked_in_turns(options.chat_template, names, trained)
+        loaded = harness.load_tasks(names, data, *trained.reading(data or ""))  # bad rows fail before weights are read
         reporter.note(f"prompts {'in the chat template' if templated else 'as they are, no chat template'}: {because}")
         reporter.note(f"loading {trained.weights} …")
         dtype = trained_model.dtype_for(trained)
@@ -119,9 +120,9 @@ def choose(tasks: str | None, data: str | None, trained: TrainedModel) -> tuple[
     if from_folder := [name for name in names if name in benchmarks.NAMES]:
         return _with_folder(names, from_folder, data)
     if data is not None and Path(data).is_dir():
-        raise FasttuneError(
-            f"--data {data}: is a folder; say what to read of it: --tasks {','.join(benchmarks.GROUPS)}"
-        )
+        near = difflib.get_close_matches((names or [""])[0], benchmarks.NAMES, n=1) or benchmarks.GROUPS
+        task = f"which --tasks {names[0]} does not read" if names else "which no task reads by itself"
+        raise FasttuneError(f"--data {data}: is a folder, {task}; say --tasks {' or '.join(near)}")
     if data is not None:
         sources.check_source(data)
     if not names and (source := data or held_out):
