@@ -179,8 +179,11 @@ def _with_model(commands: Any) -> None:
         return made
 
     add = command("eval", "score a run or a model on tasks of EleutherAI's harness", evaluate, KEPT).add_argument
-    add("--tasks", metavar="A,B", help="gsm8k_jsonl, multiple_choice_jsonl, builtin:arithmetic, or any of the harness")
-    add("--data", metavar="FILE", help="rows of question and answer, or question, options and answer")
+    own = "gsm8k_jsonl, multiple_choice_jsonl, builtin:arithmetic; filipino, pacute, … (docs/eval.md)"
+    add("--tasks", metavar="A,B", help=f"{own}; or any of the harness")
+    add("--data", metavar="FILE", help="rows of question and answer (and options); the folder of filipino, pacute, …")
+    turns = "ask in the model's chat template, or not; default: as it was trained, filipino, pacute, … plainly"
+    add("--chat-template", action=argparse.BooleanOptionalAction, help=turns)
     add("--limit", type=int, metavar="N", help="use only the first N problems of each task")
     add("--batch-rows", type=int, metavar="N", help="problems at once (default 16; 64 on a GPU)")
     add("--out", metavar="DIR", help="default: the run's folder, or runs/eval-NAME-DATE")

@@ -3,6 +3,7 @@
 Shapes: B rows of a micro-batch, T tokens of a row.
 """
 
+import math
 import statistics
 from dataclasses import asdict, dataclass, field
 from enum import StrEnum
@@ -258,6 +259,17 @@ class RunResult:
 def steady(steps: list[StepMetrics]) -> list[StepMetrics]:
     """The steps that count for a speed: all after WARMUP_STEPS, or all but the first of a very short run."""
     return steps[WARMUP_STEPS:] if len(steps) > 2 * WARMUP_STEPS else steps[1:]
+
+
+def wilson(right: float, count: int) -> tuple[float, float]:
+    """95 % interval, each end 0 to 1, of a share: `right` of `count` problems. Honest at none and at all of them, too,
+    where the mean's standard error is 0. Source: https://doi.org/10.1080/01621459.1927.10502953
+    """
+    z = statistics.NormalDist().inv_cdf(0.975)
+    share, grown = right / count, 1 + z**2 / count
+    middle = (share + z**2 / (2 * count)) / grown
+    half = z * math.sqrt(share * (1 - share) / count + z**2 / (4 * count**2)) / grown
+    return max(0.0, middle - half), min(1.0, middle + half)
 
 
 def median_rate(steps: list[StepMetrics], attribute: str = "tokens") -> float | None:

@@ -121,7 +121,8 @@ def of_run(
     right = [(step.step, step.eval_exact_match) for step in steps if step.eval_exact_match is not None]
     if answered is not None and right:
         right = [(0, answered.before), *right, (steps[-1].step, answered.after)]
-        note = f"share of {answered.problems:,} held-out problems"
+        low, high = metrics.wilson(answered.after * answered.problems, answered.problems)
+        note = f"share of {answered.problems:,} held-out problems; 95 % at the end: {low:.2f} to {high:.2f}"
         plots.append(("Right answers", note, _curve(right, from_zero=True)))
 
     condition = [(step.step, step.adapter_condition) for step in steps if step.adapter_condition is not None]

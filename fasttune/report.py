@@ -11,7 +11,7 @@ from dataclasses import dataclass, fields, is_dataclass
 from pathlib import Path
 from typing import Any
 
-from fasttune import plots, system
+from fasttune import metrics, plots, system
 from fasttune.errors import OutputError
 from fasttune.metrics import RunResult, StepMetrics
 
@@ -51,6 +51,12 @@ def steps_text(count: int, kind: str = "") -> str:
 
 def percent(fraction: float) -> str:
     return f"{100 * fraction:.1f} %"
+
+
+def interval(low: float, high: float) -> str:
+    """A 95 % interval of a share, in percent: `25 to 57`; a narrow one with a decimal."""
+    digits = 0 if high - low >= 0.1 else 1
+    return f"{100 * low:.{digits}f} to {100 * high:.{digits}f}"
 
 
 def key_figures(result: RunResult) -> list[Figure]:
@@ -149,8 +155,10 @@ def _exact_match(result: RunResult) -> list[Figure]:
     match = result.exact_match
     if match is None:
         return []
-    share = f"{percent(match.before)} → {percent(match.after)}"
-    return [Figure("exact match", share, f"on {match.problems:,} held-out problems, before and after training")]
+    shares = (match.before, match.after)
+    note = f"on {match.problems:,} held-out problems, before and after training"
+    ends = [interval(*metrics.wilson(share * match.problems, match.problems)) for share in shares]
+    return [Figure("exact match", " → ".join(map(percent, shares)), f"{note} (95 %: {ends[0]} → {ends[1]})")]
 
 
 def _outside_steps(result: RunResult) -> str:

@@ -54,7 +54,7 @@ def test_scores_and_hub_ids_are_on_the_card_and_paths_are_not(finished_run: Path
     text = card.text(card.of(trained_model.open_run(str(tmp_path / "run"))), None)
     metadata = yaml.safe_load(text.split("---\n")[1])
     assert (metadata["base_model"], metadata["datasets"]) == ("owner/name", ["some/set"])
-    assert "| gsm\\|8k | exact | 0.2500 | – | 4 |" in text
+    assert "| gsm\\|8k | exact | 0.2500 | – | – | – | 4 |" in text
     assert "- rows.jsonl: 32 rows" in text and "Warning: held_out.jsonl: 3 rows cut" in text
     config["model"]["name"] = local
     (tmp_path / "run" / "config.yaml").write_text(yaml.safe_dump(config))
@@ -84,7 +84,7 @@ def test_what_names_warnings_and_scores_say_is_text_on_a_card(finished_run: Path
     rest = text.replace(recipe, "")
     assert "<img" not in rest and "](" not in rest.replace("\\](", "") and "\n# *d" not in rest
     assert r"&lt;img src=x&gt;!\[\](" in rest and r" \| \[a\](javascript:b) \`c\` # \*d\*" in rest
-    assert rest.count("| – | 0.5000 | 4 |") == 1
+    assert rest.count("| – | ± 0.5000 (standard error) | – | – | 4 |") == 1
 
 
 def test_a_damaged_eval_json_is_said_on_the_card(finished_run: Path, tmp_path: Path) -> None:

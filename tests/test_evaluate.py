@@ -12,7 +12,7 @@ from typing import Any
 import goldens
 import pytest
 
-from fasttune import cli, report
+from fasttune import cli, metrics, report
 from fasttune.data import arithmetic
 from fasttune.errors import DataError, FasttuneError
 from fasttune.tools import evaluate, tasks
@@ -131,7 +131,10 @@ def test_a_run_is_scored_on_its_own_rows_and_its_card_says_so(
     assert "Not evaluated" in (run / "adapter" / "README.md").read_text()
     result, lines = score(run, str(run), no_cache=True)
     assert "2 + 2?" in lines[0]["prompt"] and result.tasks == ["gsm8k_jsonl"]
-    assert "| gsm8k_jsonl | exact_match | 0.0000 |" in (run / "adapter" / "README.md").read_text()
+    assert (
+        "| gsm8k_jsonl | exact_match | 0.0000 | 0.0000 to 0.7935 | – | – | 1 |"
+        in (run / "adapter" / "README.md").read_text()
+    )
 
 
 def test_the_split_of_the_run_is_read(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
@@ -251,10 +254,17 @@ def test_the_command_scores_multiple_choice_without_a_network(
         assert line["options"] == [option.strip() for option in row["options"]]
         likelihoods = [found[0] for found in line["responses"]]
         right.append(likelihoods.index(max(likelihoods)) == line["target"])
-    assert [line["target"] for line in lines] == [0, 2, 1]
+    assert [line["target"] for line in lines] == [0, 2, 1] and [line["right"] for line in lines] == right
+    assert len({line["id"] for line in lines}) == 3
     accuracy = next(score for score in result["scores"] if score["metric"] == "acc")
     assert accuracy["value"] == pytest.approx(sum(right) / 3) and accuracy["problems"] == 3
-    assert f"{100 * accuracy['value']:.1f} % ±" in err
+    ends = report.interval(*metrics.wilson(sum(right), 3))
+    assert f"{100 * accuracy['value']:.1f} % (95 %: {ends})" in err
+    assert (accuracy["low"], accuracy["high"]) == pytest.approx(metrics.wilson(sum(right), 3))
+    chance = (1 / 3 + 1 / 3 + 1 / 2) / 3
+    assert accuracy["chance"] == pytest.approx(chance)
+    assert accuracy["corrected"] == pytest.approx((sum(right) / 3 - chance) / (1 - chance))
+    assert all(report.percent(accuracy[share]) in err for share in ("chance", "corrected"))
 
 
 @pytest.mark.parametrize(

@@ -23,6 +23,15 @@ def test_a_very_short_run_leaves_the_first_step_out_and_one_step_says_nothing() 
     assert metrics.median_rate([]) is None
 
 
+@pytest.mark.parametrize(
+    ("right", "count", "low", "high"),  # table I of https://doi.org/10.1002/(SICI)1097-0258(19980430)17:8<857
+    [(81, 263, 0.2553, 0.3662), (15, 148, 0.0624, 0.1605), (0, 20, 0.0, 0.1611), (1, 29, 0.0061, 0.1718)],
+)
+def test_the_interval_of_a_share_is_wilsons(right: int, count: int, low: float, high: float) -> None:
+    assert metrics.wilson(right, count) == pytest.approx((low, high), abs=5e-5)
+    assert metrics.wilson(count - right, count) == pytest.approx((1 - high, 1 - low), abs=5e-5)
+
+
 def test_full_fine_tuning_is_six_n_and_lora_about_four() -> None:
     # 10 weights of which all / 2 are trained; no attention, no head
     full = metrics.count_flops(10, 10, 0, True, layers=0, attention_width=0)

@@ -62,6 +62,14 @@ def test_dollars_stay_readable(amount, text):
     assert report.usd(amount) == text
 
 
+def test_a_share_of_few_problems_stands_with_its_interval(tmp_path):
+    match = metrics.ExactMatch(16, before=0.0, after=0.5)
+    figures = {figure.label: figure for figure in report.key_figures(make_result(tmp_path, [], exact_match=match))}
+    assert figures["exact match"].value == "0.0 % → 50.0 %"
+    assert figures["exact match"].note.endswith("(95 %: 0 to 19 → 28 to 72)")
+    assert report.interval(0.023, 0.0414) == "2.3 to 4.1"
+
+
 def test_json_is_valid_whatever_the_numbers(tmp_path):
     path = tmp_path / "run.json"
     result = make_result(tmp_path, make_steps(2), last_loss=math.nan, hardware={"x": [math.inf, {"y": -math.inf}]})

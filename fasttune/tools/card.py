@@ -27,13 +27,21 @@ FIELDS = {"seed", "model", "lora", "data", "train", "eval"}  # of a config: what
 
 @dataclass(frozen=True)
 class Score:
-    """One figure of one task: the mean over its problems with its standard error (None where there is no such)."""
+    """One figure of one task: the mean over its problems with its standard error (None where there is no such).
+
+    low, high: 95 % interval of a share of problems (metrics.wilson), None for any other figure. Of a multiple choice
+    with k options a problem, chance: the mean of 1/k; corrected: (value - chance) / (1 - chance), 0 for a guesser.
+    """
 
     task: str
     metric: str
     value: float | None
     stderr: float | None
     problems: int
+    low: float | None = None
+    high: float | None = None
+    chance: float | None = None
+    corrected: float | None = None
 
 
 @dataclass(frozen=True)
@@ -155,5 +163,15 @@ def _scores(subject: Subject) -> list[list[str]] | None:
         scores = pydantic.TypeAdapter(list[Score]).validate_python(json.loads(system.read_text(path))["scores"])
     except (OSError, ValueError, KeyError, TypeError, RecursionError):
         return []
-    numbers = [["–" if value is None else f"{value:.4f}" for value in (s.value, s.stderr)] for s in scores]
-    return [[s.task, s.metric, *values, str(s.problems)] for s, values in zip(scores, numbers, strict=True)]
+    return [_cells(score) for score in scores]
+
+
+def _cells(score: Score) -> list[str]:
+    """Of one row of the table; a share of problems has its interval, any other figure its standard error."""
+    value, low, high, error, chance, corrected = (
+        "–" if number is None else f"{number:.4f}"
+        for number in (score.value, score.low, score.high, score.stderr, score.chance, score.corrected)
+    )
+    spread = f"{low} to {high}" if score.low is not None else f"± {error} (standard error)"
+    spread = "–" if score.low is None and score.stderr is None else spread
+    return [score.task, score.metric, value, spread, chance, corrected, str(score.problems)]

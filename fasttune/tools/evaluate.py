@@ -1,9 +1,10 @@
 """`fasttune eval`: a finished run or a model on tasks of EleutherAI's harness → scores, and every problem beside them.
 
-Writes eval.json and eval_samples.jsonl (a line a problem: prompt, generation, extracted answer, reference, right).
+Writes eval.json and eval_samples.jsonl (a line a problem: prompt, answer, reference, right or not).
 """
 
 import argparse
+import difflib
 import importlib.metadata
 import importlib.util
 import math
@@ -17,16 +18,18 @@ from typing import Any
 
 from rich.console import Console
 from rich.padding import Padding
-from rich.table import Table
+from rich.table import Column, Table
 from rich.text import Text
 
 from fasttune import hardware, report, system, terminal
+from fasttune.core import pretrained
 from fasttune.core.run_folder import EVAL_FILES
-from fasttune.data import arithmetic, chat, sources
+from fasttune.data import chat, sources
 from fasttune.errors import FasttuneError, OutputError, RunFailed, in_one_line
 from fasttune.system import library_log, take_over_loggers
-from fasttune.tools import card, tasks as own, trained_model
+from fasttune.tools import card, scores, tasks as own, trained_model
 from fasttune.tools.card import Score
+from fasttune.tools.tasks import benchmarks
 from fasttune.tools.trained_model import TrainedModel
 
 BATCH_ROWS_CPU, BATCH_ROWS_GPU = 16, 64
@@ -53,11 +56,13 @@ def run(options: argparse.Namespace) -> dict[str, Any]:
 
         take_over_loggers()
         machine = hardware.as_torch_sees(hardware.detect(folder))
+        templated, because = asked_in_turns(options.chat_template, names, trained)
         loaded = harness.load_tasks(names, data, *trained.reading(data or ""))  # bad rows fail before weights are read
+        reporter.note(f"prompts {'in the chat template' if templated else 'as they are, no chat template'}: {because}")
         reporter.note(f"loading {trained.weights} …")
         dtype = trained_model.dtype_for(trained)
         model, tokenizer = trained_model.load(trained, dtype)
-        changes = chat.complete(tokenizer)
+        changes = chat.complete(tokenizer) if templated else []
         for text in [*trained.warnings, *(f"chat template: {what}: {reason}" for what, reason in changes)]:
             reporter.warn(text)
         rows = options.batch_rows or (BATCH_ROWS_GPU if model.device.type == "cuda" else BATCH_ROWS_CPU)
@@ -66,13 +71,15 @@ def run(options: argparse.Namespace) -> dict[str, Any]:
         try:
             with unusable, closing(harness.AnswerCache(model, tokenizer, keep=not options.no_cache)) as known:
                 asked = harness.Harness(model, tokenizer, rows, known, reporter.progress)
-                raw = harness.run(asked, loaded, options.limit)
+                raw = harness.run(asked, loaded, options.limit, templated)
         except RuntimeError as error:
             if "out of memory" not in str(error).lower():
                 raise
             raise RunFailed(f"out of memory with {rows} rows at once; lower --batch-rows") from error
         finally:
             reporter.stop()
+    for text in (twice := scores.same_options(raw)):
+        reporter.warn(text)
     result = {
         "model": options.model,
         "weights": trained.weights,
@@ -80,7 +87,9 @@ def run(options: argparse.Namespace) -> dict[str, Any]:
         "tasks": names,
         "data": data,
         "limit": options.limit,
-        "scores": scores(raw),
+        "chat_template": templated,
+        "chat_template_reason": because,
+        "scores": scores.scores(raw),
         "batch_rows": rows,
         "dtype": dtype,
         "requests": asked.from_cache + asked.computed,
@@ -89,11 +98,11 @@ def run(options: argparse.Namespace) -> dict[str, Any]:
         "date": datetime.now().isoformat(timespec="seconds"),
         "hardware": hardware.line(machine),
         "versions": system.versions() | {"lm_eval": importlib.metadata.version("lm_eval")},
-        "warnings": trained.warnings,
+        "warnings": [*trained.warnings, *twice],
     }
     with in_one_line(OutputError, f"--out {folder}: cannot be made", "name another folder", (OSError,)):
         folder.mkdir(parents=True, exist_ok=True)
-    problems = [problem(task, sample) for task, found in raw["samples"].items() for sample in found]
+    problems = [scores.problem(task, sample) for task, found in raw["samples"].items() for sample in found]
     lines = "".join(report.to_json_line(line) + "\n" for line in problems)
     report.write_bytes(folder / EVAL_FILES[1], lines.encode())
     report.write_json(folder / EVAL_FILES[0], result)
@@ -106,7 +115,14 @@ def choose(tasks: str | None, data: str | None, trained: TrainedModel) -> tuple[
     """(task names, source of their rows, why these). Raises FasttuneError for a combination that would be ignored."""
     settings = trained.config.data if trained.config else None
     held_out, share = (settings.eval, settings.eval_share) if settings else (None, 0)
-    names = [name.strip() for name in (tasks or "").split(",") if name.strip()]
+    said = [name.strip() for name in (tasks or "").split(",") if name.strip()]
+    names = list(dict.fromkeys(task for name in said for task in benchmarks.GROUPS.get(name, [name])))
+    if from_folder := [name for name in names if name in benchmarks.NAMES]:
+        return _with_folder(names, from_folder, data)
+    if data is not None and Path(data).is_dir():
+        near = difflib.get_close_matches((names or [""])[0], benchmarks.NAMES, n=1) or benchmarks.GROUPS
+        task = f"which --tasks {names[0]} does not read" if names else "which no task reads by itself"
+        raise FasttuneError(f"--data {data}: is a folder, {task}; say --tasks {' or '.join(near)}")
     if data is not None:
         sources.check_source(data)
     if not names and (source := data or held_out):
@@ -127,47 +143,43 @@ def choose(tasks: str | None, data: str | None, trained: TrainedModel) -> tuple[
     return names, data, "as asked for"
 
 
-def scores(raw: dict[str, Any]) -> list[Score]:
-    """The harness's figures, a row each, tasks before groups."""
-    found = []
-    for task, values in {**raw["results"], **raw.get("groups", {})}.items():
-        count = raw["n-samples"].get(task, {}).get("effective") or values.get("sample_len", 0)
-        for key, value in values.items():
-            metric, _, kind = key.partition(",")
-            if not kind or metric.endswith("_stderr") or not isinstance(value, int | float):
-                continue
-            error = values.get(f"{metric}_stderr,{kind}")
-            label = metric if kind == "none" else f"{metric} ({kind})"
-            found.append(Score(task, label, value, error if isinstance(error, float) else None, count))
-    return found
+def _with_folder(names: list[str], of_benchmarks: list[str], data: str | None) -> tuple[list[str], str | None, str]:
+    benchmarks.check(data, of_benchmarks)
+    if others := [name for name in names if name in own.NAMES]:
+        raise FasttuneError(f"--tasks {others[0]}: reads no folder, {of_benchmarks[0]} does; evaluate them one by one")
+    return names, data, "as asked for"
 
 
-def problem(task: str, sample: dict[str, Any]) -> dict[str, Any]:
-    """One line of eval_samples.jsonl."""
-    metrics = {name: sample[name] for name in sample["metrics"]}
-    line = {"task": task, "number": sample["doc_id"] + 1, "prompt": sample["arguments"][0][0]}
-    if task in own.NAMES and "exact_match" in metrics:
-        generation, reference = sample["resps"][0][0], sample["target"]
-        return line | {
-            "generation": generation,
-            "extracted": arithmetic.final_number(generation),
-            "expected": arithmetic.final_number(reference),
-            "reference": reference,
-            "right": metrics["exact_match"] > 0,
-        }
-    line |= {"target": sample["target"], "filter": sample["filter"], "metrics": metrics}
-    if len(sample["arguments"]) > 1:  # the options of a multiple choice, with their log-likelihoods
-        line["options"] = [arguments[1] for arguments in sample["arguments"]]
-    return line | {"responses": [responses[0] for responses in sample["resps"]]}
+def asked_in_turns(asked: bool | None, names: list[str], trained: TrainedModel) -> tuple[bool, str]:
+    """(whether prompts go through the chat template, why). Raises FasttuneError where the tasks differ in that."""
+    if asked is not None:
+        return asked, "as asked for"
+    if trained.config is not None and trained.config.data.format == "text":
+        return False, "the model was trained on plain text"
+    if not pretrained.read_tokenizer(trained.tokenizer_source).chat_template:
+        return False, "the model has no chat template"
+    plain = [name for name in names if name in benchmarks.NAMES]
+    if plain and len(plain) < len(names):
+        other = next(name for name in names if name not in plain)
+        raise FasttuneError(
+            f"--tasks: {plain[0]} is asked as plain text, {other} in the model's chat template; add --no-chat-template "
+            "or --chat-template for both, or evaluate them one by one"
+        )
+    if plain:
+        return False, "as the authors of these tasks ask; --chat-template asks in the model's own"
+    return True, "the model has one"
 
 
 def show(result: dict[str, Any], page: Console = terminal.console) -> None:
-    """The scores on the terminal, an accuracy in percent with its standard error, and where the files are."""
-    table = Table("task", "metric", box=None, padding=(0, 2), header_style="bold")
-    for heading in ("score", "problems"):
-        table.add_column(heading, justify="right")
+    """The scores on the terminal, shares in percent with their 95 % interval, and where the files are."""
+    table = Table(Column("task", overflow="fold"), "metric", box=None, pad_edge=False, header_style="bold")
+    guessed = any(score.chance is not None for score in result["scores"])
+    for heading in ("score", *(("chance", "above\nchance") if guessed else ()), "problems"):
+        table.add_column(heading, justify="right", no_wrap=heading == "score")
     for score in result["scores"]:
-        table.add_row(Text(score.task), Text(score.metric), Text(_shown(score)), f"{score.problems:,}")
+        beside = ["" if share is None else report.percent(share) for share in (score.chance, score.corrected)]
+        cells = [score.task, score.metric, _shown(score), *(beside if guessed else []), f"{score.problems:,}"]
+        table.add_row(*map(Text, cells))
     page.print(Padding(table, (1, 0)))
     kept = f", {result['from_cache']:,} of them answered before" if result["from_cache"] else ""
     page.print(Text(f"{result['requests']:,} requests{kept}, {report.duration(result['seconds'])}", style="dim"))
@@ -176,10 +188,12 @@ def show(result: dict[str, Any], page: Console = terminal.console) -> None:
 
 
 def _shown(score: Score) -> str:
-    """Shares as 55.0 % ± 7.9; anything else (a perplexity) as it is."""
+    """Shares of problems as 40.0 % (95 %: 25 to 57), other shares as 55.0 % ± 7.9; a perplexity, say, as it is."""
     value, stderr = (math.nan if each is None else each for each in (score.value, score.stderr))
+    if score.low is not None and score.high is not None:
+        return f"{report.percent(value)} (95 %: {report.interval(score.low, score.high)})"
     share = 0 <= value <= 1 and "perplexity" not in score.metric
-    text = f"{100 * value:.1f} %" if share else f"{value:,.4g}"
+    text = report.percent(value) if share else f"{value:,.4g}"
     return text if math.isnan(stderr) else f"{text} ± {100 * stderr if share else stderr:,.2g}"
 
 

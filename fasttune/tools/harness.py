@@ -11,11 +11,13 @@ from collections.abc import Callable, Iterable
 from contextlib import AbstractContextManager, suppress
 from copy import deepcopy
 from dataclasses import replace
+from functools import cached_property
 from typing import Any
 
 from fasttune import system
 from fasttune.core import model as fasttune_model, decoding  # noqa: F401  model first: it imports unsloth
 from fasttune.tools import tasks
+from fasttune.tools.tasks import benchmarks
 
 import torch
 from lm_eval import evaluator
@@ -38,8 +40,12 @@ class Harness(HFLM):
         super().__init__(pretrained=model, tokenizer=tokenizer, batch_size=batch_rows)
         self.known, self.progress = known, progress
         self.stops = decoding.stop_ids(model, tokenizer)
-        self.template = chat.template_of(tokenizer)
         self.from_cache = self.computed = 0  # requests
+
+    @cached_property
+    def template(self) -> chat.Template:
+        """Not read where prompts are put as they are: such a model may have none."""
+        return chat.template_of(self.tokenizer)
 
     def generate_until(self, requests: list[Any], disable_tqdm: bool = False) -> list[str]:
         if any(request.args[1].get("do_sample") for request in requests):  # each draw is to be its own
@@ -141,15 +147,17 @@ def load_tasks(
     Raises FasttuneError for an unknown one or one without its data.
     """
     metadata = {"data": data, "split": split, "columns": columns or {}} if data else {}
-    only_ours = set(names) <= set(tasks.NAMES)
+    only_ours = set(names) <= {*tasks.NAMES, *benchmarks.NAMES}
     manager = TaskManager(include_path=tasks.FOLDER, include_defaults=not only_ours, metadata=metadata)
-    for name in names:
+    asked = [benchmarks.config(name) if name in benchmarks.NAMES else name for name in names]
+    for name in filter(lambda task: isinstance(task, str), asked):
         if not manager.match_tasks([name]):
-            close = difflib.get_close_matches(name, manager.all_tasks, n=1)
+            known = [*manager.all_tasks, *benchmarks.NAMES, *benchmarks.GROUPS]
+            close = difflib.get_close_matches(name, known, n=1)
             hint = f"did you mean {close[0]}?" if close else f"ours are {', '.join(tasks.NAMES)}"
             raise FasttuneError(f"--tasks {name}: the harness knows no such task ({hint})")
     with _tasks_in_one_line(names):
-        loaded = dict(manager.load(names))
+        loaded = dict(manager.load(asked))
     for task in loaded["tasks"].values():
         if task.get_config("num_fewshot") is None:
             task.set_config(key="num_fewshot", value=0)
@@ -157,9 +165,9 @@ def load_tasks(
     return loaded
 
 
-def run(harness: Harness, loaded: dict[str, Any], limit: int | None) -> dict[str, Any]:
-    """The harness's own results, every problem of them included; prompts go through the model's chat template."""
-    how = {"apply_chat_template": True, "fewshot_as_multiturn": True, "log_samples": True}
+def run(harness: Harness, loaded: dict[str, Any], limit: int | None, templated: bool) -> dict[str, Any]:
+    """The harness's own results, every problem of them included. `templated`: through the model's chat template."""
+    how = {"apply_chat_template": templated, "fewshot_as_multiturn": templated, "log_samples": True}
     with _tasks_in_one_line(loaded["tasks"]):
         return dict(evaluator.evaluate(harness, loaded, limit=limit, **how))
 

@@ -1,4 +1,5 @@
-"""Rows and scoring of our tasks for EleutherAI's harness; the tasks themselves are the YAML files beside this one.
+"""Rows and scoring of our tasks for EleutherAI's harness; the tasks themselves are the YAML files beside this one, and
+benchmarks.py.
 
 `gsm8k` and `multiple_choice` are called by the harness with the task's `metadata`, to which `--data` is added.
 """
@@ -22,7 +23,7 @@ def of_rows(source: str, split: str = "train", columns: Columns = None) -> str:
     if source.startswith("builtin:"):
         sources.check_source(source)
         return "builtin:arithmetic"
-    place, row = next(_rows(source, split, columns), (source, {}))
+    place, row = next(read(source, split, columns), (source, {}))
     if "options" in row:
         return "multiple_choice_jsonl"
     if "question" in row and arithmetic.final_number(str(row.get("answer"))) is not None:
@@ -36,25 +37,26 @@ def of_rows(source: str, split: str = "train", columns: Columns = None) -> str:
 def gsm8k(data: str, split: str = "train", columns: Columns = None, **_: Any) -> dict[str, Any]:
     """question and answer, which must hold `#### N`."""
     found = []
-    for place, row in _rows(data, split, columns):
+    for place, row in read(data, split, columns):
         _check(row, place, "question", "answer")
         if arithmetic.final_number(str(row["answer"])) is None:
             raise DataError(f"--data: {place}: its answer holds no `#### N`, so no answer to it can be checked")
-        found.append({"question": row["question"], "answer": row["answer"]})
-    return _test_split(found, data)
+        found.append({"id": id_of(row), "question": row["question"], "answer": row["answer"]})
+    return test_split(found, data)
 
 
 def multiple_choice(data: str, split: str = "train", columns: Columns = None, **_: Any) -> dict[str, Any]:
     """question, options, and `right`: the index of the right one."""
     found = []
-    for place, row in _rows(data, split, columns):
+    for place, row in read(data, split, columns):
         _check(row, place, "question", "answer", "options")
         options = row["options"]
         if not isinstance(options, list) or len(options) < 2 or not all(isinstance(o, str) and o for o in options):
             raise DataError(f"--data: {place}: options is {options!r}, expected a list of two texts or more")
         options = [option.strip() for option in options]
-        found.append({"question": row["question"], "options": options, "right": _right(row["answer"], options, place)})
-    return _test_split(found, data)
+        right = _right(row["answer"], options, place)
+        found.append({"id": id_of(row), "question": row["question"], "options": options, "right": right})
+    return test_split(found, data)
 
 
 def score(doc: Row, results: list[str]) -> dict[str, float]:
@@ -62,13 +64,18 @@ def score(doc: Row, results: list[str]) -> dict[str, float]:
     return {"exact_match": float(arithmetic.is_right(results[0], doc["answer"]))}
 
 
-def _rows(source: str, split: str, columns: Columns) -> Iterator[tuple[str, Row]]:
+def read(source: str, split: str, columns: Columns) -> Iterator[tuple[str, Row]]:
     """(place, row) of every row, its columns by our names."""
     for chunk in sources.read(source, "test", split, also=(columns or {}).values()):
         for _, place, row in chunk.numbered():
             row = formats.rename(row, formats.applying(columns or {}, row), place)
             formats.check_media(row, place)
             yield place, row
+
+
+def id_of(row: Row) -> str:
+    """The name that a file gives a problem; empty where it gives none."""
+    return "" if row.get("id") is None else str(row["id"])
 
 
 def _check(row: Row, place: str, *names: str) -> None:
@@ -87,10 +94,10 @@ def _right(answer: Any, options: list[str], place: str) -> int:
     index = answer if isinstance(answer, int) and not isinstance(answer, bool) else letter
     if index is None or not 0 <= index < len(options):
         raise DataError(f"--data: {place}: answer {answer!r} is no option, no letter, no index")
-    return index
+    return options.index(options[index])  # of equal options the first: the one that the harness takes for chosen
 
 
-def _test_split(rows: list[Row], source: str) -> dict[str, Any]:
+def test_split(rows: list[Row], source: str) -> dict[str, Any]:
     import datasets
 
     if not rows:
