@@ -1,12 +1,12 @@
 #!/usr/bin/env python3
-"""How fast text becomes tokens in each mode, in one process and on one core: stochastok and patok against plain.
+"""How fast text becomes tokens in each mode, on one core: stochastok and patok against plain.
 
     python benchmarks/filipino_text.py --mb 5 --out text.jsonl
     python benchmarks/tokenize_speed.py text.jsonl --tokenizer tokenizer.json [--affixes filipino] [--repeats 5]
 
-Each mode tokenises the same documents from the beginning; the modes are interleaved. tokens_per_s counts the tokens of plain
-tokenising in all modes, so that it compares times; the time of a mode is that of plain tokenising and what it adds. The
-last line of stdout is a JSON document with all values.
+Modes are interleaved; each tokenises the same documents with nothing remembered. Seconds are processor time, of plain
+tokenising and what a mode adds to it. tokens_per_s counts the tokens of plain tokenising in every mode, since one that
+makes more of them is not faster for it. The last line of stdout is a JSON document with all values.
 """
 
 import argparse
@@ -38,7 +38,7 @@ def main() -> int:
     tokenizer.encode_special_tokens = True  # text that looks like a control token stays text
     affixes = affixes_of(options.affixes)
     ways = {"plain": None, "stochastok": Splitting("stochastok"), "patok": Splitting("patok", affixes=affixes)}
-    seconds: dict[str, list[float]] = {mode: [] for mode in ways}
+    seconds: dict[str, list[float]] = {mode: [] for mode in ways}  # of processor time
     tokens, splitters = {}, {}
     for repeat in range(options.repeats):
         for mode, how in ways.items():
