@@ -69,9 +69,7 @@ class Splitter:
         self._splits: dict[int, tuple[Split, ...]] = {}
         if how.mode == "patok":
             self._affixes = spellings(how.affixes)
-            self._lengths: dict[str, list[int]] = {}  # of the spellings that begin with a letter
-            for first, length in sorted({(text[0], len(text)) for text in self._affixes}):
-                self._lengths.setdefault(first, []).append(length)
+            self._beginnings = {text[:end] for text in self._affixes for end in range(1, len(text) + 1)}
             kept = self._affix_tokens()
             self._splits |= dict.fromkeys(kept, ())
             # By id; the last, -1, is the border of a document
@@ -186,11 +184,13 @@ class Splitter:
     def _find_affixes(self, text: str) -> tuple[tuple[int, int, str], ...]:
         """(start, end, affix) of each one in a text; of those with a space only, if there are any."""
         found = []
-        for start, first in enumerate(text):
-            for length in self._lengths.get(first, ()):
-                affix = self._affixes.get(text[start : start + length])
-                if affix and start + length <= len(text):
-                    found.append((start, start + length, affix))
+        for start in range(len(text)):
+            for end in range(start + 1, len(text) + 1):
+                part = text[start:end]
+                if part not in self._beginnings:
+                    break
+                if part in self._affixes:
+                    found.append((start, end, self._affixes[part]))
         beside_space = [match for match in found if " " in text[match[0] : match[1]]]
         return tuple(beside_space or found)
 
