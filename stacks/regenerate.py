@@ -43,6 +43,9 @@ CUDA = ["cuda-toolkit", "cuda-bindings", "nvidia-cublas", *CUDA_13]  # what PyPI
 CUDA_12 = "cuda-toolkit[cublas,cudart,cufft,cufile,cupti,curand,cusolver,cusparse,nvjitlink,nvrtc,nvtx]==12.8.1"
 OVERRIDES_12 = [CUDA_12, "cuda-bindings>=12.9.4,<13"]  # and what cu12.in names
 IN_EVERY_STACK = ["numpy", "setuptools"]  # not in the same version
+# Megatron's and NeMo's readers of .bin and .idx files are tested against: those need torch and numpy alone.
+OF_CLIENTS = "datasets flashoptim megatron-fsdp mistral-common ninja quack-kernels tiktoken torch torchao".split()
+OF_CLIENTS += ["torchdata", "transformers"]
 
 
 @dataclass(frozen=True)
@@ -59,7 +62,7 @@ FILES = {
     "cpu": Made("fasttune without a GPU.", NOT_USED + NOT_ON_CPU + CUDA, CERTIFI),
     "cu130": Made("fasttune on an NVIDIA GPU of compute capability >= 8.0, driver >= 580.", NOT_USED, CERTIFI),
     "cu12": Made("the same with a driver 525 to 579.", NOT_USED + CUDA_13, CERTIFI + OVERRIDES_12),
-    "dev": Made("the tools of scripts/test.sh, beside any stack.", IN_EVERY_STACK, CERTIFI, tools=True),
+    "dev": Made("the tools of scripts/test.sh, beside any stack.", IN_EVERY_STACK + OF_CLIENTS, CERTIFI, tools=True),
     "nightly": Made("what scripts/nightly.sh adds to them.", IN_EVERY_STACK, CERTIFI, tools=True),
     "setup": Made("what installs: uv for scripts/setup_h100.sh, pip for the fixes of verify.", [], [], tools=True),
 }

@@ -226,7 +226,10 @@ def _batch(config: Config, micro: int) -> str:
 def _experts(shape: Shape) -> list[Setting]:
     if shape.experts == 1:
         return []
-    return [Setting("experts", f"{shape.experts}, {shape.active_experts} of them a token", EXPERTS_UNCHECKED)]
+    return [
+        Setting("experts", f"{shape.experts}, {shape.active_experts} of them a token", EXPERTS_UNCHECKED),
+        Setting("router", "no auxiliary loss", "as transformers has it by default; it would hang on how rows lie"),
+    ]
 
 
 def _method(config: Config) -> str:

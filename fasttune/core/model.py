@@ -81,8 +81,17 @@ def load(
     if masters and not on_gpu:  # as Unsloth does on a GPU
         model = model.float()
         model._unsloth_original_dtype = getattr(torch, dtype)
+    if not on_gpu and softcap(model):
+        set_attention(model, "eager")
     tokenizer.padding_side = "right"
     return model, tokenizer
+
+
+def softcap(model: Any) -> float | None:
+    """The cap of attention scores (Gemma 2's), which transformers' SDPA leaves out without a word; its eager attention
+    and Unsloth's own on a GPU do not.
+    """
+    return getattr(model.config.get_text_config(), "attn_logit_softcapping", None)
 
 
 def add_lora(model: Any, config: LoraConfig, gradient_checkpointing: str, seed: int, start: Path | None = None) -> Any:
@@ -129,7 +138,8 @@ def save(
             warnings.filterwarnings("ignore", ".* changes the base weights")  # the conversion undoes just that
             model.save_pretrained(made, **extra, **({"state_dict": _weights_in(model, dtype)} if dtype else {}))
         if dtype:
-            settings = json.loads((made / "config.json").read_text(encoding="utf-8")) | {"dtype": dtype}
+            settings = json.loads((made / "config.json").read_text(encoding="utf-8"))
+            settings |= {"dtype": dtype, "use_cache": True}  # which training has turned off; generating needs it
             (made / "config.json").write_text(json.dumps(settings, indent=2) + "\n", encoding="utf-8")
         for name in ("README.md", "unsloth_lora_init.json"):  # PEFT's empty card; Unsloth's mark, wrong once converted
             (made / name).unlink(missing_ok=True)

@@ -134,6 +134,14 @@ class MeasuredTrainer(Watched, trl.SFTTrainer):
             for name, tensor in inputs.items()
         }
 
+    def compute_loss(self, model: Any, inputs: dict[str, torch.Tensor], *args: Any, **kwargs: Any) -> Any:
+        """On a CPU Unsloth leaves some families (Gemma 3, mixtures of experts) to TRL's own loss. That counts tokens by
+        the mask or the positions, and raises without both: a rectangle gets the positions it has anyway.
+        """
+        if self.args.use_cpu and inputs.keys().isdisjoint(("attention_mask", "position_ids")):
+            inputs = inputs | {"position_ids": torch.arange(inputs["input_ids"].shape[1])[None]}
+        return super().compute_loss(model, inputs, *args, **kwargs)
+
     def _micro_step(self, model: Any, batch: dict[str, Any], supervised: Any) -> torch.Tensor:
         return super().training_step(model, batch, supervised)
 
@@ -277,6 +285,7 @@ def build(job: "Job", scratch: Path, done: int = 0) -> MeasuredTrainer:
         dataset_kwargs={"skip_prepare_dataset": True},
         data_seed=config.seed,
         torch_empty_cache_steps=None,  # Unsloth's own 250 throws memory away that is asked for again at once
+        router_aux_loss_coef=0.0,  # of experts: TRL's default adds it once a micro-batch, so it hangs on how rows lie
         use_cpu=not torch.cuda.is_available(),
     )
     optimizer = None
@@ -284,6 +293,8 @@ def build(job: "Job", scratch: Path, done: int = 0) -> MeasuredTrainer:
         from fasttune.core import optimizers
     if config.lora.plus_ratio:
         optimizer = optimizers.lora_plus(job.model, config.lora.plus_ratio, arguments)
+    sizes = job.model.config.get_text_config()
+    router_loss = getattr(sizes, "router_aux_loss_coef", None)
     first = min(done, job.total_steps - 1)  # at least one step, even if all are done: trl looks at an example
     trainer = MeasuredTrainer(
         model=job.model,
@@ -293,6 +304,8 @@ def build(job: "Job", scratch: Path, done: int = 0) -> MeasuredTrainer:
         processing_class=job.tokenizer,
         optimizers=(optimizer, None),
     )
+    if router_loss is not None:
+        sizes.router_aux_loss_coef = router_loss  # TRL has written its own there, and it is saved with the model
     trainer.ranks = job.ranks
     trainer.remove_callback(transformers.PrinterCallback)
     trainer.accelerator.device_placement = False  # a step's tokens are counted before they are moved (_prepare_inputs)
