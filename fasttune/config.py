@@ -60,6 +60,7 @@ class Config(Section):
             raise ValueError(f"lora.init=orthogonal needs an even rank: lora.rank={self.lora.rank + 1}")
         if self.train.group_by_prompt and self.data.layout == "concat":
             raise ValueError("train.group_by_prompt would be ignored: documents of data.layout=concat have no prompt")
+        self._check_embeddings()
         held_out = self.data.eval is not None or self.data.eval_share
         on_the_way = self.eval.every_steps or self.eval.share
         asked = {"samples": self.samples, "eval.problems": self.eval.problems, "eval.every": on_the_way}
@@ -72,6 +73,18 @@ class Config(Section):
         if self.eval.keep_best and on_the_way is None:
             raise ValueError("eval.keep_best compares steps: set eval.every, e.g. '50 steps'")
         return self
+
+    def _check_embeddings(self) -> None:
+        lora = self.lora
+        if not lora.train_embeddings:
+            if self.train.embedding_learning_rate is not None:
+                what = "all weights have one learning rate" if self.train.method == "full" else "none are trained"
+                raise ValueError(f"train.embedding_learning_rate needs lora.train_embeddings=true: {what}; remove it")
+            return
+        if lora.plus_ratio is not None:
+            raise ValueError("lora.plus_ratio has learning rates of its own: remove it, or lora.train_embeddings")
+        if lora.init in RESIDUAL:
+            raise ValueError(f"lora.init={lora.init} is not for lora.train_embeddings: set lora.init=default")
 
 
 SECTIONS = [name for name, field in Config.model_fields.items() if is_section(field.annotation)]

@@ -27,6 +27,12 @@ MADE_ROWS = 100_000  # of builtin:arithmetic, when more are asked for than it ha
 SHARE = r"(?:[1-9][0-9]?|100) ?%"  # of all steps
 STEPS, MINUTES = r"[1-9][0-9]{0,8} steps?", r"(?=[0-9.]*[1-9])[0-9]{0,9}\.?[0-9]{1,9} minutes?"
 RESIDUAL = ("pissa", "olora")  # of lora.init: what the adapter begins with is taken out of the base weights
+WSD_DECAY = 0.1  # of the steps: "10 % are enough", https://arxiv.org/abs/2404.06395, section 4
+LEARNING_RATES = {
+    "lora": (2e-4, "what LoRA is usually trained with: https://arxiv.org/abs/2305.14314, table 9"),
+    "full": (2e-5, "what all weights are usually trained with: https://arxiv.org/abs/2307.09288, section 3.1"),
+}
+EMBEDDING_RATE = 0.1  # of learning_rate; "2 to 10 times smaller": https://unsloth.ai/docs/basics/continued-pretraining
 SEVEN_PROJECTIONS = ["q_proj", "k_proj", "v_proj", "o_proj", "gate_proj", "up_proj", "down_proj"]
 
 
@@ -39,6 +45,7 @@ def _plain_number(value: Any) -> Any:
     return value
 
 
+Beta = Annotated[float, BeforeValidator(_plain_number), Field(ge=0, lt=1)]
 Weight = Annotated[float, BeforeValidator(_plain_number), Field(gt=0, le=1000)]
 PathText = Annotated[str, AfterValidator(system.path_text)]
 
@@ -98,6 +105,9 @@ class LoraConfig(Section):
     init: Literal["default", "pissa", "olora", "orthogonal"] = setting("default", "how A and B begin: docs/recipes.md")
     plus_ratio: float | None = setting(None, "learning rate of B ÷ A: https://arxiv.org/abs/2402.12354", ge=1, le=1000)
     refactor_every: int | None = setting(None, "steps after which A and B are balanced again", ge=1, le=10**6)
+    train_embeddings: bool = setting(
+        False, "embeddings and head are trained too, all of their weights: for a language that the model hardly knows"
+    )
 
 
 class DataConfig(Section):
@@ -212,9 +222,26 @@ class TrainConfig(Section):
     learning_rate: float | None = setting(
         None, "highest value, after the warm-up; null: 2e-4 for LoRA, 2e-5 for full", ge=1e-12, le=1
     )
-    scheduler: Literal["linear", "cosine", "constant"] = setting("linear", "how the learning rate falls")
-    warmup_ratio: float = setting(0.05, "share of the steps in which the learning rate rises", ge=0, lt=1)
-    weight_decay: float = setting(0.0, "weight decay of AdamW", ge=0, le=100)
+    embedding_learning_rate: float | None = setting(
+        None, "of embeddings and head, with lora.train_embeddings; null: a tenth of learning_rate", ge=1e-12, le=1
+    )
+    min_learning_rate: float | None = setting(
+        None, "value that it falls to, reached behind the last step; null: 0", ge=0, le=1
+    )
+    scheduler: Literal["linear", "cosine", "constant", "wsd"] = setting(
+        "linear", "how the learning rate falls after the warm-up; wsd: at the end only"
+    )
+    warmup_ratio: float | None = setting(
+        0.05, "share of the steps in which the learning rate rises; null beside warmup_steps", ge=0, lt=1
+    )
+    warmup_steps: int | None = setting(None, "steps in which it rises, in place of warmup_ratio", ge=0, le=10**7)
+    decay_ratio: float | None = setting(
+        None, f"wsd: share of the steps in which it falls, at the end; null: {WSD_DECAY:g}", gt=0, le=1
+    )
+    betas: list[Beta] = Field(
+        default_factory=lambda: [0.9, 0.999], min_length=2, max_length=2, description="β1 and β2 of AdamW"
+    )
+    weight_decay: float = setting(0.0, "weight decay of AdamW; not on norms and biases", ge=0, le=100)
     max_grad_norm: float = setting(1.0, "gradients with a larger norm are scaled down to it", gt=0)
     optimizer: Literal["auto", "adamw_torch_fused", "adamw_8bit"] = setting(
         "auto", "adamw_8bit keeps its moments in 8 bits; full fine-tuning then keeps bf16 weights only"
@@ -231,6 +258,29 @@ class TrainConfig(Section):
     def _micro_divides_batch(self) -> "TrainConfig":
         if self.micro_batch_rows != "auto" and (self.micro_batch_rows < 1 or self.batch_rows % self.micro_batch_rows):
             raise ValueError(f"micro_batch_rows {self.micro_batch_rows} must divide batch_rows {self.batch_rows}")
+        return self
+
+    @model_validator(mode="after")
+    def _schedule(self) -> "TrainConfig":
+        """What the scheduler needs is filled in; what it would ignore is refused."""
+        if self.warmup_steps is None and self.warmup_ratio is None:
+            raise ValueError("warmup_ratio: null needs train.warmup_steps; for no warm-up write warmup_ratio=0")
+        if self.warmup_steps is not None:
+            if "warmup_ratio" in self.model_fields_set and self.warmup_ratio is not None:
+                raise ValueError("warmup_ratio would be ignored beside train.warmup_steps: remove one of them")
+            self.warmup_ratio = None
+        lowest, rate = self.min_learning_rate, self.learning_rate or LEARNING_RATES[self.method][0]
+        if lowest is not None and self.scheduler == "constant":
+            raise ValueError("min_learning_rate would be ignored by scheduler=constant, which does not fall: remove it")
+        if lowest is not None and lowest >= rate:
+            other = "lower it; scheduler=constant is a rate that does not fall"
+            raise ValueError(f"min_learning_rate {lowest:g} is not below learning_rate {rate:g}: {other}")
+        if self.scheduler == "wsd":
+            self.decay_ratio = self.decay_ratio or WSD_DECAY
+            if self.warmup_ratio is not None and self.warmup_ratio + self.decay_ratio > 1:
+                raise ValueError("warmup_ratio and decay_ratio are more than 1 together: lower one of them")
+        elif self.decay_ratio is not None:
+            raise ValueError(f"decay_ratio would be ignored by scheduler={self.scheduler}: set wsd, or remove it")
         return self
 
 

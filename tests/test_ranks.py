@@ -51,8 +51,10 @@ KINDS: dict[str, dict[str, Any]] = {
     "ranks without rows": {"train": {"batch_rows": 3}},
     "odd last step": {"train": {"batch_rows": 7}},
     "refactored": {"lora": {"refactor_every": 2}},
+    "embeddings": {"lora": {"train_embeddings": True}},
 }
-BY_NIGHT = {kind: [pytest.mark.nightly] for kind in ("several packs", "odd last step", "refactored")}
+NIGHTLY = ("several packs", "odd last step", "refactored", "embeddings")
+BY_NIGHT = {kind: [pytest.mark.nightly] for kind in NIGHTLY}
 
 
 @pytest.mark.slow

@@ -55,6 +55,8 @@ def checked_arms(config: Config, arms: str | None, repeats: int, steps: int | No
     for setting in ("plus_ratio", "refactor_every"):
         if getattr(config.lora, setting) is not None:
             raise FasttuneError(f"bench: lora.{setting} is of one arm only, so losses differ; add lora.{setting}=null")
+    if config.lora.train_embeddings:
+        raise FasttuneError("bench: lora.train_embeddings is of one arm only; add lora.train_embeddings=false")
     if (init := config.lora.init) != "default":
         raise FasttuneError(f"bench: lora.init={init} is of one arm only, so losses differ; add lora.init=default")
     if config.model.quantization != "none" and (plain := [name for name in names if name in PLAIN]):

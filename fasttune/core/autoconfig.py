@@ -8,11 +8,13 @@ from dataclasses import dataclass, replace
 from typing import Any
 
 from fasttune.config import Config, changed
+from fasttune.core import schedules
 from fasttune.core.memory import Choices, Shape, Workload, forecast
 from fasttune.data import sharing
 from fasttune.data.batching import Batches
 from fasttune.hardware import Hardware
 from fasttune.metrics import Memory, Setting
+from fasttune.settings import EMBEDDING_RATE, LEARNING_RATES
 
 USABLE_MEMORY = 0.8  # the rest: fragmentation, CUDA context, what the forecast does not know
 CPU_MICRO_BATCH_TOKENS = 2048
@@ -20,10 +22,7 @@ CPU_MICRO_BATCH_TOKENS = 2048
 GPU_LEAST_SHARED, GPU_SHARED_GAIN = 64, 0.05  # tokens; share of the tokens that is not computed again
 SHARED_STEPS, SHARED_GAIN = 20, 0.03  # steps that are looked at; more rows at once must save such a share of the tokens
 INITS = {"pissa": "PiSSA", "olora": "OLoRA", "orthogonal": "orthogonal start"}
-LEARNING_RATES = {
-    "lora": (2e-4, "what LoRA is usually trained with: https://arxiv.org/abs/2305.14314, table 9"),
-    "full": (2e-5, "what all weights are usually trained with: https://arxiv.org/abs/2307.09288, section 3.1"),
-}
+EMBEDDING_SOURCE = "https://unsloth.ai/docs/basics/continued-pretraining"
 EXPERTS_UNCHECKED = "a mixture of experts: counted from its config.json, a forecast of one has never been checked"
 
 
@@ -47,6 +46,7 @@ class Plan(Choices):
             "gradient_checkpointing": self.gradient_checkpointing,
             "optimizer": self.optimizer,
             "learning_rate": self.learning_rate,
+            "embedding_learning_rate": embedding_rate(config, self.learning_rate),
             "packing": self.packed,
         }
         return changed(config, model={"dtype": self.dtype}, train=train)
@@ -75,11 +75,16 @@ def resolve(config: Config, hardware: Hardware, shape: Shape, parts: int = 1) ->
         Setting("max length", f"{config.model.max_length:,} tokens"),
         Setting("batch", _batch(config, rows), rows_reason),
         Setting("checkpointing", chosen.gradient_checkpointing, _recompute_reason(config, chosen, one_row, usable_gib)),
-        Setting("optimizer", chosen.optimizer, _optimizer_reason(config, chosen, one_row, usable_gib)),
+        Setting("optimizer", _optimizer(config, chosen), _optimizer_reason(config, chosen, one_row, usable_gib)),
         *_trained_weights(chosen),
         *([Setting("weights", f"in {parts} parts, one on each process", "UNSLOTH_FSDP2")] if parts > 1 else []),
-        Setting("learning rate", f"{rate or usual_rate:g}, {config.train.scheduler}", None if rate else rate_reason),
+        Setting("learning rate", schedules.in_words(config.train, rate or usual_rate), None if rate else rate_reason),
     ]
+    if (slower := embedding_rate(config, rate or usual_rate)) is not None:
+        why = (
+            None if config.train.embedding_learning_rate else f"{EMBEDDING_RATE:g} of the adapter's: {EMBEDDING_SOURCE}"
+        )
+        settings.append(Setting("embeddings and head", f"trained in fp32, learning rate {slower:g}", why))
     if chosen.method == "lora" and config.lora.dropout:
         settings.append(Setting("lora dropout", f"{config.lora.dropout:g}"))
     return Plan(
@@ -124,14 +129,21 @@ def share(
     return replace(plan, micro_batch_rows=rows, settings=settings), shown
 
 
+def embedding_rate(config: Config, rate: float) -> float | None:
+    """The learning rate of embeddings and head that are trained beside an adapter; None where they are not."""
+    if not config.lora.train_embeddings:
+        return None
+    return config.train.embedding_learning_rate or float(f"{EMBEDDING_RATE * rate:.12g}")
+
+
 def trainer_settings(config: Config, steps: int) -> dict[str, Any]:
     """What every Hugging Face trainer of a resolved config is told: that of a run, and those of a benchmark."""
     train = config.train
     return {
         "max_steps": steps,
-        "learning_rate": train.learning_rate,
-        "lr_scheduler_type": train.scheduler,
-        "warmup_steps": round(train.warmup_ratio * steps),
+        **schedules.trainer_settings(train, steps),
+        "adam_beta1": train.betas[0],
+        "adam_beta2": train.betas[1],
         "weight_decay": train.weight_decay,
         "max_grad_norm": train.max_grad_norm,
         "bf16": config.model.dtype == "bfloat16",
@@ -257,6 +269,11 @@ def _recompute_reason(config: Config, chosen: Choices, one_row: dict[Choices, fl
     fastest_gib = next(iter(one_row.values()))
     needs = f"a full row needs about {fastest_gib:.1f} GiB without it, {usable_gib:.0f} GiB can be used"
     return f"{needs}: recomputing would cost speed" if chosen.gradient_checkpointing == "none" else needs
+
+
+def _optimizer(config: Config, chosen: Choices) -> str:
+    first, second = config.train.betas
+    return chosen.optimizer + ("" if (first, second) == (0.9, 0.999) else f", betas {first:g} and {second:g}")
 
 
 def _optimizer_reason(config: Config, chosen: Choices, one_row: dict[Choices, float], usable_gib: float) -> str | None:

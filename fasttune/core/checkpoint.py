@@ -48,7 +48,17 @@ FREE = {
     "train.report_to",
 }
 # Settings that checkpoints of older versions do not name, as they were then.
-ADDED = {"train.group_by_prompt": "False", "lora.plus_ratio": "None", "lora.refactor_every": "None"}
+ADDED = {
+    "lora.plus_ratio": "None",
+    "lora.refactor_every": "None",
+    "lora.train_embeddings": "False",
+    "train.betas": "[0.9, 0.999]",
+    "train.decay_ratio": "None",
+    "train.embedding_learning_rate": "None",
+    "train.group_by_prompt": "False",
+    "train.min_learning_rate": "None",
+    "train.warmup_steps": "None",
+}
 SECTIONS = ("seed", "model", "lora", "train")
 WHOLE = "steps of the whole run"
 

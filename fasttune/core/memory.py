@@ -113,8 +113,19 @@ class Shape:
 
     @property
     def parameters(self) -> int:
-        norms = (2 * self.layers + 1) * self.hidden
-        return self.linear_weights + norms + self.vocab * self.hidden * (1 if self.tied else 2)
+        return self.linear_weights + (2 * self.layers + 1) * self.hidden + self.end_weights
+
+    @property
+    def end_weights(self) -> int:
+        """Weights of embeddings and head."""
+        return self.vocab * self.hidden * (1 if self.tied else 2)
+
+    def trained_weights(self, config: Config) -> int:
+        """Weights that a run trains."""
+        if config.train.method == "full":
+            return self.parameters
+        adapter = self.adapter_weights(config.lora.rank, config.lora.targets)
+        return adapter + (self.end_weights if config.lora.train_embeddings else 0)
 
     def adapter_weights(self, rank: int, targets: list[str]) -> int:
         """Weights of a LoRA adapter; a target with a name of its own counts as the widest."""
@@ -125,13 +136,13 @@ class Shape:
     def _copies(self, projection: str) -> int:
         return self.experts if projection in MLP else 1
 
-    def flops(self, full: bool, adapter_weights: int) -> Flops:
+    def flops(self, full: bool, adapter_weights: int, head_trained: bool = False) -> Flops:
         """FLOPs per token of a training step, as metrics.count_flops counts them for the live model."""
         return metrics.count_flops(
             linear_weights=self.linear_weights + adapter_weights,
             trained_weights=self.linear_weights if full else adapter_weights,
             head_weights=self.vocab * self.hidden,
-            head_trained=full,
+            head_trained=full or head_trained,
             layers=self.layers,
             attention_width=self.query_width,
         )
@@ -214,16 +225,20 @@ def forecast(config: Config, shape: Shape, choices: Choices, largest: Workload) 
     full, on_cpu = choices.method == "full", choices.gpu_gib is None
     value_bytes = 4 if choices.fp32_masters else BYTES[choices.dtype]
     weight_bytes = NF4_BYTES if config.model.quantization == "nf4" else value_bytes
-    embeddings = shape.vocab * shape.hidden * (1 if shape.tied else 2)  # never quantized
+    embeddings = shape.end_weights  # never quantized
     weights: float = (shape.parameters - embeddings) * weight_bytes + embeddings * value_bytes
     if choices.fp32_masters and choices.parts == 1:  # autocast keeps what it has made bf16 of: every matrix
         weights += 2 * (shape.linear_weights + shape.vocab * shape.hidden)
-    trained = shape.parameters if full else shape.adapter_weights(config.lora.rank, config.lora.targets)
+    trained, ends = shape.trained_weights(config), embeddings if config.lora.train_embeddings else 0
+    if ends and choices.dtype == "bfloat16":
+        weights += 2 * shape.vocab * shape.hidden  # autocast makes a bf16 copy of the head
     trained_bytes = value_bytes if full else 4  # an adapter is trained in fp32
     copies = 2 if config.lora.init in RESIDUAL else 1  # what it began with is loaded again to save it
     adapter: float = 0 if full else trained * 4 * copies
     gradients: float = trained * trained_bytes
     moments: float = trained * (2 if choices.optimizer == "adamw_8bit" else 2 * trained_bytes)
+    if ends and choices.optimizer == "adamw_8bit":
+        moments += shape.vocab * shape.hidden * (8 - 2)  # a Hugging Face trainer keeps those of embeddings in fp32
     if (parts := choices.parts) > 1:
         together = embeddings + TOGETHER_LAYERS * shape.linear_weights / shape.layers
         together *= BYTES[choices.dtype] + (4 if full else 0)  # and what is added up of their gradients
@@ -233,7 +248,9 @@ def forecast(config: Config, shape: Shape, choices: Choices, largest: Workload) 
     logits: float
     if on_cpu:
         logits = 4 * min(largest.labels * shape.vocab, 2 * CPU_LOGIT_VALUES)  # a chunk is made before the last is freed
-        logits += 4 * shape.vocab * shape.hidden if full else 0  # a trained head has a gradient of its own there
+        logits += (
+            4 * shape.vocab * shape.hidden if full or ends else 0
+        )  # a trained head has a gradient of its own there
         slack = _cpu_slack(config, shape.computed, choices, largest, activations)
     else:  # a chunk of logits takes at most half of what is free
         free = max((choices.gpu_gib or 0) * GIB - (weights + adapter + gradients + moments + activations), 0)

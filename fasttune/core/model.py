@@ -102,7 +102,12 @@ def add_lora(model: Any, config: LoraConfig, gradient_checkpointing: str, seed: 
     layers = {name.rsplit(".", 1)[-1] for name, module in model.named_modules() if isinstance(module, torch.nn.Linear)}
     if missing := [target for target in config.targets if target not in layers]:
         raise ModelError(f"lora.targets: this model has no {', '.join(missing)}; it has {', '.join(sorted(layers))}")
-    model = FastLanguageModel.get_peft_model(
+    get_peft_model = FastLanguageModel.get_peft_model
+    if config.train_embeddings:
+        from fasttune.core import embeddings
+
+        get_peft_model = embeddings.trained_too(get_peft_model)
+    model = get_peft_model(
         model,
         r=config.rank,
         lora_alpha=config.alpha,

@@ -11,7 +11,7 @@ from typing import TYPE_CHECKING, Any
 
 from fasttune import config as configuration, hardware
 from fasttune.config import Config
-from fasttune.core import autoconfig, pretrained, run_folder
+from fasttune.core import autoconfig, pretrained, run_folder, schedules
 from fasttune.core.autoconfig import Plan
 from fasttune.core.memory import Shape
 from fasttune.core.ranks import ALONE, Ranks
@@ -134,6 +134,7 @@ def prepare(config: Config, folder: Path, reporter: Reporter, start: Path | None
         data = load.encode(config, tokenizer, packed, reporter.progress)
     data.rank, data.ranks, data.in_step = ranks.rank, ranks.size, ranks.parts > 1
     total_steps = data.total_steps(config.train.epochs, config.train.max_steps)
+    schedules.check(config.train, total_steps)
     config = in_steps(config, total_steps)
     if packed:
         why_not = packing.enable_shared(model, config.model.max_length)

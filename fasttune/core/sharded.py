@@ -124,6 +124,7 @@ def check(config: Config) -> None:
         "model.quantization=none": config.model.quantization != "none",
         "train.optimizer=adamw_torch_fused": config.train.optimizer == "adamw_8bit",
         "lora.refactor_every=null": adapter and config.lora.refactor_every is not None,
+        "lora.train_embeddings=false": config.lora.train_embeddings,
         "lora.init=default": adapter and config.lora.init in RESIDUAL,
     }
     if ways := [way for way, found in wrong.items() if found]:

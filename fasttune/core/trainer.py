@@ -288,11 +288,6 @@ def build(job: "Job", scratch: Path, done: int = 0) -> MeasuredTrainer:
         router_aux_loss_coef=0.0,  # of experts: TRL's default adds it once a micro-batch, so it hangs on how rows lie
         use_cpu=not torch.cuda.is_available(),
     )
-    optimizer = None
-    if config.lora.plus_ratio or plan.stochastic_rounding:
-        from fasttune.core import optimizers
-    if config.lora.plus_ratio:
-        optimizer = optimizers.lora_plus(job.model, config.lora.plus_ratio, arguments)
     sizes = job.model.config.get_text_config()
     router_loss = getattr(sizes, "router_aux_loss_coef", None)
     first = min(done, job.total_steps - 1)  # at least one step, even if all are done: trl looks at an example
@@ -302,15 +297,16 @@ def build(job: "Job", scratch: Path, done: int = 0) -> MeasuredTrainer:
         train_dataset=Dataset.from_dict({"step": range(first, job.total_steps)}),
         data_collator=StepCollator(job.data),
         processing_class=job.tokenizer,
-        optimizers=(optimizer, None),
     )
     if router_loss is not None:
         sizes.router_aux_loss_coef = router_loss  # TRL has written its own there, and it is saved with the model
     trainer.ranks = job.ranks
     trainer.remove_callback(transformers.PrinterCallback)
     trainer.accelerator.device_placement = False  # a step's tokens are counted before they are moved (_prepare_inputs)
-    if plan.stochastic_rounding:
-        optimizers.round_by_chance(trainer)
+    if config.lora.plus_ratio or config.lora.train_embeddings or plan.stochastic_rounding:
+        from fasttune.core import optimizers
+
+        optimizers.put_into(trainer, config, plan.stochastic_rounding)
     if job.data.packed:
         fasttune_model.scope_packed_kernels(job.model, trainer)
     return trainer

@@ -29,6 +29,7 @@ if TYPE_CHECKING:
     from fasttune.core.trainer import MeasuredTrainer, StepRecorder
 
 PROBED = 256  # values of a parameter
+USUAL_BETAS = (0.9, 0.999)
 MOMENTS = {"exp_avg", "exp_avg_sq", "state1", "state2"}  # of torch's and torchao's AdamW, and of bitsandbytes'
 ATTENTION_OPERATORS = (
     "scaled_dot_product",
@@ -190,8 +191,17 @@ def dtypes(model: Any, autocast: bool) -> str:
     """Dtypes of the live parameters, e.g. "float32 trained, bfloat16 frozen, bf16 autocast"."""
     weights = {parameter.dtype for parameter in model.parameters() if not parameter.requires_grad}
     trained = {parameter.dtype for parameter in model.parameters() if parameter.requires_grad}
-    found = [f"{_names(trained)} trained"] + ([f"{_names(weights)} frozen"] if weights else [])
+    ends = [name for name, _ in model.named_parameters() if name.endswith(".modules_to_save.default.weight")]
+    what = f" ({_adapter_and(model)})" if ends else ""
+    found = [f"{_names(trained)} trained{what}"] + ([f"{_names(weights)} frozen"] if weights else [])
     return ", ".join([*found, "bf16 autocast" if autocast else "no autocast"])
+
+
+def _adapter_and(model: Any) -> str:
+    """What is trained where that is more than an adapter, e.g. "adapter, embeddings and head"."""
+    inside, outside = (end.weight for end in (model.get_input_embeddings(), model.get_output_embeddings()))
+    trained = " and ".join(name for name, end in (("embeddings", inside), ("head", outside)) if end.requires_grad)
+    return f"adapter, {trained}" + (", which are one tensor" if inside is outside else "")
 
 
 def optimizer(live: Any) -> str:
@@ -203,6 +213,8 @@ def optimizer(live: Any) -> str:
     parts = [value.to_local() if hasattr(value, "to_local") else value for value in values]  # of a divided model
     moments = {"8 bit" if hasattr(part, "__tensor_flatten__") else _names({part.dtype}) for part in parts}
     text = f"{type(live).__module__.partition('.')[0]} {type(live).__name__}, moments {'/'.join(sorted(moments))}"
+    if (betas := tuple(map(float, live.param_groups[0].get("betas", USUAL_BETAS)))) != USUAL_BETAS:
+        text += f", betas {betas[0]:g} and {betas[1]:g}"
     return text + (", bf16 rounded by chance" if getattr(live, "bf16_stochastic_round", False) else "")
 
 
@@ -225,7 +237,9 @@ def count_flops(model: Any) -> Flops | None:
     """
     shape = Shape.of(getattr(model.config, "get_text_config", lambda: model.config)())
     head = model.get_output_embeddings()
-    linear = [m for m in model.modules() if isinstance(m, torch.nn.Linear) and m is not head]
+    modules = [(name, module) for name, module in model.named_modules() if module is not head]
+    ends = (".original_module", ".modules_to_save.default")  # PEFT's, of a head that is trained beside an adapter
+    linear = [module for name, module in modules if isinstance(module, torch.nn.Linear) and not name.endswith(ends)]
     if shape.experts > 1 or not all(module.weight.is_floating_point() for module in linear):
         return None
     return metrics.count_flops(

@@ -211,7 +211,9 @@ def step_flops(config: Config, chosen: Plan, sample: Sample) -> float:
     """FLOPs of a step: the model's, what is recomputed, and on a CPU what takes as long as so many more would."""
     full, shape = config.train.method == "full", chosen.shape.computed
     adapter = 0 if full else shape.adapter_weights(config.lora.rank, config.lora.targets)
-    flops = shape.flops(full, adapter).of_step(sample.cells, sample.labels, sample.mean_length)
+    flops = shape.flops(full, adapter, config.lora.train_embeddings).of_step(
+        sample.cells, sample.labels, sample.mean_length
+    )
     if chosen.gradient_checkpointing != "none":
         flops += 2 * (shape.linear_weights + adapter) * sample.cells
     if chosen.gpu_gib is None:

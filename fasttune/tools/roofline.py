@@ -38,7 +38,7 @@ def of_step(config: Config, chosen: Plan, sample: Sample, memory: Memory, gpu: s
     cells, labels = sample.cells / sample.steps, sample.labels / sample.steps
     micro_batches = len(sample.micro_batches) / sample.steps
     weights, adapter = shape.linear_weights, 0 if full else shape.adapter_weights(config.lora.rank, config.lora.targets)
-    model = shape.flops(full, adapter)
+    model = shape.flops(full, adapter, config.lora.train_embeddings)
     attention, head = cells * model.attention * sample.mean_length, labels * model.head
     # Values of a token that each group moves, in a layer: (forward, backward).
     through = sum(before + after for before, after in shape.projections.values())

@@ -44,8 +44,7 @@ def of_run(config: Config, chosen: Plan, data: Batches, nodes: int, expected: Fo
     mean = statistics.mean(statistics.mean(of_step) for of_step in loads)
     most = statistics.mean(max(of_step) for of_step in loads)
     full = config.train.method == "full"
-    shape = chosen.shape
-    values = shape.parameters if full else shape.adapter_weights(config.lora.rank, config.lora.targets)
+    values = chosen.shape.trained_weights(config)
     size = values * (2 if full and chosen.dtype == "bfloat16" and not chosen.fp32_masters else 4)
     sent = 2 * (ranks - 1) / ranks * size  # a ring all-reduce
     links = {"NVLink": NVLINK_GB_S * 1e9}

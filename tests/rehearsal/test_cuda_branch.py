@@ -28,6 +28,7 @@ NIGHTLY: dict[str, dict[str, Any]] = {
     "rslora": {"lora": {"rslora": True}, "train": {"max_steps": 2}},
     "pissa": {"lora": {"init": "pissa"}},
     "fp32": {},
+    "embeddings": {"lora": {"train_embeddings": True}, "train": {"max_steps": 2}},
     "full": {"lora": None, "train": {"method": "full"}},  # last: Unsloth keeps that in the environment
 }
 
