@@ -43,10 +43,11 @@ def run(options: argparse.Namespace) -> tuple[Comparison, Path]:
             if found < 0:  # it could not say anything itself
                 reporter.warn(f"{name}: its process was ended by signal {-found}")
     if failed:
-        kept = ", ".join(f"{name} in {place}" for name, place in done.items()) or "none"
+        for name, place in done.items():
+            reporter.note(f"kept: {name} in {place}")
         raise (FasttuneError if set(failed.values()) == {2} else RunFailed)(
-            f"eval: no comparison, as {', '.join(failed)} failed (see above); evaluated and kept: {kept}; fix it and "
-            "give the same command, which takes kept answers, or leave it out"
+            f"eval: no comparison, as {', '.join(failed)} failed (see above); {', '.join(done) or 'none'} evaluated "
+            "and kept; fix it and give the same command, which takes kept answers, or leave it out"
         )
     return paired.compare([evaluated.read(name, done[name]) for name in planned]), folder
 
@@ -79,7 +80,7 @@ def _refuse(options: argparse.Namespace, asked: dict[str, tuple[list[str], str |
         if mine != other:
             each_its_own = "; ".join(f"{name}: {', '.join(t)} on {data}" for name, (t, data) in asked.items())
             raise FasttuneError(f"eval: {first} and {each} would be asked other problems ({each_its_own}); give --data")
-    if not asked and (useless := _flags(options)):
+    if not asked and (useless := flags(options)):
         raise FasttuneError(f"eval: {useless[0]} would be ignored: all of these are evaluated already")
 
 
@@ -104,15 +105,15 @@ def distinct(places: list[str]) -> list[str]:
 def in_a_process(name: str, options: argparse.Namespace) -> Path | int:
     """Evaluate one run: the folder of its scores, or the exit code. What it says goes to stderr as it is said."""
     debug = ["--debug"] if options.debug else []
-    command = child_process.command("fasttune.cli", "eval", name, *_flags(options), *debug, "--json")
+    command = child_process.command("fasttune.cli", "eval", name, *flags(options), *debug, "--json")
     done = subprocess.run(command, stdout=subprocess.PIPE, text=True, check=False, env=child_process.environment())
     return done.returncode or Path(json.loads(done.stdout.splitlines()[-1])["output_dir"])
 
 
-def _flags(options: argparse.Namespace) -> list[str]:
+def flags(options: argparse.Namespace) -> list[str]:
     """The options that are for each evaluation, whichever there are, as they stand on a command line."""
-    flags = []
+    given = []
     for name, value in vars(options).items():
         if name not in OURS and value is not None and value is not False:
-            flags += [f"--{name.replace('_', '-')}", *([] if value is True else [str(value)])]
-    return flags
+            given += [f"--{name.replace('_', '-')}", *([] if value is True else [str(value)])]
+    return given
