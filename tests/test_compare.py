@@ -83,7 +83,12 @@ def command(capsys: pytest.CaptureFixture[str], *arguments: str) -> tuple[int, s
 def test_interval_of_a_share_as_published(right: int, problems: int, low: float, high: float) -> None:
     share, *ends = proportions.wilson(right, problems)
     assert share == right / problems and ends == pytest.approx([low, high], abs=5e-5)
-    assert (ends[0] == 0) == (right == 0) and (ends[1] == 1) == (right == problems)
+
+
+def test_interval_at_none_and_all_ends_there_exactly() -> None:
+    for problems in range(1, 200):
+        assert proportions.wilson(0, problems)[1] == 0 < proportions.wilson(0, problems)[2]
+        assert proportions.wilson(problems, problems)[1] < 1 == proportions.wilson(problems, problems)[2]
 
 
 @pytest.mark.parametrize(
