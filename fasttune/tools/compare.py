@@ -21,6 +21,7 @@ from fasttune.tools import evaluate, evaluated, paired, trained_model
 from fasttune.tools.paired import Comparison
 
 MOST = 26  # runs: the page letters them
+SWITCHES = ("no_cache", "trust_remote_code")  # options that can only be given or not
 OURS = {"command", "run", "interrupted", "overrides", "json", "debug", "model", "others", "out"}  # not passed on
 
 
@@ -114,6 +115,8 @@ def flags(options: argparse.Namespace) -> list[str]:
     """The options that are for each evaluation, whichever there are, as they stand on a command line."""
     given = []
     for name, value in vars(options).items():
-        if name not in OURS and value is not None and value is not False:
-            given += [f"--{name.replace('_', '-')}", *([] if value is True else [str(value)])]
+        if name in OURS or value is None or (value is False and name in SWITCHES):
+            continue
+        given.append(f"--{'no-' if value is False else ''}{name.replace('_', '-')}")
+        given += [] if isinstance(value, bool) else [str(value)]
     return given

@@ -18,7 +18,7 @@ from fasttune.errors import DataError, first_line
 
 ASKED = ("tasks", "data", "limit")  # of eval.json: they decide the problems, with the versions of these packages
 DEFINE_TASKS = ("lm_eval", "fasttune")
-CONDITIONS = ("dtype", "batch_rows", "hardware")  # of eval.json: they can change an answer
+CONDITIONS = ("dtype", "batch_rows", "chat_template", "hardware")  # of eval.json: they can change an answer
 NOT_THE_SAME = "eval: they were not asked the same problems"
 
 
@@ -30,6 +30,7 @@ class Scores(pydantic.BaseModel):
     tasks: list[str]
     data: str | None
     limit: int | None
+    chat_template: bool | None = None  # whether prompts went through it; None: it is not said
     scores: list[dict[str, Any]]
     batch_rows: int
     dtype: str
@@ -97,11 +98,16 @@ def read(name: str, folder: Path) -> Evaluated:
         except pydantic.ValidationError as error:
             raise DataError(f"{lines} line {number}: is no answer to a problem; {again}") from error
         task = answer.task if answer.filter in (None, "none") else f"{answer.task} ({answer.filter})"
-        key = str(answer.number if answer.id is None else answer.id)
-        if key in answers.setdefault(task, {}):
-            raise DataError(f"{lines} line {number}: problem {key} of {task} is there twice; {again}")
-        answers[task][key] = answer
+        mine = answers.setdefault(task, {})
+        mine[_free_key(str(answer.number if answer.id is None else answer.id), mine)] = answer
     return Evaluated(name, folder, scores, answers)
+
+
+def _free_key(key: str, taken: dict[str, Answer]) -> str:
+    """Problems of one id, as a file that holds a row twice has them, are told apart by their order."""
+    if key not in taken:
+        return key
+    return next(again for time in itertools.count(2) if (again := f"{key} ({time})") not in taken)
 
 
 def check_same(runs: list[Evaluated]) -> None:
