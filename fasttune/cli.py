@@ -180,14 +180,14 @@ def _with_model(commands: Any) -> None:
         made.add_argument("--trust-remote-code", action="store_true", help="run the model's own code: read it first")
         return made
 
-    add = command("eval", "score runs or models on tasks of EleutherAI's harness", evaluate, KEPT).add_argument
-    add("others", nargs="*", metavar="RUN|MODEL", help="compare them: one after the other, with a paired test")
+    add = command("eval", "score a run or a model on tasks of EleutherAI's harness", evaluate, KEPT).add_argument
     add("--tasks", metavar="A,B", help="gsm8k_jsonl, multiple_choice_jsonl, builtin:arithmetic, or any of the harness")
     add("--data", metavar="FILE", help="rows of question and answer, or question, options and answer")
     add("--limit", type=int, metavar="N", help="use only the first N problems of each task")
     add("--batch-rows", type=int, metavar="N", help="problems at once (default 16; 64 on a GPU)")
     add("--out", metavar="DIR", help="default: the run's folder, or runs/eval-NAME-DATE; of several runs/compare-DATE")
     add("--no-cache", action="store_true", help="neither use nor keep answers")
+    add("others", nargs="*", metavar="RUN|MODEL", help="more of them: each is evaluated, then all compared and tested")
 
     made = command("generate", "answers of a run or a model, with its chat template", generate)
     what, add = made.add_mutually_exclusive_group(required=True), made.add_argument
