@@ -20,11 +20,12 @@ EXAMPLES = """examples:
   fasttune plan configs/quickstart.yaml --gpu h100-80 --usd-per-hour 2.50
   fasttune data configs/quickstart.yaml --rows 5
   fasttune bench configs/smollm2_135m_gsm8k.yaml data.train=rows.jsonl --repeats 5
+  fasttune eval runs/first-20261121-120000 runs/second-20261121-130000 --tasks builtin:arithmetic
   fasttune generate runs/quickstart-20261121-120000 --prompt 'What is 12 + 30?'
   fasttune merge runs/quickstart-20261121-120000 --out merged
   fasttune verify --quick
 """
-PATHS = ("config", "data", "file", "model", "out", "output", "resume")  # of the options
+PATHS = ("config", "data", "file", "model", "others", "out", "output", "resume")  # of the options
 NUMBERS = {  # option → the least and the most it may be
     "batch_rows": (1, 100_000),
     "gpus": (1, 1024),
@@ -52,6 +53,8 @@ def main(argv: list[str] | None = None) -> int:
     options, rest = parser().parse_known_args(arguments)
     if any(text.startswith("-") for text in rest):
         parser().error(f"unrecognized arguments: {' '.join(rest)}")
+    if options.command == "eval":  # argparse takes no more runs behind an option
+        options.others, rest = [*options.others, *(r for r in rest if "=" not in r)], [r for r in rest if "=" in r]
     if options.command in ("eval", "generate", "merge") and rest:
         parser().error(f"{options.command} takes no settings: {' '.join(rest)}")
     options.overrides += rest  # argparse takes no key=value that stands behind an option
@@ -95,11 +98,14 @@ def _check_limits(options: argparse.Namespace) -> None:
     """Names that no disk can have, and numbers that only a slip of the hand makes: nothing loops over those."""
     for name, value in vars(options).items():
         flag = f"--{name.replace('_', '-')}"
-        if name in PATHS and value and "=" not in value:  # train's config may be missing before a key=value
+        for path in (value if isinstance(value, list) else [value]) if name in PATHS else []:
+            if not path or "=" in path:  # train's config may be missing before a key=value
+                continue
             try:
-                system.path_text(value)
+                system.path_text(path)
             except ValueError as error:
-                raise FasttuneError(f"{name if name in ('config', 'model') else flag}: {error}") from error
+                shown = {"config": "config", "model": "model", "others": "model"}.get(name, flag)
+                raise FasttuneError(f"{shown}: {error}") from error
         least, most = NUMBERS.get(name, (None, None))
         if name == "gpus" and isinstance(value, str):  # train's, which may be `all`
             continue
@@ -186,8 +192,9 @@ def _with_model(commands: Any) -> None:
     add("--chat-template", action=argparse.BooleanOptionalAction, help=turns)
     add("--limit", type=int, metavar="N", help="use only the first N problems of each task")
     add("--batch-rows", type=int, metavar="N", help="problems at once (default 16; 64 on a GPU)")
-    add("--out", metavar="DIR", help="default: the run's folder, or runs/eval-NAME-DATE")
+    add("--out", metavar="DIR", help="default: the run's folder, or runs/eval-NAME-DATE; of several runs/compare-DATE")
     add("--no-cache", action="store_true", help="neither use nor keep answers")
+    add("others", nargs="*", metavar="RUN|MODEL", help="more of them: each is evaluated, then all compared and tested")
 
     made = command("generate", "answers of a run or a model, with its chat template", generate)
     what, add = made.add_mutually_exclusive_group(required=True), made.add_argument
@@ -287,9 +294,16 @@ def bench(options: argparse.Namespace) -> Done:
 
 
 def evaluate(options: argparse.Namespace) -> Done:
-    """`fasttune eval`: 0, with the scores on stderr."""
+    """`fasttune eval`: 0, with the scores on stderr; of several runs how they compare."""
     from fasttune.tools import evaluate as evaluation
 
+    if options.others:
+        from fasttune.tools import compare, compare_page
+
+        compared, folder = compare.run(options)
+        compare_page.write(compared, folder)
+        compare_page.show(compared, folder)
+        return 0, compared.as_dict()
     result = evaluation.run(options)
     evaluation.show(result)
     return 0, result

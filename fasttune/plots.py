@@ -92,6 +92,33 @@ def line_plot(
         return svg(drawn)
 
 
+def interval_plot(rows: Sequence[tuple[str, float, float, float, bool]], line: float | None, width_in: float) -> str:
+    """An SVG element with a row for each (label, share, low end, high end, filled): a dot on its interval, in percent.
+
+    line: a share that is marked over all rows, or None.
+    """
+    above_in, row_in, below_in = 0.08, 0.3, 0.3
+    height_in = above_in + row_in * len(rows) + below_in
+    ends = [100 * end for _, _, low, high, _ in rows for end in (low, high)] + ([] if line is None else [100 * line])
+    with figure(width_in, height_in, font_size=10) as drawn:
+        left, right = 0.3 / width_in, 0.22 / width_in
+        axes = drawn.add_axes((left, below_in / height_in, 1 - left - right, row_in * len(rows) / height_in))
+        if line is not None:
+            axes.axvline(100 * line, color=WARN, linewidth=1.4, linestyle=(0, (4, 3)))
+        for at, (_, share, low, high, filled) in enumerate(rows):
+            axes.plot([100 * low, 100 * high], [at, at], color=ACCENT, linewidth=1.8, solid_capstyle="butt")
+            look = {"markerfacecolor": ACCENT if filled else PAPER, "markeredgecolor": ACCENT, "markeredgewidth": 1.6}
+            axes.plot([100 * share], [at], "o", markersize=7, **look)
+        plain_axes(axes)
+        margin = max(1.0, 0.06 * (max(ends) - min(ends)))
+        axes.set_xlim(min(ends) - margin, max(ends) + margin)
+        axes.set_ylim(len(rows) - 0.5, -0.5)
+        axes.set_yticks(range(len(rows)), [label for label, *_ in rows])
+        axes.locator_params(axis="x", nbins=6)
+        axes.xaxis.set_major_formatter(lambda value, _: f"{value:g} %" if 0 <= value <= 100 else "")
+        return svg(drawn)
+
+
 def stride(steps: Sequence[StepMetrics]) -> int:
     """One of this many steps is drawn."""
     return max(1, math.ceil(len(steps) / MAX_POINTS))

@@ -10,7 +10,7 @@ PACKAGE = Path("fasttune")
 BASE = 0  # the modules beside cli.py
 LEVEL = {"data": 1, "cpu": 1, "core": 2, "bench": 3, "tools": 3, "verify": 3, "cli": 4}
 LIGHT = "errors config gpus stack cli tools.evaluate hardware terminal verify.main core.train core.prepare".split()
-LIGHT += ["report", "tools.inspect_data", "tools.generate", "tools.merge"]
+LIGHT += ["report", "tools.compare", "tools.inspect_data", "tools.generate", "tools.merge"]
 HEAVY = {"torch", "transformers", "unsloth", "trl", "peft", "datasets", "matplotlib", "jinja2", "lm_eval"}
 
 

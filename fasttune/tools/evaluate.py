@@ -201,6 +201,11 @@ def _folder(trained: TrainedModel, out: str | None) -> Path:
     """--out, else the run's own folder, else runs/eval-NAME-DATE. Raises OutputError where it cannot be written."""
     stem = trained.name.rstrip("/").rpartition("/")[2].replace(":", "-")
     folder = Path(out) if out else trained.run or Path(f"runs/eval-{stem}-{datetime.now():%Y%m%d-%H%M%S}")
+    return writable(folder)
+
+
+def writable(folder: Path) -> Path:
+    """A folder of --out, as it will be made. Raises OutputError where it cannot be written."""
     folder = folder.expanduser()
     above = hardware.nearest_existing(folder)
     if not above.is_dir() or not os.access(above, os.W_OK | os.X_OK):
