@@ -53,12 +53,14 @@ class Evaluation:
     """After `step`, on the supervised tokens of held-out rows: mean loss, and the share that is the first guess.
 
     exact_match: share of the problems answered rightly, on the way; None at the ends, which RunResult has.
+    loss_by_source: of each source of held-out rows, where there are several.
     """
 
     step: int
     loss: float
     token_accuracy: float
     exact_match: float | None = None
+    loss_by_source: dict[str, float] = field(default_factory=dict)
 
 
 @dataclass(frozen=True)
@@ -71,6 +73,20 @@ class HeldOut:
     after: Evaluation | None
     best: Evaluation | None
     saved_step: int | None
+
+
+@dataclass(frozen=True)
+class SourceSeen:
+    """What was trained on of one of several sources. Tokens of rows by themselves; of documents, of whole sequences.
+
+    tokens_per_s: its share of the run's. *_loss: on its held-out rows, before the first step and after the last.
+    """
+
+    source: str
+    tokens: int
+    tokens_per_s: float | None
+    first_loss: float | None
+    last_loss: float | None
 
 
 @dataclass(frozen=True)
@@ -253,6 +269,8 @@ class RunResult:
     resume_command: str | None = None  # of a run that is not completed, and of which something is kept
     ranks: RanksSeen | None = None  # of a run of several processes, whose tokens, FLOPs and dollars are those of all
     rows_per_s: float | None = None
+    sources: list[SourceSeen] = field(default_factory=list)  # where there are several
+    plain_text: bool = False  # what was trained on: then the loss is also told as perplexity
     gpu_busy: float | None = None  # mean share of the steps' time in which the GPU ran kernels, as its driver says
 
 

@@ -79,6 +79,7 @@ def key_figures(result: RunResult) -> list[Figure]:
     return [
         _loss(result),
         *_held_out(result),
+        *_sources(result),
         *_exact_match(result),
         _known("speed", result.tokens_per_s, _tokens_per_s, counted + computed, too_short),
         *_ranks(result),
@@ -147,7 +148,25 @@ def _held_out(result: RunResult) -> list[Figure]:
         note += f"; lowest {seen.best.loss:.3f} at step {seen.best.step:,}"
     if seen.saved_step not in (None, seen.after.step):
         note += f"; saved are the weights of step {seen.saved_step:,}"
-    return [Figure("held-out loss", losses, note)]
+    found = [Figure("held-out loss", losses, note)]
+    if result.plain_text:
+        values = [math.exp(min(each.loss, 700.0)) for each in (seen.before, seen.after) if each]
+        what = "e to the held-out loss: of how many tokens the model would choose at random"
+        found.append(Figure("perplexity", " → ".join(f"{value:,.4g}" for value in values), what))
+    return found
+
+
+def _sources(result: RunResult) -> list[Figure]:
+    """A line each, where there are several."""
+    found = []
+    for each in result.sources:
+        notes = [] if each.tokens_per_s is None else [f"{rate(each.tokens_per_s)} tokens/s"]
+        if each.last_loss is not None:
+            losses = [loss for loss in (each.first_loss, each.last_loss) if loss is not None]
+            notes.append("held-out loss " + " → ".join(f"{loss:.3f}" for loss in losses))
+            notes[-1] += f", perplexity {math.exp(min(losses[-1], 700.0)):,.4g}" if result.plain_text else ""
+        found.append(Figure(Path(each.source).name, f"{each.tokens:,} tokens", "; ".join(notes)))
+    return found
 
 
 def _exact_match(result: RunResult) -> list[Figure]:

@@ -11,7 +11,7 @@ from fasttune import chips, config
 from fasttune.core import autoconfig, remedies
 from fasttune.core.memory import Shape
 from fasttune.data.batching import Batches
-from fasttune.data.tokenize import Rows
+from fasttune.data.store import Rows
 from fasttune.errors import ModelError
 from fasttune.hardware import Gpu, Hardware
 from fasttune.settings import SEVEN_PROJECTIONS

@@ -8,9 +8,10 @@ import pytest
 from hypothesis import given, strategies as st
 
 from fasttune.data import load
-from fasttune.data.batching import Batches, epoch_order, padded
-from fasttune.data.sharing import Encoded, best_fit, flat
-from fasttune.data.tokenize import IGNORE, Rows
+from fasttune.data.batching import Batches, epoch_order
+from fasttune.data.sharing import Encoded, best_fit, flat, padded
+from fasttune.data.store import Rows
+from fasttune.data.tokenize import IGNORE
 
 LENGTHS = st.lists(st.integers(1, 300), min_size=1, max_size=120)
 

@@ -14,9 +14,9 @@ import pytest
 from fasttune import chips, cli, config, hardware, metrics, report, terminal
 from fasttune.core import autoconfig, memory as memory_forecast
 from fasttune.core.memory import Choices, Shape, Workload
-from fasttune.data.batching import Batches, padded
-from fasttune.data.sharing import flat
-from fasttune.data.tokenize import Rows
+from fasttune.data.batching import Batches
+from fasttune.data.sharing import flat, padded
+from fasttune.data.store import Rows
 from fasttune.hardware import Hardware
 from fasttune.metrics import Memory, Range
 from fasttune.tools import estimate, plan

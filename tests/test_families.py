@@ -181,18 +181,18 @@ def test_a_family_is_trained_as_plain_transformers_computes_it(
     assert seen == sorted(seen, reverse=True) and seen[2] < seen[0]
     (rows,) = job.data.dealt(0)
     assert seen[0] == pytest.approx(plain.ask(tmp_path / "model", rows)[0], rel=RELATIVE)
-    held_out = result.held_out
-    assert held_out.before.loss == pytest.approx(plain.ask(tmp_path / "model", job.held_out)[0], rel=RELATIVE)
+    held_out, (held_out_rows,) = result.held_out, job.held_out.values()
+    assert held_out.before.loss == pytest.approx(plain.ask(tmp_path / "model", held_out_rows)[0], rel=RELATIVE)
     assert held_out.after.loss < held_out.before.loss
 
     saved = folder / ("adapter" if method == "lora" else "model")
     if method == "full":
         made, given = (json.loads((each / "config.json").read_text()) for each in (saved, tmp_path / "model"))
         assert {key: made.get(key) for key in given} == given
-    loss, logits = plain.ask(saved, job.held_out)
+    loss, logits = plain.ask(saved, held_out_rows)
     assert held_out.after.loss == pytest.approx(loss, rel=RELATIVE)
     with torch.inference_mode():
-        own = job.model.eval()(input_ids=torch.tensor([job.held_out[-1][0].tolist()])).logits[0]
+        own = job.model.eval()(input_ids=torch.tensor([held_out_rows[-1][0].tolist()])).logits[0]
     torch.testing.assert_close(logits, own, rtol=RELATIVE, atol=1e-3)
 
     again = run(tmp_path / "killed", changes, resume=True)

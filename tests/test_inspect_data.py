@@ -18,7 +18,7 @@ from rich.console import Console
 from fasttune import cli, config, hardware, terminal
 from fasttune.data import arithmetic
 from fasttune.data.batching import Batches
-from fasttune.data.tokenize import Rows
+from fasttune.data.store import Rows
 from fasttune.tools import data_page, estimate, inspect_data
 
 CONFIG = """

@@ -17,7 +17,8 @@ import pytest
 from fasttune import system
 from fasttune.data import arithmetic, files, sources, store, workers
 from fasttune.data.sources import Chunk
-from fasttune.data.tokenize import Recipe, Rows
+from fasttune.data.store import Rows
+from fasttune.data.tokenize import Recipe
 from fasttune.errors import DataError, FasttuneError
 
 GOOD = {"question": "q", "answer": "a"}

@@ -59,7 +59,8 @@ def test_a_wrong_file_is_one_clear_line(
 
 def held_out(tokenizer: Any, asked: config.Config) -> Any:
     made = load.encode(asked, tokenizer, True, lambda what, share: None)
-    return load.held_out(asked, tokenizer, made, lambda what, share: None)
+    found, warnings = load.held_out(asked, tokenizer, made, lambda what, share: None)
+    return [row for rows in found.values() for row in rows], warnings
 
 
 def test_each_source_has_its_own_form_and_columns(tmp_path: Path, cache: Path, tiny_tokenizer: Any) -> None:

@@ -13,7 +13,8 @@ from hypothesis import given, strategies as st
 from fasttune import config, terminal
 from fasttune.data import load
 from fasttune.data.sequences import Sequences, Stream
-from fasttune.data.tokenize import IGNORE, Rows
+from fasttune.data.store import Rows
+from fasttune.data.tokenize import IGNORE
 from fasttune.errors import DataError
 
 DOCUMENTS = st.lists(st.integers(2, 40), min_size=1, max_size=30)
@@ -70,7 +71,9 @@ def test_documents_are_shuffled_by_seed_and_epoch_and_not_by_process() -> None:
     assert [ids.tolist() for ids, _ in one.encoded(7)] == [ids.tolist() for ids, _ in same.encoded(7)]
     weighted = sequences(rows, weights=[0.5, 2.0])
     assert weighted.rows_per_epoch == round(0.5 * one.sizes[0]) + 2 * one.sizes[1]
-    assert one.tokens_per_epoch == 40 * 9 + 30 * 5
+    told = load.tokens_by_source(one, one.steps_per_epoch)
+    lengths = [len(ids) for step in range(one.steps_per_epoch) for ids, _ in one.encoded(step)]
+    assert sum(told.values()) == sum(lengths) and told["a.txt"] == 40 * 9 + one.sizes[0] - 1
     part, number = one.rows_of(0)[0]
     ids = one.items(0)[0][2][0][0]
     inside = one._stream(part, 0).documents(number)

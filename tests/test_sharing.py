@@ -133,7 +133,7 @@ def test_rows_of_one_prompt_are_put_together_and_prompts_are_shuffled() -> None:
     """Eight answers to each of 30 questions: every step of 16 rows is two whole questions, another two each epoch."""
     from collections import Counter
 
-    from fasttune.data.tokenize import Rows
+    from fasttune.data.store import Rows
 
     ids = np.array([[*SYSTEM, 100 + q, 1000 + a] for a in range(8) for q in range(30)], np.int32)
     learned = np.tile(np.arange(ids.shape[1]) == ids.shape[1] - 1, len(ids))
@@ -150,7 +150,7 @@ def test_rows_of_one_prompt_are_put_together_and_prompts_are_shuffled() -> None:
 def test_without_sharing_nothing_is_put_together() -> None:
     from collections import Counter
 
-    from fasttune.data.tokenize import Rows
+    from fasttune.data.store import Rows
 
     ids = np.tile(np.array([*SYSTEM, 1, 2], np.int32), 4)
     starts = np.arange(5) * 22

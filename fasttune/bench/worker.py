@@ -23,6 +23,7 @@ from fasttune import config as configuration
 from fasttune.bench import arms
 from fasttune.bench.stats import Repeat
 from fasttune.config import Config
+from fasttune.data import load
 from fasttune.data.batching import Batches
 from fasttune.data.sharing import paths
 from fasttune.data.tokenize import IGNORE
@@ -67,7 +68,7 @@ def share(config: Config, shared: Path, scratch: Path) -> dict[str, Any]:
     (shared / "config.yaml").write_text(configuration.dump(job.config), encoding="utf-8")
     (shared / SIZES).write_text(json.dumps(at_once(data, job.total_steps)), encoding="utf-8")
     return {
-        "tokens_per_epoch": data.tokens_per_epoch,
+        "tokens_per_epoch": sum(load.tokens_by_source(data, data.steps_per_epoch).values()),
         "steps_per_epoch": data.steps_per_epoch,
         "full_steps_per_epoch": data.rows_per_epoch // data.batch_rows,
     }

@@ -19,7 +19,7 @@ from fasttune.data.sharing import Encoded, MicroBatch, flat
 from fasttune.data.formats import Row
 from fasttune.data.tokenize import IGNORE
 from fasttune.errors import DataError
-from fasttune.metrics import Evaluation, ExactMatch, HeldOut, Sample
+from fasttune.metrics import Evaluation, ExactMatch, HeldOut, Sample, SourceSeen
 
 if TYPE_CHECKING:
     from fasttune.core.prepare import Job
@@ -36,7 +36,9 @@ class Validator:
 
     def __init__(self, job: "Job", autocast: bool):
         self.job, self.model, self.autocast = job, job.model, autocast
-        self._batches = _in_packs(job) if job.data.packed else [_alone(flat([row])) for row in job.held_out]
+        # (number of its source, micro-batch)
+        laid_out = ((at, _laid_out(job, rows)) for at, rows in enumerate(job.held_out.values()))
+        self._batches = [(at, batch) for at, batches in laid_out for batch in batches]
         self.before: Evaluation | None = None
         self.last: Evaluation | None = None
         self.best: Evaluation | None = None
@@ -45,7 +47,7 @@ class Validator:
         """After which steps: 0 is before the first one."""
         every = self.job.config.eval.every_steps
         on_the_way = every is not None and step % every == 0
-        return len(self.job.held_out) > 0 and (self._at_an_end(step) or on_the_way)
+        return len(self._batches) > 0 and (self._at_an_end(step) or on_the_way)
 
     def _at_an_end(self, step: int) -> bool:
         return step in (0, self.job.total_steps)
@@ -57,10 +59,13 @@ class Validator:
     def measure(self, step: int) -> Evaluation:
         """Evaluate now, as the model after `step`."""
         ranks = self.job.ranks
-        own = self._sums_of(ranks.share(self._batches))
-        loss, right, count = ranks.sum_of_shares(own, f"evaluation after step {step:,}")
+        own = self._sums_of(ranks.share(self._batches), len(self.job.held_out))
+        sums = np.reshape(ranks.sum_of_shares(own.ravel().tolist(), f"evaluation after step {step:,}"), own.shape)
+        loss, right, count = sums.sum(0)
         match = None if self._at_an_end(step) else self._exact_match()  # there all are answered, for the samples
-        self.last = Evaluation(step, loss / count, right / count, match)
+        by_source = {name: float(each[0] / each[2]) for name, each in zip(self.job.held_out, sums, strict=True)}
+        several = by_source if len(by_source) > 1 else {}
+        self.last = Evaluation(step, float(loss / count), float(right / count), match, several)
         self.before = self.last if step == 0 else self.before
         if step and math.isfinite(self.last.loss) and (self.best is None or self.last.loss < self.best.loss):
             self.best = self.last
@@ -79,7 +84,7 @@ class Validator:
             return False
         ids = row[0][-SOUND_TOKENS:]
         batch = flat([(ids, np.ones(len(ids), np.bool_))])
-        return math.isfinite(self._sums_of([batch if self.job.data.packed else _alone(batch)])[0])
+        return math.isfinite(self._sums_of([(0, batch if self.job.data.packed else _alone(batch))], 1)[0, 0])
 
     def state(self) -> dict[str, Any]:
         """Plain values for a checkpoint, which `restore` takes."""
@@ -94,14 +99,32 @@ class Validator:
         """For run.json; None if nothing was measured."""
         if self.last is None:
             return None
-        loss_tokens = sum(int((batch["labels"] != IGNORE).sum()) for batch in self._batches)
-        return HeldOut(len(self.job.held_out), loss_tokens, self.before, self.last, self.best, saved_step)
+        loss_tokens = sum(int((batch["labels"] != IGNORE).sum()) for _, batch in self._batches)
+        return HeldOut(
+            sum(map(len, self.job.held_out.values())), loss_tokens, self.before, self.last, self.best, saved_step
+        )
 
-    def _sums_of(self, batches: Sequence[MicroBatch]) -> list[float]:
+    def by_source(self, steps: int, tokens_per_s: float | None) -> list[SourceSeen]:
+        """What the first steps trained on of each source; nothing where there is only one."""
+        if len(self.job.data.parts) == 1:
+            return []
+        tokens = load.tokens_by_source(self.job.data, steps)
+        total = sum(tokens.values()) or 1
+        before, after = (seen.loss_by_source if seen else {} for seen in (self.before, self.last))
+        return [
+            SourceSeen(name, n, tokens_per_s and tokens_per_s * n / total, before.get(name), after.get(name))
+            for name, n in tokens.items()
+        ]
+
+    def _sums_of(self, batches: Sequence[tuple[int, MicroBatch]], sources: int) -> np.ndarray:
+        """Of each source: summed loss, tokens guessed right, tokens: (sources, 3)."""
         was_training = self.model.training
         self.model.eval()
+        sums = np.zeros((sources, 3))
         try:
-            return torch.tensor([[0.0, 0.0, 0.0], *map(self._sums, batches)], dtype=torch.float64).sum(0).tolist()
+            for source, batch in batches:
+                sums[source] += self._sums(batch)
+            return sums
         finally:
             self.model.train(was_training)
             self.job.ranks.apart(self.model)
@@ -125,10 +148,12 @@ class Validator:
         return loss, right, len(positions)
 
 
-def _in_packs(job: "Job") -> list[MicroBatch]:
-    """Packs of one full row at most: a GPU computes the logits of every token of them."""
-    packs = sharing.plan(job.held_out, job.config.model.max_length, job.data.least_shared)
-    return [flat(job.held_out, segments) for segments in packs]
+def _laid_out(job: "Job", rows: list[Encoded]) -> list[MicroBatch]:
+    """Packs of one full row at most: a GPU computes the logits of every token of them. Else each row by itself."""
+    if not job.data.packed:
+        return [_alone(flat([row])) for row in rows]
+    packs = sharing.plan(rows, job.config.model.max_length, job.data.least_shared)
+    return [flat(rows, segments) for segments in packs]
 
 
 def _alone(batch: MicroBatch) -> MicroBatch:

@@ -44,7 +44,7 @@ class Job:
     base_weights: str  # fingerprint of those before an adapter came
     tokenizer: "PreTrainedTokenizerBase"
     data: Batches
-    held_out: list[Encoded]
+    held_out: dict[str, list[Encoded]]  # by source
     problems: "list[Problem]"
     total_steps: int
     usd_per_hour: float | None
@@ -144,10 +144,11 @@ def prepare(config: Config, folder: Path, reporter: Reporter, start: Path | None
     with ranks.node_first():
         held_out, doubts = load.held_out(config, tokenizer, data, reporter.progress)
     warnings += doubts
-    pretrained.check_tokens(tokenizer, len(model.get_input_embeddings().weight), load.texts(data, held_out))
+    measured = [row for rows in held_out.values() for row in rows]
+    pretrained.check_tokens(tokenizer, len(model.get_input_embeddings().weight), load.texts(data, measured))
     settings += [Setting("data", line) for line in load.describe(data)]
-    if held_out:
-        settings.append(Setting("held out", f"loss of {len(held_out):,} rows, {_when(config)}"))
+    if measured:
+        settings.append(Setting("held out", f"loss of {len(measured):,} rows, {_when(config)}"))
     run_folder.check_space(folder, needed_gib(config, models.trained_gib(model)))
     usd_per_hour, price = autoconfig.price_of(config, machine, ranks.size)
     settings += [price] if price else []

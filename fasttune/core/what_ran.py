@@ -374,6 +374,8 @@ def result_of(
         forecast=job.forecast,
         samples=samples or [],
         held_out=recorder.validator.result(journal.saved_step),
+        sources=recorder.validator.by_source(journal.done, tokens_per_s),
+        plain_text=job.config.data.format == "text",
         warnings=journal.warnings,
         error=journal.error,
         resumed_from_step=journal.resumed_from_step,

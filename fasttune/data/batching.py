@@ -13,7 +13,8 @@ import numpy as np
 
 from fasttune.data import sharing
 from fasttune.data.sharing import Encoded, MicroBatch
-from fasttune.data.tokenize import IGNORE, Rows, labels
+from fasttune.data.store import Rows
+from fasttune.data.tokenize import IGNORE
 
 EMPTY: MicroBatch = {"input_ids": np.zeros((1, 2), np.int64), "labels": np.full((1, 2), IGNORE)}  # teaches nothing
 HOLD_OUT_STREAM = 1 << 32  # keeps the hold-out draw apart from the epochs' shuffles
@@ -77,12 +78,6 @@ class Batches:
         return sum(size * int(weight) + round((weight % 1.0) * size) for size, weight in sets)
 
     @property
-    def tokens_per_epoch(self) -> int:
-        """Of the rows that `epoch_order` gives, by the mean length of all."""
-        mean = sum(part.counts["tokens"] for part in self.parts) / sum(map(len, self.parts))
-        return round(mean * self.rows_per_epoch)
-
-    @property
     def steps_per_epoch(self) -> int:
         """The last step of an epoch may hold fewer rows."""
         return math.ceil(self.rows_per_epoch / self.batch_rows)
@@ -102,13 +97,21 @@ class Batches:
     def chosen(self, step: int) -> list[tuple[int, int]]:
         """(part, the how manieth of those that are trained on) of every row of a step."""
         epoch, within = divmod(step, self.steps_per_epoch)
-        if epoch != getattr(self, "_epoch", None):
-            order = epoch_order(self.sizes, self.weights, self.seed, epoch)
-            self._epoch, self._order = epoch, sharing.together(order, self.prompts) if self.group_by_prompt else order
-        chosen = self._order[within * self.batch_rows : (within + 1) * self.batch_rows]
+        chosen = self.order(epoch)[within * self.batch_rows : (within + 1) * self.batch_rows]
         firsts = np.cumsum([0, *self.sizes])
         parts = np.searchsorted(firsts, chosen, side="right") - 1
         return [(int(part), int(at - firsts[part])) for part, at in zip(parts, chosen, strict=True)]
+
+    def order(self, epoch: int) -> np.ndarray:
+        """As `epoch_order`."""
+        if epoch != getattr(self, "_epoch", None):
+            order = epoch_order(self.sizes, self.weights, self.seed, epoch)
+            self._epoch, self._order = epoch, sharing.together(order, self.prompts) if self.group_by_prompt else order
+        return self._order
+
+    def lengths(self, part: int) -> np.ndarray:
+        """Tokens of each row of a part that is trained on."""
+        return self.parts[part].lengths[self.split[part][0]]
 
     def describe(self, step: int) -> str:
         """The rows of a step as a person finds them: rows 12, 40 of rows.jsonl."""
@@ -166,7 +169,9 @@ class Batches:
         if self.packed:
             packs = sharing.plan(rows, self.micro_rows * self.max_length, self.least_shared)
             return [sharing.pack(rows, segments) for segments in packs]
-        return [padded(rows[at : at + self.micro_rows], self.pad_id) for at in range(0, len(rows), self.micro_rows)]
+        return [
+            sharing.padded(rows[at : at + self.micro_rows], self.pad_id) for at in range(0, len(rows), self.micro_rows)
+        ]
 
 
 def epoch_order(sizes: list[int], weights: list[float], seed: int, epoch: int) -> np.ndarray:
@@ -182,18 +187,3 @@ def epoch_order(sizes: list[int], weights: list[float], seed: int, epoch: int) -
         chosen += [np.tile(rows, int(whole)), rng.permutation(rows)[: round(part * size)]]
         first += size
     return rng.permutation(np.concatenate(chosen))
-
-
-def padded(rows: list[Encoded], pad_id: int) -> MicroBatch:
-    """Rows below each other, as long as the longest: input_ids, labels, attention_mask (B, T)."""
-    shape = (len(rows), max(len(ids) for ids, _ in rows))
-    batch = {
-        "input_ids": np.full(shape, pad_id, np.int64),
-        "labels": np.full(shape, IGNORE, np.int64),
-        "attention_mask": np.zeros(shape, np.int64),
-    }
-    for at, (ids, supervised) in enumerate(rows):
-        batch["input_ids"][at, : len(ids)] = ids
-        batch["labels"][at, : len(ids)] = labels(ids, supervised)
-        batch["attention_mask"][at, : len(ids)] = 1
-    return batch

@@ -19,7 +19,8 @@ from fasttune.data.batching import Batches
 from fasttune.data.sequences import Sequences, Stream
 from fasttune.data.sharing import Encoded
 from fasttune.data.sources import TOKENS
-from fasttune.data.tokenize import Recipe, Rows
+from fasttune.data.store import Rows
+from fasttune.data.tokenize import Recipe
 from fasttune.errors import DataError
 
 BLOCK = 1 << 22  # tokens of a checksum at once
@@ -100,8 +101,8 @@ def sequences(config: Config, settings: dict[str, Any], draw: Callable[[int], li
 
 def held_out(
     config: Config, batches: Batches, count: int, encode: Callable[[str, Part], Rows]
-) -> tuple[list[Encoded], list[str]]:
-    """What `count` sequences of held-out documents consist of, evenly spread over them, and what to warn of.
+) -> tuple[dict[str, list[Encoded]], list[str]]:
+    """(source → what `count` sequences of held-out documents consist of, evenly spread over all; what to warn of).
 
     Their tokens are as the tokenizer makes them, whatever the training ones are.
     """
@@ -116,5 +117,7 @@ def held_out(
     streams = [Stream(rows, chosen, config.model.max_length, data.cross_document) for rows, chosen in parts]
     places = [(stream, number) for stream in streams for number in range(len(stream))]
     count = min(count, len(places))
-    chosen = [places[at * len(places) // count] for at in range(count)]
-    return [row for stream, number in chosen for row in stream[number]], []
+    found: dict[str, list[Encoded]] = {}
+    for stream, number in (places[at * len(places) // count] for at in range(count)):
+        found.setdefault(stream.rows.source, []).extend(stream[number])
+    return found, []

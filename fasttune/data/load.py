@@ -1,6 +1,6 @@
 """Config and tokenizer → Batches: every data set is recognised, encoded (store.py) and split."""
 
-from collections.abc import Callable, Iterable, Iterator, Sequence
+from collections.abc import Callable, Iterable, Iterator
 from pathlib import Path
 from typing import Any
 
@@ -13,7 +13,7 @@ from fasttune.data.arithmetic import Part
 from fasttune.data.batching import Batches, Encoded
 from fasttune.data.formats import Row
 from fasttune.data.sources import Chunk
-from fasttune.data.tokenize import Rows
+from fasttune.data.store import Rows
 from fasttune.errors import DataError
 
 Progress = Callable[[str, float], None]  # what is being done, and the share of it that is
@@ -49,8 +49,11 @@ def _draw(config: Config, draw: int, tokenizer: Any, progress: Progress) -> list
     return [_encode_one(config, source, tokenizer, progress, draw=draw) for source in config.data.sources]
 
 
-def held_out(config: Config, tokenizer: Any, batches: Batches, progress: Progress) -> tuple[list[Encoded], list[str]]:
-    """(at most `eval.rows` rows to measure on, spread evenly over those of data.eval_share; what to warn of).
+def held_out(
+    config: Config, tokenizer: Any, batches: Batches, progress: Progress
+) -> tuple[dict[str, list[Encoded]], list[str]]:
+    """(source → rows of it to measure on, `eval.rows` at most of all, spread evenly over those of data.eval_share; what
+    to warn of).
 
     Of all rows that something is measured on or shown of, those that are trained on too are counted.
     """
@@ -65,7 +68,7 @@ def held_out(config: Config, tokenizer: Any, batches: Batches, progress: Progres
     if config.data.eval is not None:
         most = max(count, config.samples, config.eval.problems)
         if not most:
-            return [], []
+            return {}, []
         rows = _encode_one(config, config.data.eval, tokenizer, progress, "test", most)
         places = [(rows, index) for index in range(len(rows))]
         measured = places[:count]
@@ -75,7 +78,10 @@ def held_out(config: Config, tokenizer: Any, batches: Batches, progress: Progres
         count = min(len(places), count)
         measured = [places[at * len(places) // count] for at in range(count)]
     doubt = overlap(batches, (rows.row(index) for rows, index in places))
-    return [rows.row(index) for rows, index in measured], [doubt] if doubt else []
+    found: dict[str, list[Encoded]] = {}
+    for rows, index in measured:
+        found.setdefault(rows.source, []).append(rows.row(index))
+    return found, [doubt] if doubt else []
 
 
 def overlap(batches: Batches, held_out: Iterable[Encoded]) -> str | None:
@@ -106,7 +112,7 @@ def _hashes(ids: np.ndarray, supervised: np.ndarray) -> tuple[int, int | None]:
     return hash(ids.tobytes()), hash(b"prompt" + ids[:answer].tobytes()) if answer > 1 else None
 
 
-def texts(batches: Batches, held_out: Sequence[Encoded] = ()) -> Iterator[tuple[str, Any]]:
+def texts(batches: Batches, held_out: Iterable[Encoded] = ()) -> Iterator[tuple[str, Any]]:
     """(where it is from, its ids) of every row."""
     for part in batches.parts:
         for index, number in enumerate(part.numbers):
@@ -199,6 +205,17 @@ def with_format(config: Config) -> Config:
     if len(forms) > 1:
         return config
     return configuration.changed(config, data={"format": forms.pop()})
+
+
+def tokens_by_source(data: Batches, steps: int) -> dict[str, int]:
+    """Tokens of each source in the first `steps` steps, each row by itself; of documents those of whole sequences."""
+    lengths = [data.lengths(part) for part in range(len(data.parts))]
+    of, each = np.repeat(np.arange(len(lengths)), list(map(len, lengths))), np.concatenate(lengths)
+    found = np.zeros(len(lengths))
+    for epoch in range(-(-steps // data.steps_per_epoch)):
+        rows = data.order(epoch)[: (steps - epoch * data.steps_per_epoch) * data.batch_rows]
+        found += np.bincount(of[rows], each[rows], len(lengths))
+    return {part.source: int(tokens) for part, tokens in zip(data.parts, found, strict=True)}
 
 
 def describe(data: Batches) -> list[str]:

@@ -13,7 +13,7 @@ import numpy as np
 
 from fasttune.data.batching import Batches
 from fasttune.data.sharing import Encoded
-from fasttune.data.tokenize import Rows
+from fasttune.data.store import Rows
 
 DOCUMENT_STREAM = 2 << 32  # keeps the shuffles of documents apart from the other draws of a seed
 
@@ -73,9 +73,10 @@ class Sequences(Batches):
     def sizes(self) -> list[int]:
         return [len(self._stream(part, 0)) for part in range(len(self.parts))]
 
-    @property
-    def tokens_per_epoch(self) -> int:
-        return round(sum(self._stream(part, 0).tokens * weight for part, weight in enumerate(self.weights)))
+    def lengths(self, part: int) -> np.ndarray:
+        stream = self._stream(part, 0)
+        starts = np.arange(len(stream)) * (self.max_length - 1)
+        return np.minimum(starts + self.max_length, stream.tokens) - starts
 
     def rows_of(self, step: int) -> list[tuple[int, int]]:
         return self.chosen(step)

@@ -198,6 +198,21 @@ def pack(rows: list[Encoded], segments: list[Segment]) -> MicroBatch:
     return {name: made[name].reshape(len(segments), -1) for name in ("input_ids", "labels")}
 
 
+def padded(rows: list[Encoded], pad_id: int) -> MicroBatch:
+    """Rows below each other, as long as the longest: input_ids, labels, attention_mask (B, T)."""
+    shape = (len(rows), max(len(ids) for ids, _ in rows))
+    batch = {
+        "input_ids": np.full(shape, pad_id, np.int64),
+        "labels": np.full(shape, IGNORE, np.int64),
+        "attention_mask": np.zeros(shape, np.int64),
+    }
+    for at, (ids, supervised) in enumerate(rows):
+        batch["input_ids"][at, : len(ids)] = ids
+        batch["labels"][at, : len(ids)] = labels(ids, supervised)
+        batch["attention_mask"][at, : len(ids)] = 1
+    return batch
+
+
 def flat(rows: list[Encoded], segments: list[Segment] | None = None) -> MicroBatch:
     """Rows end to end, nothing padded: input_ids, labels, position_ids (1, T) and packed_seq_lengths (rows,).
 

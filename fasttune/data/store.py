@@ -15,7 +15,7 @@ import zlib
 from collections import Counter
 from collections.abc import Callable, Iterator
 from contextlib import ExitStack, contextmanager
-from dataclasses import astuple
+from dataclasses import astuple, dataclass
 from itertools import chain, islice
 from pathlib import Path
 from typing import Any
@@ -24,7 +24,7 @@ import numpy as np
 
 from fasttune import report, system
 from fasttune.data.sources import Chunk
-from fasttune.data.tokenize import Block, Encoder, Recipe, Rows
+from fasttune.data.tokenize import Block, Encoder, Recipe
 from fasttune.errors import DataError
 
 VERSION = 3  # raise it when the same recipe gives other tokens or counts
@@ -33,6 +33,36 @@ SAVED = "saved.json"  # of what is not whole yet
 SAVE_CHUNKS = 64  # of about 1 MB: what a killed process loses of its work
 MAX_UNUSABLE_SHARE = 0.05
 POOL_FROM_CHUNKS = 24  # about 24 MB of JSONL: below, starting workers costs more than they save
+
+
+@dataclass
+class Rows:
+    """Encoded rows of one source. ids, supervised: (tokens,) on disk; starts: (rows + 1,); numbers: (rows,).
+
+    supervised: None where every token is.
+    """
+
+    source: str
+    ids: np.ndarray
+    supervised: np.ndarray | None
+    starts: np.ndarray
+    numbers: np.ndarray
+    counts: Counter[str]
+    checksum: str = ""  # of all arrays: the same rows have the same
+
+    def __len__(self) -> int:
+        return len(self.starts) - 1
+
+    @property
+    def lengths(self) -> np.ndarray:
+        """Tokens of each row: (rows,)."""
+        return np.diff(self.starts)
+
+    def row(self, index: int) -> tuple[np.ndarray, np.ndarray]:
+        """(ids, supervised) of a row, both (length,)."""
+        inside = slice(self.starts[index], self.starts[index + 1])
+        ids = self.ids[inside]
+        return ids, np.ones(len(ids), np.bool_) if self.supervised is None else self.supervised[inside]
 
 
 def stored(

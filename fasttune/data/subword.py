@@ -22,6 +22,7 @@ import numpy as np
 from tokenizers import Tokenizer
 
 from fasttune.data.affix_lists import spellings
+from fasttune.data.chat import Template
 from fasttune.data.vocabulary import Split, Vocabulary
 
 # Source of the numbers: src/tokenization/patok_morphology.py of the repository above
@@ -64,7 +65,7 @@ class Splitter:
 
     def __init__(self, tokenizer: Tokenizer, how: Splitting):
         self.counts: Counter[str] = Counter()
-        self._how = how
+        self._how, self._tokenizer = how, tokenizer
         self._vocabulary = Vocabulary(tokenizer)
         self._splits: dict[int, tuple[Split, ...]] = {}
         if how.mode == "patok":
@@ -77,6 +78,16 @@ class Splitter:
             self._refusal = [*(kept.get(token, 0.0) if text else 1.0 for token, text in ordinary), 1.0]
             self._matches = lru_cache(REMEMBERED)(self._find_affixes)
             self._encode = lru_cache(REMEMBERED)(self._encode_piece)
+
+    def document(self, ids: list[int], template: Template, seed: tuple[int, ...], counts: Counter[str]) -> list[int]:
+        """As `apply`, of a document with its BOS and EOS, which stay; `counts` gets what was counted, by our names."""
+        of = self._tokenizer.token_to_id
+        first = int(bool(template.bos) and ids[:1] == [of(template.bos)])
+        last = len(ids) - int(bool(template.eos) and ids[-1:] == [of(template.eos)])
+        inside = self.apply(ids[first:last], np.random.default_rng(seed))
+        counts.update({f"tokenization: {name}": count for name, count in self.counts.items()})
+        self.counts.clear()
+        return [*ids[:first], *inside, *ids[last:]]
 
     def apply(self, ids: list[int], rng: np.random.Generator) -> list[int]:
         """Other ids with the same bytes, for the ids of one document without BOS and EOS; only `rng` decides which."""

@@ -59,36 +59,6 @@ class Block:
     examples: dict[str, str] = field(default_factory=dict)
 
 
-@dataclass
-class Rows:
-    """Encoded rows of one source. ids, supervised: (tokens,) on disk; starts: (rows + 1,); numbers: (rows,).
-
-    supervised: None where every token is.
-    """
-
-    source: str
-    ids: np.ndarray
-    supervised: np.ndarray | None
-    starts: np.ndarray
-    numbers: np.ndarray
-    counts: Counter[str]
-    checksum: str = ""  # of all arrays: the same rows have the same
-
-    def __len__(self) -> int:
-        return len(self.starts) - 1
-
-    @property
-    def lengths(self) -> np.ndarray:
-        """Tokens of each row: (rows,)."""
-        return np.diff(self.starts)
-
-    def row(self, index: int) -> tuple[np.ndarray, np.ndarray]:
-        """(ids, supervised) of a row, both (length,)."""
-        inside = slice(self.starts[index], self.starts[index + 1])
-        ids = self.ids[inside]
-        return ids, np.ones(len(ids), np.bool_) if self.supervised is None else self.supervised[inside]
-
-
 def recipe_of(tokenizer: Any, form: str, columns: dict[str, str], *settings: Any) -> Recipe:
     """The Recipe of a fast tokenizer of transformers with a template (chat.complete). settings: its last fields."""
     text, template = tokenizer.backend_tokenizer.to_str(), chat.template_of(tokenizer)
@@ -150,7 +120,7 @@ class Encoder:
             else:
                 row_ids, tokens = encoding.ids, token_spans(encoding, len(text), spans)
             if self.splitter:
-                row_ids = self._split(number, row_ids, counts)
+                row_ids = self.splitter.document(row_ids, recipe.template, (*recipe.seed, number), counts)
                 tokens = [(0, len(row_ids))]
             pieces = self._pieces(len(row_ids), [span for span in tokens if span[0] < span[1]], counts)
             for start, end, inside in pieces:
@@ -166,17 +136,6 @@ class Encoder:
             mask[start:end] = True
         lengths, numbers = np.array(kept, np.int64).reshape(-1, 2).T
         return Block(np.array(ids, np.int32), mask, lengths.astype(np.int32), numbers.copy(), counts, examples)
-
-    def _split(self, number: int, ids: list[int], counts: Counter[str]) -> list[int]:
-        """A text's tokens, some of them split; never its BOS and EOS. By (seed, draw, number): of any process."""
-        special = self.recipe.template
-        first = int(ids[:1] == [self.tokenizer.token_to_id(special.bos)]) if special.bos else 0
-        last = len(ids) - int(ids[-1:] == [self.tokenizer.token_to_id(special.eos)]) if special.eos else len(ids)
-        rng = np.random.default_rng([*self.recipe.seed, number])
-        inside = self.splitter.apply(ids[first:last], rng)
-        counts.update({f"tokenization: {name}": count for name, count in self.splitter.counts.items()})
-        self.splitter.counts.clear()
-        return [*ids[:first], *inside, *ids[last:]]
 
     def _text(self, number: int, place: str, row: Row, counts: Counter[str]) -> tuple[str, list[Span], list[Span]]:
         """(text, its supervised spans, where it has control tokens that are text) of a row.

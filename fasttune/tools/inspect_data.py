@@ -9,7 +9,7 @@ never the first token of a row, which nothing predicts.
 
 import math
 from dataclasses import dataclass, replace
-from itertools import pairwise
+from itertools import chain, pairwise
 from typing import Any
 
 import numpy as np
@@ -20,7 +20,8 @@ from fasttune.core import autoconfig, prepare, pretrained
 from fasttune.core.memory import Shape
 from fasttune.data import chat, load
 from fasttune.data.batching import Batches
-from fasttune.data.tokenize import IGNORE, Rows, labels
+from fasttune.data.store import Rows
+from fasttune.data.tokenize import IGNORE, labels
 from fasttune.system import library_log
 from fasttune.tools import inspect_tokens
 from fasttune.tools.estimate import lay_out
@@ -143,7 +144,7 @@ def look(config: Config, rows: int, reporter: terminal.Reporter) -> DataFigures:
             data = load.encode(chosen.apply(config), tokenizer, True, reporter.progress)
             autoconfig.share(config, machine, chosen, data, auto)
             held_out, warnings = load.held_out(config, tokenizer, data, reporter.progress)
-            pretrained.check_tokens(tokenizer, chosen.shape.vocab, load.texts(data, held_out))
+            pretrained.check_tokens(tokenizer, chosen.shape.vocab, load.texts(data, chain(*held_out.values())))
     finally:
         reporter.stop()
     return measure(config, tokenizer, changes, data, rows, warnings)

@@ -12,7 +12,7 @@ from fasttune import report, terminal
 from fasttune.config import Config, changed
 from fasttune.core import prepare, pretrained
 from fasttune.data import chat, load, megatron
-from fasttune.data.tokenize import Rows
+from fasttune.data.store import Rows
 from fasttune.errors import DataError, OutputError
 from fasttune.system import library_log
 

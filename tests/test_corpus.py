@@ -1,0 +1,123 @@
+"""Corpora of continued pretraining: files of tokens, tokens split at random, several sources with their own figures."""
+
+import json
+import os
+import random
+from pathlib import Path
+from typing import Any
+
+import pytest
+
+from fasttune import cli, config, terminal
+from fasttune.data import corpus, files, load, store
+from fasttune.errors import DataError
+
+WORDS = "bahay maganda kumain nagluto pagkain dagat isda gabi bulaklak tinapay gaganda".split()
+
+
+def write(path: Path, documents: int, seed: int) -> str:
+    rng = random.Random(seed)
+    texts = (" ".join(rng.choices(WORDS, k=rng.randint(4, 30))) for _ in range(documents))
+    path.write_text("".join(json.dumps({"text": f"{text}."}) + "\n" for text in texts))
+    return str(path)
+
+
+def asked(train: Any, max_length: int = 64, tree: dict[str, Any] | None = None, **data: Any) -> config.Config:
+    base = {"model": {"name": "builtin:tiny", "max_length": max_length}}
+    return config.parse(base | {"data": {"train": train, "layout": "concat"} | data} | (tree or {}))
+
+
+def encoded(settings: config.Config, tokenizer: Any) -> Any:
+    return load.encode(settings, tokenizer, True, lambda what, share: None)
+
+
+def test_tokens_on_disk_train_as_their_text_does(
+    tmp_path: Path,
+    cache: Path,
+    tiny_tokenizer: Any,
+    capsys: pytest.CaptureFixture[str],
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    monkeypatch.chdir(tmp_path)
+    source = write(tmp_path / "a.jsonl", 60, 0)
+    (tmp_path / "c.yaml").write_text(
+        f"model: {{name: builtin:tiny}}\ndata: {{train: {source}, tokenization: stochastok}}"
+    )
+    assert cli.main(["tokenize", "c.yaml", "--out", "tokens", "--json"]) == 0
+    told = json.loads(capsys.readouterr().out)
+    text = encoded(asked(source, tokenization="stochastok"), tiny_tokenizer)
+    binary = encoded(asked("tokens.bin"), tiny_tokenizer)
+    assert (told["documents"], told["tokens"], told["bytes_a_token"]) == (60, len(text.parts[0].ids), 2)
+    steps = range(text.steps_per_epoch)
+    assert [[ids.tolist() for ids, _ in text.encoded(step)] for step in steps] == [
+        [ids.tolist() for ids, _ in binary.encoded(step)] for step in steps
+    ]
+    assert cli.main(["tokenize", "c.yaml", "--out", "tokens"]) == 2, "nothing is overwritten"
+    assert "tokens.bin is there already" in capsys.readouterr().err
+    with pytest.raises(DataError, match=r"holds tokens already, data.tokenization=stochastok needs text"):
+        encoded(asked("tokens.bin", tokenization="stochastok"), tiny_tokenizer)
+    with pytest.raises(DataError, match=r"holds the token id \d+, the tokenizer of the model has 40 tokens"):
+        corpus.tokenized("tokens.bin", 40, None, lambda share: None)
+    for setting, why in (("data.redraw=true", "hold one draw"), (f"data.train={{{source}: 2}}", "has the weight 2")):
+        assert cli.main(["tokenize", "c.yaml", "--out", "other", setting, "data.layout=concat"]) == 2
+        assert why in capsys.readouterr().err
+
+
+@pytest.fixture
+def merging(tiny_tokenizer: Any) -> Any:
+    """A tokenizer whose tokens are of several letters, so that they can be split."""
+    from tokenizers import Tokenizer, decoders, models, pre_tokenizers, trainers
+
+    made = Tokenizer(models.BPE())
+    made.pre_tokenizer, made.decoder = pre_tokenizers.ByteLevel(add_prefix_space=False), decoders.ByteLevel()
+    alphabet = pre_tokenizers.ByteLevel.alphabet()
+    trainer = trainers.BpeTrainer(
+        vocab_size=340, initial_alphabet=alphabet, special_tokens=["<eos>"], show_progress=False
+    )
+    made.train_from_iterator([" ".join(WORDS)] * 20, trainer)
+    return type(tiny_tokenizer)(tokenizer_object=made, eos_token="<eos>", chat_template="{{ messages }}")
+
+
+@pytest.mark.parametrize("mode", ["stochastok", "patok"])
+def test_splits_are_of_the_document_whoever_makes_them(
+    tmp_path: Path, cache: Path, merging: Any, monkeypatch: pytest.MonkeyPatch, mode: str
+) -> None:
+    """Of any number of processes; other ones in each epoch; never of what is measured on; the text stays."""
+    monkeypatch.setattr(files, "BLOCK_BYTES", 2000)
+    source = write(tmp_path / "a.jsonl", 80, 1)
+    how = {"tokenization": mode} | ({"affixes": "filipino"} if mode == "patok" else {"stochastok_p": 0.5})
+    settings = asked(source, tree={"train": {"epochs": 3}}, redraw=True, eval_share=0.25, **how)
+    alone = encoded(settings, merging)
+    monkeypatch.setenv("FASTTUNE_CACHE", str(tmp_path / "other"))
+    monkeypatch.setattr(store, "POOL_FROM_CHUNKS", 2)
+    monkeypatch.setattr(os, "sched_getaffinity", lambda _: {0, 1})
+    pool = encoded(settings, merging)
+    assert [part.ids.tolist() for (part,) in pool.draws] == [part.ids.tolist() for (part,) in alone.draws]
+    first, second, third = ([part.row(at)[0].tolist() for at in range(80)] for (part,) in alone.draws)
+    assert first != second != third and alone.parts[0] is alone.draws[0][0]
+    plain = encoded(asked(source), merging).parts[0]
+    for epoch in (first, second, third):
+        assert [merging.decode(ids) for ids in epoch] == [merging.decode(plain.row(at)[0]) for at in range(80)]
+        assert all(ids[-1] == merging.eos_token_id for ids in epoch)
+    held_out, _ = load.held_out(settings, merging, alone, lambda what, share: None)
+    ((_, measured),) = held_out.items()
+    whole = {tuple(plain.row(int(at))[0].tolist()) for at in alone.split[0][1]}
+    assert {tuple(ids.tolist()) for ids, _ in measured} & whole, "held-out documents, as the tokenizer makes them"
+
+
+def test_each_source_has_its_figures(unsloth: None, tmp_path: Path, cache: Path) -> None:
+    from fasttune.core import train
+
+    sources = {write(tmp_path / "a.jsonl", 60, 2): 1.0, write(tmp_path / "b.jsonl", 30, 3): 2.0}
+    tree = {"train": {"batch_rows": 4, "max_steps": 5, "learning_rate": 0.01}, "output_dir": str(tmp_path / "run")}
+    settings = asked(sources, tree=tree, cross_document=True, eval_share=0.2)
+    result = train.run(settings, terminal.Reporter(quiet=True))
+    told = {Path(each.source).name: each for each in result.sources}
+    assert sum(each.tokens for each in told.values()) == result.tokens and min(e.tokens for e in told.values()) > 0
+    held = result.held_out
+    assert held is not None and held.after is not None and held.before is not None
+    losses = list(held.after.loss_by_source.values())
+    assert len(losses) == 2 and min(losses) < held.after.loss < max(losses)
+    assert all(each.last_loss < each.first_loss for each in told.values() if each.last_loss and each.first_loss)
+    page = (tmp_path / "run" / "report.html").read_text()
+    assert "perplexity" in page and "a.jsonl" in page
