@@ -430,6 +430,8 @@ def test_the_page_says_what_is_seen_and_loads_nothing(tmp_path: Path) -> None:
         'aria-label="Accuracy with 95 % interval on sums: A 25.0 % (14.2–40.2), B 27.5 % (16.1–42.8), C 0.0 % (0.0–'
     )
     assert spoken in text and "chance 25.0 %" in text
+    drawn = text[text.index("<svg") : text.index("</svg>")]
+    assert drawn.count("fill: var(--paper)") == 2 and "var(--warn)" in drawn  # hollow: A and B; a line for chance
 
 
 def test_the_page_escapes_what_others_wrote(tmp_path: Path) -> None:
@@ -454,8 +456,8 @@ def test_the_terminal_shows_every_pair(tmp_path: Path, width: int) -> None:
     assert all(len(line) <= width for line in text.splitlines()[:-2])
     for part in (
         r"sums +40 +25\.0 +25\.0 +27\.5 +0\.0 *\n +14\.2–40\.2",
-        r"C − A +−25\.0 +−40\.2 to −\d+\.\d +0\.004  A better",
-        r"ranks +B − A +\+5\.0 +−\d\.\d to \+\d+\.\d +1\.000  no difference seen",
+        r"C − A +−25\.0 +−40\.2 to −\d+\.\d +0\.004 +A better",
+        r"ranks +B − A +\+5\.0 +−\d\.\d to \+\d+\.\d +1\.000 +no difference seen",
         r"mean over tasks +B − A .*not tested",
         r"warning not evaluated with the same dtype",
         r"out/compare\.html\n",
