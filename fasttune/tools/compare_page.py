@@ -198,7 +198,7 @@ def _cell(value: float, note: str) -> Text:
 
 def _differences(compared: Comparison) -> Table:
     names = letters(compared)
-    table = Table(box=None, padding=(0, 2, 0, 0), header_style="dim", pad_edge=False)
+    table = Table(box=None, padding=(0, 1, 0, 0), header_style="dim", pad_edge=False)
     table.add_column("difference", overflow="fold")
     table.add_column("", no_wrap=True)
     for heading in ("points", "", "p"):

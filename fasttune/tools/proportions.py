@@ -1,6 +1,6 @@
 """Shares of right answers: an interval for one, for the difference of two on the same problems, and a test of it.
 
-No library of the stacks has them; tests/test_compare.py holds them against the figures of scipy and statsmodels.
+No library of the stacks has them; tests/test_proportions.py holds them against the figures of scipy and statsmodels.
 """
 
 import math
