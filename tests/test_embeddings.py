@@ -139,7 +139,7 @@ def test_a_resumed_run_is_the_same_to_the_bit(
 def test_above_bf16_weights_small_updates_are_not_lost(
     bases: dict[str, str], tmp_path: Path, monkeypatch: pytest.MonkeyPatch, kind: str
 ) -> None:
-    """As on a GPU: bf16 base and autocast. Of weights with a gradient (a fifth of the rows) hardly one is a bf16 value."""
+    """As on a GPU: bf16 base and autocast. Hardly a weight with a gradient (a fifth of the rows) is a bf16 value."""
     from safetensors.torch import load_file
 
     monkeypatch.setattr("unsloth_zoo.cpu.trainer.cpu_bf16_supported", lambda: True)

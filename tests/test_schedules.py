@@ -34,7 +34,7 @@ def learning_rates(folder: Path) -> list[float]:
     return [json.loads(line)["learning_rate"] for line in (folder / "metrics.jsonl").read_text().splitlines()]
 
 
-# Settings that no checkpoint of version 0.1.0 has in its identity.
+# Settings that no checkpoint of before has in its identity.
 NEWER = [f"train.{name}" for name in "betas decay_ratio embedding_learning_rate min_learning_rate warmup_steps".split()]
 NEWER += ["lora.train_embeddings", "lora.plus_ratio", "lora.refactor_every", "train.group_by_prompt"]
 
