@@ -199,7 +199,9 @@ BROKEN = {
 
 
 @pytest.mark.parametrize("damage", BROKEN)
-def test_a_broken_file_is_one_line_that_says_what_to_do(tmp_path: Path, damage: str) -> None:
+def test_a_broken_file_is_one_line_that_says_what_to_do(
+    tmp_path: Path, damage: str, monkeypatch: pytest.MonkeyPatch
+) -> None:
     write(tmp_path / "tl", [[1, 2, 3], [4], [5, 6]])
     assert len(read(tmp_path / "tl")) == 3
     do, told = BROKEN[damage]
@@ -207,6 +209,9 @@ def test_a_broken_file_is_one_line_that_says_what_to_do(tmp_path: Path, damage: 
     with pytest.raises(DataError, match=told) as caught:
         read(tmp_path / "tl.bin")
     assert "\n" not in str(caught.value) and ";" in str(caught.value)
+    monkeypatch.setattr(megatron, "BLOCK", 1)
+    with pytest.raises(DataError):
+        read(tmp_path / "tl.bin")
 
 
 def test_a_negative_id_is_found_where_it_is(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
