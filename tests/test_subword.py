@@ -244,6 +244,18 @@ def windows_of(tokenizer: Tokenizer, pieces: list[str], affixes: tuple[str, ...]
     return drawn
 
 
+@pytest.mark.parametrize(("tokens", "too_short"), [(2, 0.65), (3, 0.30), (4, 0.0)])
+def test_windows_are_of_two_three_or_four_tokens(tokens: int, too_short: float) -> None:
+    splitter, rng = (
+        Splitter(letters("a"), Splitting("patok", expand_share=0.0, contract_share=1.01 / tokens)),
+        seeded(1),
+    )
+    for _ in range(3_000):
+        splitter.apply([0] * tokens, rng)
+    assert splitter.counts["windows"] == 3_000
+    assert splitter.counts["no window"] / 3_000 == pytest.approx(too_short, abs=0.03)
+
+
 def test_a_window_is_cut_at_an_affix() -> None:
     """By hand: ` na|gluto` holds nag-; its 5 % is encoded in one piece."""
     known = letters(" nagluto", " na", "gluto", " nag", "luto", "ag")
