@@ -13,7 +13,7 @@ import pytest
 from hypothesis import example, given, settings, strategies as st
 from tokenizers import AddedToken, Regex, Tokenizer, decoders, models, normalizers, pre_tokenizers, trainers
 
-from fasttune.data.affix_lists import affixes_of
+from fasttune.data.affix_lists import affixes_of, kind_of
 from fasttune.data.subword import Sequence, Splitter, Splitting
 from fasttune.data.vocabulary import SPACE, Vocabulary
 from fasttune.errors import DataError
@@ -244,10 +244,24 @@ def windows_of(tokenizer: Tokenizer, pieces: list[str], affixes: tuple[str, ...]
     return drawn
 
 
+@pytest.mark.parametrize(("tokens", "too_short"), [(2, 0.65), (3, 0.30), (4, 0.0)])
+def test_windows_are_of_two_three_or_four_tokens(tokens: int, too_short: float) -> None:
+    splitter, rng = (
+        Splitter(letters("a"), Splitting("patok", expand_share=0.0, contract_share=1.01 / tokens)),
+        seeded(1),
+    )
+    for _ in range(3_000):
+        splitter.apply([0] * tokens, rng)
+    assert splitter.counts["windows"] == 3_000
+    assert splitter.counts["no window"] / 3_000 == pytest.approx(too_short, abs=0.03)
+
+
 def test_a_window_is_cut_at_an_affix() -> None:
     """By hand: ` na|gluto` holds nag-; its 5 % is encoded in one piece."""
     known = letters(" nagluto", " na", "gluto", " nag", "luto", "ag")
     assert fits(windows_of(known, [" na", "gluto"], ("mag-", "nag-")), {(" nag", "luto"): 0.95, (" nagluto",): 0.05})
+    known = letters(" Nagluto", " Na", "gluto", " Nag", "luto")
+    assert fits(windows_of(known, [" Na", "gluto"], ("nag-",)), {(" Nag", "luto"): 0.95, (" Nagluto",): 0.05})
     inside = letters("sumulat", "sum", "ulat", "s", "um")
     assert fits(windows_of(inside, ["sum", "ulat"], ("-um-",)), {("s", "um", "ulat"): 0.95, ("sumulat",): 0.05})
 
@@ -334,6 +348,11 @@ def test_filipino_is_shipped() -> None:
 
 
 def test_a_hyphen_of_the_affix_itself_stays() -> None:
+    assert [kind_of(affix) for affix in ("de--", "--anyos", "-um-")] == [
+        ("prefix", "de-"),
+        ("suffix", "-anyos"),
+        ("infix", "um"),
+    ]
     known = letters(" de-l", "ata", " de", "-", "lata")  # the pre-tokenizer takes a hyphen by itself
     assert windows_of(known, [" de-l", "ata"], ("de--",))[(" de", "-", "lata")] > 1_200
 

@@ -26,7 +26,7 @@ from fasttune.data.chat import Template
 from fasttune.data.vocabulary import Split, Vocabulary
 
 # Source of the numbers: src/tokenization/patok_morphology.py of the repository above
-WINDOW_SIZES = ((2, 0.35), (3, 0.70), (4, 1.0))  # tokens, and the share of windows up to this size
+UP_TO_2, UP_TO_3 = 0.35, 0.70  # share of windows of two tokens, and of two or three; the rest are of four
 KEEP_AFFIX = 0.95  # how often a window with an affix token is refused
 KEEP_AFFIX_BEGINNING = 0.75  # the same where the affix is also the beginning of a longer one (ma- of mag-)
 CUT_AT_AFFIX = 0.95
@@ -69,7 +69,7 @@ class Splitter:
         self._vocabulary = Vocabulary(tokenizer)
         self._splits: dict[int, tuple[Split, ...]] = {}
         if how.mode == "patok":
-            self._affixes = spellings(how.affixes)
+            self._affixes = {text: f"affix: {affix}" for text, affix in spellings(how.affixes).items()}
             self._beginnings = {text[:end] for text in self._affixes for end in range(1, len(text) + 1)}
             kept = self._affix_tokens()
             self._splits |= dict.fromkeys(kept, ())
@@ -137,8 +137,7 @@ class Splitter:
         counts["windows"] += windows
         for _ in range(windows):
             drawn = uniform()
-            size = next(size for size, up_to in WINDOW_SIZES if drawn < up_to)
-            places = self._window(document, size, uniform)
+            places = self._window(document, 2 if drawn < UP_TO_2 else 3 if drawn < UP_TO_3 else 4, uniform)
             if not places:
                 counts["no window"] += 1
                 continue
@@ -157,9 +156,11 @@ class Splitter:
                 counts["windows encoded otherwise"] += 1
                 continue
             document.replace(places, [token for part in encoded for token in part.ids])
-            counts["doubled syllables"] += sum(part.doubled for part in encoded)
             if affix:
-                counts[f"affix: {affix}"] += 1
+                counts[affix] += 1
+            for part in encoded:
+                if part.doubled:
+                    counts["doubled syllables"] += 1
         return document.in_order()
 
     def _window(self, document: "Sequence", size: int, uniform: Uniform) -> list[int] | None:
@@ -174,7 +175,8 @@ class Splitter:
             while len(places) < size:
                 at = after[at]
                 places.append(at)
-                refused = max(refused, refusal[tokens[at]])
+                if refusal[tokens[at]] > refused:
+                    refused = refusal[tokens[at]]
             if not refused or uniform() >= refused:
                 return places
             self.counts["windows refused"] += refused < 1
@@ -235,19 +237,17 @@ class Sequence:
 
     def replace(self, places: list[int], ids: list[int]) -> None:
         """Other tokens, at least one, for the tokens at `places`, which follow each other."""
-        at, end = self.before[places[0]], self.after[places[-1]]
-        for number, token in enumerate(ids):
-            if number < len(places):
-                place = places[number]
-                self.tokens[place] = token
-            else:
-                place = len(self.tokens)
-                self.tokens.append(token)
-                self.after.append(0)
-                self.before.append(0)
-            self.after[at], self.before[place] = place, at
-            at = place
-        self.after[at], self.before[end] = end, at
+        tokens, before, after, end = self.tokens, self.before, self.after, self.after[places[-1]]
+        for place, token in zip(places, ids, strict=False):
+            tokens[place] = token
+        at = places[min(len(places), len(ids)) - 1]
+        for token in ids[len(places) :]:
+            after[at] = len(tokens)
+            before.append(at)
+            at = len(tokens)
+            tokens.append(token)
+            after.append(end)
+        after[at], before[end] = end, at
         for place in sorted(places[len(ids) :], reverse=True):
             self._free(place)
 
