@@ -281,13 +281,14 @@ def steady(steps: list[StepMetrics]) -> list[StepMetrics]:
 
 def wilson(right: float, count: int) -> tuple[float, float]:
     """95 % interval, each end 0 to 1, of a share: `right` of `count` problems. Honest at none and at all of them, too,
-    where the mean's standard error is 0. Source: https://doi.org/10.1080/01621459.1927.10502953
+    where the mean's standard error is 0: E. B. Wilson, https://doi.org/10.1080/01621459.1927.10502953
     """
     z = statistics.NormalDist().inv_cdf(0.975)
     share, grown = right / count, 1 + z**2 / count
     middle = (share + z**2 / (2 * count)) / grown
     half = z * math.sqrt(share * (1 - share) / count + z**2 / (4 * count**2)) / grown
-    return max(0.0, middle - half), min(1.0, middle + half)
+    # At the ends exactly, which a sum of floats would miss.
+    return 0.0 if right == 0 else middle - half, 1.0 if right == count else middle + half
 
 
 def median_rate(steps: list[StepMetrics], attribute: str = "tokens") -> float | None:

@@ -19,14 +19,14 @@ COUNTS = st.tuples(*[st.integers(0, 300)] * 4).filter(any)
     ],
 )
 def test_interval_of_a_share_as_published(right: int, problems: int, low: float, high: float) -> None:
-    share, *ends = proportions.wilson(right, problems)
+    share, *ends = proportions.share(right, problems)
     assert share == right / problems and ends == pytest.approx([low, high], abs=5e-5)
 
 
 def test_interval_at_none_and_all_ends_there_exactly() -> None:
     for problems in range(1, 200):
-        assert proportions.wilson(0, problems)[1] == 0 < proportions.wilson(0, problems)[2]
-        assert proportions.wilson(problems, problems)[1] < 1 == proportions.wilson(problems, problems)[2]
+        assert proportions.share(0, problems)[1] == 0 < proportions.share(0, problems)[2]
+        assert proportions.share(problems, problems)[1] < 1 == proportions.share(problems, problems)[2]
 
 
 @pytest.mark.parametrize(
@@ -76,7 +76,7 @@ def test_holm_as_statsmodels_has_it() -> None:
 
 def test_interval_of_a_mean_as_published() -> None:
     """56 of 70 less 48 of 80, which is twice a mean: Newcombe, Statistics in Medicine 17 (1998) 873–890, method 10."""
-    first, (second, low, high) = proportions.wilson(56, 70), proportions.wilson(48, 80)
+    first, (second, low, high) = proportions.share(56, 70), proportions.share(48, 80)
     found = proportions.mean([first, (-second, -high, -low)])
     assert [2 * each for each in found] == pytest.approx([0.2, 0.0524, 0.3339], abs=5e-5)
 

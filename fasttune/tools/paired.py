@@ -140,7 +140,7 @@ def _task(name: str, runs: list[Evaluated]) -> Task:
 
 
 def _accuracy(run: str, right: list[bool], chance: float | None) -> Accuracy:
-    share, low, high = proportions.wilson(sum(right), len(right))
+    share, low, high = proportions.share(sum(right), len(right))
     against = None
     if chance is not None:
         against = "above" if low > chance else "below" if high < chance else "not different"

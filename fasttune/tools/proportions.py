@@ -6,20 +6,14 @@ No library of the stacks has them; tests/test_proportions.py holds them against 
 import math
 from collections.abc import Sequence
 
-Z = 1.959963984540054  # of the standard normal distribution: 2.5 % lie above it, 2.5 % below its negative
+from fasttune import metrics
+
 Estimate = tuple[float, float, float]  # value, and the ends of its 95 % interval
 
 
-def wilson(right: int, problems: int) -> Estimate:
-    """A share with Wilson's score interval, which is honest at 0 and at all of them too; for at least one problem.
-
-    Source: E. B. Wilson, Probable inference, the law of succession, and statistical inference, JASA 22 (1927).
-    """
-    share, squared = right / problems, Z * Z
-    middle = (right + squared / 2) / (problems + squared)
-    half = Z * math.sqrt(problems * share * (1 - share) + squared / 4) / (problems + squared)
-    low = 0.0 if right == 0 else middle - half  # exactly, where a sum of floats would miss it
-    return share, low, 1.0 if right == problems else middle + half
+def share(right: int, problems: int) -> Estimate:
+    """A share with Wilson's interval; for at least one problem."""
+    return right / problems, *metrics.wilson(right, problems)
 
 
 def difference(both: int, only_first: int, only_second: int, neither: int) -> Estimate:
@@ -30,8 +24,8 @@ def difference(both: int, only_first: int, only_second: int, neither: int) -> Es
     paired data, Statistics in Medicine 17 (1998) 2635–2650.
     """
     problems = both + only_first + only_second + neither
-    first, low_1, high_1 = wilson(both + only_first, problems)
-    second, low_2, high_2 = wilson(both + only_second, problems)
+    first, low_1, high_1 = share(both + only_first, problems)
+    second, low_2, high_2 = share(both + only_second, problems)
     margins = (both + only_first) * (only_second + neither) * (both + only_second) * (only_first + neither)
     agreement = float(both * neither - only_first * only_second)
     if agreement > 0:  # the correction for continuity, on this side only
