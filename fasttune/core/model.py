@@ -43,6 +43,7 @@ transformers.utils.logging.disable_progress_bar()
 transformers.utils.chat_template_utils._compile_jinja_template = sandbox.Bounded
 tokenizer_utils.fix_chat_template = lambda tokenizer: tokenizer.chat_template
 UNSLOTH = ("unsloth.", "unsloth_compiled_module")  # modules that its code is in
+SOFTCAP = "attn_logit_softcapping"  # a cap of attention scores (Gemma 2), which SDPA leaves out without a word
 
 
 def load(
@@ -81,17 +82,10 @@ def load(
     if masters and not on_gpu:  # as Unsloth does on a GPU
         model = model.float()
         model._unsloth_original_dtype = getattr(torch, dtype)
-    if not on_gpu and softcap(model):
+    if not on_gpu and getattr(model.config.get_text_config(), SOFTCAP, None):
         set_attention(model, "eager")
     tokenizer.padding_side = "right"
     return model, tokenizer
-
-
-def softcap(model: Any) -> float | None:
-    """The cap of attention scores (Gemma 2's), which transformers' SDPA leaves out without a word; its eager attention
-    and Unsloth's own on a GPU do not.
-    """
-    return getattr(model.config.get_text_config(), "attn_logit_softcapping", None)
 
 
 def add_lora(model: Any, config: LoraConfig, gradient_checkpointing: str, seed: int, start: Path | None = None) -> Any:

@@ -78,8 +78,8 @@ def enable(model: Any, max_length: int) -> str | None:
     if getattr(config, "attention_dropout", 0.0):
         return f"its attention drops out (attention_dropout={config.attention_dropout:g})"
     if not torch.cuda.is_available():
-        if cap := models.softcap(model):
-            return f"its attention caps scores (attn_logit_softcapping={cap:g}), which packs on a CPU do not"
+        if cap := getattr(config, models.SOFTCAP, None):
+            return f"its attention caps scores ({models.SOFTCAP}={cap:g}), which packs on a CPU do not"
         AttentionInterface.register(NAME, rows_attention)
         AttentionMaskInterface.register(NAME, rows_mask)
         before = models.set_attention(model, NAME)

@@ -129,18 +129,13 @@ class MeasuredTrainer(Watched, trl.SFTTrainer):
 
     def _prepare_inputs(self, inputs: dict[str, torch.Tensor]) -> dict[str, torch.Tensor]:
         """To the device without waiting for it. Row lengths stay on the host."""
+        if self.args.use_cpu and inputs.keys().isdisjoint(("attention_mask", "position_ids")):
+            # TRL's own loss, which Unsloth leaves to Gemma 3 and mixtures of experts, counts tokens by one of them.
+            inputs = inputs | {"position_ids": torch.arange(inputs["input_ids"].shape[1])[None]}
         return {
             name: tensor if name in ON_HOST else tensor.to(self.args.device, non_blocking=True)
             for name, tensor in inputs.items()
         }
-
-    def compute_loss(self, model: Any, inputs: dict[str, torch.Tensor], *args: Any, **kwargs: Any) -> Any:
-        """On a CPU Unsloth leaves some families (Gemma 3, mixtures of experts) to TRL's own loss. That counts tokens by
-        the mask or the positions, and raises without both: a rectangle gets the positions it has anyway.
-        """
-        if self.args.use_cpu and inputs.keys().isdisjoint(("attention_mask", "position_ids")):
-            inputs = inputs | {"position_ids": torch.arange(inputs["input_ids"].shape[1])[None]}
-        return super().compute_loss(model, inputs, *args, **kwargs)
 
     def _micro_step(self, model: Any, batch: dict[str, Any], supervised: Any) -> torch.Tensor:
         return super().training_step(model, batch, supervised)

@@ -116,8 +116,8 @@ class Batches:
     def describe(self, step: int) -> str:
         """The rows of a step as a person finds them: rows 12, 40 of rows.jsonl."""
         found: dict[str, list[int]] = {}
-        for part, row in self.rows_of(step):
-            found.setdefault(self.parts[part].source, []).append(int(self.parts[part].numbers[row]))
+        for source, number, _ in self.items(step):
+            found.setdefault(source, []).append(number)
         return "; ".join(f"rows {', '.join(map(str, sorted(rows)))} of {source}" for source, rows in found.items())
 
     def tokens_of(self, step: int) -> int:

@@ -52,6 +52,9 @@ class Splitting:
         for name in unused:
             object.__setattr__(self, name, getattr(type(self), name))
 
+    def splitter(self, tokenizer: Tokenizer) -> "Splitter":
+        return Splitter(tokenizer, self)
+
 
 class Splitter:
     """Tokenises documents again and counts what it did. Raises DataError for a tokenizer or affixes of another kind.

@@ -83,11 +83,7 @@ class Encoder:
         self.tokenizer.no_padding()
         self.tokenizer.no_truncation()
         self.control = ControlTokens(self.tokenizer)
-        self.splitter: Any = None
-        if recipe.splitting is not None:
-            from fasttune.data import subword
-
-            self.splitter = subword.Splitter(self.tokenizer, recipe.splitting)
+        self.splitter = recipe.splitting and recipe.splitting.splitter(self.tokenizer)
         self.refused = 0  # rows, by the chat template
 
     def encode(self, chunk: Chunk) -> Block:
