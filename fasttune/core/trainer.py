@@ -129,8 +129,7 @@ class MeasuredTrainer(Watched, trl.SFTTrainer):
 
     def _prepare_inputs(self, inputs: dict[str, torch.Tensor]) -> dict[str, torch.Tensor]:
         """To the device without waiting for it. Row lengths stay on the host."""
-        if self.args.use_cpu and inputs.keys().isdisjoint(("attention_mask", "position_ids")):
-            # TRL's own loss, which Unsloth leaves to Gemma 3 and mixtures of experts, counts tokens by one of them.
+        if self.args.use_cpu and inputs.keys().isdisjoint(("attention_mask", "position_ids")):  # TRL's loss needs one
             inputs = inputs | {"position_ids": torch.arange(inputs["input_ids"].shape[1])[None]}
         return {
             name: tensor if name in ON_HOST else tensor.to(self.args.device, non_blocking=True)

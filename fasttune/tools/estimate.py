@@ -18,6 +18,7 @@ from typing import Any
 
 from fasttune import hardware
 from fasttune.config import Config
+from fasttune.core import schedules
 from fasttune.core.autoconfig import Plan
 from fasttune.core.memory import Workload, forecast
 from fasttune.core.prepare import Job
@@ -75,6 +76,7 @@ def of_run(
 ) -> Forecast:
     """The forecast of a run on `data`, the rows it has or a sample of them; `scale`: how many times as many it has."""
     steps, on_cpu = data.total_steps(config.train.epochs, config.train.max_steps, scale), chosen.gpu_gib is None
+    schedules.check(config.train, steps)
     sample = lay_out(data, min(steps, data.steps_per_epoch))
     memories = {each: forecast(config, chosen.shape, chosen, each) for each in set(sample.micro_batches)}
     largest = max(memories, key=lambda each: memories[each].total)
