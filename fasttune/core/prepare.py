@@ -148,7 +148,8 @@ def prepare(config: Config, folder: Path, reporter: Reporter, start: Path | None
     pretrained.check_tokens(tokenizer, len(model.get_input_embeddings().weight), load.texts(data, measured))
     settings += [Setting("data", line) for line in load.describe(data)]
     if measured:
-        settings.append(Setting("held out", f"loss of {len(measured):,} rows, {_when(config)}"))
+        what = "rows" if data.unit == "rows" else "sequences" if config.data.cross_document else "parts of documents"
+        settings.append(Setting("held out", f"loss of {len(measured):,} {what}, {_when(config)}"))
     run_folder.check_space(folder, needed_gib(config, models.trained_gib(model)))
     usd_per_hour, price = autoconfig.price_of(config, machine, ranks.size)
     settings += [price] if price else []

@@ -135,7 +135,8 @@ def _encode_one(
     data = config.data
     split = data.split if part == "train" else data.held_out_split
     max_rows = max_rows or data.max_rows
-    what = f"reading and tokenising {source}" + (f", draw {draw + 1}" if draw else "")
+    again = vanilla and data.tokenization != "vanilla"
+    what = f"reading and tokenising {source}" + (", to measure with" if again else f", draw {draw + 1}" * bool(draw))
     progress(what, 0.0)
     recipe = _recipe(config, source, split, tokenizer, vanilla or part == "test", draw)
     if recipe is None:
@@ -225,7 +226,7 @@ def describe(data: Batches) -> list[str]:
         counts, tokens = rows.counts, rows.counts["tokens"]
         each = data.unit.removesuffix("s")
         parts = [f"{rows.source}: {len(rows):,} {data.unit}, {tokens:,} tokens ({tokens / len(rows):.0f} a {each})"]
-        parts[0] += f", {counts['supervised']:,} supervised"
+        parts[0] += f", {counts['supervised']:,} supervised" if data.unit == "rows" else ""
         parts += [f"{weight:g} × an epoch"] if weight != 1 else []
         parts += [f"{len(held_out):,} held out"] if len(held_out) else []
         parts += [
