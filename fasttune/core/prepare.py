@@ -143,7 +143,7 @@ def prepare(config: Config, folder: Path, reporter: Reporter, start: Path | None
         settings += brings
     with ranks.node_first():
         held_out, doubts = load.held_out(config, tokenizer, data, reporter.progress)
-    warnings += doubts
+    warnings += doubts + load.nothing_split(data)
     measured = [row for rows in held_out.values() for row in rows]
     pretrained.check_tokens(tokenizer, len(model.get_input_embeddings().weight), load.texts(data, measured))
     settings += [Setting("data", line) for line in load.describe(data)]

@@ -1,5 +1,6 @@
 """Config and tokenizer → Batches: every data set is recognised, encoded (store.py) and split."""
 
+from collections import Counter
 from collections.abc import Callable, Iterable, Iterator
 from pathlib import Path
 from typing import Any
@@ -217,6 +218,15 @@ def tokens_by_source(data: Batches, steps: int) -> dict[str, int]:
         rows = data.order(epoch)[: (steps - epoch * data.steps_per_epoch) * data.batch_rows]
         found += np.bincount(of[rows], each[rows], len(lengths))
     return {part.source: int(tokens) for part, tokens in zip(data.parts, found, strict=True)}
+
+
+def nothing_split(data: Batches) -> list[str]:
+    """A warning where data.tokenization has changed nothing."""
+    total = sum((part.counts for part in data.parts), Counter[str]())
+    before, after, splits = (total[f"tokenization: {name}"] for name in ("tokens before", "tokens after", "splits"))
+    if not before or splits or before != after:
+        return []
+    return ["data.tokenization has split no token (a tokenizer of bytes has nothing to split): it is as with vanilla"]
 
 
 def describe(data: Batches) -> list[str]:

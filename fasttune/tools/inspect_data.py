@@ -148,7 +148,7 @@ def look(config: Config, rows: int, reporter: terminal.Reporter) -> DataFigures:
             pretrained.check_tokens(tokenizer, chosen.shape.vocab, load.texts(data, chain(*held_out.values())))
     finally:
         reporter.stop()
-    return measure(config, tokenizer, changes, data, rows, warnings)
+    return measure(config, tokenizer, changes, data, rows, warnings + load.nothing_split(data))
 
 
 def measure(
