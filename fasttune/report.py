@@ -151,7 +151,7 @@ def _held_out(result: RunResult) -> list[Figure]:
     found = [Figure("held-out loss", losses, note)]
     if result.plain_text:
         values = [math.exp(min(each.loss, 700.0)) for each in (seen.before, seen.after) if each]
-        what = "e to the held-out loss: of how many tokens the model would choose at random"
+        what = "e to the power of the held-out loss: as unsure as a choice among so many tokens"
         found.append(Figure("perplexity", " → ".join(f"{value:,.4g}" for value in values), what))
     return found
 
@@ -165,7 +165,7 @@ def _sources(result: RunResult) -> list[Figure]:
             losses = [loss for loss in (each.first_loss, each.last_loss) if loss is not None]
             notes.append("held-out loss " + " → ".join(f"{loss:.3f}" for loss in losses))
             notes[-1] += f", perplexity {math.exp(min(losses[-1], 700.0)):,.4g}" if result.plain_text else ""
-        found.append(Figure(Path(each.source).name, f"{each.tokens:,} tokens", "; ".join(notes)))
+        found.append(Figure(f"tokens of {Path(each.source).name}", f"{each.tokens:,}", "; ".join(notes)))
     return found
 
 

@@ -47,6 +47,8 @@ def test_tokens_on_disk_train_as_their_text_does(
     told = json.loads(capsys.readouterr().out)
     text = encoded(asked(source, tokenization="stochastok"), tiny_tokenizer)
     binary = encoded(asked("tokens.bin"), tiny_tokenizer)
+    assert len(load.nothing_split(text)) == 1, "a token of this model is a byte"
+    assert not load.nothing_split(binary)
     assert (told["documents"], told["tokens"], told["bytes_a_token"]) == (60, len(text.parts[0].ids), 2)
     steps = range(text.steps_per_epoch)
     assert [[ids.tolist() for ids, _ in text.encoded(step)] for step in steps] == [
@@ -94,7 +96,7 @@ def test_splits_are_of_the_document_whoever_makes_them(
     pool = encoded(settings, merging)
     assert [part.ids.tolist() for (part,) in pool.draws] == [part.ids.tolist() for (part,) in alone.draws]
     first, second, third = ([part.row(at)[0].tolist() for at in range(80)] for (part,) in alone.draws)
-    assert first != second != third and alone.parts[0] is alone.draws[0][0]
+    assert not load.nothing_split(alone) and first != second != third and alone.parts[0] is alone.draws[0][0]
     plain = encoded(asked(source), merging).parts[0]
     for epoch in (first, second, third):
         assert [merging.decode(ids) for ids in epoch] == [merging.decode(plain.row(at)[0]) for at in range(80)]

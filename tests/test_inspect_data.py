@@ -5,6 +5,7 @@ import json
 import subprocess
 import sys
 from collections import Counter
+from dataclasses import replace
 from itertools import pairwise
 from pathlib import Path
 from typing import Any
@@ -222,3 +223,14 @@ def test_a_broken_line_is_named(folder: Path, unsloth: None, capsys: pytest.Capt
     assert cli.main(["data", "c.yaml", "data.train=rows.jsonl", "--json"]) == 2
     out, err = capsys.readouterr()
     assert out == "" and err.splitlines()[-1].startswith("fasttune: data: rows.jsonl line 2 is no valid JSON")
+
+
+def test_documents_end_to_end_are_called_documents_and_show_what_became_of_words() -> None:
+    found = {"splits": 3, "wasted attempts": 1}
+    split = inspect_data.Tokenization("patok", 20, 23, found, {"-an": 2}, [(["bah", "ay"], ["ba", "h", "ay"])])
+    figures = replace(measured(encoded([4, 2, 3, 3])), layout="concat", tokenization=split)
+    told = " ".join(page(figures, no_color=True).split())
+    assert "4 documents read, 4 kept · 12 tokens every document is whole" in told
+    assert "a token sees its own document only" in told and "packing is" not in told
+    assert "all that stands before it" in " ".join(page(replace(figures, cross_document=True)).split())
+    assert "3 tokens split in two" in told and "affixes cut at: -an 2" in told and "bah·ay → ba·h·ay" in told

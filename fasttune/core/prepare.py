@@ -143,12 +143,13 @@ def prepare(config: Config, folder: Path, reporter: Reporter, start: Path | None
         settings += brings
     with ranks.node_first():
         held_out, doubts = load.held_out(config, tokenizer, data, reporter.progress)
-    warnings += doubts
+    warnings += doubts + load.nothing_split(data)
     measured = [row for rows in held_out.values() for row in rows]
     pretrained.check_tokens(tokenizer, len(model.get_input_embeddings().weight), load.texts(data, measured))
     settings += [Setting("data", line) for line in load.describe(data)]
     if measured:
-        settings.append(Setting("held out", f"loss of {len(measured):,} rows, {_when(config)}"))
+        what = "rows" if data.unit == "rows" else "sequences" if config.data.cross_document else "parts of documents"
+        settings.append(Setting("held out", f"loss of {len(measured):,} {what}, {_when(config)}"))
     run_folder.check_space(folder, needed_gib(config, models.trained_gib(model)))
     usd_per_hour, price = autoconfig.price_of(config, machine, ranks.size)
     settings += [price] if price else []

@@ -1,5 +1,6 @@
 """Config and tokenizer → Batches: every data set is recognised, encoded (store.py) and split."""
 
+from collections import Counter
 from collections.abc import Callable, Iterable, Iterator
 from pathlib import Path
 from typing import Any
@@ -135,7 +136,8 @@ def _encode_one(
     data = config.data
     split = data.split if part == "train" else data.held_out_split
     max_rows = max_rows or data.max_rows
-    what = f"reading and tokenising {source}" + (f", draw {draw + 1}" if draw else "")
+    again = vanilla and data.tokenization != "vanilla"
+    what = f"reading and tokenising {source}" + (", to measure with" if again else f", draw {draw + 1}" * bool(draw))
     progress(what, 0.0)
     recipe = _recipe(config, source, split, tokenizer, vanilla or part == "test", draw)
     if recipe is None:
@@ -218,6 +220,15 @@ def tokens_by_source(data: Batches, steps: int) -> dict[str, int]:
     return {part.source: int(tokens) for part, tokens in zip(data.parts, found, strict=True)}
 
 
+def nothing_split(data: Batches) -> list[str]:
+    """A warning where data.tokenization has changed nothing."""
+    total = sum((part.counts for part in data.parts), Counter[str]())
+    before, after, splits = (total[f"tokenization: {name}"] for name in ("tokens before", "tokens after", "splits"))
+    if not before or splits or before != after:
+        return []
+    return ["data.tokenization has split no token (a tokenizer of bytes has nothing to split): it is as with vanilla"]
+
+
 def describe(data: Batches) -> list[str]:
     """One line a data set: what is trained on of it, and what was cut, split or dropped and why."""
     found = []
@@ -225,7 +236,7 @@ def describe(data: Batches) -> list[str]:
         counts, tokens = rows.counts, rows.counts["tokens"]
         each = data.unit.removesuffix("s")
         parts = [f"{rows.source}: {len(rows):,} {data.unit}, {tokens:,} tokens ({tokens / len(rows):.0f} a {each})"]
-        parts[0] += f", {counts['supervised']:,} supervised"
+        parts[0] += f", {counts['supervised']:,} supervised" if data.unit == "rows" else ""
         parts += [f"{weight:g} × an epoch"] if weight != 1 else []
         parts += [f"{len(held_out):,} held out"] if len(held_out) else []
         parts += [

@@ -14,7 +14,7 @@ from fasttune import terminal
 from fasttune.data import files
 from fasttune.report import steps_text
 from fasttune.tools import inspect_tokens
-from fasttune.tools.inspect_data import DataFigures, DataSet, Lengths
+from fasttune.tools.inspect_data import DataFigures, DataSet
 
 WORTH_GROUPING = 0.1  # share of the tokens that train.group_by_prompt must save to be spoken of
 PIECE_CHARACTERS = 1200  # of an uninterrupted piece of a row on the page; --json has all of it
@@ -31,7 +31,7 @@ def show(figures: DataFigures, console: Console = terminal.console) -> None:
 
     heading(("data ", "bold"), _visible(figures.name))
     indented(*_sets(figures))
-    indented(*_histogram(figures.lengths, console.width))
+    indented(*_histogram(figures, console.width))
     indented(*_layouts(figures))
     if figures.tokenization:
         indented(*inspect_tokens.lines(figures.tokenization, _visible))
@@ -60,7 +60,11 @@ def show(figures: DataFigures, console: Console = terminal.console) -> None:
 def _sets(figures: DataFigures) -> list[RenderableType]:
     """A paragraph a data set: what is trained of it, what was left out or cut, and why."""
 
+    unit = _unit(figures)
+
     def tokens(each: DataSet | DataFigures) -> str:
+        if figures.layout == "concat":  # all of them
+            return f"{each.tokens:,} tokens"
         return f"{each.tokens:,} tokens, {each.learned_tokens:,} supervised ({each.learned_tokens / each.tokens:.1%})"
 
     lines: list[RenderableType] = []
@@ -68,16 +72,16 @@ def _sets(figures: DataFigures) -> list[RenderableType]:
         often = f"  {each.weight:g} × an epoch" if each.weight != 1 else ""
         lines.append(Text.assemble((_visible(each.source), "bold"), (often, "dim")))
         held = f", {each.rows_held_out:,} of them held out" if each.rows_held_out else ""
-        lines.append(Text(f"  {each.rows_read:,} rows read, {each.rows_kept:,} kept{held} · {tokens(each)}"))
+        lines.append(Text(f"  {each.rows_read:,} {unit}s read, {each.rows_kept:,} kept{held} · {tokens(each)}"))
         unused = [f"  {_rows(n)}: {what}" for what, n in each.rows_with_unused.items()][:20]
         unused += [f"  not read: {', '.join(each.files_not_read[:8])}"] if each.files_not_read else []
         lines += [Text(_visible(text), style="dim") for text in unused]
         losses = [f"  {_rows(n)} ({n / each.rows_read:.1%}) {what}" for what, n in _losses(each, figures) if n]
         lines += [Text(_visible(text), style="yellow") for text in losses]
-        lines += [] if losses else [Text("  every row is whole: none dropped, truncated or split", style="dim")]
+        lines += [] if losses else [Text(f"  every {unit} is whole: none dropped, truncated or split", style="dim")]
     if len(figures.data_sets) > 1:
         lines.append(Text("together", style="bold"))
-        lines.append(Text(f"  {figures.rows:,} rows kept · {tokens(figures)}"))
+        lines.append(Text(f"  {figures.rows:,} {unit}s kept · {tokens(figures)}"))
     steps = f"{steps_text(figures.steps_per_epoch)} of {figures.rows_per_step:,}"
     rows = f"sequences of {figures.max_length_tokens:,} tokens" if figures.layout == "concat" else "rows"
     lines.append(Text(f"an epoch is {figures.rows_per_epoch:,} {rows}, in {steps}", style="dim"))
@@ -96,7 +100,13 @@ def _losses(each: DataSet, figures: DataFigures) -> Iterator[tuple[str, int]]:
     yield from ((f"with a control token in a text: {token}", n) for token, n in each.rows_with_control_tokens.items())
 
 
-def _histogram(lengths: Lengths, width: int) -> list[RenderableType]:
+def _unit(figures: DataFigures) -> str:
+    """What is counted: with documents end to end a row of a step is a sequence."""
+    return "document" if figures.layout == "concat" else "row"
+
+
+def _histogram(figures: DataFigures, width: int) -> list[RenderableType]:
+    lengths = figures.lengths
     quantiles = (
         f"shortest {lengths.shortest_tokens:,} · median {lengths.median_tokens:,.0f} · mean {lengths.mean_tokens:,.0f}"
         f" · p95 {lengths.p95_tokens:,.0f} · longest {lengths.longest_tokens:,}"
@@ -110,10 +120,14 @@ def _histogram(lengths: Lengths, width: int) -> list[RenderableType]:
         first = f"{each.from_tokens:,}–" if each.to_tokens > each.from_tokens else ""
         share = Text(f"{each.rows / sum(counts):.1%}", style="dim")
         table.add_row(f"{first}{each.to_tokens:,}", bar, f"{each.rows:,}", share)
-    return [Text("length of a row in tokens", style="bold"), Text(quantiles, style="dim"), table]
+    return [Text(f"length of a {_unit(figures)} in tokens", style="bold"), Text(quantiles, style="dim"), table]
 
 
 def _layouts(figures: DataFigures) -> list[RenderableType]:
+    if figures.layout == "concat":
+        seen = "all that stands before it" if figures.cross_document else "its own document only"
+        told = "  none: documents lie end to end and are cut into sequences, in which a token sees "
+        return [Text.assemble(("padding", "bold"), told + seen)]
     padding = figures.padding
     lines = [
         ("packed", f"{padding.packed_share:6.1%}", "of what is computed: rows lie end to end"),

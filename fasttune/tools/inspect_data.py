@@ -120,6 +120,7 @@ class DataFigures:
     rows_per_epoch: int
     steps_per_epoch: int
     layout: str  # data.layout: with concat a row of an epoch is a sequence, and all others are documents
+    cross_document: bool  # there: a token sees the documents before its own
     lengths: Lengths
     padding: PaddedShare
     tokenization: Tokenization | None  # where data.tokenization splits tokens at random
@@ -147,7 +148,7 @@ def look(config: Config, rows: int, reporter: terminal.Reporter) -> DataFigures:
             pretrained.check_tokens(tokenizer, chosen.shape.vocab, load.texts(data, chain(*held_out.values())))
     finally:
         reporter.stop()
-    return measure(config, tokenizer, changes, data, rows, warnings)
+    return measure(config, tokenizer, changes, data, rows, warnings + load.nothing_split(data))
 
 
 def measure(
@@ -174,6 +175,7 @@ def measure(
         rows_per_epoch=data.rows_per_epoch,
         steps_per_epoch=data.steps_per_epoch,
         layout=config.data.layout,
+        cross_document=config.data.cross_document,
         lengths=_lengths(lengths),
         padding=_padding(data, data.total_steps(config.train.epochs, config.train.max_steps)),
         tokenization=_tokenization(config, tokenizer, data),

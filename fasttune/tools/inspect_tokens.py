@@ -14,6 +14,15 @@ from fasttune.data.vocabulary import Vocabulary
 
 KIND = "tokenization: "  # of counts
 WORDS, AFFIXES = 12, 12  # shown
+TOLD = (  # what `subword.Splitter` counts, as a person reads it, in the order of its work
+    ("windows", "windows of 2 to 4 tokens, joined and cut again"),
+    ("doubled syllables", "doubled syllables set apart"),
+    ("no window", "windows not found: an affix in each that was tried"),
+    ("windows that cut a character", "windows left alone: they would cut a character"),
+    ("windows encoded otherwise", "windows left alone: the tokenizer changes their text"),
+    ("splits", "tokens split in two"),
+    ("wasted attempts", "tokens left whole: an affix, or no two tokens make it"),
+)
 
 
 @dataclass(frozen=True)
@@ -86,12 +95,14 @@ def lines(figures: Tokenization, visible: Any) -> list[RenderableType]:
     before, after = figures.tokens_before, figures.tokens_after
     told = f"  {before:,} tokens became {after:,} ({after / before:.3f} ×)" if before else "  no token"
     made: list[RenderableType] = [Text.assemble((f"data.tokenization={figures.mode}", "bold"), told)]
-    made.append(Text(", ".join(f"{n:,} {name}" for name, n in figures.found.items()), style="dim"))
+    made += [Text(f"{figures.found[name]:,} {what}", style="dim") for name, what in TOLD if figures.found.get(name)]
     if figures.affixes:
         most = [f"{visible(affix)} {n:,}" for affix, n in list(figures.affixes.items())[:AFFIXES]]
         more = f" and {len(figures.affixes) - AFFIXES:,} more" if len(figures.affixes) > AFFIXES else ""
-        made.append(Text(f"affixes: {', '.join(most)}{more}", style="dim"))
+        made.append(Text(f"affixes cut at: {', '.join(most)}{more}", style="dim"))
     rows = [
         ("·".join(old), Text("→ " + visible("·".join(new)), style="bold green"), None) for old, new in figures.words
     ]
-    return [*made, terminal.grid(rows)] if rows else made
+    if rows:
+        made += [Text("words as the tokenizer cuts them → as they are trained on"), terminal.grid(rows)]
+    return made

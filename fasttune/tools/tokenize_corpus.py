@@ -37,6 +37,8 @@ def run(config: Config, out: str, reporter: terminal.Reporter) -> Written:
     prefix = megatron.without_ending(out)
     if not prefix.absolute().parent.is_dir():
         raise OutputError(f"--out {out}: no folder {prefix.parent}; make it, or name another")
+    if config.data.eval_share:
+        reporter.warn("data.eval_share holds nothing out of these files: all documents are written; train holds out")
     config = _for_files(config)
     prepare.check_sources_and_model(config)
     try:
