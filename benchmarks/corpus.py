@@ -4,8 +4,8 @@
     python benchmarks/filipino_text.py --mb 1000 --out text.jsonl
     python benchmarks/corpus.py text.jsonl [--patok-file less.jsonl] [--modes vanilla,patok] [--model MODEL]
 
-Each mode has an empty cache. A line goes to results/corpus/<date>.jsonl: seconds, MB/s, tokens, and the memory of all its
-processes together (pages that are theirs alone) at a quarter, at half and at the end of the work, and the most of all.
+Each mode has an empty cache. A line goes to results/corpus/<date>.jsonl: seconds, MB/s, tokens, and the memory of all
+its processes together (pages that are theirs alone) at a quarter, at half and at the end of the work, and the most.
 """
 
 import argparse
