@@ -6,10 +6,11 @@ import random
 from pathlib import Path
 from typing import Any
 
+import numpy as np
 import pytest
 
 from fasttune import cli, config, terminal
-from fasttune.data import corpus, files, load, store
+from fasttune.data import corpus, files, load, megatron, store
 from fasttune.errors import DataError
 
 WORDS = "bahay maganda kumain nagluto pagkain dagat isda gabi bulaklak tinapay gaganda".split()
@@ -123,3 +124,42 @@ def test_each_source_has_its_figures(unsloth: None, tmp_path: Path, cache: Path)
     assert all(each.last_loss < each.first_loss for each in told.values() if each.last_loss and each.first_loss)
     page = (tmp_path / "run" / "report.html").read_text()
     assert "perplexity" in page and "a.jsonl" in page
+
+
+def test_what_leaves_nothing_to_train_or_to_measure_is_refused(
+    tmp_path: Path, cache: Path, tiny_tokenizer: Any, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.chdir(tmp_path)
+    with megatron.Writer("ones", 100) as file:
+        file.add_many(np.full(5, 2), np.ones(5, np.int64))
+    source = write(tmp_path / "a.jsonl", 20, 0)
+
+    def held_out(settings: config.Config) -> list[str]:
+        made = encoded(settings, tiny_tokenizer)
+        found, warnings = load.held_out(settings, tiny_tokenizer, made, lambda what, share: None)
+        load.check_held_out(settings, found)
+        return warnings
+
+    with pytest.raises(DataError, match=r"no document of ones.bin has two tokens"):
+        held_out(asked("ones.bin"))
+    with pytest.raises(DataError, match=r"the weights leave no row"):
+        held_out(asked({source: 0.001}))
+    with pytest.raises(DataError, match=r"data.eval=ones.bin has nothing to predict"):
+        held_out(asked(source, eval="ones.bin"))
+    with pytest.raises(DataError, match=r"data.eval_share=0.001 holds no row out"):
+        held_out(asked(source, eval_share=0.001))
+    some = tmp_path / "some.jsonl"
+    some.write_text('{"text": "bago ito"}\n' + "".join(Path(source).read_text().splitlines(True)[:3]))
+    assert "of 4 held-out documents 3 are trained on" in held_out(asked(source, eval=str(some)))[0]
+
+
+def test_a_config_with_a_best_step_and_problems_can_be_tokenised(
+    tmp_path: Path, cache: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.chdir(tmp_path)
+    write(tmp_path / "a.jsonl", 20, 0)
+    (tmp_path / "c.yaml").write_text(
+        "model: {name: builtin:tiny}\ndata: {train: a.jsonl, eval_share: 0.1}\nsamples: 2\n"
+        "eval: {every: 1 steps, keep_best: true, problems: 1}\ntrain: {group_by_prompt: true}"
+    )
+    assert cli.main(["tokenize", "c.yaml", "--out", "tokens"]) == 0

@@ -10,7 +10,7 @@ import pytest
 from hypothesis import given, settings as examples, strategies as st
 
 from fasttune import config
-from fasttune.data import load, sources, store, texts
+from fasttune.data import files, load, sources, store, texts
 from fasttune.data.sources import Chunk
 from fasttune.data.tokenize import Recipe
 from fasttune.errors import ConfigError, DataError
@@ -150,3 +150,17 @@ def test_a_killed_process_loses_a_part_of_its_tokens_only(
     assert rows.ids.tolist() == whole.ids.tolist() and rows.numbers.tolist() == list(range(1, 101))
     assert rows.counts == whole.counts
     assert len(list(cache.iterdir())) == 2, "nothing unfinished is left"
+
+
+def test_a_folder_with_a_link_back_to_itself_is_read_once(tmp_path: Path) -> None:
+    (tmp_path / "inner").mkdir()
+    (tmp_path / "inner" / "a.txt").write_text("isa\n")
+    (tmp_path / "inner" / "loop").symlink_to("..")
+    (tmp_path / "inner" / "again").symlink_to("../inner")
+    assert files.several(str(tmp_path))[0] == [tmp_path / "inner" / "a.txt"]
+
+
+def test_a_file_under_another_ending_is_another_source_to_the_cache(tmp_path: Path) -> None:
+    for name in ("a.jsonl", "a.txt"):
+        (tmp_path / name).write_text('{"text": "isa"}\n')
+    assert len({sources.fingerprint(str(tmp_path / name), "train", "train") for name in ("a.jsonl", "a.txt")}) == 2

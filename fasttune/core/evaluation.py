@@ -198,6 +198,8 @@ def problems_of(config: Config, tokenizer: Any, batches: Batches, warn: Callable
             too_long += 1
             continue
         problems.append(Problem(question, prompt, reference))
+    if form == "text":
+        warn("no sample is shown and no problem asked: held-out rows of plain text have no question")
     if too_long:
         most = f"model.max_length={config.model.max_length}"
         warn(f"{too_long} of the held-out problems are not asked: longer than {most}")
@@ -209,7 +211,7 @@ def _held_out(config: Config, batches: Batches) -> tuple[str, Iterator[tuple[str
     data, count = config.data, max(config.samples, config.eval.problems)
     if not count:
         return "", iter(())
-    more = (data.streaming, data.columns.values())
+    more = (data.streaming, data.columns.values(), data.documents)
     if data.eval is not None:
         rows = sources.first_rows(data.eval, "test", data.held_out_split, count, *more)
         return data.eval, ((place, row) for _, place, row in rows)

@@ -72,6 +72,9 @@ def check_sources_and_model(config: Config) -> None:
             unused = not load.form_of(config, source, split)[1] and unused
     if columns and unused:
         raise DataError(f"data.columns: no source has {', '.join(columns.values())}: correct the names or remove it")
+    if config.data.documents and not any(map(sources.holds_text, splits)):
+        what = f"data.documents={config.data.documents} would be ignored"
+        raise DataError(f"{what}: no source holds a .txt file, rows of other files are documents already; remove it")
     pretrained.check_name(config.model.name)
 
 
@@ -143,6 +146,7 @@ def prepare(config: Config, folder: Path, reporter: Reporter, start: Path | None
         settings += brings
     with ranks.node_first():
         held_out, doubts = load.held_out(config, tokenizer, data, reporter.progress)
+    load.check_held_out(config, held_out)
     warnings += doubts + load.nothing_split(data)
     measured = [row for rows in held_out.values() for row in rows]
     pretrained.check_tokens(tokenizer, len(model.get_input_embeddings().weight), load.texts(data, measured))

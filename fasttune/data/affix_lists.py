@@ -3,6 +3,7 @@
 affixes = affixes_of("filipino")      # shipped in affixes/; or a file, of any language
 """
 
+import os
 from difflib import get_close_matches
 from pathlib import Path
 from typing import Literal
@@ -18,7 +19,7 @@ def affixes_of(name_or_path: str | Path) -> tuple[str, ...]:
     Raises DataError, with the line, for what is not such a list.
     """
     shipped = {path.stem: path for path in SHIPPED.glob("*.txt")}
-    path = shipped.get(str(name_or_path), Path(name_or_path))
+    path = shipped.get(str(name_or_path)) or Path(os.path.expanduser(name_or_path))
     try:
         lines = path.read_text(encoding="utf-8-sig").splitlines()
     except (OSError, UnicodeDecodeError) as error:

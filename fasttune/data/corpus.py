@@ -6,8 +6,9 @@ import math
 import sys
 import zlib
 from collections import Counter
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
 from dataclasses import replace
+from itertools import pairwise
 from typing import Any
 
 import numpy as np
@@ -119,5 +120,23 @@ def held_out(
     count = min(count, len(places))
     found: dict[str, list[Encoded]] = {}
     for stream, number in (places[at * len(places) // count] for at in range(count)):
-        found.setdefault(stream.rows.source, []).extend(stream[number])
-    return found, []
+        if pieces := stream[number]:
+            found.setdefault(stream.rows.source, []).extend(pieces)
+    warnings = []
+    if data.eval is not None and data.tokenization == "vanilla" and (seen := _trained_too(parts[0][0], batches)):
+        told = f"of {len(parts[0][0]):,} held-out documents {seen:,} are trained on, too"
+        warnings.append(f"{told}: what is measured on them says little; remove them from one of the two")
+    return found, warnings
+
+
+def _trained_too(held_out: Rows, batches: Batches) -> int:
+    """How many held-out documents are among those that are trained on, as the same tokens."""
+
+    def hashes(rows: Rows) -> Iterator[int]:
+        pieces = (rows.ids[start:end] for start, end in pairwise(rows.starts.tolist()))
+        return (hash(ids.astype(np.int32).tobytes()) for ids in pieces)
+
+    held = list(hashes(held_out))
+    wanted = set(held)
+    seen = {each for rows in batches.parts for each in hashes(rows) if each in wanted}
+    return sum(each in seen for each in held)

@@ -95,10 +95,24 @@ def several(source: str) -> tuple[list[Path], list[Path]]:
     Hidden ones are none of both.
     """
     place = os.path.expanduser(source)
-    pattern = place if is_pattern(source) else os.path.join(glob.escape(place), "**", "*")
-    found = sorted(Path(name) for name in glob.iglob(pattern, recursive=True) if os.path.isfile(name))
+    names = glob.iglob(place, recursive=True) if is_pattern(source) else _below(source, place)
+    found = sorted(Path(name) for name in names if os.path.isfile(name))
     read = [path for path in found if kind(path.name)]
     return read, [path for path in found if not kind(path.name)]
+
+
+def _below(source: str, place: str) -> Iterator[str]:
+    """Everything in a folder, through links too, but no folder twice: a link may lead back to where it stands."""
+
+    def refuse(error: OSError) -> None:
+        raise DataError(f"data: {source}: {error.filename} cannot be read: {error.strerror}") from error
+
+    seen = set[str]()
+    for folder, inside, names in os.walk(place, followlinks=True, onerror=refuse):
+        real = os.path.realpath(folder)
+        inside[:] = [] if real in seen else sorted(name for name in inside if not name.startswith("."))
+        yield from (os.path.join(folder, name) for name in names if real not in seen and not name.startswith("."))
+        seen.add(real)
 
 
 def kind(source: str) -> str | None:

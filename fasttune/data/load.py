@@ -40,9 +40,30 @@ def encode(config: Config, tokenizer: Any, packed: bool, progress: Progress) -> 
         batches: Batches = corpus.sequences(config, settings, lambda draw: _draw(config, draw, tokenizer, progress))
     else:
         batches = Batches(**settings, group_by_prompt=train.group_by_prompt)
-    if not batches.rows_per_epoch:
-        raise DataError(f"data.eval_share={data.eval_share:g} leaves no row to train on: lower it")
+    _check_enough(config, batches)
     return batches
+
+
+def _check_enough(config: Config, batches: Batches) -> None:
+    """Raise DataError where nothing is left to train on."""
+    data, sizes = config.data, batches.sizes
+    if not any(sizes) and data.eval_share:
+        raise DataError(f"data.eval_share={data.eval_share:g} leaves no row to train on: lower it")
+    alone = data.layout == "concat" and not data.cross_document
+    if not any(sizes) or (alone and all(rows.lengths.max(initial=0) < 2 for rows in batches.parts)):
+        raise DataError(f"data: no document of {', '.join(data.sources)} has two tokens, so none predicts another")
+    if not batches.rows_per_epoch:
+        raise DataError("data.train: the weights leave no row to train on: raise them")
+
+
+def check_held_out(config: Config, found: dict[str, list[Encoded]]) -> None:
+    """Raise DataError where a loss on held-out rows was asked for and there are none. Not for a sample of the data."""
+    data = config.data
+    if config.eval.every == "never" or any(found.values()) or not (data.eval or data.eval_share):
+        return
+    why = f"data.eval={data.eval} has nothing to predict" if data.eval else f"data.eval_share={data.eval_share:g}"
+    fix = "name another" if data.eval else "holds no row out, there are too few: raise it"
+    raise DataError(f"{why}{':' * bool(data.eval)} {fix}, or set eval.every=never")
 
 
 def _draw(config: Config, draw: int, tokenizer: Any, progress: Progress) -> list[Rows]:
@@ -175,6 +196,8 @@ def form_of(config: Config, source: str, split: str | None = None) -> tuple[str,
     """(format, columns to rename) of a source, by its first row. Raises DataError."""
     data = config.data
     if source.endswith(sources.TOKENS):
+        if data.format not in ("auto", "text"):
+            raise DataError(f"data.format={data.format} would be ignored: {source} holds tokens of text; remove it")
         return "text", {}
     also, split = data.columns.values(), split or data.split
     rows = sources.first_rows(source, "train", split, 1, data.streaming, also, documents=data.documents)

@@ -110,7 +110,7 @@ def first_rows(
 
 
 def fingerprint(source: str, part: arithmetic.Part, split: str) -> str:
-    """Hash of a source's content (of a file's bytes, or of a hub data set's revision): what a cache is keyed by."""
+    """Hash of a source's content (of a file's bytes and kind, or of a hub data set's revision): a cache's key."""
     if source == BUILTIN:
         return hashlib.sha256(json.dumps(arithmetic.generate(part, rows=BUILTIN_ROWS[part])).encode()).hexdigest()
     from fasttune.data import arrow, files
@@ -126,7 +126,18 @@ def fingerprint(source: str, part: arithmetic.Part, split: str) -> str:
             whole.update(f"{path.name} {digest}".encode())
     except OSError as error:
         raise DataError(f"data: {source} cannot be read: {error.strerror}") from error
-    return digest if len(paths) == 1 else whole.hexdigest()
+    if len(paths) > 1:
+        return whole.hexdigest()
+    return f"{files.kind(source if '://' in source else paths[0].name)} {digest}"  # JSONL called .txt is other rows
+
+
+def holds_text(source: str) -> bool:
+    """Whether a source has plain text files, of which data.documents says what a document is."""
+    from fasttune.data import files
+
+    several = os.path.isdir(os.path.expanduser(source)) or is_pattern(source)
+    names = [path.name for path in files.several(source)[0]] if several else [source]
+    return any(files.kind(name) == "text" for name in names)
 
 
 def not_read(source: str) -> list[str]:

@@ -145,6 +145,7 @@ def look(config: Config, rows: int, reporter: terminal.Reporter) -> DataFigures:
             data = load.encode(chosen.apply(config), tokenizer, True, reporter.progress)
             autoconfig.share(config, machine, chosen, data, auto)
             held_out, warnings = load.held_out(config, tokenizer, data, reporter.progress)
+            load.check_held_out(config, held_out)
             pretrained.check_tokens(tokenizer, chosen.shape.vocab, load.texts(data, chain(*held_out.values())))
     finally:
         reporter.stop()

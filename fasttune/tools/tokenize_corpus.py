@@ -5,6 +5,7 @@ tokenisation of the config. Megatron, NeMo and `data.train: PREFIX.bin` read it.
 import time
 from dataclasses import dataclass
 from pathlib import Path
+from typing import Any
 
 from rich.text import Text
 
@@ -65,7 +66,8 @@ def _for_files(config: Config) -> Config:
         if weight != 1:
             raise DataError(f"data.train: {source} has the weight {weight:g}, which files of tokens do not keep")
     held_out = {"eval": None, "eval_share": 0.0, "eval_split": "test"}
-    every = {"eval": {"every": "never"}, "samples": 0}
+    every: dict[str, Any] = {"eval": {"every": "never", "problems": 0, "keep_best": False}, "samples": 0}
+    every["train"] = {"group_by_prompt": False}
     return changed(config, data={"layout": "concat", "too_long": "truncate", **held_out}, **every)
 
 
