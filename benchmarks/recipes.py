@@ -175,8 +175,8 @@ def page(root: Path) -> str:
 def table(rows: list[dict[str, Any]], speeds: list[dict[str, Any]]) -> str:
     """Markdown: held-out loss of each arm, its spread over the seeds, the paired difference from the baseline, and what
     a step of GSM8K costs."""
-    if not rows:
-        return "Nothing has been measured yet."
+    if not any(row["seed"] in SEEDS for row in rows):
+        return f"Nothing can be compared yet: {len(rows)} of {len(TASKS) * len(ARMS) * (len(RATES) + len(SEEDS))} runs."
     made = []
     for task in TASKS:
         counted = [row for row in rows if row["task"] == task and row["seed"] in SEEDS and row["loss"] is not None]

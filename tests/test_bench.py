@@ -139,7 +139,7 @@ def test_an_arm_out_of_memory_begins_anew_with_fewer_rows(monkeypatch: pytest.Mo
 
 def test_the_limit_is_measured_at_the_micro_batch_of_most_tokens() -> None:
     from fasttune.bench import worker
-    from fasttune.data.batching import padded
+    from fasttune.data.sharing import padded
 
     def row(length: int) -> tuple[Any, Any]:
         return np.full(length, 5, np.int32), np.arange(length) >= length - 4
