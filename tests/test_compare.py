@@ -130,7 +130,8 @@ def test_a_row_that_is_there_twice_is_two_problems(tmp_path: Path) -> None:
 
 def test_options_of_each_evaluation_are_passed_on_whatever_they_are() -> None:
     options = vars(cli.parser().parse_args(["eval", "a", "b", "--out", "x", "--no-cache", "--limit", "3"]))
-    asked = argparse.Namespace(**options | {"chat_template": False}, fewshot=None, plain=True)
+    del options["chat_template"]
+    asked = argparse.Namespace(**options, chat_template=False, fewshot=None, plain=True)
     assert compare.flags(asked) == ["--limit", "3", "--no-cache", "--no-chat-template", "--plain"]
 
 
