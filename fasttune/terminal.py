@@ -149,6 +149,8 @@ class Reporter:
         parts: list[RenderableType] = [Rule(Text.assemble(status, " ", plain(result.name)), align="left", style="dim")]
         if result.error:
             parts.append(Padding(Text(one_line(result.error), style="red"), (0, 2)))
+        if result.ended_early:
+            parts.append(Padding(Text(plain(result.ended_early)), (0, 2)))
         parts.append(Padding(_figure_table(result), (1, 2)))
         parts.extend(_samples(result.samples))
         self._console.print(Group(*parts))

@@ -80,6 +80,10 @@ def resolve(config: Config, hardware: Hardware, shape: Shape, parts: int = 1) ->
         *([Setting("weights", f"in {parts} parts, one on each process", "UNSLOTH_FSDP2")] if parts > 1 else []),
         Setting("learning rate", schedules.in_words(config.train, rate or usual_rate), None if rate else rate_reason),
     ]
+    if (patience := config.train.early_stopping_patience) is not None:
+        many = "1 evaluation" if patience == 1 else f"{patience} evaluations in a row"
+        at_most = "all steps at most; the learning rate is planned for all of them"
+        settings.append(Setting("early stopping", f"after {many} without a lower held-out loss", at_most))
     if (slower := embedding_rate(config, rate or usual_rate)) is not None:
         why = (
             None if config.train.embedding_learning_rate else f"{EMBEDDING_RATE:g} of the adapter's: {EMBEDDING_SOURCE}"

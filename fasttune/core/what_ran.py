@@ -384,6 +384,7 @@ def result_of(
         ranks=_ranks(recorder),
         rows_per_s=job.config.train.batch_rows / seconds if (seconds := metrics.median_seconds(steps)) else None,
         gpu_busy=statistics.mean(recorder.stops.busy) if recorder.stops.busy else None,
+        ended_early=recorder.validator.ended_early if status in ("completed", "running") else None,
     )
 
 
