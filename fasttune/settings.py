@@ -248,8 +248,10 @@ class TrainConfig(Section):
     )
     weight_decay: float = setting(0.0, "weight decay of AdamW; not on norms and biases", ge=0, le=100)
     max_grad_norm: float = setting(1.0, "gradients with a larger norm are scaled down to it", gt=0)
-    optimizer: Literal["auto", "adamw_torch_fused", "adamw_8bit"] = setting(
-        "auto", "adamw_8bit keeps its moments in 8 bits; full fine-tuning then keeps bf16 weights only"
+    optimizer: Literal["auto", "adamw_torch_fused", "adamw_8bit", "paged_adamw_8bit"] = setting(
+        "auto",
+        "adamw_8bit keeps its moments in 8 bits; full fine-tuning then keeps bf16 weights only. paged_adamw_8bit: "
+        "8 bits, moved to the host while a GPU's memory is short; full fine-tuning keeps fp32 weights",
     )
     gradient_checkpointing: Literal["auto", "none", "full", "unsloth"] = setting(
         "auto", "recompute activations to save memory: costs speed"

@@ -3,15 +3,17 @@
 The fastest settings whose forecast memory fits; recomputing only when memory asks for it. Pure functions, no torch.
 """
 
+import importlib.util
 import math
 from dataclasses import dataclass, replace
 from typing import Any
 
 from fasttune.config import Config, changed
 from fasttune.core import schedules
-from fasttune.core.memory import Choices, Shape, Workload, forecast
+from fasttune.core.memory import PAGED, Choices, Shape, Workload, forecast
 from fasttune.data import sharing
 from fasttune.data.batching import Batches
+from fasttune.errors import ConfigError
 from fasttune.hardware import Hardware
 from fasttune.metrics import Memory, Setting
 from fasttune.settings import EMBEDDING_RATE, LEARNING_RATES
@@ -99,6 +101,17 @@ def resolve(config: Config, hardware: Hardware, shape: Shape, parts: int = 1) ->
         fits=fits,
         settings=settings,
     )
+
+
+def check_paged(config: Config, hardware: Hardware, needs_package: bool) -> None:
+    """Raise ConfigError for train.optimizer=paged_adamw_8bit where it cannot run; needs_package: it is to run here."""
+    if config.train.optimizer != PAGED:
+        return
+    lacks = "" if hardware.gpus else "a GPU, out of whose memory it moves its moments"
+    if not lacks and needs_package and importlib.util.find_spec("bitsandbytes") is None:
+        lacks = "bitsandbytes (pip install bitsandbytes)"
+    if lacks:
+        raise ConfigError([f"train.optimizer={PAGED} needs {lacks}; or set train.optimizer=auto"])
 
 
 def share(

@@ -215,6 +215,7 @@ def optimizer(live: Any) -> str:
     text = f"{type(live).__module__.partition('.')[0]} {type(live).__name__}, moments {'/'.join(sorted(moments))}"
     if (betas := tuple(map(float, live.param_groups[0].get("betas", USUAL_BETAS)))) != USUAL_BETAS:
         text += f", betas {betas[0]:g} and {betas[1]:g}"
+    text += ", paged" if getattr(live, "is_paged", False) else ""
     return text + (", bf16 rounded by chance" if getattr(live, "bf16_stochastic_round", False) else "")
 
 

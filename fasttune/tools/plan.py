@@ -61,6 +61,7 @@ def look(config: Config, gpu: str | None, reporter: terminal.Reporter, ranks: in
     prepare.check_sources_and_model(config)
     here = hardware.detect()
     machine = here if gpu is None else chips.with_gpu(here, gpu)
+    autoconfig.check_paged(config, machine, needs_package=False)
     try:
         with library_log():
             reporter.note(f"reading the architecture and the tokenizer of {config.model.name} …")
