@@ -211,7 +211,8 @@ def grid(lines: Iterable[tuple[str, str | Text, str | None]]) -> Table:
     table.add_column(overflow="fold")
     for name, value, note in lines:
         text = Text(plain(value)) if isinstance(value, str) else value
-        table.add_row(Text(plain(name)), Text.assemble(text, (f"  {plain(note)}" if note else "", "dim")))
+        dash = " – " if str(text).strip() else ""  # without colour nothing else tells where the note begins
+        table.add_row(Text(plain(name)), Text.assemble(text, (f"{dash}{plain(note)}" if note else "", "dim")))
     return table
 
 
