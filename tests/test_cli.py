@@ -11,7 +11,7 @@ from typing import Any
 
 import pytest
 
-from fasttune import cli, config
+from fasttune import cli, config, system
 from fasttune.core import prepare, run_folder
 from fasttune.errors import ConfigError, DataError
 
@@ -52,6 +52,19 @@ def test_a_user_error_is_one_line_and_exit_2(tmp_path: Path) -> None:
     assert done.returncode == 2 and "did you mean train.batch_rows?" in done.stderr
     assert done.stderr.count("\n") == 1 and "Traceback" not in done.stderr
     assert [path.name for path in tmp_path.iterdir()] == ["tiny.yaml"]
+
+
+@pytest.mark.parametrize(("is_terminal", "bars"), [(True, None), (False, "1")])
+def test_libraries_draw_no_bars_into_a_pipe(
+    monkeypatch: pytest.MonkeyPatch, is_terminal: bool, bars: str | None
+) -> None:
+    monkeypatch.setenv("TQDM_DISABLE", "")  # put back as it was behind this test
+    monkeypatch.delenv("TQDM_DISABLE")
+    monkeypatch.setattr(sys, "argv", ["fasttune", "train", "nowhere.yaml"])
+    monkeypatch.setattr(sys.stderr, "isatty", lambda: is_terminal)
+    monkeypatch.setattr(system, "leave_current_folder", lambda: None)
+    assert cli.main() == 2
+    assert os.environ.get("TQDM_DISABLE") == bars
 
 
 def test_a_finished_run_is_not_resumed_and_that_is_said_before_torch_is_imported(tmp_path: Path) -> None:
