@@ -45,6 +45,8 @@ def main(argv: list[str] | None = None) -> int:
     """Run one command and return its exit code."""
     if argv is None:
         system.leave_current_folder()
+        if not sys.stderr.isatty():
+            os.environ.setdefault("TQDM_DISABLE", "1")  # bars of libraries, in a pipe or a log; read by tqdm's import
     arguments = sys.argv[1:] if argv is None else argv
     if arguments[:1] == ["verify"]:  # verify has a parser of its own: it is also `python -m fasttune.verify`
         from fasttune.verify import main as verify

@@ -72,6 +72,8 @@ class Config(Section):
             raise ValueError(f"{name} needs held-out rows: set data.eval or data.eval_share, or give {off}")
         if self.eval.keep_best and on_the_way is None:
             raise ValueError("eval.keep_best compares steps: set eval.every, e.g. '50 steps'")
+        if self.train.early_stopping_patience is not None and on_the_way is None:
+            raise ValueError("train.early_stopping_patience counts evaluations: set eval.every, e.g. '50 steps'")
         return self
 
     def _check_embeddings(self) -> None:

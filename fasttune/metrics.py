@@ -272,6 +272,7 @@ class RunResult:
     sources: list[SourceSeen] = field(default_factory=list)  # where there are several
     plain_text: bool = False  # what was trained on: then the loss is also told as perplexity
     gpu_busy: float | None = None  # mean share of the steps' time in which the GPU ran kernels, as its driver says
+    ended_early: str | None = None  # why one that is completed has fewer steps than it might: early_stopping_patience
 
 
 def steady(steps: list[StepMetrics]) -> list[StepMetrics]:

@@ -22,6 +22,8 @@ from fasttune import system
 from fasttune.errors import one_line
 
 FORMATS = tuple("messages conversations question_answer query_response prompt_completion alpaca text".split())
+DATASET_DICT = "dataset_dict.json"  # in a folder of several splits that save_to_disk of the library datasets wrote
+TRACKERS = ("tensorboard", "wandb", "trackio")
 LOSSES = ("content", "reasoning", "tool_calls", "tools", "tool_turns")  # what a chat template may leave out of a row
 MADE_ROWS = 100_000  # of builtin:arithmetic, when more are asked for than it has
 SHARE = r"(?:[1-9][0-9]?|100) ?%"  # of all steps
@@ -115,17 +117,20 @@ class DataConfig(Section):
 
     train: PathText | dict[PathText, Weight] = Field(
         description="JSONL, JSON, CSV, .txt (each also .gz, .zst) or Parquet file, a folder or a pattern (texts/*.txt) "
-        "of them, Megatron's .bin, hub id owner/name[:subset], builtin:arithmetic; or several of them as "
-        "{source: how often a row is seen in an epoch}"
+        "of them, a folder that save_to_disk wrote, Megatron's .bin, hub id owner/name[:subset], builtin:arithmetic; "
+        "or several of them as {source: how often a row is seen in an epoch}"
     )
     eval: PathText | None = setting(None, "held-out rows: samples, and the loss before and after (eval.every)")
     eval_share: float = setting(0.0, "share of the training rows to hold out instead", ge=0, lt=1)
-    split: str = setting("train", "split of a hub data set")
-    eval_split: str = setting("test", "split of a hub data set in data.eval")
+    split: str = setting("train", "split of a hub data set, or of a folder that DatasetDict.save_to_disk wrote")
+    eval_split: str = setting("test", "the same of data.eval")
     streaming: bool = setting(False, "read a hub data set without downloading all of it first")
     format: Literal["auto", *FORMATS] = setting("auto", "auto: by the keys of the first row")  # type: ignore[valid-type]
     columns: dict[str, str] = Field(default_factory=dict, description="canonical name → name in the file")
     max_rows: int | None = setting(None, "use only the first rows of each source", ge=1, le=10**9)
+    deduplicate: bool = setting(
+        False, "leave out rows whose prompt and answer came before, in any data set, before rows are held out"
+    )
     train_on: Literal["assistant", "last", "all"] = setting(
         "assistant", "every answer, only the last one of a conversation, or every token"
     )
@@ -167,7 +172,7 @@ class DataConfig(Section):
     @property
     def held_out_split(self) -> str:
         """The split of `eval`; a file has none."""
-        return self.eval_split if self.eval is not None and looks_like_hub(self.eval) else "train"
+        return self.eval_split if self.eval is not None and has_splits(self.eval) else "train"
 
     @model_validator(mode="after")
     def _sources_and_hold_out(self) -> "DataConfig":
@@ -178,7 +183,7 @@ class DataConfig(Section):
         if self.eval is not None and self.eval_share:
             raise ValueError("eval_share would be ignored beside data.eval: remove one of them")
         if self.eval in self.sources and not self.eval.startswith("builtin:"):
-            if not looks_like_hub(self.eval):
+            if not has_splits(self.eval):
                 raise ValueError("eval names the rows that are trained on: hold some out with data.eval_share instead")
             if self.split == self.eval_split:
                 raise ValueError(f"eval_split={self.eval_split} is what is trained on: name another split of it")
@@ -243,16 +248,39 @@ class TrainConfig(Section):
     )
     weight_decay: float = setting(0.0, "weight decay of AdamW; not on norms and biases", ge=0, le=100)
     max_grad_norm: float = setting(1.0, "gradients with a larger norm are scaled down to it", gt=0)
-    optimizer: Literal["auto", "adamw_torch_fused", "adamw_8bit"] = setting(
-        "auto", "adamw_8bit keeps its moments in 8 bits; full fine-tuning then keeps bf16 weights only"
+    optimizer: Literal["auto", "adamw_torch_fused", "adamw_8bit", "paged_adamw_8bit"] = setting(
+        "auto",
+        "adamw_8bit keeps its moments in 8 bits; full fine-tuning then keeps bf16 weights only. paged_adamw_8bit: "
+        "8 bits, moved to the host while a GPU's memory is short; full fine-tuning keeps fp32 weights",
     )
     gradient_checkpointing: Literal["auto", "none", "full", "unsloth"] = setting(
         "auto", "recompute activations to save memory: costs speed"
     )
     group_by_prompt: bool = setting(False, "rows with one prompt come in one step; prompts are shuffled, not rows")
     packing: bool | Literal["auto"] = setting("auto", "rows end to end without padding, where that is exact")
+    early_stopping_patience: int | None = setting(
+        None, "evaluations (eval.every) in a row without a lower held-out loss after which the run ends", ge=1, le=10**6
+    )
     max_bad_steps: int = setting(3, "skipped steps in a row (loss or gradient not finite), at most", ge=0, le=10**7)
-    report_to: Literal["none", "tensorboard", "wandb", "trackio"] = setting("none", "see docs/tracking.md")
+    report_to: Literal["none", *TRACKERS] | list[Literal[*TRACKERS]] = setting(  # type: ignore[valid-type]
+        "none", "one tracker, or several as [tensorboard, wandb]: docs/tracking.md says what each is sent"
+    )
+
+    @property
+    def trackers(self) -> list[str]:
+        """Those of `report_to`."""
+        if isinstance(self.report_to, list):
+            return self.report_to
+        return [] if self.report_to == "none" else [self.report_to]
+
+    @field_validator("report_to")
+    @classmethod
+    def _each_once(cls, value: Any) -> Any:
+        if isinstance(value, list) and len(set(value)) < len(value):
+            raise ValueError("names a tracker twice: remove one")
+        if value == []:
+            raise ValueError("names no tracker: name one, or write none")
+        return value
 
     @model_validator(mode="after")
     def _micro_divides_batch(self) -> "TrainConfig":
@@ -333,3 +361,7 @@ def is_section(kind: object) -> TypeGuard[type[Section]]:
 def looks_like_hub(source: str) -> bool:
     """Whether a source that is no file would be taken for a hub id, owner/name."""
     return not source.startswith(("builtin:", ".", "/", "~")) and source.count("/") == 1 and not os.path.exists(source)
+
+
+def has_splits(source: str) -> bool:
+    return looks_like_hub(source) or os.path.isfile(os.path.join(os.path.expanduser(source), DATASET_DICT))

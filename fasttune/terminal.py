@@ -149,6 +149,8 @@ class Reporter:
         parts: list[RenderableType] = [Rule(Text.assemble(status, " ", plain(result.name)), align="left", style="dim")]
         if result.error:
             parts.append(Padding(Text(one_line(result.error), style="red"), (0, 2)))
+        if result.ended_early:
+            parts.append(Padding(Text(plain(result.ended_early)), (0, 2)))
         parts.append(Padding(_figure_table(result), (1, 2)))
         parts.extend(_samples(result.samples))
         self._console.print(Group(*parts))
@@ -209,7 +211,8 @@ def grid(lines: Iterable[tuple[str, str | Text, str | None]]) -> Table:
     table.add_column(overflow="fold")
     for name, value, note in lines:
         text = Text(plain(value)) if isinstance(value, str) else value
-        table.add_row(Text(plain(name)), Text.assemble(text, (f"  {plain(note)}" if note else "", "dim")))
+        dash = " – " if str(text).strip() else ""  # without colour nothing else tells where the note begins
+        table.add_row(Text(plain(name)), Text.assemble(text, (f"{dash}{plain(note)}" if note else "", "dim")))
     return table
 
 

@@ -1,6 +1,7 @@
 """What `auto` means on which machine, and that every choice says why."""
 
 from collections import Counter
+from contextlib import nullcontext
 from dataclasses import replace
 from types import SimpleNamespace
 
@@ -12,7 +13,7 @@ from fasttune.core import autoconfig, remedies
 from fasttune.core.memory import Shape
 from fasttune.data.batching import Batches
 from fasttune.data.store import Rows
-from fasttune.errors import ModelError
+from fasttune.errors import ConfigError, ModelError
 from fasttune.hardware import Gpu, Hardware
 from fasttune.settings import SEVEN_PROJECTIONS
 
@@ -63,6 +64,20 @@ def test_full_fine_tuning_holds_fp32_weights_where_they_fit_and_else_rounds_by_c
     }
     asked = config.parse({"model": {"name": "a/b", "dtype": "bfloat16"}, "data": {"train": "a/c"}, "train": FULL})
     assert autoconfig.resolve(asked, replace(CPU, memory_gib=80), LLAMA_8B).optimizer == "adamw_8bit"
+
+
+def test_a_paged_optimizer_is_for_a_gpu_with_bitsandbytes(monkeypatch: pytest.MonkeyPatch) -> None:
+    asked, here = settings(optimizer="paged_adamw_8bit"), gpu("NVIDIA H100", 80)
+    chosen = autoconfig.resolve(settings(optimizer="paged_adamw_8bit", **FULL), here, replace(LLAMA_8B, layers=8))
+    assert chosen.optimizer == "paged_adamw_8bit" and chosen.fp32_masters and not chosen.stochastic_rounding
+    with pytest.raises(ConfigError, match=r"train.optimizer=paged_adamw_8bit needs a GPU, .*train.optimizer=auto"):
+        autoconfig.check_paged(asked, CPU, needs_package=False)
+    autoconfig.check_paged(settings(), CPU, needs_package=True)
+    autoconfig.check_paged(asked, here, needs_package=False)
+    for found in (None, object()):
+        monkeypatch.setattr(autoconfig.importlib.util, "find_spec", lambda name, found=found: found)
+        with nullcontext() if found else pytest.raises(ConfigError, match="needs bitsandbytes"):
+            autoconfig.check_paged(asked, here, needs_package=True)
 
 
 def test_the_learning_rate_is_that_of_the_method() -> None:

@@ -1,6 +1,7 @@
 """The command line: quick help, one line for every user error, nothing half-written."""
 
 import os
+import re
 import resource
 import statistics
 import subprocess
@@ -10,8 +11,8 @@ from typing import Any
 
 import pytest
 
-from fasttune import cli, config
-from fasttune.core import prepare
+from fasttune import cli, config, system
+from fasttune.core import prepare, run_folder
 from fasttune.errors import ConfigError, DataError
 
 TINY = "model: {name: builtin:tiny}\ndata: {train: builtin:arithmetic}\n"
@@ -51,6 +52,28 @@ def test_a_user_error_is_one_line_and_exit_2(tmp_path: Path) -> None:
     assert done.returncode == 2 and "did you mean train.batch_rows?" in done.stderr
     assert done.stderr.count("\n") == 1 and "Traceback" not in done.stderr
     assert [path.name for path in tmp_path.iterdir()] == ["tiny.yaml"]
+
+
+@pytest.mark.parametrize(("is_terminal", "bars"), [(True, None), (False, "1")])
+def test_libraries_draw_no_bars_into_a_pipe(
+    monkeypatch: pytest.MonkeyPatch, is_terminal: bool, bars: str | None
+) -> None:
+    monkeypatch.setenv("TQDM_DISABLE", "")  # put back as it was behind this test
+    monkeypatch.delenv("TQDM_DISABLE")
+    monkeypatch.setattr(sys, "argv", ["fasttune", "train", "nowhere.yaml"])
+    monkeypatch.setattr(sys.stderr, "isatty", lambda: is_terminal)
+    monkeypatch.setattr(system, "leave_current_folder", lambda: None)
+    assert cli.main() == 2
+    assert os.environ.get("TQDM_DISABLE") == bars
+
+
+def test_a_finished_run_is_not_resumed_and_that_is_said_before_torch_is_imported(tmp_path: Path) -> None:
+    (tmp_path / "config.yaml").write_text(f"{run_folder.MARK}\n{TINY}")
+    (tmp_path / "run.json").write_text('{"status": "completed"}')
+    command = [sys.executable, "-X", "importtime", "-m", "fasttune.cli", "train", "--resume", str(tmp_path)]
+    done = subprocess.run(command, capture_output=True, text=True, check=False)
+    assert done.returncode == 2 and f"{tmp_path} is completed, nothing is left to do" in done.stderr
+    assert not re.search(r"\| +(torch|transformers|unsloth|datasets)$", done.stderr, re.M)
 
 
 @pytest.mark.parametrize("command", ["train", "plan", "data", "bench"])

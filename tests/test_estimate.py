@@ -118,6 +118,9 @@ def test_the_states_of_llama_8b_on_a_card() -> None:
     assert states.gradients == states.optimizer / 2 == 4 * gib < states.weights < 6 * gib
     states = memory_forecast.forecast(full, LLAMA_8B, replace(on_gpu, optimizer="adamw_8bit"), one_row)
     assert states.weights == states.gradients == states.optimizer == 2 * gib
+    states = memory_forecast.forecast(full, LLAMA_8B, replace(on_gpu, optimizer="paged_adamw_8bit"), one_row)
+    in_fp32 = LLAMA_8B.vocab * LLAMA_8B.hidden / 2**30  # bitsandbytes keeps the moments of embeddings so
+    assert states.gradients == 4 * gib < states.weights and states.optimizer == pytest.approx(2 * gib + 6 * in_fp32)
 
 
 def test_speed_is_a_rate_on_file_or_a_wide_range(monkeypatch: pytest.MonkeyPatch) -> None:

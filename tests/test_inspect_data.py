@@ -17,7 +17,7 @@ from hypothesis import given, strategies
 from rich.console import Console
 
 from fasttune import cli, config, hardware, terminal
-from fasttune.data import arithmetic
+from fasttune.data import arithmetic, duplicates
 from fasttune.data.batching import Batches
 from fasttune.data.store import Rows
 from fasttune.tools import data_page, estimate, inspect_data
@@ -75,7 +75,7 @@ class Letters:
 
 def measured(batches: Batches, rows: int = 0, **train: Any) -> inspect_data.DataFigures:
     settings = config.parse({"model": {"name": "m"}, "data": {"train": "rows.jsonl"}, "train": train})
-    return inspect_data.measure(settings, Letters(), [], batches, rows, [])
+    return inspect_data.measure(settings, Letters(), [], batches, rows, [], duplicates.of(batches.parts))
 
 
 def test_the_command_shows_the_mask_of_its_rows(folder: Path) -> None:

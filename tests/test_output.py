@@ -23,10 +23,11 @@ def test_the_default_is_named_by_run_and_time(tmp_path: Path, monkeypatch: pytes
     assert not any(tmp_path.iterdir())
 
 
-def test_a_folder_that_holds_a_run_is_refused_unless_told_otherwise(tmp_path: Path) -> None:
+@pytest.mark.parametrize("asked", ["report_to: wandb", "report_to:\n  - trackio\n  - wandb\n  seed: 1"])
+def test_a_folder_that_holds_a_run_is_refused_unless_told_otherwise(tmp_path: Path, asked: str) -> None:
     for name in ("run.json", *run_folder.EVAL_FILES):
         (tmp_path / name).write_text("{}")
-    (tmp_path / "config.yaml").write_text(f"{run_folder.MARK}\ntrain:\n  report_to: wandb\n")
+    (tmp_path / "config.yaml").write_text(f"{run_folder.MARK}\ntrain:\n  {asked}\n")
     (tmp_path / "checkpoints" / "step-2").mkdir(parents=True)
     theirs = ["checkpoints/mine.txt", "notes.txt", "tensorboard/events"]
     for name in [*theirs, "wandb/run-1", "adapter/adapter_model.safetensors"]:

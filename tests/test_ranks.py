@@ -91,6 +91,13 @@ def test_held_out_rows_and_problems_are_shared(tmp_path: Path, nursery: Nursery)
     assert two.told["samples"] == one.told["samples"] and two.told["exact_match"] == one.told["exact_match"]
 
 
+def test_all_end_early_together(tmp_path: Path, nursery: Nursery) -> None:
+    nothing_learned = {"train": {"learning_rate": 1e-12, "early_stopping_patience": 2, "max_steps": 8}}
+    ended = nursery.run(tmp_path / "run", 2, changed(HELD_OUT, nothing_learned, {"eval": {"every": "1 steps"}}))
+    assert (ended.codes, ended.told["status"], len(ended.steps)) == ([0, 0], "completed", 3)
+    assert "in 2 evaluations" in ended.told["ended_early"]
+
+
 def test_it_resumes_with_another_number_of_ranks(tmp_path: Path, nursery: Nursery) -> None:
     """Ended after a signal to one rank: all stop after the same step, with one checkpoint."""
     changes = {"train": {"max_steps": 40}, "checkpoint": {"every": "never"}}

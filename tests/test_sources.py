@@ -309,22 +309,17 @@ def test_other_separators_are_named_with_a_command_that_helps(tmp_path: Path, ma
     assert read(str(new)) == [{"question": "Name it.", "answer": "The Tagus, of course."}]
 
 
-def test_what_save_to_disk_wrote_is_named_with_commands_that_help(
+def test_a_file_of_a_folder_that_save_to_disk_wrote_is_named_with_a_command_that_helps(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     import datasets
 
-    made = datasets.Dataset.from_list(ROWS)
-    made.save_to_disk(str(tmp_path / "one"))
-    datasets.DatasetDict({"train": made}).save_to_disk(str(tmp_path / "dict"))
+    datasets.Dataset.from_list(ROWS).save_to_disk(str(tmp_path / "one"))
     monkeypatch.chdir(tmp_path)
-    for source in ("one", "dict", "one/data-00000-of-00001.arrow"):
-        told = refused(str(tmp_path / source))
-        assert ("folder that save_to_disk wrote" in told) == ("arrow" not in source)
-        code = told[told.index('python -c "') + len('python -c "') : told.rindex('"')]
-        exec(code.replace("FOLDER", source).replace("FILE", source))
-        assert read("rows.parquet") == ROWS
-        Path("rows.parquet").unlink()
+    told = refused(source := "one/data-00000-of-00001.arrow")
+    code = told[told.index('python -c "') + len('python -c "') : told.rindex('"')]
+    exec(code.replace("FILE", source))
+    assert read("rows.parquet") == ROWS
 
 
 def test_values_of_unused_columns_are_not_read(tmp_path: Path) -> None:

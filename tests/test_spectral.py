@@ -176,6 +176,8 @@ def test_the_loss_of_a_batch_does_not_change(unsloth: None, tmp_path: Path, monk
 def test_moments_that_cannot_be_moved_are_refused(unsloth: None, tmp_path: Path) -> None:
     from fasttune.errors import ConfigError
 
+    with pytest.raises(ConfigError, match="train.optimizer=paged_adamw_8bit needs a GPU"):
+        run(tmp_path / "run", {"train": {"optimizer": "paged_adamw_8bit"}})
     with pytest.raises(ConfigError, match="refactor_every: not with train.optimizer=adamw_8bit"):
         run(tmp_path / "run", {"lora": {"refactor_every": 3}, "train": {"optimizer": "adamw_8bit"}})
     assert not (tmp_path / "run").exists()

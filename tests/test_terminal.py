@@ -161,7 +161,7 @@ def test_panel_gives_the_reason_of_automatic_settings_and_escapes_markup():
     text = file.getvalue()
     assert "my [bold]run[/bold]" in text and "2 cores [x86]" in text
     assert re.search(r"model\s+some/model\s*│", text)
-    assert re.search(r"dtype\s+float32  this \[chip\] has no bf16", text)
+    assert re.search(r"dtype\s+float32 – this \[chip\] has no bf16", text)
 
 
 def test_final_report_says_what_is_counted_and_what_is_not_known(tmp_path):
@@ -170,16 +170,16 @@ def test_final_report_says_what_is_counted_and_what_is_not_known(tmp_path):
     text = " ".join(printed(make_result(tmp_path, make_steps(56)), width=120).split())
     for part in (
         "completed quickstart",
-        "loss 2.000 → 0.036 0.02 × the first step's",
-        "speed 2,000 tokens/s padding not counted; median of 53 steady steps",
+        "loss 2.000 → 0.036 – 0.02 × the first step's",
+        "speed 2,000 tokens/s – padding not counted; median of 53 steady steps",
         "peak memory 3.5 GiB",
         "time 2 min 41 s",
-        "cost not known no price: set usd_per_hour",
+        "cost not known – no price: set usd_per_hour",
         "first step 4.2 s",
-        "tokens 56,000 22,400 of them supervised",
+        "tokens 56,000 – 22,400 of them supervised",
         "padding 9.1 %",
-        "MFU not known needs a chip",
-        "matmul share 41.2 % of the matmul rate measured on this machine, 0.35 TFLOP/s",
+        "MFU not known – needs a chip",
+        "matmul share 41.2 % – of the matmul rate measured on this machine, 0.35 TFLOP/s",
         "attention sdpa · packing off · patched layers 7",
         f"adapter {tmp_path}/adapter",
         f'load it peft.AutoPeftModelForCausalLM.from_pretrained("{tmp_path}/adapter")',

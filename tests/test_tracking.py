@@ -7,7 +7,7 @@ from types import SimpleNamespace
 from typing import Any
 
 import pytest
-from tiny_run import STEPS, break_off_after, losses, run
+from tiny_run import STEPS, break_off_after, losses, run, settings
 
 from fasttune.core import trackers
 from fasttune.errors import ConfigError
@@ -15,6 +15,7 @@ from fasttune.errors import ConfigError
 pytestmark = pytest.mark.usefixtures("unsloth")
 
 KEY = "canary-5bd1e995"
+NOTHING_MORE = "train.report_to: nothing more is sent to tensorboard:"
 
 
 def scalars(folder: Path, name: str) -> dict[int, float]:
@@ -50,8 +51,9 @@ def test_wandb_keeps_it_here_when_offline(tmp_path: Path, monkeypatch: pytest.Mo
     assert KEY.encode() not in everything
 
 
-def test_trackio_gets_the_same_numbers(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    """A stand-in with trackio's three calls: the package itself needs another pillow than the pinned one."""
+@pytest.fixture
+def trackio(monkeypatch: pytest.MonkeyPatch) -> list[Any]:
+    """What a stand-in with its three calls is told: the package itself needs another pillow than the pinned one."""
     told: list[Any] = []
     stand_in = SimpleNamespace(
         init=lambda **settings: told.append(settings["name"]),
@@ -60,9 +62,37 @@ def test_trackio_gets_the_same_numbers(tmp_path: Path, monkeypatch: pytest.Monke
         __spec__=object(),
     )
     monkeypatch.setitem(sys.modules, "trackio", stand_in)
+    return told
+
+
+def test_trackio_gets_the_same_numbers(tmp_path: Path, trackio: list[Any]) -> None:
     run(tmp_path / "run", {"train": {"report_to": "trackio", "max_steps": 2}})
     first, second = losses(tmp_path / "run")
-    assert told == ["run", (1, first), (2, second), "finished"]
+    assert trackio == ["run", (1, first), (2, second), "finished"]
+
+
+def test_several_get_the_same_numbers_and_one_that_fails_leaves_the_other(
+    tmp_path: Path, trackio: list[Any], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    both = {"train": {"report_to": ["tensorboard", "trackio"], "max_steps": 2}}
+    run(tmp_path / "run", both)
+    first, second = losses(tmp_path / "run")
+    assert trackio == ["run", (1, first), (2, second), "finished"]
+    assert list(scalars(tmp_path / "run", "loss").values()) == pytest.approx([first, second], rel=1e-6)
+    trackio.clear()
+    monkeypatch.setattr(trackers, "_tensorboard", lambda *_: 1 / 0)
+    result = run(tmp_path / "run", both | {"overwrite": True})
+    assert result.warnings == [
+        "train.report_to: nothing more is sent to tensorboard: ZeroDivisionError: division by zero"
+    ]
+    assert len(trackio) == 4
+    assert not (tmp_path / "run" / "tensorboard").exists(), "overwrite removes what the run before had written"
+
+
+@pytest.mark.parametrize(("names", "told"), [([], "names no tracker"), (["wandb"] * 2, "names a tracker twice")])
+def test_a_list_of_trackers_names_each_once(tmp_path: Path, names: list[str], told: str) -> None:
+    with pytest.raises(ConfigError, match=f"train.report_to: {told}"):
+        settings(tmp_path, {"train": {"report_to": names}})
 
 
 def test_a_tracker_that_fails_is_one_warning(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
@@ -75,7 +105,9 @@ def test_a_tracker_that_fails_is_one_warning(tmp_path: Path, monkeypatch: pytest
     monkeypatch.setattr(trackers, "_tensorboard", failing)
     result = run(tmp_path / "run", {"train": {"report_to": "tensorboard", "max_steps": 3}})
     assert (result.status, result.steps) == ("completed", 3)
-    assert result.warnings == ["train.report_to: nothing more is reported: ConnectionError: the service is down"]
+    assert result.warnings == [
+        "train.report_to: nothing more is sent to tensorboard: ConnectionError: the service is down"
+    ]
     assert len(json.loads((tmp_path / "run" / "run.json").read_text())["warnings"]) == 1
 
 

@@ -3,15 +3,17 @@
 The fastest settings whose forecast memory fits; recomputing only when memory asks for it. Pure functions, no torch.
 """
 
+import importlib.util
 import math
 from dataclasses import dataclass, replace
 from typing import Any
 
 from fasttune.config import Config, changed
 from fasttune.core import schedules
-from fasttune.core.memory import Choices, Shape, Workload, forecast
+from fasttune.core.memory import PAGED, Choices, Shape, Workload, forecast
 from fasttune.data import sharing
 from fasttune.data.batching import Batches
+from fasttune.errors import ConfigError
 from fasttune.hardware import Hardware
 from fasttune.metrics import Memory, Setting
 from fasttune.settings import EMBEDDING_RATE, LEARNING_RATES
@@ -80,6 +82,10 @@ def resolve(config: Config, hardware: Hardware, shape: Shape, parts: int = 1) ->
         *([Setting("weights", f"in {parts} parts, one on each process", "UNSLOTH_FSDP2")] if parts > 1 else []),
         Setting("learning rate", schedules.in_words(config.train, rate or usual_rate), None if rate else rate_reason),
     ]
+    if (patience := config.train.early_stopping_patience) is not None:
+        many = "1 evaluation" if patience == 1 else f"{patience} evaluations in a row"
+        at_most = "all steps at most; the learning rate is planned for all of them"
+        settings.append(Setting("early stopping", f"after {many} without a lower held-out loss", at_most))
     if (slower := embedding_rate(config, rate or usual_rate)) is not None:
         why = (
             None if config.train.embedding_learning_rate else f"{EMBEDDING_RATE:g} of the adapter's: {EMBEDDING_SOURCE}"
@@ -95,6 +101,17 @@ def resolve(config: Config, hardware: Hardware, shape: Shape, parts: int = 1) ->
         fits=fits,
         settings=settings,
     )
+
+
+def check_paged(config: Config, hardware: Hardware, needs_package: bool) -> None:
+    """Raise ConfigError for train.optimizer=paged_adamw_8bit where it cannot run; needs_package: it is to run here."""
+    if config.train.optimizer != PAGED:
+        return
+    lacks = "" if hardware.gpus else "a GPU, out of whose memory it moves its moments"
+    if not lacks and needs_package and importlib.util.find_spec("bitsandbytes") is None:
+        lacks = "bitsandbytes (pip install bitsandbytes)"
+    if lacks:
+        raise ConfigError([f"train.optimizer={PAGED} needs {lacks}; or set train.optimizer=auto"])
 
 
 def share(

@@ -49,11 +49,13 @@ FREE = {
 }
 # Settings that checkpoints of older versions do not name, as they were then.
 ADDED = {
+    "data.deduplicate": "False",
     "lora.plus_ratio": "None",
     "lora.refactor_every": "None",
     "lora.train_embeddings": "False",
     "train.betas": "[0.9, 0.999]",
     "train.decay_ratio": "None",
+    "train.early_stopping_patience": "None",
     "train.embedding_learning_rate": "None",
     "train.group_by_prompt": "False",
     "train.min_learning_rate": "None",
@@ -78,7 +80,7 @@ class Keeper:
     def due(self, step: int) -> bool:
         """Whether one is to be written after `step`."""
         every, best = self.job.config.checkpoint, self.validator.best
-        if step == self.job.total_steps:
+        if step == self.job.total_steps or self.validator.ended_early:
             return True  # what comes after it may be ended too, and is then finished by --resume
         if best and best.step == step and (self.job.config.eval.keep_best or every.every != "never"):
             return True
@@ -101,6 +103,7 @@ class Keeper:
         if ranks.rank:
             return
         state |= {"identity": self.identity, "wall_s": self.journal.wall_s, "held_out": self.validator.state()}
+        state["evaluations_since_best"] = self.validator.since_best
         self._last_s = time.perf_counter()
         try:
             self.journal.checkpoint = save(self.job.folder, step, tensors, state)
@@ -158,6 +161,7 @@ def identity(job: "Job") -> dict[str, str]:
     found = {key: value for key, value in found.items() if key not in FREE}
     found[WHOLE] = str(job.total_steps)
     found["data.eval_share"] = str(job.config.data.eval_share)
+    found["data.deduplicate"] = str(job.config.data.deduplicate)
     for number, (rows, weight) in enumerate(zip(job.data.parts, job.data.weights, strict=True), 1):
         found[f"rows of data set {number}"] = f"{len(rows)} rows × {weight:g} ({rows.checksum})"
     if (data := job.config.data).layout == "concat":

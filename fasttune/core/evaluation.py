@@ -3,7 +3,7 @@
 import math
 import signal
 from collections.abc import Callable, Iterator, Sequence
-from dataclasses import asdict, dataclass
+from dataclasses import asdict, dataclass, replace
 from typing import TYPE_CHECKING, Any
 
 from fasttune.core import model as models  # first: it imports unsloth
@@ -19,7 +19,7 @@ from fasttune.data.sharing import Encoded, MicroBatch, flat
 from fasttune.data.formats import Row
 from fasttune.data.tokenize import IGNORE
 from fasttune.errors import DataError
-from fasttune.metrics import Evaluation, ExactMatch, HeldOut, Sample, SourceSeen
+from fasttune.metrics import Evaluation, ExactMatch, HeldOut, Sample, SourceSeen, StepMetrics
 
 if TYPE_CHECKING:
     from fasttune.core.prepare import Job
@@ -42,6 +42,7 @@ class Validator:
         self.before: Evaluation | None = None
         self.last: Evaluation | None = None
         self.best: Evaluation | None = None
+        self.since_best = 0  # evaluations
 
     def due(self, step: int) -> bool:
         """After which steps: 0 is before the first one."""
@@ -61,6 +62,8 @@ class Validator:
         ranks = self.job.ranks
         own = self._sums_of(ranks.share(self._batches), len(self.job.held_out))
         sums = np.reshape(ranks.sum_of_shares(own.ravel().tolist(), f"evaluation after step {step:,}"), own.shape)
+        if ranks.parts > 1:  # each has computed all of it: the last bits must not decide what each does next
+            sums = np.array(ranks.agree(sums.tolist()))
         loss, right, count = sums.sum(0)
         match = None if self._at_an_end(step) else self._exact_match()  # there all are answered, for the samples
         by_source = {name: float(each[0] / each[2]) for name, each in zip(self.job.held_out, sums, strict=True)}
@@ -68,8 +71,37 @@ class Validator:
         self.last = Evaluation(step, float(loss / count), float(right / count), match, several)
         self.before = self.last if step == 0 else self.before
         if step and math.isfinite(self.last.loss) and (self.best is None or self.last.loss < self.best.loss):
-            self.best = self.last
+            self.best, self.since_best = self.last, 0
+        elif step:
+            self.since_best += 1
         return self.last
+
+    def catch_up(self, step: int, steps: list[StepMetrics]) -> None:
+        """Of a run that is resumed after `step`: the evaluation that a signal left out there, so that the rest is the
+        same; it is put into the last of `steps`.
+        """
+        if not self.missing(step):
+            return
+        seen = self.measure(step)
+        if steps and steps[-1].step == step:
+            steps[-1] = replace(
+                steps[-1],
+                eval_loss=seen.loss,
+                eval_token_accuracy=seen.token_accuracy,
+                eval_exact_match=seen.exact_match,
+            )
+
+    @property
+    def ended_early(self) -> str | None:
+        """Why the run ends before its last step, for a person; None where it does not: early_stopping_patience."""
+        train, last, total = self.job.config.train, self.last, self.job.total_steps
+        patience = train.early_stopping_patience
+        if patience is None or last is None or self.since_best < patience or last.step >= total:
+            return None
+        lower = f"below {self.best.loss:.4g} (step {self.best.step:,})" if self.best else "that is finite"
+        why = f"no held-out loss {lower} in {self.since_best} evaluations (train.early_stopping_patience)"
+        rate = "" if train.scheduler == "constant" else "; its learning rate had not fallen to the end"
+        return f"{why}: ended after step {last.step:,} of {total:,}{rate}"
 
     def _exact_match(self) -> float | None:
         problems = self.job.problems[: self.job.config.eval.problems]
@@ -92,7 +124,9 @@ class Validator:
         return {name: each and asdict(each) for name, each in seen.items()}
 
     def restore(self, state: dict[str, Any]) -> None:
-        for name, values in state.items():
+        """state: of a checkpoint, of which older ones have not all."""
+        self.since_best = state.get("evaluations_since_best", 0)
+        for name, values in state.get("held_out", {}).items():
             setattr(self, name, Evaluation(**values) if values else None)
 
     def result(self, saved_step: int | None) -> HeldOut | None:

@@ -38,6 +38,8 @@ CPU_LAYERS, CPU_PINNED, CPU_PINNED_RECOMPUTED = 2, 0.08, 0.18
 NEEDED = ("num_hidden_layers", "hidden_size", "num_attention_heads", "vocab_size")
 EXPERTS = ("num_experts", "num_local_experts", "n_routed_experts")  # as Qwen, Mixtral and DeepSeek call them
 MLP = ("gate_proj", "up_proj", "down_proj")
+PAGED = "paged_adamw_8bit"
+EIGHT_BIT = ("adamw_8bit", PAGED)
 STOCHASTIC_ADAMW = "adamw_torch_8bit"  # Hugging Face's name of torchao's optimizer
 
 
@@ -236,8 +238,9 @@ def forecast(config: Config, shape: Shape, choices: Choices, largest: Workload) 
     copies = 2 if config.lora.init in RESIDUAL else 1  # what it began with is loaded again to save it
     adapter: float = 0 if full else trained * 4 * copies
     gradients: float = trained * trained_bytes
-    moments: float = trained * (2 if choices.optimizer == "adamw_8bit" else 2 * trained_bytes)
-    if ends and choices.optimizer == "adamw_8bit":
+    eight_bit = choices.optimizer in EIGHT_BIT
+    moments: float = trained * (2 if eight_bit else 2 * trained_bytes)
+    if eight_bit and (ends or (full and not choices.stochastic_rounding)):
         moments += shape.vocab * shape.hidden * (8 - 2)  # a Hugging Face trainer keeps those of embeddings in fp32
     if (parts := choices.parts) > 1:
         together = embeddings + TOGETHER_LAYERS * shape.linear_weights / shape.layers

@@ -82,6 +82,7 @@ def prepare(config: Config, folder: Path, reporter: Reporter, start: Path | None
     """Plan, model and data, ready to train. Writes nothing. `start`: the adapter that a resumed run split by."""
     ranks.check(config)
     machine = hardware.detect(folder)
+    autoconfig.check_paged(config, machine, needs_package=True)
     warnings: list[str] = []
     if machine.gpus:
         from fasttune import gpus

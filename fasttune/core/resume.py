@@ -100,6 +100,7 @@ class State:
     identity: dict[str, str]
     wall_s: float
     held_out: dict[str, Evaluation | None] = field(default_factory=dict)
+    evaluations_since_best: int = 0
 
 
 def find(run: Path, model: Any, identity: dict[str, str], note: Callable[[str], None]) -> Checkpoint | None:

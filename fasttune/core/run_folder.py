@@ -5,6 +5,7 @@ config.yaml, and metrics.jsonl step by step.
 import fcntl
 import os
 import platform
+import re
 import shlex
 import shutil
 import time
@@ -132,7 +133,8 @@ def create(config: Config, folder: Path) -> tuple[Path, IO[str]]:
 def _remove_old(folder: Path) -> None:
     """What a run wrote. Its config.yaml, which shows that it was one, stays until the new one takes its place."""
     settings = (folder / CONFIG).read_text(encoding="utf-8", errors="replace")
-    trackers = [name for name in TRACKERS if f"report_to: {name}" in settings]
+    asked = re.search(r"report_to:((?: \S+)|(?:\s+- \S+)+)", settings)  # one, or a list
+    trackers = [name for name in TRACKERS if asked and name in asked[1].split()]
     for name in {*RUN_FILES, *EVAL_FILES, *trackers} - {CONFIG, checkpoint.FOLDER}:
         path = folder / name
         shutil.rmtree(path) if path.is_dir() and not path.is_symlink() else path.unlink(missing_ok=True)
@@ -238,7 +240,7 @@ class Journal:
         self.saved_step: int | None = None  # whose weights are saved
         self._path = job.folder / METRICS
         self._disk_is_full = False
-        self._tracker: Tracker | None = None
+        self._trackers: list[Tracker] = []
 
     def resume(self, found: "Checkpoint", folder: Path) -> None:
         """Go back to a checkpoint of the run in `folder`, with the steps that lie before it."""
@@ -267,10 +269,10 @@ class Journal:
     def __enter__(self) -> "Journal":
         for text in self.warnings:
             self.reporter.warn(text)
-        if self.job.config.train.report_to != "none":
+        for name in self.job.config.train.trackers:
             from fasttune.core import trackers
 
-            self._tracker = trackers.Tracker(self.job, self.resumed_from_step, self.warn)
+            self._trackers.append(trackers.Tracker(name, self.job, self.resumed_from_step, self.warn))
         self._write_all()
         return self
 
@@ -282,8 +284,8 @@ class Journal:
 
     def close(self) -> None:
         """Last, after all is saved: a service that hangs must not hold that up."""
-        if self._tracker is not None:
-            self._tracker.close()
+        for tracker in self._trackers:
+            tracker.close()
 
     def warn(self, text: str) -> None:
         self.warnings.append(text)
@@ -292,8 +294,8 @@ class Journal:
     def step(self, step: StepMetrics) -> None:
         self.steps.append(step)
         self._write(step)
-        if self._tracker is not None:
-            self._tracker.step(step)
+        for tracker in self._trackers:
+            tracker.step(step)
         self.reporter.step(step)
 
     def refactored(self, step: int, layers: list[dict[str, Any]]) -> None:

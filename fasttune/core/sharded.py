@@ -14,6 +14,7 @@ from typing import TYPE_CHECKING, Any
 
 from fasttune.config import Config
 from fasttune.core.distributed import Several
+from fasttune.core.memory import EIGHT_BIT
 from fasttune.core.ranks import DIVIDED
 from fasttune.errors import FasttuneError
 from fasttune.settings import RESIDUAL
@@ -122,7 +123,7 @@ def check(config: Config) -> None:
         "samples=0 (`fasttune generate` shows answers afterwards)": config.samples > 0,
         "eval.problems=0 (`fasttune eval` scores answers afterwards)": config.eval.problems > 0,
         "model.quantization=none": config.model.quantization != "none",
-        "train.optimizer=adamw_torch_fused": config.train.optimizer == "adamw_8bit",
+        "train.optimizer=adamw_torch_fused": config.train.optimizer in EIGHT_BIT,
         "lora.refactor_every=null": adapter and config.lora.refactor_every is not None,
         "lora.train_embeddings=false": config.lora.train_embeddings,
         "lora.init=default": adapter and config.lora.init in RESIDUAL,

@@ -4,12 +4,15 @@ import math
 import signal
 import statistics
 import time
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
 from typing import Any
 
 from fasttune.core.ranks import Ranks
 from fasttune.metrics import Stopped
 
 REASONS = list(Stopped)
+SIGNALS = (signal.SIGINT, signal.SIGTERM)
 ECHO_S = 5.0  # a scheduler and torchrun both pass a signal on: what comes so soon after the first is the same one
 
 
@@ -64,3 +67,19 @@ class Stops:
     def _agree(self, asked: list[float]) -> None:
         if first := next((int(each) for each in asked if each), 0):
             self.agreed = self.asked = REASONS[first - 1]
+
+
+def at_once(number: int, _frame: Any) -> None:
+    """A signal handler."""
+    raise KeyboardInterrupt(number)
+
+
+@contextmanager
+def signals_to(handler: Callable[[int, Any], None]) -> Iterator[None]:
+    """SIGINT and SIGTERM go to `handler` meanwhile."""
+    old = {number: signal.signal(number, handler) for number in SIGNALS}
+    try:
+        yield
+    finally:
+        for number, previous in old.items():
+            signal.signal(number, previous)

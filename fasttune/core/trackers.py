@@ -25,23 +25,27 @@ OFFLINE = ("offline", "disabled", "dryrun")  # of WANDB_MODE
 Send = Callable[[dict[str, float], int], None]  # numbers by name, step
 
 
-def check_installed(report_to: str) -> None:
-    """Fail early, before anything is imported: raises ConfigError where the package or the key is missing."""
-    if importlib.util.find_spec(report_to) is None:
-        raise ConfigError(
-            [f"train.report_to={report_to}: the package is not installed; pip install {report_to}, or set it to none"]
-        )
-    if report_to == "wandb" and os.environ.get("WANDB_MODE") not in OFFLINE and not _wandb_key():
-        raise ConfigError(
-            ["train.report_to=wandb: no key; run `wandb login`, set WANDB_API_KEY, or WANDB_MODE=offline"]
-        )
+def check_installed(names: list[str]) -> None:
+    """Fail early, before anything is imported: raises ConfigError for every package or key that is missing."""
+    problems = [
+        f"train.report_to={name}: the package is not installed; pip install {name}, or leave it out"
+        for name in names
+        if importlib.util.find_spec(name) is None
+    ]
+    if not problems and "wandb" in names and os.environ.get("WANDB_MODE") not in OFFLINE and not _wandb_key():
+        problems.append("train.report_to=wandb: no key; run `wandb login`, set WANDB_API_KEY, or WANDB_MODE=offline")
+    if problems:
+        raise ConfigError(problems)
 
 
 class Tracker:
-    """Where the steps go. What it cannot send is one warning, and the run continues."""
+    """Where the steps go. What it cannot send is one warning; the run continues, and the other trackers with it.
 
-    def __init__(self, job: "Job", resumed_from_step: int | None, warn: Callable[[str], None]):
-        self.warn = warn
+    name: tensorboard, wandb or trackio.
+    """
+
+    def __init__(self, name: str, job: "Job", resumed_from_step: int | None, warn: Callable[[str], None]):
+        self.name, self.warn = name, warn
         self._send: Send | None = None
         self._close: Callable[[], None] = lambda: None
         self._guarded(lambda: self._open(job, resumed_from_step))
@@ -56,7 +60,7 @@ class Tracker:
         self._guarded(self._close)
 
     def _open(self, job: "Job", resumed_from_step: int | None) -> None:
-        make = {"tensorboard": _tensorboard, "wandb": _wandb, "trackio": _trackio}[job.config.train.report_to]
+        make = {"tensorboard": _tensorboard, "wandb": _wandb, "trackio": _trackio}[self.name]
         self._send, self._close = make(job, resumed_from_step)
 
     def _guarded(self, action: Callable[[], None]) -> None:
@@ -66,7 +70,7 @@ class Tracker:
                 action()
         except Exception as error:  # a service that is down must not cost the run
             self._send, self._close = None, lambda: None
-            self.warn(f"train.report_to: nothing more is reported: {kind_and_line(error)}")
+            self.warn(f"train.report_to: nothing more is sent to {self.name}: {kind_and_line(error)}")
 
 
 def _tensorboard(job: "Job", resumed_from_step: int | None) -> tuple[Send, Callable[[], None]]:

@@ -8,10 +8,10 @@ import signal
 import tempfile
 import time
 import traceback
-from collections.abc import Callable, Iterator
-from contextlib import ExitStack, contextmanager, suppress
+from collections.abc import Callable
+from contextlib import ExitStack, suppress
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING
 
 from fasttune import hardware, report
 from fasttune.config import Config, changed
@@ -19,7 +19,7 @@ from fasttune.core import checkpoint, run_folder
 from fasttune.core.prepare import Job, preflight, prepare
 from fasttune.core.ranks import ALONE, Ranks
 from fasttune.core.run_folder import Journal
-from fasttune.core.stops import Stops
+from fasttune.core.stops import SIGNALS, Stops, at_once, signals_to
 from fasttune.errors import FasttuneError, first_line, kind_and_line
 from fasttune.metrics import ExactMatch, RunResult, Sample, Stopped
 from fasttune.system import library_log
@@ -29,7 +29,6 @@ if TYPE_CHECKING:
     from fasttune.core.trainer import StepRecorder
 
 MATMUL_SECONDS = 1.0  # spent after the run on measuring this machine's matmul rate
-SIGNALS = (signal.SIGINT, signal.SIGTERM)
 
 
 def run(
@@ -50,14 +49,14 @@ def run(
     then run.json says `running`: a process that is killed leaves that, and `resume` does what is left.
     """
     started = time.perf_counter()
-    if config.train.report_to != "none":
+    if config.train.trackers:
         from fasttune.core import trackers
 
-        trackers.check_installed(config.train.report_to)
+        trackers.check_installed(config.train.trackers)
     ranks.connect()
     resume = resume or run_folder.before_restart(config, ranks)
     folder = preflight(config, resume)
-    with signals_to(_at_once), library_log() as log, tempfile.TemporaryDirectory() as scratch, ExitStack() as locks:
+    with signals_to(at_once), library_log() as log, tempfile.TemporaryDirectory() as scratch, ExitStack() as locks:
         folder = Path(ranks.agree(str(folder)))
         there = resume is not None and ranks.agree(run_folder.is_run(folder))
         if resume:
@@ -96,7 +95,7 @@ def run(
             from fasttune.core import restore
 
             journal.resume(found, folder)
-            validator.restore(found.state.get("held_out", {}))
+            validator.restore(found.state)
             restore.into(trainer, found)
         keeper = checkpoint.Keeper(journal, trainer, validator, identity)
         hours = job.config.checkpoint.max_hours
@@ -130,14 +129,17 @@ def train(recorder: "StepRecorder") -> None:
 
     job, journal, validator = recorder.job, recorder.journal, recorder.validator
     try:
+        if journal.resumed_from_step is not None:
+            validator.catch_up(journal.done, journal.steps)
         with journal:
             if journal.resumed_from_step is None and validator.due(0):
                 validator.measure(0)
-            if journal.done < job.total_steps:
+            if journal.done < job.total_steps and not validator.ended_early:
                 with what_ran.busy(job.machine) as busy:
                     recorder.trainer.train()
                 recorder.stops.end_of_steps(busy())
-            if recorder.stops.agree() is None and validator.missing(job.total_steps):  # ended by a signal, and resumed
+            whole = recorder.stops.agree() is None and not validator.ended_early
+            if whole and validator.missing(job.total_steps):  # ended by a signal, and resumed
                 validator.measure(job.total_steps)
         journal.status = "completed"
     except Exception as error:  # every ending is reported in run.json
@@ -211,7 +213,7 @@ def finish(recorder: "StepRecorder", before: list[str], when_saved: Callable[[Pa
         with suppress(FasttuneError):
             report.write_json(path, result)
     if journal.status == "completed":
-        last = job.folder / checkpoint.FOLDER / f"step-{job.total_steps}"
+        last = job.folder / checkpoint.FOLDER / f"step-{journal.done}"
         checkpoint.remove(last)
         with suppress(OSError):  # other checkpoints are in it
             (last.parent / checkpoint.START).unlink(missing_ok=True)
@@ -228,7 +230,7 @@ def answer_again(recorder: "StepRecorder", before: list[str]) -> tuple[list[Samp
         return [], None
     try:
         if recorder.stops.agree() is None:
-            with signals_to(_at_once):
+            with signals_to(at_once):
                 return evaluation.compare(job.config, job.problems, before, evaluation.answer(job, job.problems))
         why = "a signal ended it"
     except KeyboardInterrupt:
@@ -238,21 +240,6 @@ def answer_again(recorder: "StepRecorder", before: list[str]) -> tuple[list[Samp
         why = first_line(error)
     recorder.journal.warnings.append(f"the held-out problems were not answered after training: {why}")
     return [], None
-
-
-def _at_once(number: int, _frame: Any) -> None:
-    raise KeyboardInterrupt(number)
-
-
-@contextmanager
-def signals_to(handler: Callable[[int, Any], None]) -> Iterator[None]:
-    """SIGINT and SIGTERM go to `handler` meanwhile."""
-    old = {number: signal.signal(number, handler) for number in SIGNALS}
-    try:
-        yield
-    finally:
-        for number, previous in old.items():
-            signal.signal(number, previous)
 
 
 def _one_line(error: Exception, job: Job) -> str:

@@ -157,7 +157,7 @@ class StepCollator:
 class StepRecorder(transformers.TrainerCallback):
     """After every step: its numbers into the journal, what is due (evaluation, checkpoint), and whether to stop.
 
-    Leaves steps out that are not finite, and ends the run in order: a signal, max_hours.
+    Leaves steps out that are not finite, and ends the run in order: a signal, max_hours, early_stopping_patience.
     """
 
     def __init__(
@@ -215,6 +215,7 @@ class StepRecorder(transformers.TrainerCallback):
         counts, step = self.trainer.counts, state.global_step
         stopping = self.stops.agreed is not None  # then the time is short
         seen = self.validator.measure(step) if self.validator.due(step) and not stopping else None
+        control.should_training_stop |= self.validator.ended_early is not None
         measured = StepMetrics(
             step=step,
             loss=float(logs["loss"]),

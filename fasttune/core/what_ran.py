@@ -215,6 +215,7 @@ def optimizer(live: Any) -> str:
     text = f"{type(live).__module__.partition('.')[0]} {type(live).__name__}, moments {'/'.join(sorted(moments))}"
     if (betas := tuple(map(float, live.param_groups[0].get("betas", USUAL_BETAS)))) != USUAL_BETAS:
         text += f", betas {betas[0]:g} and {betas[1]:g}"
+    text += ", paged" if getattr(live, "is_paged", False) else ""
     return text + (", bf16 rounded by chance" if getattr(live, "bf16_stochastic_round", False) else "")
 
 
@@ -384,6 +385,7 @@ def result_of(
         ranks=_ranks(recorder),
         rows_per_s=job.config.train.batch_rows / seconds if (seconds := metrics.median_seconds(steps)) else None,
         gpu_busy=statistics.mean(recorder.stops.busy) if recorder.stops.busy else None,
+        ended_early=recorder.validator.ended_early if status in ("completed", "running") else None,
     )
 
 

@@ -1,7 +1,9 @@
-"""Rows that Arrow reads → chunks of rows: Parquet files and hub data sets. A column that means nothing is not read."""
+"""Rows that Arrow reads → chunks of rows: Parquet files and hub data sets (saved.py: those on this
+disk). A column that means nothing is not read.
+"""
 
 import logging
-from collections.abc import Callable, Collection, Iterator
+from collections.abc import Callable, Collection, Iterable, Iterator
 from itertools import product
 from pathlib import Path
 from typing import Any
@@ -24,23 +26,28 @@ def parquet(source: str, path: Path, also: Collection[str]) -> Iterator[Chunk]:
         file = pyarrow.parquet.ParquetFile(path)
         total = file.metadata.num_rows
         check_names(source, file.schema_arrow.names)
-        yield from grouped(source, _parquet_rows(source, file, also), lambda read: read / total)
+        unread, wanted = columns(file.schema_arrow.names, also)
+        batches = file.iter_batches(batch_size=CHUNK_ROWS, columns=wanted)
+        yield from grouped(source, rows(source, batches, unread), lambda read: read / total)
     except pyarrow.ArrowException as error:
         raise DataError(f"data: {source} {damaged(error)}") from error
 
 
-def _parquet_rows(source: str, file: Any, also: Collection[str]) -> Iterator[Row]:
-    """Every row with the names of all columns; of those that mean nothing to us no value is read."""
-    unread, wanted = _columns(file.schema_arrow.names, also)
-    number = 0
-    for batch in file.iter_batches(batch_size=CHUNK_ROWS, columns=wanted):
-        try:
-            rows = batch.to_pylist() or [{}] * batch.num_rows
-        except (ValueError, OverflowError):
-            _name_unreadable(batch, source, number)
-            raise
-        number += len(rows)
-        yield from (unread | _without_nulls(row) for row in rows)
+def rows(source: str, batches: Iterable[Any], unread: Row, number: int = 0) -> Iterator[Row]:
+    """Every row of record batches with the names of all columns; of those that mean nothing to us no value is read.
+
+    number: of the rows before. Raises DataError.
+    """
+    for batch in batches:
+        for start in range(0, batch.num_rows, CHUNK_ROWS):
+            part = batch.slice(start, CHUNK_ROWS)
+            try:
+                found = part.to_pylist() or [{}] * part.num_rows
+            except (ValueError, OverflowError):
+                _name_unreadable(part, source, number)
+                raise
+            number += len(found)
+            yield from (unread | _without_nulls(row) for row in found)
 
 
 def _name_unreadable(batch: Any, source: str, before: int) -> None:
@@ -53,7 +60,7 @@ def _name_unreadable(batch: Any, source: str, before: int) -> None:
             raise DataError(f"data: {source} row {before + at + 1}: {what}") from error
 
 
-def _columns(names: Collection[str], also: Collection[str]) -> tuple[Row, list[str]]:
+def columns(names: Collection[str], also: Collection[str]) -> tuple[Row, list[str]]:
     """(every column, none of them read; the names of those to read)."""
     return dict.fromkeys(names, NOT_READ), [name for name in names if formats.is_read(name) or name in also]
 
@@ -73,10 +80,10 @@ def hub(source: str, split: str, streaming: bool, also: Collection[str]) -> Iter
     """The rows of a split of owner/name or owner/name:subset. Raises DataError."""
     import datasets
 
-    rows = _ask_hub(source, lambda *name: datasets.load_dataset(*name, split=split, streaming=streaming))
-    total = 0 if isinstance(rows, datasets.IterableDataset) else len(rows)
-    unread, wanted = _columns(rows.column_names or (), also)  # a stream may not know its columns
-    whole = (unread | _without_nulls(row) for row in (rows.select_columns(wanted) if wanted else rows))
+    found = _ask_hub(source, lambda *name: datasets.load_dataset(*name, split=split, streaming=streaming))
+    total = 0 if isinstance(found, datasets.IterableDataset) else len(found)
+    unread, wanted = columns(found.column_names or (), also)  # a stream may not know its columns
+    whole = (unread | _without_nulls(row) for row in (found.select_columns(wanted) if wanted else found))
     yield from grouped(source, whole, lambda read: read / total if total else 0.0)
 
 

@@ -5,7 +5,7 @@ A step is always the same rows, packed or padded: packing decides only how they 
 """
 
 import math
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from functools import cached_property
 from typing import ClassVar
 
@@ -24,6 +24,7 @@ HOLD_OUT_STREAM = 1 << 32  # keeps the hold-out draw apart from the epochs' shuf
 class Batches:
     """All steps of a run. `parts` are the data sets, with `weights` (see epoch_order).
 
+    dropped: numbers of the rows of each that are neither trained on nor held out: copies, see data/duplicates.py.
     eval_share: share of each set's rows that is held out and never trained on.
     batch_rows: rows of a step, of all processes. micro_rows: full rows (of max_length tokens) that fit at once in one.
     least_shared: what rows of a pack begin with alike lies in it once, if it has this many tokens or more; 0: never.
@@ -45,6 +46,7 @@ class Batches:
     rank: int = 0
     ranks: int = 1
     in_step: bool = False
+    dropped: list[np.ndarray] = field(default_factory=list)
     unit: ClassVar = "rows"  # what `parts` consist of, in a sentence
 
     @cached_property
@@ -55,10 +57,11 @@ class Batches:
         """
         found = []
         for part, rows in enumerate(self.parts):
-            numbers = np.unique(rows.numbers)
+            gone = np.isin(rows.numbers, self.dropped[part]) if self.dropped else np.zeros(len(rows), np.bool_)
+            numbers = np.unique(rows.numbers[~gone])
             shuffled = np.random.default_rng([self.seed, HOLD_OUT_STREAM, part]).permutation(numbers)
             held = np.isin(rows.numbers, shuffled[: round(self.eval_share * len(numbers))])
-            found.append((np.flatnonzero(~held), np.flatnonzero(held)))
+            found.append((np.flatnonzero(~held & ~gone), np.flatnonzero(held)))
         return found
 
     @cached_property

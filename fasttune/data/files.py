@@ -30,7 +30,9 @@ WIDE = {codecs.BOM_UTF32_LE: "utf-32", codecs.BOM_UTF32_BE: "utf-32"}
 WIDE |= {codecs.BOM_UTF16_LE: "utf-16", codecs.BOM_UTF16_BE: "utf-16", b"(?s:.)\0": "utf-16le"}
 SEPARATORS = {";": "semicolons", "\t": "tabs", "|": "bars"}  # of what is called CSV and is not separated by commas
 COMMAS = "import csv, sys; csv.writer(sys.stdout).writerows(csv.reader(sys.stdin, delimiter={!r}))"
-AS_PARQUET = "write it as Parquet, python -c \"from datasets import {} as d; {}.to_parquet('rows.parquet')\""
+ARROW = ".arrow"  # of folders that save_to_disk wrote
+AS_PARQUET = "name the folder that save_to_disk wrote, or write it as Parquet, "
+AS_PARQUET += "python -c \"from datasets import Dataset as d; d.from_file('FILE').to_parquet('rows.parquet')\""
 BLOCK_BYTES = 1 << 20  # of a JSONL file read at once
 MAX_LINE_BYTES = 64 << 20
 
@@ -66,17 +68,19 @@ def _check_one(source: str, path: Path, url: Any, split: str) -> None:
             raise DataError(f"data: {source}: no file {path.with_suffix('.idx')} beside it; copy both there")
     elif kind(source) is None:
         endings = f"use {', '.join(KINDS)} (all but the last also .gz, .zst)"
-        remedy = AS_PARQUET.format("Dataset", "d.from_file('FILE')") if path.suffix == ".arrow" else endings
+        remedy = AS_PARQUET if path.suffix == ARROW else endings
         raise DataError(f"data: {source} has an unknown ending; {remedy}")
     if not url and path.stat().st_size == 0:
         raise DataError(f"data: {source} is empty")
 
 
 def _check_several(source: str, path: Path, split: str) -> None:
-    for name, rows in (("state.json", "d('FOLDER')"), ("dataset_dict.json", "d('FOLDER')['train']")):
-        if os.path.isfile(path / name):
-            remedy = AS_PARQUET.format("load_from_disk", rows)
-            raise DataError(f"data: {source} is a folder that save_to_disk wrote; {remedy}")
+    if os.path.isdir(path):
+        from fasttune.data import saved
+
+        if saved.is_saved(path):
+            saved.find(source, path, split)
+            return
     _check_no_split(source, split, "folder" if os.path.isdir(path) else "pattern")
     read, others = several(source)
     if not read:
@@ -92,7 +96,7 @@ def _check_no_split(source: str, split: str, what: str) -> None:
 def several(source: str) -> tuple[list[Path], list[Path]]:
     """(files of rows, other files) of a folder with all below it, or of a pattern, in the order of their names.
 
-    Hidden ones are none of both.
+    Hidden ones are none of both; of a folder that save_to_disk wrote (saved.py) all are read, and none is here.
     """
     place = os.path.expanduser(source)
     names = glob.iglob(place, recursive=True) if is_pattern(source) else _below(source, place)
@@ -123,12 +127,19 @@ def kind(source: str) -> str | None:
     return None if found == "parquet" and compressed else found
 
 
-def find(source: str) -> list[Path]:
-    """The files of a source, downloaded once a process where it is behind a URL; none of a hub data set."""
+def find(source: str, split: str = "train") -> list[Path]:
+    """The files of a source, downloaded once a process where it is behind a URL; none of a hub data set. `split`: of a
+    folder that save_to_disk wrote.
+    """
     if "://" not in source:
         path = os.path.expanduser(source)
         if os.path.isfile(path):
             return [Path(path)]
+        if os.path.isdir(path):
+            from fasttune.data import saved
+
+            if saved.is_saved(Path(path)):
+                return saved.find(source, Path(path), split)
         return several(source)[0] if os.path.isdir(path) or is_pattern(source) else []
     import fsspec
 
@@ -146,6 +157,11 @@ def find(source: str) -> list[Path]:
 
 def read_all(source: str, paths: list[Path], also: Collection[str], documents: str | None) -> Iterator[Chunk]:
     """All rows of all files of a source, one file after the other. Raises DataError."""
+    if paths[0].suffix == ARROW:
+        from fasttune.data import saved
+
+        yield from saved.read(source, paths, also)
+        return
     if len(paths) == 1 and not is_pattern(source) and not os.path.isdir(os.path.expanduser(source)):
         yield from read(source, paths[0], also, documents)
         return

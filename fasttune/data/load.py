@@ -3,7 +3,7 @@
 from collections import Counter
 from collections.abc import Callable, Iterable, Iterator
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 import numpy as np
 
@@ -16,6 +16,9 @@ from fasttune.data.formats import Row
 from fasttune.data.sources import Chunk
 from fasttune.data.store import Rows
 from fasttune.errors import DataError
+
+if TYPE_CHECKING:
+    from fasttune.data.duplicates import Copies
 
 Progress = Callable[[str, float], None]  # what is being done, and the share of it that is
 
@@ -34,6 +37,8 @@ def encode(config: Config, tokenizer: Any, packed: bool, progress: Progress) -> 
         "packed": packed,
         "pad_id": tokenizer.pad_token_id or 0,
     }
+    if data.deduplicate:
+        settings["dropped"] = [each.numbers for each in copies(config, tokenizer, settings["parts"], progress)]
     if data.layout == "concat":
         from fasttune.data import corpus
 
@@ -64,6 +69,15 @@ def check_held_out(config: Config, found: dict[str, list[Encoded]]) -> None:
     why = f"data.eval={data.eval} has nothing to predict" if data.eval else f"data.eval_share={data.eval_share:g}"
     fix = "name another" if data.eval else "holds no row out, there are too few: raise it"
     raise DataError(f"{why}{':' * bool(data.eval)} {fix}, or set eval.every=never")
+
+
+def copies(config: Config, tokenizer: Any, parts: list[Rows], progress: Progress) -> "list[Copies]":
+    """Rows of each data set that came before, in it or in an earlier one; by their tokens before any are split."""
+    from fasttune.data import duplicates
+
+    if config.data.tokenization != "vanilla":
+        parts = [_encode_one(config, source, tokenizer, progress, vanilla=True) for source in config.data.sources]
+    return duplicates.of(parts)
 
 
 def _draw(config: Config, draw: int, tokenizer: Any, progress: Progress) -> list[Rows]:
@@ -255,12 +269,14 @@ def nothing_split(data: Batches) -> list[str]:
 def describe(data: Batches) -> list[str]:
     """One line a data set: what is trained on of it, and what was cut, split or dropped and why."""
     found = []
-    for rows, weight, (_, held_out) in zip(data.parts, data.weights, data.split, strict=True):
+    dropped = data.dropped or [np.zeros(0)] * len(data.parts)
+    for rows, weight, (_, held_out), copied in zip(data.parts, data.weights, data.split, dropped, strict=True):
         counts, tokens = rows.counts, rows.counts["tokens"]
         each = data.unit.removesuffix("s")
         parts = [f"{rows.source}: {len(rows):,} {data.unit}, {tokens:,} tokens ({tokens / len(rows):.0f} a {each})"]
         parts[0] += f", {counts['supervised']:,} supervised" if data.unit == "rows" else ""
         parts += [f"{weight:g} × an epoch"] if weight != 1 else []
+        parts += [f"{len(copied):,} left out, copies of earlier ones (data.deduplicate)"] if len(copied) else []
         parts += [f"{len(held_out):,} held out"] if len(held_out) else []
         parts += [
             f"{counts[name]:,} {name.replace('dropped_too_long', 'dropped: too long')}"

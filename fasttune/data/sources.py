@@ -12,6 +12,7 @@ from collections.abc import Callable, Collection, Iterator
 from dataclasses import dataclass, replace
 from decimal import Decimal
 from itertools import islice
+from pathlib import Path
 from typing import Any
 
 from fasttune.data import arithmetic
@@ -86,7 +87,7 @@ def read(
     else:
         from fasttune.data import arrow, files
 
-        paths = files.find(source)
+        paths = files.find(source, split)
         all_of_it = files.read_all(source, paths, also, documents) if paths else None
         chunks = all_of_it or arrow.hub(source, split, streaming, also)
     if max_rows is None:
@@ -115,7 +116,7 @@ def fingerprint(source: str, part: arithmetic.Part, split: str) -> str:
         return hashlib.sha256(json.dumps(arithmetic.generate(part, rows=BUILTIN_ROWS[part])).encode()).hexdigest()
     from fasttune.data import arrow, files
 
-    paths = files.find(source)
+    paths = files.find(source, split)
     if not paths:
         return f"{source} {split} {arrow.revision(source)}"
     whole = hashlib.sha256()
@@ -144,8 +145,10 @@ def not_read(source: str) -> list[str]:
     """Names of the files of a folder, or of a pattern, that are of an unknown kind."""
     if "://" in source or not (os.path.isdir(os.path.expanduser(source)) or is_pattern(source)):
         return []
-    from fasttune.data import files
+    from fasttune.data import files, saved
 
+    if saved.is_saved(Path(os.path.expanduser(source))):
+        return []
     return [path.name for path in files.several(source)[1]]
 
 

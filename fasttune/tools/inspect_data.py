@@ -20,6 +20,7 @@ from fasttune.core import autoconfig, prepare, pretrained
 from fasttune.core.memory import Shape
 from fasttune.data import chat, load
 from fasttune.data.batching import Batches
+from fasttune.data.duplicates import Copies
 from fasttune.data.store import Rows
 from fasttune.data.tokenize import IGNORE, labels
 from fasttune.system import library_log
@@ -49,6 +50,11 @@ class DataSet:
     files_not_read: list[str]  # of a folder, for their endings
     tokens: int  # of the kept rows
     learned_tokens: int
+    rows_again: int  # prompt and answer of an earlier row, of this source or one before it
+    rows_again_elsewhere: int  # of these, those that came first in another source
+    prompts_again: int  # rows with the prompt of an earlier one, whatever the answer
+    prompts_again_elsewhere: int
+    rows_deduplicated: int  # of rows_again, left out by data.deduplicate
 
 
 @dataclass(frozen=True)
@@ -144,20 +150,28 @@ def look(config: Config, rows: int, reporter: terminal.Reporter) -> DataFigures:
             chosen = autoconfig.resolve(config, machine, Shape.of(architecture))
             data = load.encode(chosen.apply(config), tokenizer, True, reporter.progress)
             autoconfig.share(config, machine, chosen, data, auto)
+            again = load.copies(config, tokenizer, data.parts, reporter.progress)
             held_out, warnings = load.held_out(config, tokenizer, data, reporter.progress)
             load.check_held_out(config, held_out)
             pretrained.check_tokens(tokenizer, chosen.shape.vocab, load.texts(data, chain(*held_out.values())))
     finally:
         reporter.stop()
-    return measure(config, tokenizer, changes, data, rows, warnings + load.nothing_split(data))
+    return measure(config, tokenizer, changes, data, rows, warnings + load.nothing_split(data), again)
 
 
 def measure(
-    config: Config, tokenizer: Any, changes: list[tuple[str, str]], data: Batches, rows: int, warnings: list[str]
+    config: Config,
+    tokenizer: Any,
+    changes: list[tuple[str, str]],
+    data: Batches,
+    rows: int,
+    warnings: list[str],
+    again: list[Copies],
 ) -> DataFigures:
     """The figures of encoded data."""
-    parts = zip(data.parts, data.weights, data.split, strict=True)
-    sets = [_data_set(part, weight, len(held)) for part, weight, (_, held) in parts]
+    parts = zip(data.parts, data.weights, data.split, again, strict=True)
+    dropped = config.data.deduplicate
+    sets = [_data_set(part, weight, len(held), copies, dropped) for part, weight, (_, held), copies in parts]
     lengths = np.concatenate([part.lengths for part in data.parts])
     return DataFigures(
         name=config.name,
@@ -193,7 +207,7 @@ def _tokenization(config: Config, tokenizer: Any, data: Batches) -> Tokenization
     return inspect_tokens.look(config.data.tokenization, [part.counts for part in data.parts], tokenizer, documents)
 
 
-def _data_set(rows: Rows, weight: float, held_out: int) -> DataSet:
+def _data_set(rows: Rows, weight: float, held_out: int, again: Copies, dropped: bool) -> DataSet:
     counts = rows.counts
 
     def named(*kinds: str) -> dict[str, int]:
@@ -218,6 +232,11 @@ def _data_set(rows: Rows, weight: float, held_out: int) -> DataSet:
         files_not_read=list(of("not read: ")),
         tokens=counts["tokens"],
         learned_tokens=counts["supervised"],
+        rows_again=again.rows,
+        rows_again_elsewhere=again.rows_elsewhere,
+        prompts_again=again.prompts,
+        prompts_again_elsewhere=again.prompts_elsewhere,
+        rows_deduplicated=again.rows if dropped else 0,
     )
 
 

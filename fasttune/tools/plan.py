@@ -47,6 +47,7 @@ class Figures:
     sampled: bool
     usd_per_hour: float | None
     smaller: list[str]  # what to change where it does not fit
+    at_most: bool = False  # the run may end before its last step: train.early_stopping_patience
     scaling: Scaling | None = None  # of several GPUs with a model each; all else is of one of them
 
 
@@ -60,6 +61,7 @@ def look(config: Config, gpu: str | None, reporter: terminal.Reporter, ranks: in
     prepare.check_sources_and_model(config)
     here = hardware.detect()
     machine = here if gpu is None else chips.with_gpu(here, gpu)
+    autoconfig.check_paged(config, machine, needs_package=False)
     try:
         with library_log():
             reporter.note(f"reading the architecture and the tokenizer of {config.model.name} …")
@@ -95,6 +97,7 @@ def look(config: Config, gpu: str | None, reporter: terminal.Reporter, ranks: in
         sampled=scale != 1,
         usd_per_hour=usd_per_hour,
         smaller=[] if fits else remedies.smaller(config, bool(machine.gpus)),
+        at_most=config.train.early_stopping_patience is not None,
         scaling=several,
     )
 
@@ -192,13 +195,14 @@ def _groups(roofline: Roofline | None) -> Iterator[Table]:
 def _bill(figures: Figures) -> list[tuple[str, str, str]]:
     expected = figures.forecast
     about = "by the first rows of the data" if figures.sampled else ""
-    lines = [("tokens", f"{expected.tokens:,} in {steps_text(expected.steps)}", about)]
+    at_most = "at most " if figures.at_most else ""
+    lines = [("tokens", f"{at_most}{expected.tokens:,} in {steps_text(expected.steps)}", about)]
     if expected.tokens_per_s is None or expected.hours is None:
         return [*lines, ("time", "not known", expected.rate)]
     left_out = "without evaluation" if expected.without_evaluation else ""
     lines.append(("speed", f"{span(expected.tokens_per_s, rate)} tokens/s", expected.rate))
-    lines.append(("time", span(expected.hours, estimate.hours_text), left_out))
+    lines.append(("time", at_most + span(expected.hours, estimate.hours_text), left_out))
     if expected.usd is None:
         return [*lines, ("cost", "not known", "no price: give --usd-per-hour")]
     price = f"at {usd(figures.usd_per_hour or 0)} an hour{', ' if left_out else ''}{left_out}"
-    return [*lines, ("cost", span(expected.usd, usd), price)]
+    return [*lines, ("cost", at_most + span(expected.usd, usd), price)]

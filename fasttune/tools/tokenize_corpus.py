@@ -7,6 +7,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
+import numpy as np
 from rich.text import Text
 
 from fasttune import report, terminal
@@ -48,9 +49,10 @@ def run(config: Config, out: str, reporter: terminal.Reporter) -> Written:
             tokenizer = pretrained.read_tokenizer(config.model)
             chat.complete(tokenizer)
             with megatron.Writer(prefix, len(tokenizer)) as writer:  # first: it refuses what is there
-                parts = load.encode(config, tokenizer, True, reporter.progress).parts
-                for part in parts:
-                    _copy(part, writer, reporter)
+                batches = load.encode(config, tokenizer, True, reporter.progress)
+                dropped = batches.dropped or [np.zeros(0)] * len(batches.parts)
+                for part, copies in zip(batches.parts, dropped, strict=True):
+                    _copy(part, ~np.isin(part.numbers, copies), writer, reporter)
     finally:
         reporter.stop()
     width, seconds = writer.bytes_a_token, time.perf_counter() - started
@@ -71,12 +73,18 @@ def _for_files(config: Config) -> Config:
     return changed(config, data={"layout": "concat", "too_long": "truncate", **held_out}, **every)
 
 
-def _copy(part: Rows, writer: megatron.Writer, reporter: terminal.Reporter) -> None:
+def _copy(part: Rows, kept: np.ndarray, writer: megatron.Writer, reporter: terminal.Reporter) -> None:
+    """kept: which of its documents, all but the copies that data.deduplicate leaves out."""
     first = 0
     while first < len(part):
         after = int(part.starts.searchsorted(part.starts[first] + AT_ONCE, side="right")) - 1
         after = max(first + 1, after)  # a document longer than that goes alone
-        writer.add_many(part.ids[part.starts[first] : part.starts[after]], part.lengths[first:after])
+        ids, own, lengths = (
+            part.ids[part.starts[first] : part.starts[after]],
+            kept[first:after],
+            part.lengths[first:after],
+        )
+        writer.add_many(ids if own.all() else ids[np.repeat(own, lengths)], lengths[own])
         first = after
         reporter.progress(f"writing {Path(part.source).name}", first / len(part))
 

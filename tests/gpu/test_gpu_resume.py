@@ -1,6 +1,7 @@
 """A resumed run on a GPU stays close to one that was not broken off, and a step that does not fit is done in pieces."""
 
 import json
+from itertools import product
 from pathlib import Path
 from typing import Any
 
@@ -50,10 +51,10 @@ def losses(folder: Path) -> list[float]:
 
 @pytest.mark.parametrize(
     ("method", "optimizer"),
-    [("lora", "adamw_torch_fused"), ("lora", "adamw_8bit"), ("full", "adamw_torch_fused"), ("full", "adamw_8bit")],
+    product(("lora", "full"), ("adamw_torch_fused", "adamw_8bit", "paged_adamw_8bit")),
 )
 def test_a_resumed_run_is_close(tmp_path: Path, method: str, optimizer: str) -> None:
-    if (method, optimizer) == ("lora", "adamw_8bit"):
+    if optimizer == "paged_adamw_8bit" or (method, optimizer) == ("lora", "adamw_8bit"):
         pytest.importorskip("bitsandbytes")
     job = {"method": method, "optimizer": optimizer, "learning_rate": 1e-2 if method == "lora" else 1e-3}
     run(tmp_path / "whole", **job)
@@ -61,6 +62,7 @@ def test_a_resumed_run_is_close(tmp_path: Path, method: str, optimizer: str) -> 
     result = run(tmp_path / "run", resume=True, **job)
     assert (result.status, result.resumed_from_step) == ("completed", 4)
     assert losses(tmp_path / "run") == pytest.approx(losses(tmp_path / "whole"), rel=LOSS_RELATIVE)
+    assert result.backend.optimizer.endswith(", paged") == (optimizer == "paged_adamw_8bit")
 
 
 def test_out_of_memory_for_real(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:

@@ -46,12 +46,15 @@ def test_lora_in_bf16_with_every_layer_patched(tmp_path: Path, policy: str) -> N
     [
         ("adamw_torch_fused", "float32 trained, bf16 autocast", "torch AdamW, moments float32"),
         ("adamw_8bit", "bfloat16/float32 trained, bf16 autocast", "torchao AdamW8bit"),  # Unsloth holds norms in fp32
+        ("paged_adamw_8bit", "float32 trained, bf16 autocast", "bitsandbytes AdamW"),
     ],
 )
 def test_full_fine_tuning_in_bf16(tmp_path: Path, optimizer: str, dtype: str, ran: str) -> None:
     from fasttune import config
     from fasttune.core import train
 
+    if ran.startswith("bitsandbytes"):
+        pytest.importorskip("bitsandbytes")
     tree = {key: value for key, value in TREE.items() if key != "lora"}
     full = {"method": "full", "learning_rate": 1e-3, "optimizer": optimizer}
     tree |= {"output_dir": str(tmp_path / "run"), "train": TREE["train"] | full}
