@@ -11,7 +11,7 @@ import signal
 import sys
 from typing import Any
 
-from fasttune import __version__, errors, system
+from fasttune import __version__, errors, hub, system
 from fasttune.errors import ConfigError, FasttuneError
 
 EXAMPLES = """examples:
@@ -45,6 +45,7 @@ def main(argv: list[str] | None = None) -> int:
     """Run one command and return its exit code."""
     if argv is None:
         system.leave_current_folder()
+    hub.quiet()
     arguments = sys.argv[1:] if argv is None else argv
     if arguments[:1] == ["verify"]:  # verify has a parser of its own: it is also `python -m fasttune.verify`
         from fasttune.verify import main as verify

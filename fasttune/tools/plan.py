@@ -20,7 +20,7 @@ from fasttune.core import autoconfig, prepare, pretrained, remedies
 from fasttune.core.memory import Shape
 from fasttune.core.ranks import divided_is_asked_for
 from fasttune.data import chat, load, sources
-from fasttune.errors import ConfigError, DataError, in_one_line
+from fasttune.errors import ConfigError
 from fasttune.hardware import Hardware
 from fasttune.metrics import Forecast, Roofline, Setting
 from fasttune.report import rate, steps_text, usd
@@ -129,12 +129,9 @@ def _rows_of(source: str, split: str, documents: str | None) -> int:
     the hub says, without downloading it. Raises DataError.
     """
     if looks_like_hub(source):
-        import datasets
+        from fasttune.data import arrow
 
-        name, _, subset = source.partition(":")
-        fix = "give a file, or download the set and name the file"
-        with in_one_line(DataError, f"data: the hub does not say how many rows {source} has", fix):
-            return int(datasets.load_dataset_builder(name, subset or None).info.splits[split].num_examples)
+        return arrow.rows_of(source, split)
     if source.endswith(sources.TOKENS):
         from fasttune.data import megatron
 
