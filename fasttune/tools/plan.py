@@ -65,7 +65,7 @@ def look(config: Config, gpu: str | None, reporter: terminal.Reporter, ranks: in
             reporter.note(f"reading the architecture and the tokenizer of {config.model.name} …")
             config, architecture = prepare.fitted(config, reporter.warn)
             tokenizer = pretrained.read_tokenizer(config.model)
-            chat.complete(tokenizer)
+            chat.complete(tokenizer, config.data.chat_template)
             parts = ranks if divided_is_asked_for() else 1
             chosen = autoconfig.resolve(config, machine, Shape.of(architecture), parts)
             auto, config = config.train.micro_batch_rows == "auto", chosen.apply(config)
