@@ -190,12 +190,12 @@ def _processes(ranks: Ranks, machine: Hardware) -> str:
     return text + (f" on {nodes} machines" if nodes > 1 else "")
 
 
-def fitted(config: Config, warn: Callable[[str], None]) -> tuple[Config, Any]:
-    """The config, with no longer rows than the model has positions, and the model's architecture.
+def fitted(config: Config, warn: Callable[[str], None], architecture: Any = None) -> tuple[Config, Any]:
+    """The config, with no longer rows than the model has positions, and the model's architecture, unless it is given.
 
     Raises ConfigError where more were asked for, ModelError where the architecture cannot be read.
     """
-    architecture = pretrained.read_architecture(config.model)
+    architecture = architecture or pretrained.read_architecture(config.model)
     most, asked = pretrained.positions(architecture), config.model.max_length
     if not most or asked <= most:
         return config, architecture

@@ -2,7 +2,7 @@
 
     show(look(config.load("configs/quickstart.yaml"), "h100-80", terminal.Reporter()))            # on stderr
 
-Of the model only config.json and the tokenizer are read, of the data the first rows.
+Of the model only config.json and the tokenizer are read (without the hub: known_models.py), of the data the first rows.
 """
 
 from collections.abc import Iterator
@@ -26,7 +26,7 @@ from fasttune.metrics import Forecast, Roofline, Setting
 from fasttune.report import rate, steps_text, usd
 from fasttune.settings import looks_like_hub
 from fasttune.system import library_log
-from fasttune.tools import estimate, scaling
+from fasttune.tools import estimate, known_models, scaling
 from fasttune.tools.estimate import span
 from fasttune.tools.scaling import Scaling
 
@@ -63,8 +63,8 @@ def look(config: Config, gpu: str | None, reporter: terminal.Reporter, ranks: in
     try:
         with library_log():
             reporter.note(f"reading the architecture and the tokenizer of {config.model.name} …")
-            config, architecture = prepare.fitted(config, reporter.warn)
-            tokenizer = pretrained.read_tokenizer(config.model)
+            architecture, tokenizer, assumed = known_models.read(config.model)
+            config, architecture = prepare.fitted(config, reporter.warn, architecture)
             chat.complete(tokenizer, config.data.chat_template)
             parts = ranks if divided_is_asked_for() else 1
             chosen = autoconfig.resolve(config, machine, Shape.of(architecture), parts)
@@ -73,12 +73,14 @@ def look(config: Config, gpu: str | None, reporter: terminal.Reporter, ranks: in
             data = load.encode(sample, tokenizer, chosen.packed, reporter.progress)
             data.ranks = ranks
             load.held_out(sample, tokenizer, data, reporter.progress)  # which may be refused, too
-            pretrained.check_tokens(tokenizer, chosen.shape.vocab, load.texts(data))
+            if assumed.tokens is None:
+                pretrained.check_tokens(tokenizer, chosen.shape.vocab, load.texts(data))
             brings = list[Setting]()
             if chosen.packed:
                 chosen, brings = autoconfig.share(config, machine, chosen, data, auto)
             usd_per_hour, price = autoconfig.price_of(config, machine, ranks)
             expected = estimate.of_run(sample, chosen, data, machine, usd_per_hour, scale)
+            expected = known_models.scaled(expected, assumed.tokens)
             several = scaling.of_run(config, chosen, data, nodes, expected) if ranks > parts else None
     finally:
         reporter.stop()
@@ -90,7 +92,14 @@ def look(config: Config, gpu: str | None, reporter: terminal.Reporter, ranks: in
         machine=hardware.machine_name(machine),
         usable_gib=usable_gib,
         fits=fits,
-        settings=[*chosen.settings, packing, *brings, _attention(machine, chosen.packed), *filter(None, [price])],
+        settings=[
+            *assumed.settings,
+            *chosen.settings,
+            packing,
+            *brings,
+            _attention(machine, chosen.packed),
+            *filter(None, [price]),
+        ],
         forecast=expected,
         sampled=scale != 1,
         usd_per_hour=usd_per_hour,
