@@ -11,7 +11,7 @@ import signal
 import sys
 from typing import Any
 
-from fasttune import __version__, errors, system
+from fasttune import __version__, errors, hub, system
 from fasttune.errors import ConfigError, FasttuneError
 
 EXAMPLES = """examples:
@@ -47,6 +47,7 @@ def main(argv: list[str] | None = None) -> int:
         system.leave_current_folder()
         if not sys.stderr.isatty():
             os.environ.setdefault("TQDM_DISABLE", "1")  # bars of libraries, in a pipe or a log; read by tqdm's import
+    hub.quiet()
     arguments = sys.argv[1:] if argv is None else argv
     if arguments[:1] == ["verify"]:  # verify has a parser of its own: it is also `python -m fasttune.verify`
         from fasttune.verify import main as verify

@@ -193,7 +193,10 @@ def _apply_overrides(tree: dict[str, Any], overrides: Sequence[str]) -> list[str
 
 
 def _value(text: str) -> Any:
-    """YAML where it begins as a list, a mapping or a quoted text; else the text as it is, or true, false, null."""
-    if text.startswith(("{", "[", '"', "'")):
+    """YAML where it begins as a list, a mapping or a quoted text; else the text as it is, or true, false, null.
+
+    What begins a chat template is a text.
+    """
+    if text.startswith(("{", "[", '"', "'")) and not text.startswith(("{{", "{%", "{#")):
         return strict_yaml.parse(text)
     return {"": None, "~": None, "null": None, "true": True, "false": False}.get(text.lower(), system.writable(text))

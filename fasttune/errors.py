@@ -3,7 +3,8 @@
 FasttuneError          one line on stderr: what, where, how to fix it; exit 2
 ├── ConfigError        the config file or a key=value: all problems at once, one line each
 ├── DataError          a data set that is missing, empty or of an unknown form
-├── ModelError         a model that is missing, gated or cannot be loaded
+├── ModelError         a model that is missing or cannot be loaded
+│   └── HubError       the hub cannot be reached, or does not give it to this person
 ├── OutputError        an output folder that is taken, read-only or on a full disk
 └── RunFailed          the run itself failed (not the user's input); exit 1
 """
@@ -40,6 +41,10 @@ class DataError(FasttuneError):
 
 class ModelError(FasttuneError):
     """The model cannot be found, reached or loaded."""
+
+
+class HubError(ModelError):
+    """The hub cannot be reached, or does not give this person the model: it may be known from elsewhere."""
 
 
 class OutputError(FasttuneError):

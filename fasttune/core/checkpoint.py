@@ -50,6 +50,7 @@ FREE = {
 # Settings that checkpoints of older versions do not name, as they were then.
 ADDED = {
     "data.deduplicate": "False",
+    "data.chat_template": "None",
     "lora.plus_ratio": "None",
     "lora.refactor_every": "None",
     "lora.train_embeddings": "False",
@@ -160,6 +161,7 @@ def identity(job: "Job") -> dict[str, str]:
         found |= {f"{section}.{key}".rstrip("."): str(value) for key, value in values.items()}
     found = {key: value for key, value in found.items() if key not in FREE}
     found[WHOLE] = str(job.total_steps)
+    found["data.chat_template"] = _template(job.config.data.chat_template)
     found["data.eval_share"] = str(job.config.data.eval_share)
     found["data.deduplicate"] = str(job.config.data.deduplicate)
     for number, (rows, weight) in enumerate(zip(job.data.parts, job.data.weights, strict=True), 1):
@@ -170,6 +172,15 @@ def identity(job: "Job") -> dict[str, str]:
     if job.config.lora.init in RESIDUAL:  # not the residual weights: their last bits differ by machine
         found["start of the adapter"] = what_ran.fingerprint(trained(job.model).values(), None)
     return found
+
+
+def _template(given: str | None) -> str:
+    """By what it says: a file may lie elsewhere, or have been changed."""
+    if given is None:
+        return str(None)
+    from fasttune.data import chat_templates
+
+    return f"sha256 {hashlib.sha256(chat_templates.read(given).encode()).hexdigest()[:16]}"
 
 
 def trained(model: Any) -> Tensors:

@@ -5,7 +5,7 @@ import re
 from pathlib import Path
 from typing import Any
 
-from fasttune import system
+from fasttune import hub, system
 from fasttune.core.memory import NEEDED, Shape
 from fasttune.errors import ModelError, first_line
 from fasttune.settings import ModelConfig
@@ -33,6 +33,7 @@ def source(name: str) -> str:
     """Folder or hub id, for weights or for a tokenizer. Raises ModelError for a folder that could block or drown us."""
     folder = folder_of(name)
     if folder is None:
+        hub.look()
         return name
     check_folder(folder)
     for path in folder.iterdir():
@@ -49,6 +50,7 @@ def check_name(name: str) -> None:
     if folder is None:
         if is_path(name):
             raise ModelError(f"model.name: {name[:150]}: no such folder; check the spelling, or give a hub id")
+        hub.look()
         return
     whole = (folder / "config.json").is_file()
     for adapter in (folder, folder / "adapter")[: 1 if whole else 2]:  # a model may have a folder of that name

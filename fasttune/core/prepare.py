@@ -65,16 +65,26 @@ def check_sources_and_model(config: Config) -> None:
     """As `preflight`, of everything but the folder. Raises DataError and ModelError."""
     splits = dict.fromkeys(config.data.sources, config.data.split)
     splits |= {config.data.eval: config.data.held_out_split} if config.data.eval else {}
-    columns, unused = config.data.columns, not any(map(looks_like_hub, splits))
+    columns, unused, forms = config.data.columns, not any(map(looks_like_hub, splits)), set[str]()
     for source, split in splits.items():
         sources.check_source(source, split)
         if not looks_like_hub(source):
-            unused = not load.form_of(config, source, split)[1] and unused
+            form, renamed = load.form_of(config, source, split)
+            unused = not renamed and unused
+            forms.add(form)
+        else:
+            forms.add("auto")
     if columns and unused:
         raise DataError(f"data.columns: no source has {', '.join(columns.values())}: correct the names or remove it")
     if config.data.documents and not any(map(sources.holds_text, splits)):
         what = f"data.documents={config.data.documents} would be ignored"
         raise DataError(f"{what}: no source holds a .txt file, rows of other files are documents already; remove it")
+    if config.data.chat_template is not None:
+        from fasttune.data import chat_templates
+
+        if forms == {"text"}:
+            raise DataError("data.chat_template would be ignored: all rows are plain text, without turns; remove it")
+        chat_templates.read(config.data.chat_template)
     pretrained.check_name(config.model.name)
 
 
@@ -131,7 +141,8 @@ def prepare(config: Config, folder: Path, reporter: Reporter, start: Path | None
         config = configuration.changed(config, train={"packing": False})
         warnings.append(f"rows are padded, not packed: {reason}")
     settings.append(autoconfig.packing(packed, "proved on this model: rows in a pack do not see each other"))
-    settings += [Setting("chat template", what, why) for what, why in chat.complete(tokenizer)]
+    templated = chat.complete(tokenizer, config.data.chat_template)
+    settings += [Setting("chat template", what, why) for what, why in templated]
 
     config = load.with_format(config)
     with ranks.node_first():
@@ -185,12 +196,12 @@ def _processes(ranks: Ranks, machine: Hardware) -> str:
     return text + (f" on {nodes} machines" if nodes > 1 else "")
 
 
-def fitted(config: Config, warn: Callable[[str], None]) -> tuple[Config, Any]:
-    """The config, with no longer rows than the model has positions, and the model's architecture.
+def fitted(config: Config, warn: Callable[[str], None], architecture: Any = None) -> tuple[Config, Any]:
+    """The config, with no longer rows than the model has positions, and the model's architecture, unless it is given.
 
     Raises ConfigError where more were asked for, ModelError where the architecture cannot be read.
     """
-    architecture = pretrained.read_architecture(config.model)
+    architecture = architecture or pretrained.read_architecture(config.model)
     most, asked = pretrained.positions(architecture), config.model.max_length
     if not most or asked <= most:
         return config, architecture

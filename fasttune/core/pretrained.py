@@ -128,9 +128,24 @@ def builtin(name: str) -> Path:
     def make(folder: Path) -> None:
         from fasttune.core import builtin_models
 
+        builtin_models.be_quiet()
         (builtin_models.make_tiny if name == "builtin:tiny" else builtin_models.make_smollm2)(folder)
 
     return system.cached_folder(_cache_name(name), make)
+
+
+def builtin_tokenizer(name: str) -> Path:
+    """Folder of a built-in model's tokenizer: of the whole model where it has been made, else made without weights."""
+    made = system.cache_root() / _cache_name(name)
+    if made.is_dir() or name != "builtin:smollm2-135m":
+        return builtin(name)
+
+    def make(folder: Path) -> None:
+        from fasttune.core import builtin_models
+
+        builtin_models.smollm2_tokenizer(*builtin_models.smollm2_file()).save_pretrained(folder)
+
+    return system.cached_folder(f"{_cache_name(name)}-tokenizer", make)
 
 
 def _cache_name(name: str) -> str:

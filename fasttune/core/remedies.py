@@ -2,9 +2,10 @@
 
 import re
 
+from fasttune import hub
 from fasttune.config import Config
 from fasttune.core.model_files import pickled
-from fasttune.errors import FasttuneError, ModelError
+from fasttune.errors import FasttuneError, HubError, ModelError
 
 # As torch, huggingface_hub (utils/_http.py, file_download.py) and
 # transformers (utils/hub.py) write them: numbers alone are in any text. The order matters: of a missing repository the
@@ -33,7 +34,8 @@ def explain(name: str, error: BaseException) -> FasttuneError:
     text = " ".join(str(error).split())
     for said, remedy in REMEDIES.items():
         if re.search(said, text):
-            return ModelError(f"model.name: {name} {remedy.format(name=name)}")
+            kind = HubError if remedy.startswith("is gated") else ModelError
+            return kind(f"model.name: {name} {remedy.format(name=name)}")
     if NO_SAFETENSORS in text:
         return pickled(f"model.name: {name}", "pytorch_model.bin")
     if re.search(UNREACHABLE, text):
@@ -41,10 +43,12 @@ def explain(name: str, error: BaseException) -> FasttuneError:
         remedy += " and give the folder"
         import huggingface_hub
 
-        if huggingface_hub.is_offline_mode():
+        if why := hub.away():
+            remedy = remedy.replace("reached", f"reached ({why})", 1)
+        elif huggingface_hub.is_offline_mode():
             remedy = f"HF_HUB_OFFLINE is set; check the name, unset it, or run `hf download {name}` where there is a "
             remedy += "network"
-        return ModelError(f"model.name: {name} is neither a local folder nor in the hub's cache, and {remedy}")
+        return HubError(f"model.name: {name} is neither a local folder nor in the hub's cache, and {remedy}")
     known = isinstance(error, OSError | ValueError | RuntimeError)
     text = text if known else f"one of its files is damaged or not supported ({type(error).__name__}: {text})"
     return ModelError(f"model.name: {name[:100]} cannot be loaded: {text[:180]}")

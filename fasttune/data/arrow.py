@@ -8,11 +8,12 @@ from itertools import product
 from pathlib import Path
 from typing import Any
 
+from fasttune import hub as hub_is
 from fasttune.data import formats
 from fasttune.data.files import check_names, damaged
 from fasttune.data.formats import Row
 from fasttune.data.sources import CHUNK_ROWS, Chunk, grouped
-from fasttune.errors import DataError, first_line
+from fasttune.errors import DataError, first_line, in_one_line
 
 NOT_READ = "not read"  # stands for the values of a column that means nothing here
 
@@ -94,6 +95,15 @@ def revision(source: str) -> str:
     return str(_ask_hub(source, datasets.load_dataset_builder).hash)
 
 
+def rows_of(source: str, split: str) -> int:
+    """How many rows a split has, as the hub says; nothing is downloaded. Raises DataError."""
+    import datasets
+
+    fix = "give a file, or download the set and name the file"
+    with in_one_line(DataError, f"data: the hub does not say how many rows {source} has", fix):
+        return int(_ask_hub(source, datasets.load_dataset_builder).info.splits[split].num_examples)
+
+
 def _ask_hub(source: str, ask: Callable[..., Any]) -> Any:
     """What `ask(name, subset)` gets from the hub or its local copy. Raises DataError."""
     import datasets
@@ -102,6 +112,7 @@ def _ask_hub(source: str, ask: Callable[..., Any]) -> Any:
     from datasets.exceptions import DatasetGenerationError
 
     datasets.disable_progress_bars()
+    hub_is.look()
     logging.getLogger("huggingface_hub").setLevel(logging.ERROR)  # it asks a busy hub again by itself, and says so
     name, _, subset = source.partition(":")
     try:
@@ -109,6 +120,8 @@ def _ask_hub(source: str, ask: Callable[..., Any]) -> Any:
     except (OSError, ValueError, NotImplementedError, DatasetGenerationError, httpx.HTTPError) as error:
         why = f"cannot be loaded ({first_line(error)}); check the id and split, `hf auth login` for a gated set, try "
         why += "again later"
+        if away := hub_is.away():
+            raise DataError(f"data: {source} is no file, and the hub is out of reach ({away}): give a file") from error
         if huggingface_hub.is_offline_mode():
             why = "is no file and not in the cache, and HF_HUB_OFFLINE is set; check the path, unset it, or load it "
             why += f"once where there is a network ({first_line(error)})"

@@ -142,18 +142,22 @@ class Template:
             remedy = "" if index == len(messages) - 1 else "train on the last answer only (data.train_on=last), or "
             raise DataError(
                 f"data: {place}: the chat template does not render prefixes consistently (around turn {index + 1}), so "
-                f"labels cannot be placed: {remedy}use another template"
+                f"labels cannot be placed: {remedy}set another template (data.chat_template)"
             )
         return len(before), len(after)
 
 
-def complete(tokenizer: Any) -> list[tuple[str, str]]:
+def complete(tokenizer: Any, given: str | None = None) -> list[tuple[str, str]]:
     """Make the tokenizer's template fit to train with, in place, so that it is saved with the model as it was used.
 
-    A missing template becomes the plain one; BOS is put in front where the tokenizer itself would add it and the
-    template does not. Returns (what, why) of each change.
+    `given`: data.chat_template, in place of the tokenizer's own. A missing one becomes the plain one; BOS is put in
+    front where the tokenizer itself would add it and the template does not. Returns (what, why) of each change.
     """
-    changes = []
+    changes = list[tuple[str, str]]()
+    if given is not None:
+        from fasttune.data import chat_templates
+
+        changes += chat_templates.put(tokenizer, given)
     if not tokenizer.chat_template:
         tokenizer.chat_template = PLAIN_TEMPLATE
         changes.append(("plain headings", "the tokenizer brings none"))
@@ -187,7 +191,7 @@ def template_of(tokenizer: Any) -> Template:
     if "default" not in source:
         raise ModelError(
             f"model.name: its tokenizer brings the chat templates {', '.join(map(str, source))[:120]}, none called "
-            "default: write the one to use to chat_template.jinja in a copy of the model's folder"
+            "default: to train, set data.chat_template; else write one to chat_template.jinja in a copy of the folder"
         )
     return Template(source["default"], special, adds_bos, source.get("tool_use"))
 

@@ -58,7 +58,7 @@ def bounded() -> Iterator[None]:
         what = f"{MOST_BYTES >> 30} GiB" if isinstance(error, MemoryError) else f"{MOST_SECONDS:.0f} s"
         raise ModelError(
             f"model.name: its chat template needs over {what} for one conversation and was ended: it is broken, or "
-            "made to do harm; use another model, or put a template you trust into a copy of its folder"
+            "made to do harm; set one you trust (data.chat_template), or use another model"
         ) from None
     finally:
         if timed:

@@ -159,7 +159,7 @@ class Encoder:
             if self.refused == number == HOPELESS_ROWS:
                 raise DataError(
                     f"data: {place}: this row and all {HOPELESS_ROWS - 1} before it are {reason}: fix the rows, "
-                    "or use a model with another template"
+                    "or set another template (data.chat_template)"
                 ) from reason
             raise
         places: list[Span] = []

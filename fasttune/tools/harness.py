@@ -14,7 +14,7 @@ from dataclasses import replace
 from functools import cached_property
 from typing import Any
 
-from fasttune import system
+from fasttune import hub, system
 from fasttune.core import model as fasttune_model, decoding  # noqa: F401  model first: it imports unsloth
 from fasttune.tools import tasks
 from fasttune.tools.tasks import benchmarks
@@ -148,6 +148,8 @@ def load_tasks(
     """
     metadata = {"data": data, "split": split, "columns": columns or {}} if data else {}
     only_ours = set(names) <= {*tasks.NAMES, *benchmarks.NAMES}
+    if not only_ours:
+        hub.look()  # their data are there
     manager = TaskManager(include_path=tasks.FOLDER, include_defaults=not only_ours, metadata=metadata)
     asked = [benchmarks.config(name) if name in benchmarks.NAMES else name for name in names]
     for name in filter(lambda task: isinstance(task, str), asked):

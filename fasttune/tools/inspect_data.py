@@ -143,7 +143,7 @@ def look(config: Config, rows: int, reporter: terminal.Reporter) -> DataFigures:
         with library_log():
             reporter.note(f"reading the tokenizer of {config.model.name} …")
             tokenizer = pretrained.read_tokenizer(config.model)
-            changes = chat.complete(tokenizer)
+            changes = chat.complete(tokenizer, config.data.chat_template)
             config, architecture = prepare.fitted(config, reporter.warn)
             # How many rows at once a run would take here.
             machine, auto = hardware.detect(), config.train.micro_batch_rows == "auto"

@@ -2,7 +2,7 @@
 
     show(look(config.load("configs/quickstart.yaml"), "h100-80", terminal.Reporter()))            # on stderr
 
-Of the model only config.json and the tokenizer are read, of the data the first rows.
+Of the model only config.json and the tokenizer are read (without the hub: known_models.py), of the data the first rows.
 """
 
 from collections.abc import Iterator
@@ -20,13 +20,13 @@ from fasttune.core import autoconfig, prepare, pretrained, remedies
 from fasttune.core.memory import Shape
 from fasttune.core.ranks import divided_is_asked_for
 from fasttune.data import chat, load, sources
-from fasttune.errors import ConfigError, DataError, in_one_line
+from fasttune.errors import ConfigError
 from fasttune.hardware import Hardware
 from fasttune.metrics import Forecast, Roofline, Setting
 from fasttune.report import rate, steps_text, usd
 from fasttune.settings import looks_like_hub
 from fasttune.system import library_log
-from fasttune.tools import estimate, scaling
+from fasttune.tools import estimate, known_models, scaling
 from fasttune.tools.estimate import span
 from fasttune.tools.scaling import Scaling
 
@@ -65,9 +65,9 @@ def look(config: Config, gpu: str | None, reporter: terminal.Reporter, ranks: in
     try:
         with library_log():
             reporter.note(f"reading the architecture and the tokenizer of {config.model.name} …")
-            config, architecture = prepare.fitted(config, reporter.warn)
-            tokenizer = pretrained.read_tokenizer(config.model)
-            chat.complete(tokenizer)
+            architecture, tokenizer, assumed = known_models.read(config.model)
+            config, architecture = prepare.fitted(config, reporter.warn, architecture)
+            chat.complete(tokenizer, config.data.chat_template)
             parts = ranks if divided_is_asked_for() else 1
             chosen = autoconfig.resolve(config, machine, Shape.of(architecture), parts)
             auto, config = config.train.micro_batch_rows == "auto", chosen.apply(config)
@@ -75,12 +75,14 @@ def look(config: Config, gpu: str | None, reporter: terminal.Reporter, ranks: in
             data = load.encode(sample, tokenizer, chosen.packed, reporter.progress)
             data.ranks = ranks
             load.held_out(sample, tokenizer, data, reporter.progress)  # which may be refused, too
-            pretrained.check_tokens(tokenizer, chosen.shape.vocab, load.texts(data))
+            if assumed.tokens is None:
+                pretrained.check_tokens(tokenizer, chosen.shape.vocab, load.texts(data))
             brings = list[Setting]()
             if chosen.packed:
                 chosen, brings = autoconfig.share(config, machine, chosen, data, auto)
             usd_per_hour, price = autoconfig.price_of(config, machine, ranks)
             expected = estimate.of_run(sample, chosen, data, machine, usd_per_hour, scale)
+            expected = known_models.scaled(expected, assumed.tokens)
             several = scaling.of_run(config, chosen, data, nodes, expected) if ranks > parts else None
     finally:
         reporter.stop()
@@ -92,7 +94,14 @@ def look(config: Config, gpu: str | None, reporter: terminal.Reporter, ranks: in
         machine=hardware.machine_name(machine),
         usable_gib=usable_gib,
         fits=fits,
-        settings=[*chosen.settings, packing, *brings, _attention(machine, chosen.packed), *filter(None, [price])],
+        settings=[
+            *assumed.settings,
+            *chosen.settings,
+            packing,
+            *brings,
+            _attention(machine, chosen.packed),
+            *filter(None, [price]),
+        ],
         forecast=expected,
         sampled=scale != 1,
         usd_per_hour=usd_per_hour,
@@ -132,12 +141,9 @@ def _rows_of(source: str, split: str, documents: str | None) -> int:
     the hub says, without downloading it. Raises DataError.
     """
     if looks_like_hub(source):
-        import datasets
+        from fasttune.data import arrow
 
-        name, _, subset = source.partition(":")
-        fix = "give a file, or download the set and name the file"
-        with in_one_line(DataError, f"data: the hub does not say how many rows {source} has", fix):
-            return int(datasets.load_dataset_builder(name, subset or None).info.splits[split].num_examples)
+        return arrow.rows_of(source, split)
     if source.endswith(sources.TOKENS):
         from fasttune.data import megatron
 

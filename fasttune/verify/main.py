@@ -12,7 +12,7 @@ from collections import Counter
 from collections.abc import Callable
 from typing import TYPE_CHECKING
 
-from fasttune import errors, gpus, hardware as machines, stack, system
+from fasttune import errors, gpus, hardware as machines, hub, stack, system
 from fasttune.errors import FasttuneError
 from fasttune.verify import PIP, Result, Status, exchange, facts
 from fasttune.verify.runner import CheckJob, run_jobs
@@ -39,6 +39,7 @@ def main(argv: list[str] | None = None) -> int:
     """Run the checks, print the table or the JSON document, return the exit code."""
     if argv is None:
         system.leave_current_folder()
+    hub.quiet()
     parser = errors.Parser(prog="fasttune verify", description="Check this environment by running it.")
     parser.add_argument("--json", action="store_true", help="one JSON document as the last line of stdout")
     parser.add_argument("--quick", action="store_true", help="facts, pins and version rules only: under 3 seconds")
