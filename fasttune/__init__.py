@@ -1,6 +1,7 @@
 """fasttune: fine-tune an open model on one GPU as fast as the chip allows, with a report behind every number."""
 
 import sys
+from typing import TYPE_CHECKING
 
 if sys.version_info < (3, 11):  # noqa: UP036  said before anything is read that an older Python cannot parse
     found = ".".join(str(part) for part in sys.version_info[:2])
@@ -11,3 +12,16 @@ if sys.argv[:1] == ["-m"] and not sys.flags.safe_path:  # `python -m fasttune.ve
     del sys.path[0]
 
 __version__ = "0.1.0"
+__all__ = ["load_config", "train"]
+
+if TYPE_CHECKING:
+    from fasttune.api import load_config, train
+
+
+def __getattr__(name: str) -> object:
+    """What is for notebooks is imported when it is asked for: every command imports this file."""
+    if name in __all__:
+        from fasttune import api
+
+        return getattr(api, name)
+    raise AttributeError(f"module {__name__!r} has no attribute {name!r}")

@@ -16,12 +16,12 @@ OPTIONS_OF_VERIFY = ["--gpus", "--json", "--online", "--quick"]  # its parser is
 # Bash cuts words at = and : (COMP_WORDBREAKS): what stands before the last of them is there already.
 BASH = r"""# bash: put  eval "$(fasttune completion bash)"  into ~/.bashrc
 _fasttune() {
-    local typed="${COMP_LINE:0:COMP_POINT}" cut="" word words
+    local typed="${COMP_LINE:0:COMP_POINT}" cut="" breaks word words
     read -ra words <<<"$typed"
     [[ $typed == *[[:space:]] ]] && words+=("")
     word="${words[-1]}"
-    [[ $COMP_WORDBREAKS == *=* && $word == *=* ]] && cut="${word%"${word##*=}"}"
-    [[ $COMP_WORDBREAKS == *:* && $word == *:* ]] && cut="${word%"${word##*:}"}"
+    breaks="${COMP_WORDBREAKS//[^=:]/}"
+    [[ -n $breaks ]] && cut="${word%"${word##*["$breaks"]}"}"
     mapfile -t COMPREPLY < <("${words[0]/#\~/$HOME}" completion words "${words[@]:1}" 2>/dev/null)
     COMPREPLY=("${COMPREPLY[@]#"$cut"}")
     [[ ${#COMPREPLY[@]} -gt 0 && ${COMPREPLY[0]} == *= ]] && compopt -o nospace
