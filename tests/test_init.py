@@ -109,7 +109,7 @@ def test_without_a_name_they_are_listed(capsys: pytest.CaptureFixture[str]) -> N
 def test_the_schema_beside_the_configs_is_that_of_the_settings(capsys: pytest.CaptureFixture[str]) -> None:
     assert cli.main(["schema"]) == 0
     told = capsys.readouterr().out
-    assert told == (ROOT / "configs" / ready.SCHEMA).read_text(), f"fasttune schema > configs/{ready.SCHEMA}"
+    assert told == (ROOT / "configs" / ready.SCHEMA).read_text(), "python scripts/settings.py --write"
     made = json.loads(told)
     assert ready.keys(made) == config.known_keys()
     for key in ready.keys(made):
@@ -207,7 +207,9 @@ def problems(root: dict[str, Any], part: dict[str, Any], value: Any, place: str 
                 fits = all(problems(root, branch, value, place) for branch in rule)
                 found += [f"{place}: {value!r} fits no branch"] if fits else []
             case "type":
-                right = isinstance(value, TYPES[rule]) and (rule == "boolean" or not isinstance(value, bool))
+                kinds = rule if isinstance(rule, list) else [rule]
+                of = "boolean" if isinstance(value, bool) else None
+                right = of in kinds if of else any(isinstance(value, TYPES[kind]) for kind in kinds)
                 found += [] if right else [f"{place}: {value!r} is no {rule}"]
             case "properties" if isinstance(value, dict):
                 for name in value.keys() & rule:

@@ -33,9 +33,7 @@ def read_schema() -> dict[str, Any]:
 
 def section(made: dict[str, Any], name: str) -> dict[str, Any]:
     """The schema of a section. Raises KeyError: there is none of this name."""
-    entry = made["properties"][name]
-    ref = entry.get("$ref") or entry.get("anyOf", [{}])[0]["$ref"]
-    return made["definitions"][ref.rpartition("/")[2]]  # type: ignore[no-any-return]
+    return made["definitions"][made["properties"][name]["$ref"].rpartition("/")[2]]  # type: ignore[no-any-return]
 
 
 def setting(made: dict[str, Any], key: str) -> dict[str, Any]:
@@ -50,8 +48,7 @@ def keys(made: dict[str, Any]) -> list[str]:
     """All settings as dotted names, in their order."""
     found = []
     for name, entry in made["properties"].items():
-        is_section = "$ref" in json.dumps(entry)
-        found += [f"{name}.{leaf}" for leaf in section(made, name)["properties"]] if is_section else [name]
+        found += [f"{name}.{leaf}" for leaf in section(made, name)["properties"]] if "$ref" in entry else [name]
     return found
 
 

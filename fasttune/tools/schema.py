@@ -40,7 +40,7 @@ def schema() -> dict[str, Any]:
             _complete(sections[field.annotation.__name__], field.annotation)
     for name in SECTIONS:
         if name not in made["required"]:  # null is a section that is not there
-            made["properties"][name] = {"anyOf": [made["properties"][name], {"type": "null"}]}
+            sections[made["properties"][name]["$ref"].rpartition("/")[2]]["type"] = ["object", "null"]
     head = {"$schema": "http://json-schema.org/draft-07/schema#", "title": TITLE}
     made = {**head, **{key: value for key, value in made.items() if key != "title"}, "definitions": sections}
     setting(made, TRUST)["const"] = False  # true is not taken from a file
