@@ -1,7 +1,6 @@
 """fasttune: fine-tune an open model on one GPU as fast as the chip allows, with a report behind every number."""
 
 import sys
-from typing import TYPE_CHECKING
 
 if sys.version_info < (3, 11):  # noqa: UP036  said before anything is read that an older Python cannot parse
     found = ".".join(str(part) for part in sys.version_info[:2])
@@ -14,6 +13,7 @@ if sys.argv[:1] == ["-m"] and not sys.flags.safe_path:  # `python -m fasttune.ve
 __version__ = "0.1.0"
 __all__ = ["load_config", "train"]
 
+TYPE_CHECKING = False  # true for type checkers; typing is not there yet where child_process.py imports this
 if TYPE_CHECKING:
     from fasttune.api import load_config, train
 
