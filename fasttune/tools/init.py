@@ -117,10 +117,10 @@ def write(name: str, out: str) -> dict[str, Any]:
         raise OutputError(f"--out {out}: is there already; name another file, or remove it")
     if os.path.lexists(beside) and not _is_ours(beside):
         raise OutputError(f"--out {out}: {beside} is another program's file; write into another folder")
-    command = _in_place_of(recipe, recipe.command, out)
+    command = _in_place_of(recipe, recipe.command, str(path))  # ~ is written out: in quotes a shell keeps it
     try:
         system.write_atomic(beside, schema.as_text(schema.schema()).encode())
-        system.write_atomic(path, text(recipe, out).encode())
+        system.write_atomic(path, text(recipe, str(path)).encode())
     except OSError as error:
         raise OutputError(
             f"--out {out}: cannot be written ({error.strerror}); name a file in a folder of yours"
