@@ -11,3 +11,17 @@ if sys.argv[:1] == ["-m"] and not sys.flags.safe_path:  # `python -m fasttune.ve
     del sys.path[0]
 
 __version__ = "0.1.0"
+__all__ = ["load_config", "train"]
+
+TYPE_CHECKING = False  # true for type checkers; typing is not there yet where child_process.py imports this
+if TYPE_CHECKING:
+    from fasttune.api import load_config, train
+
+
+def __getattr__(name: str) -> object:
+    """What is for notebooks is imported when it is asked for: every command imports this file."""
+    if name in __all__:
+        from fasttune import api
+
+        return getattr(api, name)
+    raise AttributeError(f"module {__name__!r} has no attribute {name!r}")

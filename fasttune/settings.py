@@ -14,6 +14,7 @@ from pydantic import (
     ConfigDict,
     Field,
     ValidationInfo,
+    WithJsonSchema,
     field_validator,
     model_validator,
 )
@@ -47,8 +48,8 @@ def _plain_number(value: Any) -> Any:
     return value
 
 
-Beta = Annotated[float, BeforeValidator(_plain_number), Field(ge=0, lt=1)]
-Weight = Annotated[float, BeforeValidator(_plain_number), Field(gt=0, le=1000)]
+Beta = Annotated[float, Field(ge=0, lt=1), BeforeValidator(_plain_number)]
+Weight = Annotated[float, Field(gt=0, le=1000), BeforeValidator(_plain_number)]
 PathText = Annotated[str, AfterValidator(system.path_text)]
 
 
@@ -61,6 +62,12 @@ def _how_often(other: str, pattern: str) -> BeforeValidator:
         return every
 
     return BeforeValidator(checked)
+
+
+def _how_often_as_json(other: str, pattern: str) -> WithJsonSchema:
+    """The same for editors."""
+    examples = ["50 steps", "10 %", other, "never"]
+    return WithJsonSchema({"type": "string", "pattern": rf"^(never|{STEPS}|{SHARE}|{pattern})$", "examples": examples})
 
 
 def setting(default: Any, meaning: str, **bounds: Any) -> Any:
@@ -338,7 +345,7 @@ class Periodic(Section):
 class CheckpointConfig(Periodic):
     """When the state of a run goes to disk, so that a machine that vanishes costs only the steps since."""
 
-    every: Annotated[str, _how_often("10 minutes", MINUTES)] = setting(
+    every: Annotated[str, _how_often("10 minutes", MINUTES), _how_often_as_json("10 minutes", MINUTES)] = setting(
         "10 minutes", "'50 steps', '10 %' of them, '10 minutes' or 'never'"
     )
     keep: int = setting(2, "how many checkpoints are kept; older ones are removed", ge=1, le=1000)
@@ -352,7 +359,9 @@ class CheckpointConfig(Periodic):
 class EvalConfig(Periodic):
     """Loss and token accuracy on held-out rows (data.eval or data.eval_share), which are not trained on."""
 
-    every: Annotated[str, _how_often("start and end", "start and end")] = setting(
+    every: Annotated[
+        str, _how_often("start and end", "start and end"), _how_often_as_json("start and end", "start and end")
+    ] = setting(
         "start and end", "'start and end', '50 steps' or '10 %' of them (also at the start and at the end), or 'never'"
     )
     rows: int = setting(64, "the most held-out rows to evaluate", ge=1, le=100_000)

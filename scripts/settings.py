@@ -1,7 +1,8 @@
 #!/usr/bin/env python3
-"""Every setting of a run with its default and meaning, as docs/settings.md:  python scripts/settings.py --write
+"""Every setting of a run with its default and meaning:  python scripts/settings.py --write
 
-From fasttune/settings.py, the only place where they are declared; a test compares the page with it.
+Writes docs/settings.md, and the JSON schema that configs name, from fasttune/settings.py, the only place where settings
+are declared; tests compare both with it.
 """
 
 import sys
@@ -16,6 +17,7 @@ sys.path.insert(0, str(ROOT))
 
 from fasttune.config import Config  # noqa: E402
 from fasttune.settings import Section, is_section  # noqa: E402
+from fasttune.tools import ready, schema  # noqa: E402
 
 PAGE = ROOT / "docs" / "settings.md"
 HEAD = """# Settings
@@ -62,5 +64,6 @@ def cell(field: FieldInfo) -> str:
 if __name__ == "__main__":
     if "--write" in sys.argv:
         PAGE.write_text(page(), encoding="utf-8")
+        (ROOT / "configs" / ready.SCHEMA).write_text(schema.as_text(schema.schema()), encoding="utf-8")
     else:
         print(page(), end="")

@@ -35,18 +35,22 @@ SHOW_IN_FULL = {"train-two-steps": f"{sys.executable} -m fasttune.cli {TINY_RUN}
 STYLES: dict[Status, str] = {"skip": "dim", "pass": "green", "warn": "yellow", "fail": "bold red"}  # as they are shown
 
 
+def parser() -> errors.Parser:
+    made = errors.Parser(prog="fasttune verify", description="Check this environment by running it.")
+    made.add_argument("--json", action="store_true", help="one JSON document as the last line of stdout")
+    made.add_argument("--quick", action="store_true", help="facts, pins and version rules only: under 3 seconds")
+    several = "also whether N processes, or one for each GPU (all), reach each other, pair by pair"
+    made.add_argument("--gpus", metavar="N", help=several)
+    made.add_argument("--online", action="store_true", help="also the hub, the token and the gated model")
+    return made
+
+
 def main(argv: list[str] | None = None) -> int:
     """Run the checks, print the table or the JSON document, return the exit code."""
     if argv is None:
         system.leave_current_folder()
     hub.quiet()
-    parser = errors.Parser(prog="fasttune verify", description="Check this environment by running it.")
-    parser.add_argument("--json", action="store_true", help="one JSON document as the last line of stdout")
-    parser.add_argument("--quick", action="store_true", help="facts, pins and version rules only: under 3 seconds")
-    several = "also whether N processes, or one for each GPU (all), reach each other, pair by pair"
-    parser.add_argument("--gpus", metavar="N", help=several)
-    parser.add_argument("--online", action="store_true", help="also the hub, the token and the gated model")
-    options = parser.parse_args(argv)
+    options = parser().parse_args(argv)
     stop: list[int] = []  # signals are noted, and obeyed by the threads that own the children
     for number in (signal.SIGINT, signal.SIGTERM):
         signal.signal(number, lambda received, _: stop.append(received))
