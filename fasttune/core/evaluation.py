@@ -1,5 +1,6 @@
 """Held-out rows, beside a training that does not notice: their loss and token accuracy, and answers to problems."""
 
+import itertools
 import math
 import signal
 from collections.abc import Callable, Iterator, Sequence
@@ -250,14 +251,27 @@ def _answer(job: "Job", problems: list[Problem], room: int) -> list[str]:
     return texts
 
 
+def to_show(answered: list[Sample], count: int) -> list[Sample]:
+    """The first ones, in their order; of two and more one is right and one wrong, where there are such."""
+    kinds = (next((each for each in answered if each.after_right is right), None) for right in (True, False))
+    chosen = [each for each in kinds if each is not None] if count > 1 else []
+    others = (each for each in answered if not any(each is one for one in chosen))
+    chosen += itertools.islice(others, count - len(chosen))
+    return sorted(chosen, key=lambda each: next(at for at, one in enumerate(answered) if one is each))
+
+
+def _sample(problem: Problem, before: str, after: str) -> Sample:
+    marks = (arithmetic.is_right(text, problem.reference) for text in (before, after))
+    known = arithmetic.final_number(problem.reference) is not None
+    return Sample(problem.question, problem.reference, before, after, *(mark if known else None for mark in marks))
+
+
 def compare(
     config: Config, problems: list[Problem], before: list[str], after: list[str]
 ) -> tuple[list[Sample], ExactMatch | None]:
     """(the samples to show, the exact match on the first `eval.problems`; None where none were asked for)."""
-    shown = [
-        Sample(problem.question, problem.reference, old, new)
-        for problem, old, new in zip(problems, before, after, strict=True)
-    ][: config.samples]
+    answered = [_sample(problem, old, new) for problem, old, new in zip(problems, before, after, strict=True)]
+    shown = to_show(answered, config.samples)
     count = min(config.eval.problems, len(problems))
     if not count:
         return shown, None
