@@ -34,7 +34,7 @@ LLAMA_3_ROPE = {
 
 
 def made(folder: Path, tokenizer: Any, kind: str, **more: Any) -> Any:
-    """A random model of a family whose vectors are no ones and zeros; it is returned with matrices as bf16 holds them."""
+    """A random model of a family, with vectors that are no ones and zeros, and matrices as bf16 holds them."""
     import torch
     import transformers
 
@@ -87,7 +87,7 @@ def test_transformers_reads_the_same_model(tiny_tokenizer: Any, tmp_path: Path, 
     whole = logits(model)
     assert torch.equal(logits(loaded(tmp_path / "m.gguf")), whole)
     gguf_file.write(tmp_path, tmp_path / "q.gguf", "q8_0")
-    difference = (logits(loaded(tmp_path / "q.gguf")) - whole).abs().max() / whole.abs().max()
+    difference = (logits(loaded(tmp_path / "q.gguf")) - whole).norm() / whole.norm()
     assert 0 < difference < 0.05
 
 
@@ -231,11 +231,8 @@ def test_a_template_is_translated_exactly_or_not_at_all(tiny_tokenizer: Any) -> 
     plain = text()
     assert f'TEMPLATE """{chatml}"""' in plain and "SYSTEM" not in plain and "PARAMETER num_ctx 99" in plain
     assert 'PARAMETER stop "<|endoftext|>"\nPARAMETER stop "<|im_end|>"' in plain
-    before = (
-        "{% if messages[0]['role'] != 'system' %}{{ '"
-        + turn("system", "Be kind").replace("\n", "\\n")
-        + "' }}{% endif %}"
-    )
+    said = turn("system", "Be kind").replace("\n", "\\n")
+    before = "{% if messages[0]['role'] != 'system' %}{{ '" + said + "' }}{% endif %}"
     tiny_tokenizer.chat_template = before + tiny_tokenizer.chat_template
     assert f'TEMPLATE """{chatml}"""\nSYSTEM """Be kind"""' in text()
     tiny_tokenizer.chat_template = tiny_tokenizer.chat_template.replace("m['role'] +", "m['role'] | upper +")
