@@ -38,7 +38,7 @@ def test_one_right_and_one_wrong_are_shown(unsloth: None) -> None:
     for count, wanted in {0: [], 1: [0], 2: [0, 2], 3: [0, 1, 2], 4: [0, 1, 2, 3], 9: [0, 1, 2, 3]}.items():
         assert evaluation.to_show(answers, count) == [answers[at] for at in wanted]
     assert evaluation.to_show(answers[:2], 2) == answers[:2]  # all are wrong
-    alike = [Sample("q", "r", "", "")] * 3  # not scored
+    alike = [Sample(f"q{n}", "r", "", "") for n in range(3)]  # not scored
     assert evaluation.to_show(alike, 2) == alike[:2]
 
 

@@ -1,6 +1,5 @@
 """Held-out rows, beside a training that does not notice: their loss and token accuracy, and answers to problems."""
 
-import itertools
 import math
 import signal
 from collections.abc import Callable, Iterator, Sequence
@@ -253,11 +252,10 @@ def _answer(job: "Job", problems: list[Problem], room: int) -> list[str]:
 
 def to_show(answered: list[Sample], count: int) -> list[Sample]:
     """The first ones, in their order; of two and more one is right and one wrong, where there are such."""
-    kinds = (next((each for each in answered if each.after_right is right), None) for right in (True, False))
-    chosen = [each for each in kinds if each is not None] if count > 1 else []
-    others = (each for each in answered if not any(each is one for one in chosen))
-    chosen += itertools.islice(others, count - len(chosen))
-    return sorted(chosen, key=lambda each: next(at for at, one in enumerate(answered) if one is each))
+    marks = [each.after_right for each in answered]
+    first = [marks.index(kind) for kind in (True, False) if kind in marks] if count > 1 else []
+    chosen = [*first, *(at for at in range(len(answered)) if at not in first)][:count]
+    return [answered[at] for at in sorted(chosen)]
 
 
 def _sample(problem: Problem, before: str, after: str) -> Sample:
