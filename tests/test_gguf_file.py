@@ -216,6 +216,12 @@ LLAMA_3 = (
 )
 
 
+LAST_TURN = (
+    "{% for m in messages[-1:] %}{{ '<|im_start|>' + m['role'] + '\n' + m['content'] + '<|im_end|>\n' }}{% endfor %}"
+    "{% if add_generation_prompt %}{{ '<|im_start|>assistant\n' }}{% endif %}"
+)
+
+
 def test_a_template_is_translated_exactly_or_not_at_all(tiny_tokenizer: Any) -> None:
     import transformers
 
@@ -237,6 +243,8 @@ def test_a_template_is_translated_exactly_or_not_at_all(tiny_tokenizer: Any) -> 
     assert f'TEMPLATE """{chatml}"""\nSYSTEM """Be kind"""' in text()
     tiny_tokenizer.chat_template = tiny_tokenizer.chat_template.replace("m['role'] +", "m['role'] | upper +")
     assert "TEMPLATE" not in text() and "`ollama show NAME --template`" in text()
+    tiny_tokenizer.chat_template = LAST_TURN
+    assert "TEMPLATE" not in text()  # the same of one question, not of several turns
     tiny_tokenizer.chat_template = LLAMA_3.replace("(bos_token if loop.first else '') + ", "")
     assert "{{ .Role }}<|end_header_id|>\n\n{{ .Content }}<|eot_id|>{{ end }}<|start_header_id|>assistant" in text()
     tiny_tokenizer.chat_template = LLAMA_3  # with a BOS that llama.cpp does not put there for this tokenizer
