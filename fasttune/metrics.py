@@ -100,12 +100,17 @@ class Setting:
 
 @dataclass(frozen=True)
 class Sample:
-    """One held-out prompt with the model's greedy answer before and after training."""
+    """One held-out prompt with the model's greedy answer before and after training.
+
+    *_right: as the exact match counts it; None where the reference holds no `#### N`.
+    """
 
     prompt: str
     reference: str
     before: str
     after: str
+    before_right: bool | None = None
+    after_right: bool | None = None
 
 
 @dataclass(frozen=True)

@@ -11,9 +11,11 @@ from dataclasses import dataclass, fields, is_dataclass
 from pathlib import Path
 from typing import Any
 
-from fasttune import metrics, plots, system
+from fasttune import metrics, next_steps, plots, system
 from fasttune.errors import OutputError
 from fasttune.metrics import RunResult, StepMetrics
+
+MARKS = {True: "✓", False: "✗", None: ""}  # of an answer; told apart without colour
 
 
 @dataclass(frozen=True)
@@ -180,6 +182,19 @@ def _exact_match(result: RunResult) -> list[Figure]:
     return [Figure("exact match", " → ".join(map(percent, shares)), f"{note} (95 %: {ends[0]} → {ends[1]})")]
 
 
+def samples_note(result: RunResult) -> str:
+    """What the samples stand for, so that none misleads: how many of all problems are right."""
+    match = result.exact_match
+    if match is None or not result.samples:
+        return ""
+    right = round(match.after * match.problems)
+    said = f"{MARKS[True]} right and {MARKS[False]} wrong as the exact match counts: "
+    if right in (0, match.problems):
+        all_of_them = f"all {match.problems:,} answers are" if right else f"none of the {match.problems:,} answers is"
+        return f"{said}{all_of_them} right after training"
+    return f"{said}{right:,} of {match.problems:,} answers are right after training ({percent(match.after)})"
+
+
 def _outside_steps(result: RunResult) -> str:
     """Where loading or evaluating took more than the steps: it decides what fits."""
     outside = result.peak_outside_steps_gib or 0.0
@@ -230,6 +245,9 @@ def write_html(path: Path | str, result: RunResult, steps: list[StepMetrics]) ->
         "report.html.j2",
         result=result,
         figures=key_figures(result),
+        marks=MARKS,
+        samples_note=samples_note(result),
+        next_steps=next_steps.after_training(result),
         what_ran=what_ran(result),
         hardware=facts(result.hardware),
         versions=result.versions.items(),

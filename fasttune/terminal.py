@@ -19,9 +19,10 @@ from rich.rule import Rule
 from rich.table import Column, Table
 from rich.text import Text
 
+from fasttune import next_steps
 from fasttune.errors import one_line
-from fasttune.metrics import RunResult, Sample, Setting, StepMetrics
-from fasttune.report import key_figures, rate, steps_text, usd, what_ran
+from fasttune.metrics import RunResult, Setting, StepMetrics
+from fasttune.report import MARKS, key_figures, rate, samples_note, steps_text, usd, what_ran
 
 console = Console(stderr=True)  # stdout is for --json
 
@@ -152,12 +153,14 @@ class Reporter:
         if result.ended_early:
             parts.append(Padding(Text(plain(result.ended_early)), (0, 2)))
         parts.append(Padding(_figure_table(result), (1, 2)))
-        parts.extend(_samples(result.samples))
+        parts.extend(_samples(result))
         self._console.print(Group(*parts))
         for text in result.warnings:
             self._warning(text)
         for label, value in _files(result):  # not in a table: a path must stay in one piece to be copied
             self._console.print(Text.assemble((f"{label:<9}", "bold"), plain(value)), soft_wrap=True)
+        for label, command in next_steps.after_training(result):
+            self._console.print(Text.assemble((f"{label:<9}", "bold"), plain(command)), soft_wrap=True)
 
     def _figures(self, step: StepMetrics) -> list[str]:
         """The figures of the bar, the most wanted first: a narrow terminal drops the last ones."""
@@ -224,12 +227,14 @@ def _figure_table(result: RunResult) -> Table:
     return grid([*lines, ("what ran", " · ".join(f"{label} {value}" for label, value in what_ran(result)), "")])
 
 
-def _samples(samples: list[Sample]) -> Iterator[RenderableType]:
+def _samples(result: RunResult) -> Iterator[RenderableType]:
     """Held-out prompts with the answers before and after, side by side."""
-    for sample in samples:
+    if note := samples_note(result):
+        yield Padding(Text(note), (0, 2, 1, 2))
+    for sample in result.samples:
         table = Table(box=None, expand=True, padding=(0, 2, 0, 0), header_style="bold")
-        for name in ("before", "after"):
-            table.add_column(name, ratio=1, overflow="fold")
+        for name, right in (("before", sample.before_right), ("after", sample.after_right)):
+            table.add_column(f"{name} {MARKS[right]}".strip(), ratio=1, overflow="fold")
         table.add_row(_clip(sample.before), _clip(sample.after))
         prompt = Text.assemble(("held-out prompt: ", "bold"), _clip(sample.prompt))
         reference = Text.assemble(("reference: ", "bold"), _clip(sample.reference), style="dim")

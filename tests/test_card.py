@@ -3,6 +3,7 @@
 import json
 import shutil
 from pathlib import Path
+from typing import Any
 
 import pytest
 import yaml
@@ -61,6 +62,38 @@ def test_scores_and_hub_ids_are_on_the_card_and_paths_are_not(finished_run: Path
     text = card.text(card.of(trained_model.open_run(str(tmp_path / "run"))), None)
     assert "| model | the-model | weights of the-model |" in text and "(data=x.jsonl)" in text
     assert "secret" not in text and str(tmp_path) not in text
+
+
+@pytest.mark.filterwarnings("ignore:The following generation flags are not valid")
+def test_the_snippet_of_the_card_answers(
+    finished_run: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: Any
+) -> None:
+    """As it stands, in the folder of the card; with a chat template, and without one."""
+    folder = tmp_path / "adapter"
+    shutil.copytree(finished_run / "adapter", folder)
+    monkeypatch.chdir(folder)
+    for plain in (False, True):
+        if plain:
+            (folder / "chat_template.jinja").unlink()
+            card.write(folder, card.of(trained_model.open_run(str(finished_run))))
+        code = (folder / "README.md").read_text().split("```python\n")[1].split("```")[0]
+        assert ("apply_chat_template" in code) != plain
+        capsys.readouterr()
+        exec(compile(code, "README.md", "exec"), {})
+        assert len(capsys.readouterr().out) > 1
+
+
+def test_the_card_counts_what_was_trained_on_and_says_what_comes_next(finished_run: Path) -> None:
+    text = (finished_run / "adapter" / "README.md").read_text()
+    result = json.loads((finished_run / "run.json").read_text())
+    assert f"Trained on {result['tokens']:,} tokens in 2 steps, {result['loss_tokens']:,} of them supervised" in text
+    commands = [line.partition("  # ")[0] for line in text.split("```bash\n")[1].split("```")[0].splitlines()]
+    assert commands == [
+        "fasttune generate . --chat",
+        "fasttune eval .",
+        "fasttune merge . --out ../merged",
+        "vllm serve BASE_MODEL --enable-lora --lora-modules tiny=. --max-lora-rank 8",
+    ]
 
 
 HOSTILE = "<img src=x>![](http://x/y.png) | [a](javascript:b) `c`\n# *d*"

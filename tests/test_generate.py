@@ -3,7 +3,9 @@
 import io
 import json
 import os
+import pty
 import shutil
+import subprocess
 import sys
 from pathlib import Path
 from typing import Any
@@ -155,6 +157,28 @@ def test_other_weights_are_told(finished_run: Path, tmp_path: Path) -> None:
 
 
 USER, SYSTEM = [formats.turn("user", "Hi")], [formats.turn("system", "Be kind.")]
+
+
+def test_lines_of_a_conversation_can_be_edited_and_come_back() -> None:
+    """As a person types: a letter taken back, and the arrow key for the line before."""
+    code = "from fasttune.tools.generate import ask\nfor _ in range(3): print(repr(ask()), flush=True)"
+    keyboard, terminal = pty.openpty()
+    process = subprocess.Popen([sys.executable, "-c", code], stdin=terminal, stdout=terminal, stderr=terminal)
+    os.close(terminal)
+    seen = b""
+
+    def until(text: bytes) -> None:
+        nonlocal seen
+        while text not in seen:
+            seen += os.read(keyboard, 1024)
+        seen = b""
+
+    for keys, wanted in ((b"2 + 4\x7f3\n", b"'2 + 3'"), (b"\x1b[A\n", b"'2 + 3'"), (b"\x04", b"None")):
+        until(b"you: ")
+        os.write(keyboard, keys)
+        until(wanted)
+    assert process.wait() == 0
+    os.close(keyboard)
 
 
 @pytest.mark.parametrize(

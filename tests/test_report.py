@@ -154,6 +154,13 @@ def test_page_loads_nothing_and_holds_everything(tmp_path):
     assert [p.name for p in tmp_path.iterdir()] == ["report.html"]
 
 
+def test_the_page_names_the_next_commands(tmp_path):
+    (tmp_path / "model").mkdir()
+    text = write_page(tmp_path / "report.html", make_result(tmp_path, []), [])
+    for command in (f"fasttune generate {tmp_path} --chat", f"vllm serve {tmp_path}/model"):
+        assert f"<code>{command}</code>" in text
+
+
 def test_page_escapes_every_string(tmp_path):
     evil = "<img src=x onerror=alert(1)>"
     steps = make_steps(3)

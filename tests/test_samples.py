@@ -22,11 +22,24 @@ def test_all_are_scored_and_few_are_shown(unsloth: None) -> None:
     shown, match = evaluation.compare(settings, problems, before, after)
     assert [(sample.prompt, sample.before, sample.after) for sample in shown] == [("q0", "1", "#### 0")]
     assert match == ExactMatch(problems=4, before=0.25, after=0.75)
+    assert (shown[0].before_right, shown[0].after_right) == (False, True)
     settings.samples, settings.eval.problems = 4, 2
     shown, match = evaluation.compare(settings, problems, before, after)
     assert len(shown) == 4 and match == ExactMatch(problems=2, before=0.5, after=1.0)
     settings.eval.problems = 0
     assert evaluation.compare(settings, problems, before, after)[1] is None
+
+
+def test_one_right_and_one_wrong_are_shown(unsloth: None) -> None:
+    from fasttune.core import evaluation
+    from fasttune.metrics import Sample
+
+    answers = [Sample(f"q{n}", "#### 1", "", "", False, right) for n, right in enumerate([False, False, True, True])]
+    for count, wanted in {0: [], 1: [0], 2: [0, 2], 3: [0, 1, 2], 4: [0, 1, 2, 3], 9: [0, 1, 2, 3]}.items():
+        assert evaluation.to_show(answers, count) == [answers[at] for at in wanted]
+    assert evaluation.to_show(answers[:2], 2) == answers[:2]  # all are wrong
+    alike = [Sample(f"q{n}", "r", "", "") for n in range(3)]  # not scored
+    assert evaluation.to_show(alike, 2) == alike[:2]
 
 
 def test_a_problem_that_cannot_be_scored_is_refused(tiny_tokenizer: Any, tmp_path: Path) -> None:

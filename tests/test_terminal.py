@@ -2,12 +2,13 @@
 
 import dataclasses
 import io
+import json
 import re
 
 import pytest
 from rich.console import Console
 
-from fasttune import report, terminal
+from fasttune import metrics, report, terminal
 from fasttune.metrics import Sample
 from tests.test_report import SETTINGS, make_result, make_steps
 
@@ -194,6 +195,47 @@ def test_failed_run_is_red_with_its_error_and_needs_no_step(tmp_path):
     assert re.search(r"\x1b\[1;31mfailed", file.getvalue())
     assert "step 1: loss is nan [/red]" in file.getvalue()
     assert "no step finished" in file.getvalue()
+
+
+def test_the_end_names_the_next_commands_unbroken(tmp_path):
+    run = tmp_path / "my runs with a long name" / "first"
+    (run / "adapter").mkdir(parents=True)
+    said = {"base_model_name_or_path": "owner/base", "r": 12, "rank_pattern": {"q_proj": 20}}
+    (run / "adapter" / "adapter_config.json").write_text(json.dumps(said))
+    lines = printed(make_result(run, make_steps(9), name="my run"), width=60).splitlines()
+    assert lines[-4:] == [
+        f"ask it   fasttune generate '{run}' --chat",
+        f"score it fasttune eval '{run}'",
+        f"merge it fasttune merge '{run}' --out '{run}-merged'",
+        f"serve    vllm serve owner/base --enable-lora --lora-modules 'my-run={run}/adapter' --max-lora-rank 32",
+    ]
+    lines = printed(make_result(run, make_steps(9), plain_text=True), width=60).splitlines()
+    assert lines[-3] == f"ask it   fasttune generate '{run}' --prompt 'Once upon a time'"
+    assert lines[-2].startswith("merge it ")  # nothing scores a plain text by itself
+    (run / "adapter").rename(run / "model")
+    lines = printed(make_result(run, make_steps(9)), width=60).splitlines()
+    assert lines[-1] == f"serve    vllm serve '{run}/model'" and "merge it" not in "\n".join(lines)
+    (run / "model").rename(run / "lost")
+    assert "vllm" not in printed(make_result(run, make_steps(9), status="failed"))
+
+
+@pytest.mark.parametrize(
+    ("share", "told"),
+    [
+        (0.775, "31 of 40 answers are right after training (77.5 %)"),
+        (1.0, "all 40 answers are right"),
+        (0.0, "none of the 40 answers is right"),
+    ],
+)
+def test_samples_are_marked_beside_the_exact_match(tmp_path, share, told):
+    sample = Sample("How many?", "#### 25", "24", "#### 25", False, True)
+    match = metrics.ExactMatch(40, before=0.0, after=share)
+    result = make_result(tmp_path, make_steps(9), samples=[sample], exact_match=match)
+    text = printed(result, width=120)
+    assert told in text and re.search(r"^ *before ✗ +after ✓ *$", text, re.MULTILINE)
+    report.write_html(tmp_path / "report.html", result, make_steps(9))
+    page = (tmp_path / "report.html").read_text()
+    assert told in page and "Before training ✗" in page and "After training ✓" in page
 
 
 @pytest.mark.parametrize("width", [30, 120])

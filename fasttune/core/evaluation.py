@@ -286,14 +286,26 @@ def _answer(job: "Job", problems: list[Problem], room: int) -> list[str]:
     return texts
 
 
+def to_show(answered: list[Sample], count: int) -> list[Sample]:
+    """The first ones, in their order; of two and more one is right and one wrong, where there are such."""
+    marks = [each.after_right for each in answered]
+    first = [marks.index(kind) for kind in (True, False) if kind in marks] if count > 1 else []
+    chosen = [*first, *(at for at in range(len(answered)) if at not in first)][:count]
+    return [answered[at] for at in sorted(chosen)]
+
+
+def _sample(problem: Problem, before: str, after: str) -> Sample:
+    marks = (arithmetic.is_right(text, problem.reference) for text in (before, after))
+    known = arithmetic.final_number(problem.reference) is not None
+    return Sample(problem.question, problem.reference, before, after, *(mark if known else None for mark in marks))
+
+
 def compare(
     config: Config, problems: list[Problem], before: list[str], after: list[str]
 ) -> tuple[list[Sample], ExactMatch | None]:
     """(the samples to show, the exact match on the first `eval.problems`; None where none were asked for)."""
-    shown = [
-        Sample(problem.question, problem.reference, old, new)
-        for problem, old, new in zip(problems, before, after, strict=True)
-    ][: config.samples]
+    answered = [_sample(problem, old, new) for problem, old, new in zip(problems, before, after, strict=True)]
+    shown = to_show(answered, config.samples)
     count = min(config.eval.problems, len(problems))
     if not count:
         return shown, None

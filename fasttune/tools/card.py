@@ -12,16 +12,19 @@ from typing import TYPE_CHECKING, Any
 import pydantic
 import yaml
 
-from fasttune import config as configuration, hardware, report, system
+from fasttune import config as configuration, hardware, next_steps, report, system
 from fasttune.config import TRUST, Config
 from fasttune.core.run_folder import CONFIG, EVAL_FILES
-from fasttune.metrics import RunResult
+from fasttune.metrics import RunResult, Sample
 from fasttune.settings import looks_like_hub
 
 if TYPE_CHECKING:
+    from markupsafe import Markup
+
     from fasttune.tools.merge_check import Comparison
     from fasttune.tools.trained_model import TrainedModel
 
+SAMPLE_CHARACTERS = 600  # of one text of a sample; report.html has all of it
 FIELDS = {"seed", "model", "lora", "data", "train", "eval"}  # of a config: what makes the weights
 
 
@@ -75,11 +78,11 @@ def of_run(folder: Path, result: RunResult | dict[str, Any] | None) -> None:
 
 def write(folder: Path, subject: Subject, compared: "Comparison | None" = None) -> None:
     """README.md into a folder of weights; `compared` is what a merge has shown. Raises OutputError."""
-    report.write_text(folder / "README.md", text(subject, compared))
+    report.write_text(folder / "README.md", text(subject, compared, folder))
 
 
-def text(subject: Subject, compared: "Comparison | None" = None) -> str:
-    """The card. Evaluations are those of eval.json in the run's folder."""
+def text(subject: Subject, compared: "Comparison | None" = None, folder: Path | None = None) -> str:
+    """The card. Evaluations are those of eval.json in the run's folder; `folder`: of the weights, where it will lie."""
     import huggingface_hub
     from markupsafe import Markup
 
@@ -105,6 +108,11 @@ def text(subject: Subject, compared: "Comparison | None" = None) -> str:
         name=config.name if config else shown(subject.name),
         base=shown(base),
         adapter=adapter,
+        chat=_has_template(folder) and not (result and result.plain_text),
+        commands=_commands(subject, base, adapter, folder),
+        marks=report.MARKS,
+        samples=[_clipped(sample) for sample in result.samples] if result else [],
+        samples_note=report.samples_note(result) if result else "",
         method="LoRA" if subject.adapter else "full fine-tuning",
         data=[setting.value for setting in settings if setting.name == "data"],
         settings=[setting for setting in settings if setting.name != "data"],
@@ -116,6 +124,37 @@ def text(subject: Subject, compared: "Comparison | None" = None) -> str:
         scores=_scores(subject),
         compared=compared,
     )
+
+
+def _clipped(sample: Sample) -> Sample:
+    prompt, reference, after = (each[:SAMPLE_CHARACTERS] for each in (sample.prompt, sample.reference, sample.after))
+    return replace(sample, prompt=prompt, reference=reference, after=after)
+
+
+def _has_template(folder: Path | None) -> bool:
+    """Whether the tokenizer in a folder brings a chat template; True of no folder."""
+    if folder is None or (folder / "chat_template.jinja").is_file():
+        return True
+    try:
+        return bool(json.loads(system.read_text(folder / "tokenizer_config.json")).get("chat_template"))
+    except (OSError, ValueError, AttributeError):
+        return False
+
+
+def _commands(subject: Subject, base: str, adapter: bool, folder: Path | None) -> list[tuple[str, "Markup"]]:
+    """What one does next, from within the folder of the card: no path of this machine."""
+    from markupsafe import Markup
+
+    text = subject.config is not None and subject.config.data.format == "text"
+    found = next_steps.of_run(".", text, adapter, "../merged")
+    where = folder or (subject.run / "adapter" if subject.run and adapter else None)
+    name = subject.config.name if subject.config else "adapter"
+    served = next_steps.serve_model(".")
+    if adapter:
+        there = base if looks_like_hub(base) else "BASE_MODEL"
+        served = (next_steps.serve_adapter(where, name, ".", there) if where else None) or ""
+    found += [("serve", served)] if served else []
+    return [(purpose, Markup(" ".join(command.replace("```", "").split()))) for purpose, command in found]
 
 
 def shown(name: str) -> str:

