@@ -19,8 +19,8 @@ SPINE = [
     "core/model.py",
 ]
 SPINE_LINES, SPINE_CODE_LINES = 1_300, 930
-PACKAGE_LINES, PACKAGE_CODE_LINES = 20_400, 14_700
-RUN_MODULES, RUN_LINES, RUN_CODE_LINES = 50, 9_550, 6_780  # of tests/test_train_command.py
+PACKAGE_LINES, PACKAGE_CODE_LINES = 22_240, 15_980
+RUN_MODULES, RUN_LINES, RUN_CODE_LINES = 54, 9_900, 7_050  # of tests/test_train_command.py
 KINDS = "COMMENT NL NEWLINE INDENT DEDENT ENDMARKER"
 NOT_TEXT = {getattr(tokenize, kind) for kind in KINDS.split()}
 

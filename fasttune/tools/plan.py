@@ -7,6 +7,7 @@ Of the model only config.json and the tokenizer are read (without the hub: known
 
 from collections.abc import Iterator
 from dataclasses import dataclass
+from typing import Any
 
 from rich.console import Console
 from rich.padding import Padding
@@ -129,10 +130,9 @@ def _sample(config: Config) -> tuple[Config, float]:
         whole += weight * (rows if most is None else min(rows, most))
         read += weight * min(rows, SAMPLED_ROWS, most or SAMPLED_ROWS)
     hub = any(looks_like_hub(source) for source in (*config.data.sources, config.data.eval or ""))
-    if whole == read and not hub:
-        return config, 1.0
-    # Past the check of the settings, which lets nobody stream data.eval alone.
-    fewer = {"max_rows": min(most or SAMPLED_ROWS, SAMPLED_ROWS), "streaming": hub, "redraw": False}
+    fewer: dict[str, Any] = {"redraw": False}  # one draw is as long as another
+    if whole != read or hub:  # past the check of the settings, which lets nobody stream data.eval alone
+        fewer |= {"max_rows": min(most or SAMPLED_ROWS, SAMPLED_ROWS), "streaming": hub}
     return config.model_copy(update={"data": config.data.model_copy(update=fewer)}), whole / read
 
 
