@@ -244,5 +244,6 @@ LIMITS: dict[str, Any] = {
     "exclusiveMaximum": ((int, float), lambda value, most: value < most),
     "minItems": (list, lambda value, least: len(value) >= least),
     "maxItems": (list, lambda value, most: len(value) <= most),
+    "minLength": (str, lambda value, least: len(value) >= least),
     "maxLength": (str, lambda value, most: len(value) <= most),
 }

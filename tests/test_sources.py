@@ -252,7 +252,7 @@ def test_a_file_that_is_not_what_its_name_says(tmp_path: Path, ending: str) -> N
         ("a/b/c", "no file"),
         ("builtin:poetry", "builtin:arithmetic"),
         ("pyproject.toml", "unknown ending"),
-        ("configs", "none of its"),
+        ("docs", "none of its"),
     ],
 )
 def test_a_source_that_cannot_be_is_refused_early(source: str, told: str) -> None:

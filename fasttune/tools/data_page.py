@@ -78,7 +78,7 @@ def _sets(figures: DataFigures) -> list[RenderableType]:
         lines += [Text(_visible(text), style="dim") for text in unused]
         losses = [f"  {_rows(n)} ({n / each.rows_read:.1%}) {what}" for what, n in _losses(each, figures) if n]
         lines += [Text(_visible(text), style="yellow") for text in losses]
-        lines += [Text(f"  {text}", style="yellow") for text in _again(each)]
+        lines += [Text(f"  {text}", style="yellow") for text in _again(each, unit)]
         lines += [] if losses else [Text(f"  every {unit} is whole: none dropped, truncated or split", style="dim")]
     if len(figures.data_sets) > 1:
         lines.append(Text("together", style="bold"))
@@ -90,17 +90,18 @@ def _sets(figures: DataFigures) -> list[RenderableType]:
     return lines + [Text(_visible(warning), style="yellow") for warning in figures.warnings]
 
 
-def _again(each: DataSet) -> Iterator[str]:
+def _again(each: DataSet, unit: str) -> Iterator[str]:
     """What is said of rows that come more than once."""
 
     def counted(rows: int, elsewhere: int) -> str:
-        share = f"{_rows(rows)} ({rows / each.rows_read:.1%})"
+        share = f"{rows:,} {unit}{'' if rows == 1 else 's'} ({rows / each.rows_read:.1%})"
         return share + (f", {elsewhere:,} of them of a data set above," if elsewhere else "")
 
     if each.rows_again:
         done = "left out: data.deduplicate" if each.rows_deduplicated else "data.deduplicate=true leaves them out"
         share = counted(each.rows_again, each.rows_again_elsewhere)
-        yield f"{share} repeat prompt and answer of an earlier row; {done}"
+        what = "prompt and answer of an earlier row" if unit == "row" else "an earlier one"
+        yield f"{share} repeat {what}; {done}"
     others = each.prompts_again - each.rows_again
     if others > 0:
         elsewhere = max(0, each.prompts_again_elsewhere - each.rows_again_elsewhere)
