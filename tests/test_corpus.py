@@ -99,6 +99,7 @@ def test_splits_are_of_the_document_whoever_makes_them(
     first, second, third = ([part.row(at)[0].tolist() for at in range(80)] for (part,) in alone.draws)
     assert not load.nothing_split(alone) and first != second != third and alone.parts[0] is alone.draws[0][0]
     plain = encoded(asked(source), merging).parts[0]
+    assert alone.parts[0].checksum != plain.checksum, "by which a resumed run knows that tokens were split otherwise"
     for epoch in (first, second, third):
         assert [merging.decode(ids) for ids in epoch] == [merging.decode(plain.row(at)[0]) for at in range(80)]
         assert all(ids[-1] == merging.eos_token_id for ids in epoch)
