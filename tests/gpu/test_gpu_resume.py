@@ -51,7 +51,7 @@ def losses(folder: Path) -> list[float]:
 
 @pytest.mark.parametrize(
     ("method", "optimizer"),
-    product(("lora", "full"), ("adamw_torch_fused", "adamw_8bit", "paged_adamw_8bit")),
+    list(product(("lora", "full"), ("adamw_torch_fused", "adamw_8bit", "paged_adamw_8bit"))),
 )
 def test_a_resumed_run_is_close(tmp_path: Path, method: str, optimizer: str) -> None:
     if optimizer == "paged_adamw_8bit" or (method, optimizer) == ("lora", "adamw_8bit"):
