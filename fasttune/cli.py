@@ -5,6 +5,8 @@ Exit codes: 0 success, 1 a run or check failed, 2 wrong input.
 """
 
 import argparse
+import atexit
+import gc
 import os
 import shlex
 import signal
@@ -46,6 +48,7 @@ def main(argv: list[str] | None = None) -> int:
     """Run one command and return its exit code."""
     if argv is None:
         system.leave_current_folder()
+        atexit.register(gc.freeze)  # else Python looks through all of torch once more before it ends: 2 seconds
         if not sys.stderr.isatty():
             os.environ.setdefault("TQDM_DISABLE", "1")  # bars of libraries, in a pipe or a log; read by tqdm's import
     hub.quiet()
@@ -75,7 +78,7 @@ def main(argv: list[str] | None = None) -> int:
             from fasttune import gpus
 
             gpus.pin()
-        code, document = options.run(options)
+        code, document = _run(options)
     except KeyboardInterrupt as error:
         print(f"fasttune: interrupted{options.interrupted}", file=sys.stderr)
         return 128 + (error.args[0] if error.args else signal.SIGINT)
@@ -94,6 +97,14 @@ def main(argv: list[str] | None = None) -> int:
     except BrokenPipeError:
         return _stdout_is_closed()
     return code
+
+
+def _run(options: argparse.Namespace) -> Done:
+    try:
+        return options.run(options)  # type: ignore[no-any-return]
+    finally:  # a bar must not stand below the message of an error
+        if "fasttune.terminal" in sys.modules:
+            sys.modules["fasttune.terminal"].close()
 
 
 def _stdout_is_closed() -> int:
@@ -311,12 +322,9 @@ def bench(options: argparse.Namespace) -> Done:
     said["--usd-per-hour"] = options.usd_per_hour
     flags = [text for flag, value in said.items() if value is not None for text in (flag, str(value))]
     command = shlex.join(["fasttune", "bench", options.config, *options.overrides, *flags])
-    reporter = terminal.Reporter()
-    try:
-        asked = (options.repeats, options.steps, folder, command, reporter.progress, options.gpus)
-        result = run.run(settings, names, *asked)
-    finally:
-        reporter.stop()
+    asked = (options.repeats, options.steps, folder, command, terminal.Reporter().progress, options.gpus)
+    result = run.run(settings, names, *asked)
+    terminal.close()
     page.write(result, folder)
     page.show(result, folder)
     return 0 if result.valid else 1, result.as_dict()

@@ -9,12 +9,21 @@ import time
 from collections import deque
 from collections.abc import Iterable, Iterator
 from pathlib import Path
-from typing import Any
+from typing import Any, Literal
 
 from rich.console import Console, Group, RenderableType
 from rich.padding import Padding
 from rich.panel import Panel
-from rich.progress import BarColumn, Progress, ProgressColumn, TaskID, TextColumn, TimeRemainingColumn
+from rich.progress import (
+    BarColumn,
+    Progress,
+    ProgressColumn,
+    SpinnerColumn,
+    TaskID,
+    TextColumn,
+    TimeElapsedColumn,
+    TimeRemainingColumn,
+)
 from rich.rule import Rule
 from rich.table import Column, Table
 from rich.text import Text
@@ -29,6 +38,7 @@ console = Console(stderr=True)  # stdout is for --json
 RECENT_STEPS = 10  # whose median is the speed shown while running
 PLAIN_LINE_EVERY_S = 10.0
 SAMPLE_CHARACTERS = 600  # of one sample on the terminal; report.html has all of it
+Shown = Literal["activity", "share", "steps"]
 STATUS_STYLE = {"completed": "green", "interrupted": "red", "failed": "red"}
 
 
@@ -51,13 +61,21 @@ class Reporter:
         self._held_out: float | None = None  # loss, as seen last
         self._last_line_s = self._started_s
         self._progress: Progress | None = None
+        self._shown: Shown | None = None  # by it
         self._prepared = ""  # what `progress` has named last
         self._task = TaskID(0)
 
     def note(self, text: str) -> None:
-        """One pale line: what is being done now."""
-        if not self._quiet:
-            self._line(Text(plain(text), style="dim"))
+        """One pale line: a fact, or ending in "…" what is being done now, which a clock then follows on a terminal."""
+        if self._quiet:
+            return
+        if self._shown != "steps":
+            self.stop()
+        self._line(Text(plain(text), style="dim"))
+        if self._live and text.endswith("…") and self._shown is None:
+            self._open_bar(
+                "activity", SpinnerColumn(), TimeElapsedColumn(), total=None, transient=True, refresh_per_second=4
+            )
 
     def progress(self, what: str, share: float) -> None:
         """How far a long preparation is, 0 to 1: a bar, or without a terminal a line every PLAIN_LINE_EVERY_S."""
@@ -66,12 +84,15 @@ class Reporter:
         if share >= 1:
             self.stop()
         elif self._live and share > 0:
-            bar = self._progress or self._open_bar(
+            bar = self._progress if self._shown == "share" else None
+            bar = bar or self._open_bar(
+                "share",
                 TextColumn("{task.description}", markup=False, table_column=Column(no_wrap=True, ratio=2)),
                 TextColumn("{task.percentage:>3.0f} %"),
                 BarColumn(bar_width=None, table_column=Column(ratio=1)),
                 TimeRemainingColumn(),
                 TextColumn("left"),
+                SpinnerColumn(),
                 total=1.0,
                 transient=True,
                 speed_estimate_period=math.inf,  # one measurement of a benchmark lasts minutes
@@ -96,20 +117,25 @@ class Reporter:
         usd_per_hour: float | None = None,
         ranks: int = 1,
     ) -> None:
-        """The panel (model, hardware, settings with the reason of each automatic one), then the progress bar.
+        """The panel: model, hardware, settings with the reason of each automatic one.
 
         ranks: processes of the run, whose steps are told of together.
         """
         self._total_steps, self._usd_per_hour, self._ranks = total_steps, usd_per_hour, ranks
+        self.stop()
         if self._quiet:
             return
         table = grid([("hardware", hardware_line, ""), *((each.name, each.value, each.reason) for each in settings)])
         self._console.print(Panel(table, title=Text(plain(title), style="bold"), title_align="left", padding=(0, 1)))
-        if self._live:
+
+    def training(self) -> None:
+        """The steps begin: the progress bar."""
+        if self._live and not self._quiet:
             counter = TextColumn("step {task.completed:,.0f}/{task.total:,.0f}")
-            self._open_bar(counter, BarColumn(bar_width=None), TextColumn("{task.fields[figures]}"), total=total_steps)
-        else:
-            self._line(Text(f"training: {steps_text(total_steps)}"))
+            figures = TextColumn("{task.fields[figures]}")
+            self._open_bar("steps", counter, BarColumn(bar_width=None), figures, total=self._total_steps)
+        elif not self._quiet:
+            self._line(Text(f"training: {steps_text(self._total_steps)}"))
 
     def step(self, step: StepMetrics) -> None:
         """Show one finished optimizer step."""
@@ -126,17 +152,20 @@ class Reporter:
             self._last_line_s = time.monotonic()
             self._line(Text(" · ".join([f"step {step.step:,}/{self._total_steps:,}", *figures])))
 
-    def _open_bar(self, *columns: ProgressColumn, total: float, **options: Any) -> Progress:
-        self._progress = Progress(*columns, console=self._console, expand=True, **options)
+    def _open_bar(self, shown: Shown, *columns: ProgressColumn, total: float | None, **options: Any) -> Progress:
+        self.stop()
+        self._shown, self._progress = shown, Progress(*columns, console=self._console, expand=True, **options)
         self._task = self._progress.add_task("", total=total, figures="first step …")
         self._progress.start()
+        _open.append(self)
         return self._progress
 
     def stop(self) -> None:
         """Close the bar. Safe at any time and more than once, so it belongs into a `finally`."""
         if self._progress is not None:
             self._progress.stop()
-            self._progress = None
+            self._progress = self._shown = None
+            _open.remove(self)
 
     def finish(self, result: RunResult) -> None:
         """The final report: figures with what they count, what ran, samples, warnings and where the files are."""
@@ -187,6 +216,15 @@ class Reporter:
 
     def _line(self, text: Text) -> None:
         self._console.print(text, soft_wrap=not self._live)  # a log keeps one line one line
+
+
+_open: list[Reporter] = []  # those with a bar
+
+
+def close() -> None:
+    """Close every bar that is open, as before the message of an error."""
+    for reporter in list(_open):
+        reporter.stop()
 
 
 def clock(seconds: float) -> str:

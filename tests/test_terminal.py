@@ -38,6 +38,7 @@ def test_durations():
 def test_plain_lines_where_stderr_is_no_terminal():
     reporter, file = make_reporter(width=80)
     reporter.start("quickstart", "2 cores", SETTINGS, 400, usd_per_hour=2.5)
+    reporter.training()
     for step in make_steps(400):
         reporter.step(step)
     reporter.stop()
@@ -56,6 +57,7 @@ def test_dollars_count_from_the_creation_with_the_price_the_start_brings(monkeyp
     reporter, file = make_reporter()
     now_s[0] += 1800  # loading
     reporter.start("t", "h", [], 1, usd_per_hour=2.5)
+    reporter.training()
     reporter.step(make_steps(1)[0])
     assert file.getvalue().endswith(" · $1.25\n")
 
@@ -64,6 +66,7 @@ def test_dollars_count_from_the_creation_with_the_price_the_start_brings(monkeyp
 def test_live_bar_fits_one_line_and_drops_the_least_wanted_first(width):
     reporter, file = make_reporter(width, live=True)
     reporter.start("quickstart", "2 cores", SETTINGS, 1200, usd_per_hour=2.5)
+    reporter.training()
     reporter.step(dataclasses.replace(make_steps(1)[0], step=1100))
     reporter.stop()
     frames = re.sub(r"\x1b\[[0-9;?]*[A-Za-z]", "", file.getvalue()).replace("\r", "\n").splitlines()
@@ -77,6 +80,7 @@ def test_live_bar_fits_one_line_and_drops_the_least_wanted_first(width):
 def test_the_bar_of_several_processes_says_what_each_does_and_how_late_the_slowest_is():
     reporter, file = make_reporter(width=140)
     reporter.start("t", "h", [], 1, ranks=4)
+    reporter.training()
     reporter.step(dataclasses.replace(make_steps(1)[0], straggler=1.25))
     assert " · 2,000 tokens/s · " in file.getvalue()
     assert " · 500 each, the slowest 1.25 × the mean time · " in file.getvalue()
@@ -86,6 +90,7 @@ def test_a_log_file_gets_lines_even_when_colour_is_forced():
     console = Console(file=io.StringIO(), force_terminal=True, width=80)  # FORCE_COLOR does this
     reporter = terminal.Reporter(console=console)
     reporter.start("t", "h", [], 1)
+    reporter.training()
     reporter.step(make_steps(1)[0])
     assert "\x1b[?25l" not in console.file.getvalue()  # a live display hides the cursor
     assert "step 1/1" in console.file.getvalue()
@@ -94,6 +99,7 @@ def test_a_log_file_gets_lines_even_when_colour_is_forced():
 def test_stop_closes_the_bar_after_an_exception_and_twice():
     reporter, file = make_reporter(live=True)
     reporter.start("t", "h", [], 5)
+    reporter.training()
     with pytest.raises(RuntimeError):
         try:
             raise RuntimeError
@@ -118,9 +124,21 @@ def test_progress_is_a_bar_with_the_time_left(width):
     reporter.stop()
     frames = re.sub(r"\x1b\[[0-9;?]*[A-Za-z]", "", file.getvalue()).replace("\r", "\n").splitlines()
     assert all(len(line) <= width for line in frames)
-    assert any(re.fullmatch(r"y \[2\] +50 % [━╸╺]+ 0:13:20 left *", line) for line in frames), frames
-    assert any(line.startswith("a long n") and line.rstrip().endswith("0:06:40 left") for line in frames), frames
-    assert file.getvalue().count("\x1b[?25l") == file.getvalue().count("\x1b[?25h") == 1
+    assert any(re.fullmatch(r"y \[2\] +50 % [━╸╺]+ 0:13:20 left \S *", line) for line in frames), frames
+    assert any(re.fullmatch(r"a long n.* 0:06:40 left \S *", line) for line in frames), frames
+    assert file.getvalue().count("\x1b[?25l") == file.getvalue().count("\x1b[?25h") > 0
+
+
+def test_a_clock_runs_while_something_lasts_and_is_gone_before_the_next_line():
+    reporter, file = make_reporter(live=True)
+    reporter.note("loading the model …")
+    assert "0:00:00" in file.getvalue() and reporter._progress is not None
+    reporter.note("the adapter was trained on nf4 weights")  # a fact
+    assert reporter._progress is None
+    reporter.note("importing torch …")
+    terminal.close()  # as the command line does before the message of an error
+    reporter.stop()
+    assert file.getvalue().count("\x1b[?25l") == file.getvalue().count("\x1b[?25h") == 2
 
 
 def test_progress_lines_of_a_log_come_with_each_new_thing_or_by_the_clock(monkeypatch):
@@ -148,6 +166,7 @@ def test_quiet_keeps_warnings_and_failures_only(tmp_path):
     reporter, file = make_reporter(quiet=True)
     reporter.note("loading")
     reporter.start("t", "h", SETTINGS, 1)
+    reporter.training()
     reporter.step(make_steps(1)[0])
     reporter.finish(make_result(tmp_path, make_steps(1)))
     assert file.getvalue() == ""

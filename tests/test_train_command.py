@@ -132,6 +132,14 @@ def test_the_forecast_is_near_to_what_was_measured(run: Path, result: dict[str, 
     assert "forecast" in told and "measured" in told and "forecast" in (run / "report.html").read_text()
 
 
+def test_the_panel_comes_first_and_each_wait_has_its_line(run: Path) -> None:
+    told = (run.parent / "stderr").read_text()
+    waits = ("importing unsloth", "loading ", "╭─", "held-out problems …", "held-out loss …", "training: ", "step 1/")
+    places = [told.index(each) for each in waits]
+    assert places == sorted(places)
+    assert told.count("held-out problems …") == 2  # before and after
+
+
 def test_it_asks_for_nothing_by_itself_and_writes_no_token(run: Path) -> None:
     assert (run.parent / "attempts").read_text() == ""
     files = guarded.written(run.parent)

@@ -82,6 +82,7 @@ def run(
 
     processes: "1,2": how `fasttune train` scales, in place of the arms.
     """
+    told("preparing the job that all arms start from", 0.0)
     machine = hardware.detect(folder)
     several = scaling.arms(processes, bool(machine.gpus)) if processes else {}
     arms = list(several) or arms

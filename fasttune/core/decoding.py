@@ -1,5 +1,6 @@
 """When an answer ends and how it is made: the same for samples, `fasttune generate` and `fasttune eval`."""
 
+from collections.abc import Callable
 from typing import Any
 
 from fasttune.data import chat
@@ -9,11 +10,19 @@ from fasttune.errors import ModelError
 NEUTRAL = {"num_beams": 1, "repetition_penalty": 1.0}
 
 
-def generate(model: Any, tokenizer: Any, prompts: list[str], stops: list[int], max_new_tokens: int, **more: Any) -> Any:
+def generate(
+    model: Any,
+    tokenizer: Any,
+    prompts: list[str],
+    stops: list[int],
+    max_new_tokens: int,
+    told: Callable[[int], None] | None = None,
+    **more: Any,
+) -> Any:
     """New ids (B, new) of the answers, in the order of the prompts, which are padded on the left.
 
     Greedy unless `more`, which goes to `model.generate`, says otherwise. An answer ends with one of `stops`; padding
-    follows.
+    follows. told: called at each token with how many there are.
     """
     import torch
 
@@ -26,6 +35,13 @@ def generate(model: Any, tokenizer: Any, prompts: list[str], stops: list[int], m
         "eos_token_id": stops,
         "pad_token_id": tokenizer.pad_token_id,
     }
+    if told:
+
+        def count(ids: Any, scores: Any) -> Any:
+            told(ids.shape[1] - given["input_ids"].shape[1])
+            return scores
+
+        settings["logits_processor"] = [count]
     with torch.inference_mode():
         return model.generate(**given, **{**settings, **more})[:, given["input_ids"].shape[1] :]
 

@@ -28,6 +28,7 @@ AT_ONCE = 256  # supervised tokens whose logits are raised to float32 at a time
 SOUND_TOKENS = 128  # of the end of a row
 LARGEST_WEIGHT = 1e6  # those of models that work are below 1,000
 ROWS_AT_ONCE = 40  # problems
+Progress = Callable[[str, float], None]
 LEAST_NEW_TOKENS, MOST_NEW_TOKENS = 64, 512
 
 
@@ -57,10 +58,10 @@ class Validator:
         """Whether it is due after `step` and was not done."""
         return self.due(step) and (self.last is None or self.last.step != step)
 
-    def measure(self, step: int) -> Evaluation:
+    def measure(self, step: int, progress: Progress = lambda what, share: None) -> Evaluation:
         """Evaluate now, as the model after `step`."""
         ranks = self.job.ranks
-        own = self._sums_of(ranks.share(self._batches), len(self.job.held_out))
+        own = self._sums_of(ranks.share(self._batches), len(self.job.held_out), progress)
         sums = np.reshape(ranks.sum_of_shares(own.ravel().tolist(), f"evaluation after step {step:,}"), own.shape)
         if ranks.parts > 1:  # each has computed all of it: the last bits must not decide what each does next
             sums = np.array(ranks.agree(sums.tolist()))
@@ -150,14 +151,21 @@ class Validator:
             for name, n in tokens.items()
         ]
 
-    def _sums_of(self, batches: Sequence[tuple[int, MicroBatch]], sources: int) -> np.ndarray:
+    def _sums_of(
+        self,
+        batches: Sequence[tuple[int, MicroBatch]],
+        sources: int,
+        progress: Progress = lambda what, share: None,
+    ) -> np.ndarray:
         """Of each source: summed loss, tokens guessed right, tokens: (sources, 3)."""
         was_training = self.model.training
         self.model.eval()
         sums = np.zeros((sources, 3))
         try:
-            for source, batch in batches:
+            for at, (source, batch) in enumerate(batches):
+                progress("measuring the held-out loss", at / len(batches))
                 sums[source] += self._sums(batch)
+            progress("measuring the held-out loss", 1.0)
             return sums
         finally:
             self.model.train(was_training)
@@ -255,10 +263,10 @@ def _held_out(config: Config, batches: Batches) -> tuple[str, Iterator[tuple[str
     return part.source, ((place, row) for number, place, row in rows if number in wanted)
 
 
-def answer(job: "Job", problems: list[Problem]) -> list[str]:
+def answer(job: "Job", problems: list[Problem], progress: Progress = lambda what, share: None) -> list[str]:
     """The model's greedy answers, each at most half as long again as the longest reference (and 16 tokens more).
 
-    The ranks share the problems. The model is left ready for training.
+    The ranks share the problems. The model is left ready for training. `progress` is told what is done, 0 to 1.
     """
     if not problems:
         return []
@@ -266,7 +274,7 @@ def answer(job: "Job", problems: list[Problem]) -> list[str]:
     room = min(max(longest + longest // 2 + 16, LEAST_NEW_TOKENS), MOST_NEW_TOKENS)
     rank, size, own = job.ranks.rank, job.ranks.size, None
     try:
-        own = _answer(job, problems[rank::size], room)
+        own = _answer(job, problems[rank::size], room, progress)
     finally:
         found = job.ranks.gather(own)  # None of one that a signal ended: the others would wait for it
     if None in found:
@@ -274,14 +282,21 @@ def answer(job: "Job", problems: list[Problem]) -> list[str]:
     return [found[at % size][at // size] for at in range(len(problems))]
 
 
-def _answer(job: "Job", problems: list[Problem], room: int) -> list[str]:
+def _answer(job: "Job", problems: list[Problem], room: int, progress: Progress) -> list[str]:
     model, tokenizer = job.model, job.tokenizer
     models.for_inference(model)
     texts, stops = [], decoding.stop_ids(model, tokenizer)
+    what = f"answering {len(problems)} held-out problems"
+    progress(what, 0.0)
     for start in range(0, len(problems), ROWS_AT_ONCE):
         prompts = [problem.prompt for problem in problems[start : start + ROWS_AT_ONCE]]
-        ids = decoding.generate(model, tokenizer, prompts, stops, room)
+
+        def told(tokens: int, before: int = start, rows: int = len(prompts)) -> None:
+            progress(what, min((before + rows * tokens / room) / len(problems), 0.99))
+
+        ids = decoding.generate(model, tokenizer, prompts, stops, room, told)
         texts += tokenizer.batch_decode(ids, skip_special_tokens=True)
+    progress(what, 1.0)
     models.for_training(model, job.plan.gradient_checkpointing)
     return texts
 

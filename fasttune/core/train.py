@@ -78,7 +78,9 @@ def run(
         if resume:
             found = resuming.find(folder, job.model, identity, reporter.note)
         initial = models.save_initial(job.model, job.config.lora, Path(scratch) / "initial")
-        before = evaluation.answer(job, job.problems)
+        shown = hardware.line(job.machine), job.settings, job.total_steps, job.usd_per_hour
+        reporter.start(job.config.name, *shown, ranks.size)
+        before = evaluation.answer(job, job.problems, reporter.progress)
         trainer = trainers.build(job, Path(scratch), done=found.state["step"] if found else 0)
         if ranks.rank:  # keeps the same books, for nobody
             job.folder = Path(scratch) / "books"
@@ -103,8 +105,6 @@ def run(
         recorder = trainers.StepRecorder(trainer, journal, validator, keeper, stops)
         trainer.add_callback(recorder)
         report.write_json(job.folder / "run.json", what_ran.result_of(recorder))
-        shown = hardware.line(job.machine), job.settings, job.total_steps, job.usd_per_hour
-        reporter.start(job.config.name, *shown, ranks.size)
         with signals_to(stops.signal):
             try:
                 train(recorder)
@@ -133,7 +133,8 @@ def train(recorder: "StepRecorder") -> None:
             validator.catch_up(journal.done, journal.steps)
         with journal:
             if journal.resumed_from_step is None and validator.due(0):
-                validator.measure(0)
+                validator.measure(0, journal.reporter.progress)
+            journal.reporter.training()
             if journal.done < job.total_steps and not validator.ended_early:
                 with what_ran.busy(job.machine) as busy:
                     recorder.trainer.train()
@@ -231,7 +232,8 @@ def answer_again(recorder: "StepRecorder", before: list[str]) -> tuple[list[Samp
     try:
         if recorder.stops.agree() is None:
             with signals_to(at_once):
-                return evaluation.compare(job.config, job.problems, before, evaluation.answer(job, job.problems))
+                after = evaluation.answer(job, job.problems, recorder.journal.reporter.progress)
+                return evaluation.compare(job.config, job.problems, before, after)
         why = "a signal ended it"
     except KeyboardInterrupt:
         why = "a signal ended it"
