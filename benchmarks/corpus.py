@@ -12,6 +12,7 @@ import argparse
 import datetime
 import json
 import os
+import resource
 import subprocess
 import sys
 import tempfile
@@ -54,14 +55,15 @@ def measure(mode: str, file: Path, model: str) -> dict[str, Any]:
         config.write_text(f"model: {{name: {model}}}\ndata: {{train: {file}, tokenization: {mode}{affixes}}}\n")
         command = [sys.executable, "-m", "fasttune.cli", "tokenize", str(config), "--out", f"{folder}/tokens", "--json"]
         environment = os.environ | {"FASTTUNE_CACHE": cache_with_models(Path(folder))}
-        started = time.perf_counter()
+        started, before = time.perf_counter(), resource.getrusage(resource.RUSAGE_CHILDREN)
         process = subprocess.Popen(command, stdout=subprocess.PIPE, text=True, env=environment)
-        samples = [(0.0, 0.0)]  # seconds, MiB
+        samples = [(0.0, 0.0)] * 2  # seconds, MiB
         while process.poll() is None:
             samples.append((time.perf_counter() - started, private_mib(process.pid)))
             time.sleep(EVERY_S)
         seconds = time.perf_counter() - started
         told = json.loads(process.communicate()[0].splitlines()[-1])
+        after = resource.getrusage(resource.RUSAGE_CHILDREN)
     at = {share: next(mib for second, mib in reversed(samples) if second <= share * seconds) for share in (0.25, 0.5)}
     size = file.stat().st_size
     return {
@@ -71,13 +73,12 @@ def measure(mode: str, file: Path, model: str) -> dict[str, Any]:
         "documents": told["documents"],
         "tokens": told["tokens"],
         "seconds": round(seconds, 1),
+        "cpu_s": round(cpu_s(after) - cpu_s(before), 1),  # of all cores; the same beside other programs
         "mb_per_s": round(size / 1e6 / seconds, 3),
         "tokens_per_s": round(told["tokens"] / seconds),
         "memory_mib_at_quarter": round(at[0.25]),
         "memory_mib_at_half": round(at[0.5]),
-        "memory_mib_at_end": round(
-            samples[-2][1] if len(samples) > 1 else 0
-        ),  # the last may be of a process that ended
+        "memory_mib_at_end": round(samples[-2][1]),  # the last may be of a process that ended
         "memory_mib_most": round(max(mib for _, mib in samples)),
         "model": model,
         "machine": hardware.machine_name(hardware.detect()),
@@ -85,6 +86,10 @@ def measure(mode: str, file: Path, model: str) -> dict[str, Any]:
         "git": revision(),
         "date": f"{datetime.date.today()}",
     }
+
+
+def cpu_s(used: resource.struct_rusage) -> float:
+    return used.ru_utime + used.ru_stime
 
 
 def cache_with_models(folder: Path) -> str:

@@ -50,6 +50,7 @@ def main() -> int:
             if isinstance(error, FasttuneError) and error.exit_code == 2:
                 result["user_error"] = first_line(error)[:300]
     print("\n" + json.dumps(result))
+    gc.freeze()  # see cli.py
     return 0
 
 
