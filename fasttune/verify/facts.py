@@ -24,22 +24,22 @@ LEAST_CAPABILITY = (8, 0)  # bf16 and Flash Attention 2
 SHOWN_MISMATCHES = 6
 GATED = "meta-llama/Llama-3.1-8B"  # what the H100 configs train
 TIMEOUT_S = 10
-# module → something in it that a lazy package would otherwise leave unloaded; the slow ones first, as they are run.
-# unsloth and unsloth_zoo: see parity.py.
+# module → something in it that a lazy package would otherwise leave unloaded. What others are built on comes first:
+# all are imported in one process, and a complaint must stand at the one that it is about. unsloth: see parity.py.
 MODULES = {
+    "numpy": "linalg",
+    "tokenizers": "Tokenizer",
+    "triton": "language",
+    "torch": "nn",
+    "torchvision": "ops",
+    "torchao": "quantization",
+    "bitsandbytes": "functional",
+    "flash_attn": "flash_attn_func",
+    "datasets": "Dataset",
+    "accelerate": "Accelerator",
     "transformers": "LlamaForCausalLM",
     "peft": "LoraConfig",
     "trl": "SFTTrainer",
-    "torchao": "quantization",
-    "accelerate": "Accelerator",
-    "torch": "nn",
-    "datasets": "Dataset",
-    "triton": "language",
-    "numpy": "linalg",
-    "tokenizers": "Tokenizer",
-    "torchvision": "ops",
-    "bitsandbytes": "functional",
-    "flash_attn": "flash_attn_func",
 }
 
 
@@ -194,7 +194,7 @@ def pins(stack_name: str, installed: Mapping[str, str]) -> Result:
 # -- in child processes
 
 
-def import_alone(module_name: str) -> Iterator[Result]:
+def import_one(module_name: str) -> Iterator[Result]:
     """One package of the stack, deep enough that a lazy one really loads what fasttune uses."""
     name, distribution, part = f"import:{module_name}", stack.canonical(module_name), MODULES[module_name]
     if find_spec(module_name) is None:
@@ -242,4 +242,4 @@ def online() -> Iterator[Result]:
         yield Result("online:llama", "warn", f"{name} may not read {GATED} ({error.response.status_code})", fix)
 
 
-CHECKS = {"online:token": online} | {f"import:{name}": partial(import_alone, name) for name in MODULES}
+CHECKS = {"online:token": online} | {f"import:{name}": partial(import_one, name) for name in MODULES}

@@ -27,7 +27,7 @@ JOBS = (
     CheckJob("fasttune.verify.smoke_train", ("train-two-steps",), 420, "unset"),
     CheckJob("fasttune.verify.parity", ("import:unsloth", "unsloth-parity", "privacy-statistics"), 420, "unset"),
     CheckJob("fasttune.verify.attention", ARITHMETIC, 240),
-    *(CheckJob("fasttune.verify.facts", (f"import:{name}",)) for name in facts.MODULES),
+    CheckJob("fasttune.verify.facts", tuple(f"import:{name}" for name in facts.MODULES), 300),
 )
 ONLINE = (CheckJob("fasttune.verify.facts", ("online:token",), 60, "open"),)
 TINY_RUN = "train configs/quickstart.yaml --debug model.name=builtin:tiny train.max_steps=2 output_dir=runs/verify"
