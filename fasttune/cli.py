@@ -300,7 +300,7 @@ def bench(options: argparse.Namespace) -> Done:
     from pathlib import Path
 
     from fasttune import terminal
-    from fasttune.bench import page, run
+    from fasttune.bench import files, page, run
 
     settings = _priced(options)
     if options.gpus and options.arms:
@@ -317,7 +317,7 @@ def bench(options: argparse.Namespace) -> Done:
         result = run.run(settings, names, *asked)
     finally:
         reporter.stop()
-    page.write(result, folder)
+    files.write(result, folder)
     page.show(result, folder)
     return 0 if result.valid else 1, result.as_dict()
 
