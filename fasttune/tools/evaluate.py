@@ -7,6 +7,7 @@ import argparse
 import difflib
 import importlib.metadata
 import importlib.util
+import itertools
 import math
 import os
 import sqlite3
@@ -171,20 +172,33 @@ def asked_in_turns(asked: bool | None, names: list[str], trained: TrainedModel) 
 
 
 def show(result: dict[str, Any], page: Console = terminal.console) -> None:
-    """The scores on the terminal, shares in percent with their 95 % interval, and where the files are."""
-    table = Table(Column("task", overflow="fold"), "metric", box=None, pad_edge=False, header_style="bold")
-    guessed = any(score.chance is not None for score in result["scores"])
-    for heading in ("score", *(("chance", "above\nchance") if guessed else ()), "problems"):
-        table.add_column(heading, justify="right", no_wrap=heading == "score")
-    for score in result["scores"]:
-        beside = ["" if share is None else report.percent(share) for share in (score.chance, score.corrected)]
-        cells = [score.task, score.metric, _shown(score), *(beside if guessed else []), f"{score.problems:,}"]
-        table.add_row(*map(Text, cells))
-    page.print(Padding(table, (1, 0)))
+    """The scores on the terminal, shares in percent with their 95 % interval, and where the files are.
+
+    The name of a task has a line of its own, which no width of a terminal breaks.
+    """
+    rows = [(score.task, (_named(score), _shown(score), f"{score.problems:,} problems")) for score in result["scores"]]
+    figures = [max((len(cells[i]) for _, cells in rows), default=0) for i in (1, 2)]
+    longest = max((len(line) for _, cells in rows for line in cells[0].split("\n")), default=0)
+    name = min(longest, max(12, page.width - sum(figures) - 6))
+    page.print()
+    for task, of_task in itertools.groupby(rows, key=lambda row: row[0]):
+        page.print(Text(terminal.plain(task), style="bold"), soft_wrap=True)
+        columns = [Column(width=name), *(Column(width=width, justify="right") for width in figures)]
+        table = Table.grid(*columns, padding=(0, 2, 0, 0))
+        for _, cells in of_task:
+            table.add_row(*map(Text, cells))
+        page.print(Padding(table, (0, 0, 1, 2), expand=False))
     kept = f", {result['from_cache']:,} of them answered before" if result["from_cache"] else ""
     page.print(Text(f"{result['requests']:,} requests{kept}, {report.duration(result['seconds'])}", style="dim"))
     for name in EVAL_FILES:
         page.print(Text(str(Path(result["output_dir"]) / name)), soft_wrap=True)
+
+
+def _named(score: Score) -> str:
+    """The metric, and below it what guessing would reach."""
+    if score.chance is None or score.corrected is None:
+        return score.metric
+    return f"{score.metric}\nchance {report.percent(score.chance)}, above it {report.percent(score.corrected)}"
 
 
 def _shown(score: Score) -> str:
