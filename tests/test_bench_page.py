@@ -269,6 +269,15 @@ def flat(text: str) -> str:
     return " ".join(text.split())
 
 
+def test_a_narrow_terminal_cuts_no_figure() -> None:
+    bench = dataclasses.replace(make_bench(), usd_per_hour=2.5)
+    text = shown(bench, 60, no_color=True)
+    assert all(len(line) <= 60 for line in text.splitlines()) and "…" not in text
+    for heading, column in page.table(bench).items():
+        assert heading.rpartition(" ")[2] in text
+        assert all(cell.value in text and cell.note in text for cell in column)
+
+
 @pytest.mark.parametrize("width", [80, 120])
 def test_terminal_shows_every_arm_and_every_figure(width: int) -> None:
     fine = make_bench()
@@ -278,17 +287,17 @@ def test_terminal_shows_every_arm_and_every_figure(width: int) -> None:
     text = shown(bench, width)
     assert all(len(line) <= width for line in text.splitlines())
     for part in (
-        r"fasttune +200 +2\.00 +80\.0 +0\.5 +20\.0 %",
+        r"fasttune +200 +2\.00 +80\.0 +0\.5 +20\.0 % +3\.25",
         r"198–202 +1\.96–2\.04",
         r"vanilla +100 +1 +40\.0 +1 +20\.0 %",
-        r"3\.25 +12\.5 +50\.0 % +\$3\.47 +1 h 00 min",
+        r"12\.5 +50\.0 % +\$3\.47 +1 h 00 min",
         r"unsloth-notebook +failed",
     ):
         assert re.search(part, text), part
     for part in (
         "unsloth-notebook failed: out of [memory]�[2J",
         "28 layers patched",
-        "losses agree within 0.016 % over 4 steps tolerance 0.1 %",
+        "losses agree within 0.016 % over 4 steps – tolerance 0.1 %",
         page.quote(bench),
         "runs/bench/bench.html",
     ):

@@ -18,8 +18,6 @@ from fasttune.bench.stats import MIN_REPEATS, Arm, Bench
 from fasttune.report import duration, percent, rate, steps_text, usd
 from fasttune.terminal import plain
 
-FIRST_COLUMNS = 5  # of the upper table of a terminal, where all columns in one would be too wide
-
 
 @dataclass(frozen=True)
 class Cell:
@@ -161,10 +159,14 @@ def _red(lines: list[tuple[str, str]]) -> list[RenderableType]:
 
 
 def _tables(bench: Bench, console: Console) -> list[RenderableType]:
-    columns = list(table(bench).items())
-    shown: list[RenderableType] = [_columns(bench, columns)]
-    if console.measure(shown[0]).maximum > console.width - 4:
-        shown = [_columns(bench, columns[:FIRST_COLUMNS]), Text(), _columns(bench, columns[FIRST_COLUMNS:])]
+    """All columns, in as many tables below each other as the width asks for: none is cut."""
+    rows, shown = list[list[tuple[str, list[Cell]]]]([[]]), list[RenderableType]()
+    for column in table(bench).items():
+        if rows[-1] and console.measure(_columns(bench, [*rows[-1], column])).maximum > console.width - 4:
+            rows.append([])
+        rows[-1].append(column)
+    for columns in rows:
+        shown += [*([Text()] if shown else []), _columns(bench, columns)]
     note = "speeds count no padding; second line: range of the repeats, 95 % interval of a ratio"
     if bench.usd_per_hour is not None:
         note += f"; whole job: {bench.job_tokens:,} tokens at {usd(bench.usd_per_hour)} per hour"
@@ -172,7 +174,7 @@ def _tables(bench: Bench, console: Console) -> list[RenderableType]:
 
 
 def _columns(bench: Bench, columns: list[tuple[str, list[Cell]]]) -> Table:
-    made = Table(box=None, padding=(0, 1, 0, 0), header_style="dim", pad_edge=False)
+    made = Table(box=None, padding=(0, 2, 0, 0), header_style="dim", pad_edge=False)
     made.add_column("", no_wrap=True)
     for heading, _ in columns:
         made.add_column("\n".join(heading.rsplit(" ", 1)), justify="right", vertical="top", no_wrap=True)
@@ -197,5 +199,5 @@ def _parity(bench: Bench) -> list[RenderableType]:
         return _red([("INVALID ", reason) for reason in bench.invalid])
     largest = max(each.largest_loss_difference for each in bench.comparisons)
     agree = f"agree within {difference(largest)} over {steps_text(bench.steps)}"
-    tolerance = f"  tolerance {difference(bench.comparisons[0].tolerance)}; same rows and tokens in every step"
+    tolerance = f" – tolerance {difference(bench.comparisons[0].tolerance)}; same rows and tokens in every step"
     return [Text.assemble(("losses  ", "bold"), (agree, "green"), (tolerance, "dim"))]

@@ -179,11 +179,11 @@ def show(result: dict[str, Any], page: Console = terminal.console) -> None:
     rows = [(score.task, (_named(score), _shown(score), f"{score.problems:,} problems")) for score in result["scores"]]
     figures = [max((len(cells[i]) for _, cells in rows), default=0) for i in (1, 2)]
     longest = max((len(line) for _, cells in rows for line in cells[0].split("\n")), default=0)
-    name = min(longest, max(12, page.width - sum(figures) - 6))
+    first = min(longest, max(12, page.width - sum(figures) - 6))
     page.print()
     for task, of_task in itertools.groupby(rows, key=lambda row: row[0]):
         page.print(Text(terminal.plain(task), style="bold"), soft_wrap=True)
-        columns = [Column(width=name), *(Column(width=width, justify="right") for width in figures)]
+        columns = [Column(width=first), *(Column(width=width, justify="right") for width in figures)]
         table = Table.grid(*columns, padding=(0, 2, 0, 0))
         for _, cells in of_task:
             table.add_row(*map(Text, cells))
