@@ -57,9 +57,9 @@ def test_no_width_of_a_terminal_breaks_a_name_or_loses_a_figure(width: int) -> N
     lines = [line.rstrip() for line in console.file.getvalue().splitlines()]  # type: ignore[attr-defined]
     assert long in lines and "wikitext" in lines and all(len(line) <= width for line in lines)
     for figures in (
-        r"acc +40\.0 % \(95 %: 31 to 50\)    100 problems",
-        r"exact_match.* 41\.2 % \(95 %: 31 to 50\)  1,165 problems",
-        r"word_perplexity +18\.23     62 problems",
+        r"acc +40\.0 % \(95 %: 31 to 50\) +100 problems",
+        r"exact_match.* 41\.2 % \(95 %: 31 to 50\) +1,165 problems",
+        r"word_perplexity +18\.23 +62 problems",
     ):
         assert sum(bool(re.fullmatch(f"  {figures}", line)) for line in lines) == 1, figures
     assert "chance 25.0 %, above it 20.0 %" in " ".join(" ".join(lines).split())

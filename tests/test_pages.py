@@ -233,11 +233,14 @@ def hexadecimal(colours: str) -> list[str]:
     return ["#" + bytes(numbers[at : at + 3]).hex() for at in (0, 3)]
 
 
+@pytest.mark.parametrize("width_px", [PHONE_PX, 360])
 @pytest.mark.parametrize("name", ["report", "bench", "compare"])
-def test_a_phone_shows_every_letter_and_scrolls_only_down(name: str, browser: Any, pages: dict[str, Path]) -> None:
-    browser.open(pages[name], PHONE_PX, "light")
-    assert browser.value("innerWidth") == PHONE_PX
-    assert browser.value("document.documentElement.scrollWidth") <= PHONE_PX
+def test_a_phone_shows_every_letter_and_scrolls_only_down(
+    name: str, width_px: int, browser: Any, pages: dict[str, Path]
+) -> None:
+    browser.open(pages[name], width_px, "light")
+    assert browser.value("innerWidth") == width_px
+    assert browser.value("document.documentElement.scrollWidth") <= width_px
     assert browser.value(TOO_WIDE) == []
     letters = browser.value(LETTERS)
     assert len(letters) > 5

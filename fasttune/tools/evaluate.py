@@ -7,7 +7,6 @@ import argparse
 import difflib
 import importlib.metadata
 import importlib.util
-import itertools
 import math
 import os
 import sqlite3
@@ -19,7 +18,6 @@ from typing import Any
 
 from rich.console import Console
 from rich.padding import Padding
-from rich.table import Column, Table
 from rich.text import Text
 
 from fasttune import hardware, report, system, terminal
@@ -172,22 +170,12 @@ def asked_in_turns(asked: bool | None, names: list[str], trained: TrainedModel) 
 
 
 def show(result: dict[str, Any], page: Console = terminal.console) -> None:
-    """The scores on the terminal, shares in percent with their 95 % interval, and where the files are.
-
-    The name of a task has a line of its own, which no width of a terminal breaks.
-    """
-    rows = [(score.task, (_named(score), _shown(score), f"{score.problems:,} problems")) for score in result["scores"]]
-    figures = [max((len(cells[i]) for _, cells in rows), default=0) for i in (1, 2)]
-    longest = max((len(line) for _, cells in rows for line in cells[0].split("\n")), default=0)
-    first = min(longest, max(12, page.width - sum(figures) - 6))
-    page.print()
-    for task, of_task in itertools.groupby(rows, key=lambda row: row[0]):
-        page.print(Text(terminal.plain(task), style="bold"), soft_wrap=True)
-        columns = [Column(width=first), *(Column(width=width, justify="right") for width in figures)]
-        table = Table.grid(*columns, padding=(0, 2, 0, 0))
-        for _, cells in of_task:
-            table.add_row(*map(Text, cells))
-        page.print(Padding(table, (0, 0, 1, 2), expand=False))
+    """The scores on the terminal, shares in percent with their 95 % interval, and where the files are."""
+    tasks: dict[str, list[list[Text]]] = {}
+    for score in result["scores"]:
+        cells = (_named(score), _shown(score), f"{score.problems:,} problems")
+        tasks.setdefault(score.task, []).append([Text(cell) for cell in cells])
+    page.print(Padding(terminal.under_names(tasks, "lrr", page.width), (1, 0), expand=False))
     kept = f", {result['from_cache']:,} of them answered before" if result["from_cache"] else ""
     page.print(Text(f"{result['requests']:,} requests{kept}, {report.duration(result['seconds'])}", style="dim"))
     for name in EVAL_FILES:
