@@ -122,9 +122,10 @@ def log_plot(lines: Mapping[str, Sequence[float]], limit: float, width_in: float
         axes = _roomy_axes(drawn)
         for at, (name, line) in enumerate(lines.items()):
             colour, dashes, marker = LOOKS[at % len(LOOKS)]
-            look = {"color": colour, "linestyle": dashes, "marker": marker, "markersize": 4, "linewidth": 1.4}
+            size = 1 - 0.2 * (at % len(LOOKS))  # where lines lie on each other, the lower ones are still seen
+            look = {"color": colour, "linestyle": dashes, "linewidth": 2.4 * size, "marker": marker}
             shown = [value if value > 0 else math.nan for value in line]
-            axes.plot(range(1, len(line) + 1), shown, label=name, **look)
+            axes.plot(range(1, len(line) + 1), shown, label=name, markersize=7 * size, **look)
         axes.axhline(limit, color=INK, linewidth=1, linestyle=(0, (2, 2)), label=f"tolerance {_percent(limit)}")
         axes.set_yscale("log")
         least = min(value for line in lines.values() for value in line if value > 0)
