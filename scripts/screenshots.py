@@ -51,7 +51,7 @@ class Browser:
         os.close(theirs[0])
         os.close(ours[1])
         self._to, self._from = os.fdopen(theirs[1], "wb", buffering=0), os.fdopen(ours[0], "rb", buffering=0)
-        self._asked, self._rest, self._session = 0, b"", ""
+        self._asked, self._rest, self._session, self._loaded = 0, b"", "", False
         try:
             target = self._ask("Target.createTarget", url="about:blank")["targetId"]
             self._session = self._ask("Target.attachToTarget", targetId=target, flatten=True)["sessionId"]
@@ -72,9 +72,10 @@ class Browser:
         size = {"width": width_px, "height": 900, "deviceScaleFactor": 1, "mobile": width_px < 500}
         self._ask("Emulation.setDeviceMetricsOverride", **size)
         self._ask("Emulation.setEmulatedMedia", features=[{"name": "prefers-color-scheme", "value": scheme}])
+        self._loaded = False  # it can be told before the answer to the question
         self._ask("Page.navigate", url=page.resolve().as_uri())
-        while self._next().get("method") != "Page.loadEventFired":
-            pass
+        while not self._loaded:
+            self._next()
 
     def value(self, expression: str) -> Any:
         """What a JavaScript expression gives on the open page. Raises RuntimeError where it throws."""
@@ -111,7 +112,9 @@ class Browser:
                 raise EOFError(ENDED)
             self._rest += part
         message, _, self._rest = self._rest.partition(b"\0")
-        return json.loads(message)
+        said: dict[str, Any] = json.loads(message)
+        self._loaded |= said.get("method") == "Page.loadEventFired"
+        return said
 
 
 def main() -> None:

@@ -7,6 +7,8 @@ import contextlib
 import importlib.util
 import itertools
 import re
+import subprocess
+import sys
 from collections.abc import Iterator
 from pathlib import Path
 from types import ModuleType
@@ -24,6 +26,7 @@ from fasttune.bench.stats import Limit
 from fasttune.tools import compare_page
 
 ROOT = Path(__file__).resolve().parent.parent
+SCRIPT = ROOT / "scripts" / "screenshots.py"
 TEMPLATES = ROOT / "fasttune" / "templates"
 TEXT_CONTRAST, LINE_CONTRAST = 4.5, 3.0  # WCAG 2.2, AA: 1.4.3 and 1.4.11, https://www.w3.org/TR/WCAG22/
 PHONE_PX = 390
@@ -176,7 +179,7 @@ def pages(tmp_path_factory: pytest.TempPathFactory) -> dict[str, Path]:
 
 @pytest.fixture(scope="module")
 def screenshots() -> ModuleType:
-    spec = importlib.util.spec_from_file_location("screenshots", ROOT / "scripts" / "screenshots.py")
+    spec = importlib.util.spec_from_file_location("screenshots", SCRIPT)
     assert spec and spec.loader
     module = importlib.util.module_from_spec(spec)
     spec.loader.exec_module(module)
@@ -261,10 +264,21 @@ def test_what_a_browser_shows_stands_out(name: str, scheme: str, browser: Any, p
     assert [each for each in browser.value(LETTERS) if each[1] < 11 or not each[2]] == []
 
 
-def test_the_script_takes_a_picture_of_the_whole_page(browser: Any, tmp_path: Path) -> None:
+def test_the_script_takes_pictures_of_the_whole_page(browser: Any, tmp_path: Path) -> None:
     page = tmp_path / "page.html"
     page.write_text("<meta name=viewport content='width=device-width'><body style='margin: 0; height: 2000px'>")
-    browser.open(page, PHONE_PX, "dark")
-    image = browser.png()
-    assert image[:4] == b"\x89PNG"
-    assert (int.from_bytes(image[16:20]), int.from_bytes(image[20:24])) == (PHONE_PX, 2000)
+    command = [sys.executable, str(SCRIPT), str(page), "--out", str(tmp_path / "new")]
+    subprocess.run(command, check=True, capture_output=True)
+    sizes = {}
+    for path in (tmp_path / "new").iterdir():
+        image = path.read_bytes()
+        sizes[path.name] = (int.from_bytes(image[16:20]), int.from_bytes(image[20:24]))
+    schemes = ("light", "dark")
+    assert sizes == {f"page-{width}-{scheme}.png": (width, 2000) for width in (1280, PHONE_PX) for scheme in schemes}
+
+
+def test_the_script_says_where_there_is_no_browser(tmp_path: Path) -> None:
+    (tmp_path / "page.html").touch()
+    command = [sys.executable, str(SCRIPT), str(tmp_path / "page.html"), "--out", str(tmp_path / "new")]
+    done = subprocess.run(command, env={"PATH": str(tmp_path)}, check=True, capture_output=True, text=True)
+    assert done.stdout.startswith("skipped: no browser on the path (chromium, ") and not (tmp_path / "new").exists()
