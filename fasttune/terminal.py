@@ -228,9 +228,8 @@ def under_names(
     sides: l or r for each column. width: of the page; where it is too narrow the first column is broken.
     """
     head = [Text(heading, style="dim") for heading in headings]
-    columns = list(
-        zip(*([head] if head else []), *(row for of_name in groups.values() for row in of_name), strict=True)
-    )
+    rows = [*([head] if head else []), *(row for of_name in groups.values() for row in of_name)]
+    columns = zip(*rows, strict=True)
     widths = [max(cell_len(line) for cell in cells for line in cell.plain.split("\n")) for cells in columns]
     indent, between = 2, len(sides) - 1
     gap = 2 if indent + sum(widths) + 2 * between <= width else 1
