@@ -16,14 +16,14 @@ from typing import Any
 
 import matplotlib.text
 import pytest
-from test_bench_page import make_arm, make_bench
-from test_compare import example
-from test_report import make_result, make_steps
 
 from fasttune import metrics, plots, report
 from fasttune.bench import files
 from fasttune.bench.stats import Limit
 from fasttune.tools import compare_page
+from tests.test_bench_page import make_arm, make_bench
+from tests.test_compare import example
+from tests.test_report import make_result, make_steps
 
 ROOT = Path(__file__).resolve().parent.parent
 SCRIPT = ROOT / "scripts" / "screenshots.py"
