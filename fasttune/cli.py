@@ -156,7 +156,7 @@ def bench(options: argparse.Namespace) -> Done:
     from pathlib import Path
 
     from fasttune import terminal
-    from fasttune.bench import page, run
+    from fasttune.bench import files, page, run
 
     settings = _priced(options)
     if options.gpus and options.arms:
@@ -170,7 +170,7 @@ def bench(options: argparse.Namespace) -> Done:
     asked = (options.repeats, options.steps, folder, command, terminal.Reporter().progress, options.gpus)
     result = run.run(settings, names, *asked)
     terminal.close()
-    page.write(result, folder)
+    files.write(result, folder)
     page.show(result, folder)
     return 0 if result.valid else 1, result.as_dict()
 

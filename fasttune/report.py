@@ -238,9 +238,6 @@ def write_html(path: Path | str, result: RunResult, steps: list[StepMetrics]) ->
 
     Raises OutputError where the file cannot be written.
     """
-    from markupsafe import Markup
-
-    drawn = plots.of_run(steps, result.held_out, result.exact_match)
     page = fill(
         "report.html.j2",
         result=result,
@@ -251,7 +248,7 @@ def write_html(path: Path | str, result: RunResult, steps: list[StepMetrics]) ->
         what_ran=what_ran(result),
         hardware=facts(result.hardware),
         versions=result.versions.items(),
-        plots=[(title, note, Markup(svg)) for title, note, svg in drawn],
+        plots=plots.of_run(steps, result.held_out, result.exact_match),
         drawn_every=plots.stride(steps),
     )
     write_text(Path(path), page)

@@ -7,10 +7,11 @@ import math
 import statistics
 import time
 from collections import deque
-from collections.abc import Iterable, Iterator
+from collections.abc import Iterable, Iterator, Mapping, Sequence
 from pathlib import Path
 from typing import Any, Literal
 
+from rich.cells import cell_len
 from rich.console import Console, Group, RenderableType
 from rich.padding import Padding
 from rich.panel import Panel
@@ -255,6 +256,36 @@ def grid(lines: Iterable[tuple[str, str | Text, str | None]]) -> Table:
         dash = " – " if str(text).strip() else ""  # without colour nothing else tells where the note begins
         table.add_row(Text(plain(name)), Text.assemble(text, (f"{dash}{plain(note)}" if note else "", "dim")))
     return table
+
+
+def under_names(
+    groups: Mapping[str, Sequence[Sequence[Text]]], sides: str, width: int, headings: Sequence[str] = ()
+) -> Group:
+    """Rows below the name they belong to, which has a line of its own: no width breaks it. All columns are aligned.
+
+    sides: l or r for each column. width: of the page; where it is too narrow the first column is broken.
+    """
+    head = [Text(heading, style="dim") for heading in headings]
+    rows = [*([head] if head else []), *(row for of_name in groups.values() for row in of_name)]
+    columns = zip(*rows, strict=True)
+    widths = [max(cell_len(line) for cell in cells for line in cell.plain.split("\n")) for cells in columns]
+    indent, between = 2, len(sides) - 1
+    gap = 2 if indent + sum(widths) + 2 * between <= width else 1
+    if widths:
+        widths[0] = min(widths[0], max(12, width - indent - sum(widths[1:]) - gap * between))
+
+    def table(of_name: Iterable[Sequence[Text]]) -> Padding:
+        made = Table.grid(padding=(0, gap, 0, 0))
+        for side, column_width in zip(sides, widths, strict=False):
+            made.add_column(width=column_width, justify="right" if side == "r" else "left")
+        for row in of_name:
+            made.add_row(*row)
+        return Padding(made, (0, 0, 0, indent), expand=False)
+
+    parts: list[RenderableType] = [table([head])] if head else []
+    for name, of_name in groups.items():
+        parts += [Text(plain(name), style="bold", overflow="fold"), table(of_name)]
+    return Group(*parts)
 
 
 def _figure_table(result: RunResult) -> Table:

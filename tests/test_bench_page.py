@@ -16,7 +16,7 @@ import pytest
 from rich.console import Console
 
 from fasttune import metrics
-from fasttune.bench import page, run
+from fasttune.bench import files, page, run
 from fasttune.bench.stats import Arm, Bench, Limit, Repeat
 from fasttune.hardware import Gpu, Hardware
 from fasttune.metrics import Backend
@@ -79,7 +79,7 @@ def shown(bench: Bench, width: int = 120, **options: Any) -> str:
 
 
 def html_of(bench: Bench, folder: Path) -> str:
-    page.write(bench, folder)
+    files.write(bench, folder)
     return (folder / "bench.html").read_text(encoding="utf-8")
 
 
@@ -131,7 +131,7 @@ def test_quote_makes_no_claim(changes: dict[str, Any], why: str) -> None:
 
 def test_json_holds_the_contract(tmp_path: Path) -> None:
     bench = make_bench(machine=H100, dtype="bfloat16", usd_per_hour=2.5)
-    page.write(bench, tmp_path)
+    files.write(bench, tmp_path)
     assert {path.name for path in tmp_path.iterdir()} == {"bench.json", "bench.html", "bench.png"}
     data = json.loads((tmp_path / "bench.json").read_text(encoding="utf-8"))
     assert set(data) >= {"arms", "comparisons", "limit", "usd_per_hour", "hardware", "versions", "valid", "objections"}
@@ -204,8 +204,12 @@ def test_page_loads_nothing_and_holds_everything(tmp_path: Path) -> None:
     ):
         assert part in seen, part
     svg = text[text.index("<svg") : text.index("</svg>")]
-    for part in ("200 tokens/s   2.00×", "100 tokens/s", "failed: out of memory", "var(--accent)"):
+    for part in ("fasttune   200 tokens/s   2.00×", "vanilla   100 tokens/s", "failed: out of memory", "var(--accent)"):
         assert part in svg, part
+    spoken = (
+        "Speed, median of the repeats: fasttune 200 tokens/s 2.00× (198 to 202); vanilla 100 tokens/s (98.0 to 102)"
+    )
+    assert f'aria-label="{spoken}; unsloth-notebook failed: out of memory; measured matmul limit 400"' in text
 
 
 def test_page_escapes_every_name(tmp_path: Path) -> None:
@@ -247,15 +251,15 @@ def test_all_files_and_the_page_of_any_outcome(bench: Bench, tmp_path: Path) -> 
 
 
 def test_picture_has_the_size_of_a_preview(tmp_path: Path) -> None:
-    page.write(make_bench(), tmp_path)
+    files.write(make_bench(), tmp_path)
     data = (tmp_path / "bench.png").read_bytes()
     assert data[:8] == b"\x89PNG\r\n\x1a\n" and struct.unpack(">II", data[16:24]) == (1200, 630)
 
 
 def test_a_limit_far_away_leaves_the_bars_readable() -> None:
-    svgs = [page.picture(make_bench(limit=Limit(1.0, 1e9, limit, "", {})))[1] for limit in (400.0, 40_000.0)]
-    assert "matmul limit 400 <" in svgs[0] and "(outside)" not in svgs[0]
-    assert "matmul limit 40,000 (outside) →" in svgs[1] and ">200<" in svgs[1]  # the axis ends at the bars
+    svgs = [files.picture(make_bench(limit=Limit(1.0, 1e9, limit, "", {})))[1] for limit in (400.0, 40_000.0)]
+    assert "dashed: measured matmul limit 400 tokens/s<" in svgs[0] and "(outside)" not in svgs[0]
+    assert "matmul limit 40,000 tokens/s (outside) →" in svgs[1] and ">200<" in svgs[1]  # the axis ends at the bars
 
 
 # the terminal
@@ -263,6 +267,15 @@ def test_a_limit_far_away_leaves_the_bars_readable() -> None:
 
 def flat(text: str) -> str:
     return " ".join(text.split())
+
+
+def test_a_narrow_terminal_cuts_no_figure() -> None:
+    bench = dataclasses.replace(make_bench(), usd_per_hour=2.5)
+    text = shown(bench, 60, no_color=True)
+    assert all(len(line) <= 60 for line in text.splitlines()) and "…" not in text
+    for heading, column in page.table(bench).items():
+        assert heading.rpartition(" ")[2] in text
+        assert all(cell.value in text and cell.note in text for cell in column)
 
 
 @pytest.mark.parametrize("width", [80, 120])
@@ -274,17 +287,17 @@ def test_terminal_shows_every_arm_and_every_figure(width: int) -> None:
     text = shown(bench, width)
     assert all(len(line) <= width for line in text.splitlines())
     for part in (
-        r"fasttune +200 +2\.00 +80\.0 +0\.5 +20\.0 %",
+        r"fasttune +200 +2\.00 +80\.0 +0\.5 +20\.0 % +3\.25",
         r"198–202 +1\.96–2\.04",
         r"vanilla +100 +1 +40\.0 +1 +20\.0 %",
-        r"3\.25 +12\.5 +50\.0 % +\$3\.47 +1 h 00 min",
+        r"12\.5 +50\.0 % +\$3\.47 +1 h 00 min",
         r"unsloth-notebook +failed",
     ):
         assert re.search(part, text), part
     for part in (
         "unsloth-notebook failed: out of [memory]�[2J",
         "28 layers patched",
-        "losses agree within 0.016 % over 4 steps tolerance 0.1 %",
+        "losses agree within 0.016 % over 4 steps – tolerance 0.1 %",
         page.quote(bench),
         "runs/bench/bench.html",
     ):

@@ -346,17 +346,17 @@ def test_the_page_escapes_what_others_wrote(tmp_path: Path) -> None:
         assert html.escape(evil) + word in text, word
 
 
-@pytest.mark.parametrize("width", [80, 120])
+@pytest.mark.parametrize("width", [60, 80, 120])
 def test_the_terminal_shows_every_pair(tmp_path: Path, width: int) -> None:
     console = Console(file=io.StringIO(), width=width)
     compare_page.show(example(tmp_path), tmp_path / "out", console)
     text = console.file.getvalue()  # type: ignore[attr-defined]
     assert all(len(line) <= width for line in text.splitlines()[:-2])
     for part in (
-        r"sums +40 +25\.0 +25\.0 +27\.5 +0\.0 *\n +14\.2–40\.2",
+        r"  sums +\n +40 +25\.0 +25\.0 +27\.5 +0\.0 *\n +14\.2–40\.2",
         r"C − A +−25\.0 +−40\.2 to −\d+\.\d +0\.004 +A better",
-        r"ranks +B − A +\+5\.0 +−\d\.\d to \+\d+\.\d +1\.000 +no difference seen",
-        r"mean over tasks +B − A .*not tested",
+        r"  ranks +\n +B − A +\+5\.0 +−\d\.\d to \+\d+\.\d +1\.000 +no difference seen",
+        r"mean over tasks +\n +B − A .*not tested",
         r"warning not evaluated with the same dtype",
         r"out/compare\.html\n",
     ):

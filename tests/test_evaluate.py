@@ -1,6 +1,8 @@
 """fasttune eval: the data set's own answer rule, problem by problem; answers kept by the weights; no network."""
 
+import io
 import json
+import re
 import shutil
 import subprocess
 import sys
@@ -11,11 +13,13 @@ from typing import Any
 
 import goldens
 import pytest
+from rich.console import Console
 
 from fasttune import cli, metrics, report
 from fasttune.data import arithmetic
 from fasttune.errors import DataError, FasttuneError
 from fasttune.tools import evaluate, tasks
+from fasttune.tools.card import Score
 from fasttune.tools.trained_model import open_run
 
 PAIRS = [  # (what the data set says, what a model wrote)
@@ -37,6 +41,28 @@ CHOICES = [
     {"question": "The longest?", "answer": "C", "options": ["xy", "z", "pqrs"]},
     {"question": "The last?", "answer": 1, "options": ["yes", "no"]},
 ]
+
+
+@pytest.mark.parametrize("width", [60, 80, 120])
+def test_no_width_of_a_terminal_breaks_a_name_or_loses_a_figure(width: int) -> None:
+    long = "filipino_affix_inflection_multiple_choice_of_three"
+    found = [
+        Score(long, "acc", 0.4, 0.05, 100, low=0.31, high=0.5, chance=0.25, corrected=0.2),
+        Score(long, "exact_match (strict-match)", 0.412, 0.05, 1165, low=0.31, high=0.5),
+        Score("wikitext", "word_perplexity", 18.234, None, 62),
+    ]
+    console = Console(file=io.StringIO(), width=width, no_color=True)
+    said = {"from_cache": 0, "requests": 9, "seconds": 1.0, "output_dir": "out"}
+    evaluate.show({"scores": found, **said}, console)
+    lines = [line.rstrip() for line in console.file.getvalue().splitlines()]  # type: ignore[attr-defined]
+    assert long in lines and "wikitext" in lines and all(len(line) <= width for line in lines)
+    for figures in (
+        r"acc +40\.0 % \(95 %: 31 to 50\) +100 problems",
+        r"exact_match.* 41\.2 % \(95 %: 31 to 50\) +1,165 problems",
+        r"word_perplexity +18\.23 +62 problems",
+    ):
+        assert sum(bool(re.fullmatch(f"  {figures}", line)) for line in lines) == 1, figures
+    assert "chance 25.0 %, above it 20.0 %" in " ".join(" ".join(lines).split())
 
 
 GUARDED = """

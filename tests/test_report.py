@@ -143,7 +143,7 @@ def test_page_loads_nothing_and_holds_everything(tmp_path):
         "http://www.w3.org/2000/svg",
     }
     assert "default-src 'none'" in text  # and the browser would refuse to
-    assert text.count("<svg") == 3 and "prefers-color-scheme: dark" in text and "#00000" not in text
+    assert text.count("<svg") == 6 and "prefers-color-scheme: dark" in text and "#00000" not in text
     seen = " ".join(page.text.split())
     for figure in report.key_figures(result):
         assert f"{figure.value} {figure.note}".strip() in seen or (figure.value in seen and figure.note in seen)
@@ -152,6 +152,25 @@ def test_page_loads_nothing_and_holds_everything(tmp_path):
     for part in ("Some CPU", "23.40", "this [chip] has no bf16", "patched layers 7"):
         assert part in seen
     assert [p.name for p in tmp_path.iterdir()] == ["report.html"]
+
+
+def test_pictures_say_their_values_to_those_who_do_not_see_them(tmp_path):
+    steps = make_steps(4)
+    steps[1] = dataclasses.replace(steps[1], grad_norm=7.5, learning_rate=2e-4)
+    steps[2] = dataclasses.replace(steps[2], grad_norm=None, loss=math.inf)
+    text = write_page(tmp_path / "report.html", make_result(tmp_path, steps), steps)
+    over = "over the optimizer steps"
+    for said in (
+        f"Loss {over}: 2 at step 1, 0.5 at step 4; lowest 0.5 at step 4, highest 2 at step 1",
+        f"Learning rate {over}: 0.001 at step 1, 0.001 at step 4; lowest 0.0002 at step 2, highest 0.001 at step 1",
+        f"Gradient norm {over}: 1 at step 1, 1 at step 4; lowest 1 at step 1, highest 7.5 at step 2",
+        f"Memory {over}: 3.5 GiB at step 1, 3.5 GiB at step 4; lowest 3.5 GiB at step 1, highest 3.5 GiB at step 1",
+    ):
+        assert f'<figure role="img" aria-label="{said}">' in text, said
+    none = [dataclasses.replace(step, grad_norm=None) for step in steps]
+    assert 'aria-label="Gradient norm: no value that is finite"' in write_page(
+        tmp_path / "report.html", make_result(tmp_path, none), none
+    )
 
 
 def test_the_page_names_the_next_commands(tmp_path):
@@ -195,7 +214,7 @@ def test_page_of_any_number_of_steps_with_losses_that_are_not_finite(tmp_path, c
         steps[-1] = dataclasses.replace(steps[-1], loss=math.nan, tokens_per_s=0.0)
     text = write_page(tmp_path / "report.html", make_result(tmp_path, steps), steps)
     assert ("No step finished" in text) == (count == 0)
-    assert text.count("<svg") == (3 if count else 0)
+    assert text.count("<svg") == (6 if count else 0)
     assert ("one of every 5 is drawn" in text) == (count == 5000)
     assert len(text) < 400_000
 

@@ -1,13 +1,11 @@
-"""A benchmark for people: one sentence, a page on the terminal, bench.html and bench.png (and bench.json).
+"""A benchmark for people: one sentence, the table, and a page on the terminal.
 
 A sink: it knows the result types and nothing of how they were measured. Names and reasons are never read as markup.
 """
 
-import textwrap
 from collections.abc import Callable
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any
 
 from rich.console import Console, Group, RenderableType
 from rich.padding import Padding
@@ -15,16 +13,10 @@ from rich.rule import Rule
 from rich.table import Table
 from rich.text import Text
 
-from fasttune import metrics, plots, report, terminal
-from fasttune.bench.stats import BASELINE, MIN_REPEATS, WARMUP_STEPS, Arm, Bench
+from fasttune import terminal
+from fasttune.bench.stats import MIN_REPEATS, Arm, Bench
 from fasttune.report import duration, percent, rate, steps_text, usd
 from fasttune.terminal import plain
-
-FIRST_COLUMNS = 5  # of the upper table of a terminal, where all columns in one would be too wide
-SIZE_IN = (12.0, 6.3)  # of bench.png: 1200 × 630, what sites expect of a picture that stands for a page
-BAR_IN, BARS_IN = 0.6, 9.0  # from one bar to the next, and all the width, in bench.html: a phone shows it whole
-INSIDE_FROM = 0.6  # of the axis: a longer bar has its words inside
-LIMIT_IN_VIEW = 4.0  # a limit further away than so many of the longest bars would leave the bars unreadable
 
 
 @dataclass(frozen=True)
@@ -38,24 +30,6 @@ class Cell:
     def text(self) -> Text:
         note = f"\n{self.note}" if self.note else ""
         return Text.assemble((self.value, "bold red" if self.bad else ""), (note, "dim"))
-
-
-def write(bench: Bench, folder: Path) -> None:
-    """Write bench.json, bench.html and bench.png, each atomically. Raises OutputError where it cannot."""
-    from markupsafe import Markup
-
-    report.write_json(folder / "bench.json", bench.as_dict())
-    png, bars = picture(bench)
-    report.write_bytes(folder / "bench.png", png)
-    curves = loss_curves(bench)
-    svg = plots.line_plot(list(range(1, len(curves[0]) + 1)), curves, width_in=9.0, height_in=2.6) if curves else None
-    said = {"quote": quote(bench), "doubts": doubts(bench), "machine": machine(bench), "table": table(bench)}
-    drawn = {"bars": Markup(bars), "losses": Markup(svg) if svg else None}
-    facts = {"hardware": report.facts(bench.hardware), "versions": bench.versions.items()}
-    fixed = {"flops_formula": metrics.FLOPS_FORMULA, "warmup_steps": WARMUP_STEPS}
-    words = {"rate": rate, "difference": difference, "steps_text": steps_text}
-    page = report.fill("bench.html.j2", bench=bench, **said, **drawn, **facts, **fixed, **words)
-    report.write_text(folder / "bench.html", page)
 
 
 def quote(bench: Bench) -> str:
@@ -115,15 +89,8 @@ def machine(bench: Bench) -> str:
 
 
 def difference(relative: float) -> str:
-    """A relative difference of losses with two digits: 0.012 %."""
-    return "under 0.0001 %" if 0 < relative < 1e-6 else f"{float(f'{100 * relative:.2g}'):g} %"
-
-
-def loss_curves(bench: Bench) -> list[list[float]]:
-    """Losses of the first repeat of every arm that ran, fasttune's last: it is drawn strong."""
-    ran = sorted((arm for arm in bench.arms if arm.repeats), key=lambda arm: arm.name == bench.fastest)
-    curves = [arm.repeats[0].losses for arm in ran]
-    return curves if len({len(curve) for curve in curves}) == 1 else []
+    """How far losses differ at most, relative, with two digits: 0.012 %; a smaller one than 0.0001 % as that."""
+    return "0.0001 %" if 0 < relative < 1e-6 else f"{float(f'{100 * relative:.2g}'):g} %"
 
 
 def table(bench: Bench) -> dict[str, list[Cell]]:
@@ -170,85 +137,6 @@ def _row(bench: Bench, arm: Arm) -> dict[str, Cell]:
     }
 
 
-def picture(bench: Bench) -> tuple[bytes, str]:
-    """bench.png, which can be shown alone, and the same bars as an SVG element for the page."""
-    with plots.figure(*SIZE_IN, font_size=15) as figure:
-        axes = figure.add_axes((0.19, 0.2, 0.77, 0.61), facecolor=plots.PAPER)
-        _bars(axes, bench)
-        words = _words(figure, bench)
-        alone = plots.png(figure)
-        for text in words:
-            text.remove()
-        high, below = BAR_IN * (len(bench.arms) + 0.35), 0.45  # the bars, and the numbers of their axis
-        figure.set_size_inches(BARS_IN, high + below)
-        axes.set_position((0.25, below / (high + below), 0.74, high / (high + below)))
-        return alone, plots.svg(figure)
-
-
-def _bars(axes: Any, bench: Bench) -> None:
-    """The medians as bars, the range of the repeats as interval, each repeat as a dot, the limit as a line."""
-    longest = max((value for arm in bench.arms for value in arm.values("tokens_per_s")), default=1.0)
-    limit = bench.limit.tokens_per_s if bench.limit else 0.0
-    in_view = limit <= LIMIT_IN_VIEW * longest
-    top = 1.02 * max(longest, limit if in_view else 0.0)
-    for at, arm in enumerate(bench.arms):
-        _bar(axes, at, arm, top, bench)
-    axes.set_ylim(len(bench.arms) - 0.4, -0.75)
-    axes.set_xlim(0, top)
-    axes.set_yticks(range(len(bench.arms)), [textwrap.shorten(arm.name, 20, placeholder="…") for arm in bench.arms])
-    axes.spines[["top", "right", "left"]].set_visible(False)
-    axes.spines["bottom"].set_color(plots.RULE)
-    axes.tick_params(length=0, pad=8)
-    axes.tick_params(axis="x", labelsize=12, labelcolor=plots.SOFT)
-    axes.xaxis.set_major_formatter(lambda value, _: f"{value:,.0f}")
-    axes.locator_params(axis="x", nbins=6)
-    if bench.limit:
-        if in_view:
-            axes.axvline(limit, color=plots.WARN, linewidth=2, linestyle=(0, (5, 3)))
-        label = f"measured matmul limit {rate(limit)}{' ' if in_view else ' (outside) →'}"
-        look = {"ha": "right", "va": "center", "fontsize": 13, "color": plots.WARN}
-        axes.text(limit if in_view else top, -0.62, label, **look)
-
-
-def _bar(axes: Any, at: int, arm: Arm, top: float, bench: Bench) -> None:
-    values, median, over = arm.values("tokens_per_s"), arm.median("tokens_per_s"), bench.over_baseline.get(arm.name)
-    if median is None:
-        reason = textwrap.shorten(f"failed: {arm.failure}", 85, placeholder=" …")
-        axes.text(0.012 * top, at, reason, va="center", fontsize=13, color=plots.BAD)
-        return
-    strong = arm.name == bench.fastest
-    axes.barh(at, median, height=0.56, color=plots.ACCENT if strong else plots.PALE)
-    axes.plot([min(values), max(values)], [at, at], color=plots.INK, linewidth=1.4)
-    dots = {"color": plots.INK, "markerfacecolor": plots.PAPER, "markeredgewidth": 1.2, "markersize": 6}
-    axes.plot(values, [at] * len(values), "o", **dots)
-    ratio = "" if over is None else "   INVALID" if over.invalid else f"   {over.ratio:.2f}×"
-    inside = min(values) > INSIDE_FROM * top  # else the words would run over the dots
-    look = {"fontweight": "bold" if strong else "normal", "color": plots.PAPER if strong and inside else plots.INK}
-    left = 0.012 * top + (0 if inside else max(values))
-    axes.text(left, at, f"{rate(median)} tokens/s{ratio}", va="center", **look)
-
-
-def _words(figure: Any, bench: Bench) -> list[Any]:
-    """Title and conditions above the bars, the verdict below them, in red where they are no claim."""
-    title = f"Training speed of {bench.model.rpartition('/')[2]}"
-    conditions = f"{job(bench)} · {machine(bench)} · {bench.date}"
-    wide, look = 115, {"color": plots.BAD, "fontweight": "bold"}
-    verdict = quote(bench)
-    if not reasons_against(bench):
-        wide, look = 130, {"color": plots.INK}
-        what = "The same run" if bench.scales else f"{BASELINE}: plain Hugging Face"
-        verdict = (
-            f"Tokens a second without padding, median of the repeats; dots: each repeat. {what}, same rows in the same "
-            f"order; losses agree within {difference(bench.over_baseline[bench.fastest].largest_loss_difference)}."
-        )
-    lines = "\n".join(textwrap.wrap(verdict, wide, max_lines=2, placeholder=" …"))
-    return [
-        figure.text(0.035, 0.925, textwrap.shorten(title, 68, placeholder=" …"), fontsize=23, fontweight="bold"),
-        figure.text(0.035, 0.87, textwrap.shorten(conditions, 125, placeholder=" …"), fontsize=13, color=plots.SOFT),
-        figure.text(0.035, 0.1, lines, va="top", fontsize=12.5, linespacing=1.5, **look),
-    ]
-
-
 def show(bench: Bench, folder: Path, console: Console = terminal.console) -> None:
     """Print the page on stderr: the table, what ran, parity, objections, the quote, and where the files are."""
     title = Text.assemble(("bench ", "bold"), plain(bench.name), (f"  {plain(machine(bench))}", "dim"))
@@ -271,10 +159,14 @@ def _red(lines: list[tuple[str, str]]) -> list[RenderableType]:
 
 
 def _tables(bench: Bench, console: Console) -> list[RenderableType]:
-    columns = list(table(bench).items())
-    shown: list[RenderableType] = [_columns(bench, columns)]
-    if console.measure(shown[0]).maximum > console.width - 4:
-        shown = [_columns(bench, columns[:FIRST_COLUMNS]), Text(), _columns(bench, columns[FIRST_COLUMNS:])]
+    """All columns, in as many tables below each other as the width asks for: none is cut."""
+    rows, shown = list[list[tuple[str, list[Cell]]]]([[]]), list[RenderableType]()
+    for column in table(bench).items():
+        if rows[-1] and console.measure(_columns(bench, [*rows[-1], column])).maximum > console.width - 4:
+            rows.append([])
+        rows[-1].append(column)
+    for columns in rows:
+        shown += [*([Text()] if shown else []), _columns(bench, columns)]
     note = "speeds count no padding; second line: range of the repeats, 95 % interval of a ratio"
     if bench.usd_per_hour is not None:
         note += f"; whole job: {bench.job_tokens:,} tokens at {usd(bench.usd_per_hour)} per hour"
@@ -282,7 +174,7 @@ def _tables(bench: Bench, console: Console) -> list[RenderableType]:
 
 
 def _columns(bench: Bench, columns: list[tuple[str, list[Cell]]]) -> Table:
-    made = Table(box=None, padding=(0, 1, 0, 0), header_style="dim", pad_edge=False)
+    made = Table(box=None, padding=(0, 2, 0, 0), header_style="dim", pad_edge=False)
     made.add_column("", no_wrap=True)
     for heading, _ in columns:
         made.add_column("\n".join(heading.rsplit(" ", 1)), justify="right", vertical="top", no_wrap=True)
@@ -307,5 +199,5 @@ def _parity(bench: Bench) -> list[RenderableType]:
         return _red([("INVALID ", reason) for reason in bench.invalid])
     largest = max(each.largest_loss_difference for each in bench.comparisons)
     agree = f"agree within {difference(largest)} over {steps_text(bench.steps)}"
-    tolerance = f"  tolerance {difference(bench.comparisons[0].tolerance)}; same rows and tokens in every step"
+    tolerance = f" – tolerance {difference(bench.comparisons[0].tolerance)}; same rows and tokens in every step"
     return [Text.assemble(("losses  ", "bold"), (agree, "green"), (tolerance, "dim"))]

@@ -6,10 +6,9 @@ A sink: it knows the result types and nothing of how they came about. Runs are l
 from collections.abc import Sequence
 from pathlib import Path
 
-from rich.console import Console, RenderableType
+from rich.console import Console, Group, RenderableType
 from rich.padding import Padding
 from rich.rule import Rule
-from rich.table import Table
 from rich.text import Text
 
 from fasttune import plots, report, terminal
@@ -19,7 +18,7 @@ from fasttune.terminal import plain
 from fasttune.tools.paired import Accuracy, Comparison, Mean, Pair, Task
 
 FILES = ("compare.html", "compare.json")
-PLOT_IN = 4.6  # width of a picture: on a phone its letters are as large as the text
+PLOT_IN = 4.1  # width of a picture: on a phone its letters are 11 pixels high at least
 
 
 def write(compared: Comparison, folder: Path) -> None:
@@ -152,7 +151,12 @@ def show(compared: Comparison, folder: Path, console: Console = terminal.console
         "small: 95 % intervals, not corrected; differences in percentage points; p: McNemar's exact test; correction: "
     )
     note += compared.correction
-    parts: list[RenderableType] = [terminal.grid(legend), _accuracies(compared), _differences(compared)]
+    width = console.width - 4
+    parts: list[RenderableType] = [
+        terminal.grid(legend),
+        _accuracies(compared, width),
+        _differences(compared, width),
+    ]
     parts.append(Text(note, style="dim"))
     parts += [Text(f"· {plain(each)}") for each in findings(compared)]
     for part in parts:
@@ -176,42 +180,36 @@ def missing(each: dict[str, object]) -> str:
     )
 
 
-def _accuracies(compared: Comparison) -> Table:
-    table = Table(box=None, padding=(0, 2, 0, 0), header_style="dim", pad_edge=False)
-    table.add_column("accuracy, %", overflow="fold")
-    for heading in ("problems", "chance", *letters(compared).values()):
-        table.add_column(heading, justify="right", no_wrap=True)
+def _accuracies(compared: Comparison, width: int) -> Group:
+    rows: dict[str, list[list[Text]]] = {}
     for task in compared.tasks:
         cells = [_cell(100 * each.accuracy, interval(each)) for each in task.runs]
         count = max(each.problems for each in task.runs)
         chance = "–" if task.chance is None else f"{100 * task.chance:.1f}"
-        table.add_row(Text(plain(task.task), style="bold"), f"{count:,}", chance, *cells)
+        rows[task.task] = [[Text(f"{count:,}"), Text(chance), *cells]]
     if compared.mean:
         cells = [_cell(100 * each.value, interval(each)) for each in compared.mean if each.over is None]
-        table.add_row(Text("mean over tasks", style="bold"), "", "", *cells)
-    return table
+        rows["mean over tasks"] = [[Text(), Text(), *cells]]
+    headings = ["problems", "chance", *(f"{letter}, %" for letter in letters(compared).values())]
+    return terminal.under_names(rows, "r" * len(headings), width, headings)
 
 
 def _cell(value: float, note: str) -> Text:
     return Text.assemble(f"{value:.1f}", (f"\n{note}", "dim"))
 
 
-def _differences(compared: Comparison) -> Table:
+def _differences(compared: Comparison, width: int) -> Group:
     names = letters(compared)
-    table = Table(box=None, padding=(0, 1, 0, 0), header_style="dim", pad_edge=False)
-    table.add_column("difference", overflow="fold")
-    table.add_column("", no_wrap=True)
-    for heading in ("points", "", "p"):
-        table.add_column(heading, justify="right", no_wrap=True)
-    table.add_column("", no_wrap=True)
-    rows: dict[str, Sequence[Pair | Mean]] = {task.task: task.pairs for task in compared.tasks}
-    rows["mean over tasks"] = [each for each in compared.mean if each.over is not None]
-    for task, pairs in rows.items():
-        for at, each in enumerate(pairs):
-            p, said = ("–", "not tested") if isinstance(each, Mean) else (p_text(each.p_holm), seen(each, names))
-            value = each.value if isinstance(each, Mean) else each.difference
-            pair = f"{names[each.run]} − {names[each.over or '']}"
-            style = "bold green" if isinstance(each, Pair) and each.better else "dim"
-            name = Text("" if at else plain(task), style="bold")
-            table.add_row(name, pair, points(value), Text(between(each), style="dim"), p, Text(said, style=style))
-    return table
+    pairs: dict[str, Sequence[Pair | Mean]] = {task.task: task.pairs for task in compared.tasks}
+    if mean := [each for each in compared.mean if each.over is not None]:
+        pairs["mean over tasks"] = mean
+
+    def row(each: Pair | Mean) -> list[Text]:
+        p, said = ("–", "not tested") if isinstance(each, Mean) else (p_text(each.p_holm), seen(each, names))
+        value = each.value if isinstance(each, Mean) else each.difference
+        pair = f"{names[each.run]} − {names[each.over or '']}"
+        style = "bold green" if isinstance(each, Pair) and each.better else "dim"
+        return [Text(pair), Text(points(value)), Text(between(each), style="dim"), Text(p), Text(said, style=style)]
+
+    rows = {task: [row(each) for each in of_task] for task, of_task in pairs.items()}
+    return terminal.under_names(rows, "lrrrl", width, ["", "points", "", "p", ""])

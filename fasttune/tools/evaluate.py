@@ -18,7 +18,6 @@ from typing import Any
 
 from rich.console import Console
 from rich.padding import Padding
-from rich.table import Column, Table
 from rich.text import Text
 
 from fasttune import hardware, report, system, terminal
@@ -172,19 +171,22 @@ def asked_in_turns(asked: bool | None, names: list[str], trained: TrainedModel) 
 
 def show(result: dict[str, Any], page: Console = terminal.console) -> None:
     """The scores on the terminal, shares in percent with their 95 % interval, and where the files are."""
-    table = Table(Column("task", overflow="fold"), "metric", box=None, pad_edge=False, header_style="bold")
-    guessed = any(score.chance is not None for score in result["scores"])
-    for heading in ("score", *(("chance", "above\nchance") if guessed else ()), "problems"):
-        table.add_column(heading, justify="right", no_wrap=heading == "score")
+    tasks: dict[str, list[list[Text]]] = {}
     for score in result["scores"]:
-        beside = ["" if share is None else report.percent(share) for share in (score.chance, score.corrected)]
-        cells = [score.task, score.metric, _shown(score), *(beside if guessed else []), f"{score.problems:,}"]
-        table.add_row(*map(Text, cells))
-    page.print(Padding(table, (1, 0)))
+        cells = (_named(score), _shown(score), f"{score.problems:,} problems")
+        tasks.setdefault(score.task, []).append([Text(cell) for cell in cells])
+    page.print(Padding(terminal.under_names(tasks, "lrr", page.width), (1, 0), expand=False))
     kept = f", {result['from_cache']:,} of them answered before" if result["from_cache"] else ""
     page.print(Text(f"{result['requests']:,} requests{kept}, {report.duration(result['seconds'])}", style="dim"))
     for name in EVAL_FILES:
         page.print(Text(str(Path(result["output_dir"]) / name)), soft_wrap=True)
+
+
+def _named(score: Score) -> str:
+    """The metric, and below it what guessing would reach."""
+    if score.chance is None or score.corrected is None:
+        return score.metric
+    return f"{score.metric}\nchance {report.percent(score.chance)}, above it {report.percent(score.corrected)}"
 
 
 def _shown(score: Score) -> str:
