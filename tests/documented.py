@@ -26,11 +26,12 @@ set -eu
 shopt -s failglob
 command_not_found_handle() { printf '%s\0' $# "$@" >> "$HEARD"; }
 cd() { :; }
+source() { :; }
 """
 STANDIN = """#!/bin/sh
 printf '%s\\0' $(($# + 1)) "$0" "$@" >> "$HEARD"
 """
-BLOCK = re.compile(r"^```bash\n(.*?)^```", re.M | re.S)
+BLOCK = re.compile(r"^```(?:bash|fish)\n(.*?)^```", re.M | re.S)
 SPAN = re.compile(r"(?<!`)`([^`\n]+)`(?!`)")
 INLINE = re.compile(r"(\w+=\S+ )?((\.venv/bin/)?fasttune [a-z]+|bash (scripts|benchmarks)/\S+|python [\w/]+\.py) \S")
 IN_CONFIG = re.compile(r"(?:[A-Z]\w*=\S+ )?\.venv/bin/\w+ [^;)\n]+|bash scripts/\w+\.sh")
@@ -63,7 +64,7 @@ def _texts() -> list[tuple[str, str]]:
     for page in PAGES:
         text = page.read_text()
         for match in BLOCK.finditer(text):
-            texts.append((_where(page, text, match.start() + len("```bash\n")), match[1]))
+            texts.append((_where(page, text, match.start(1)), match[1]))
         spans = list(SPAN.finditer(BLOCK.sub(lambda block: re.sub("[^\n]", " ", block[0]), text)))
         # `(see settings)`: a measurement's command was shortened, its whole one is in its row
         texts += [(_where(page, text, s.start()), s[1]) for s in spans if INLINE.match(s[1]) and "(see" not in s[1]]

@@ -52,7 +52,8 @@ SMALL = {  # name in a config → the settings that make it a matter of a second
     "llama3.1-8b-gsm8k": [*TINY, "data.train=rows.jsonl", "data.eval=null", "eval={}", "samples=0"],
 }
 RUNS = [f"runs/{name}-DATE" for name in ("quickstart", "first", "second")]
-RUNS += [f"runs/{name}" for name in ("quickstart-20261121-120000", "first-20261121-120000", "second-20261121-130000")]
+RUNS += [f"runs/quickstart-{date}" for date in ("20261121-120000", "20261126-184417")]
+RUNS += ["runs/first-20261121-120000", "runs/second-20261121-130000"]
 RUNS += [f"runs/{mode}{date}" for mode in ("vanilla", "stochastok", "patok") for date in ("", "-DATE")]
 ran: set[tuple[str, ...]] = set()
 
