@@ -153,7 +153,7 @@ def why_only_read(options: argparse.Namespace) -> str | None:
         "minutes, a process for each arm and repeat: tests/test_bench.py": options.command == "bench",
         "a process for each run: tests/test_compare.py": bool(getattr(options, "others", None)),
         "its problems are not here: tests/test_eval_tasks.py": tasks not in (None, "builtin:arithmetic"),
-        "several processes: tests/test_ranks.py": train and options.gpus and not options.print_launch,
+        "several processes: tests/test_launch.py": train and options.gpus and not options.print_launch,
         "its weights are not here": loaded and not loaded.model.name.startswith("builtin:"),
         "its rows are not here": loaded and loaded.data.train == "openai/gsm8k:main",
     }
