@@ -149,7 +149,7 @@ def test_what_is_lost_is_an_error_unless_it_is_allowed(
     source = turns_of("{{ '<a>' ~ (m.content or '') | replace('Silence', '') }}")
     template = plain(source.replace("<u>{{ m.content }}", "<u>{{ m.content if m.role == 'user' }}"))
     row = formats.convert({"messages": [ASKED, *turns], "tools": tools}, "messages", "row 1")
-    with pytest.raises(DataError, match=rf"^data: row 1: the chat template leaves out {told}.*allow_lost=\[{kind}\]$"):
+    with pytest.raises(DataError, match=rf"^data: row 1: the chat template leaves out {told}.*allow_lost=\[{kind}\]'$"):
         template.text(row, "assistant", "row 1")
     notes: Counter[str] = Counter()
     template.text(row, "assistant", "row 1", [kind], notes)

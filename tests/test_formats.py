@@ -277,12 +277,12 @@ def test_rows_that_would_teach_something_else_are_refused_by_name(
 
 def test_chosen_answers_can_be_asked_for_by_name() -> None:
     row = {"prompt": "q", "chosen": "a", "rejected": "b", "kto_tag": True}
-    with pytest.raises(DataError, match=r"set data.columns=\{completion: chosen\}"):
+    with pytest.raises(DataError, match=r"set 'data.columns=\{completion: chosen\}'"):
         formats.check_row(row, PLACE)
     renamed = formats.rename(row, {"completion": "chosen"}, PLACE)
     formats.check_row(renamed, PLACE)
     assert renamed == {"prompt": "q", "completion": "a", "kto_tag": True}
-    with pytest.raises(DataError, match=r"set data.columns=\{messages: chosen\}"):
+    with pytest.raises(DataError, match=r"set 'data.columns=\{messages: chosen\}'"):
         formats.check_row({"prompt": "q", "chosen": PAIR, "rejected": PAIR}, PLACE)
 
 

@@ -2,6 +2,7 @@
 
 import json
 import os
+import re
 import subprocess
 import sys
 from pathlib import Path
@@ -26,6 +27,18 @@ def test_every_cell_is_shell_or_python_that_compiles_and_holds_no_output() -> No
         if not cell.startswith("%%bash\n"):
             compile(cell, "cell", "exec")
     assert not any(cell.get("outputs") for cell in json.loads(NOTEBOOK.read_text())["cells"])
+
+
+def test_without_the_project_s_address_it_says_so_in_one_line(tmp_path: Path) -> None:
+    (cell,) = [cell for cell in cells() if "git clone" in cell]
+    script = re.sub(
+        r"(?m)^REPOSITORY=.*$", "REPOSITORY=https://github.com/OWNER/fasttune", cell.removeprefix("%%bash\n")
+    )
+    done = subprocess.run(["bash", "-c", script], cwd=tmp_path, capture_output=True, text=True, check=False)
+    assert done.returncode == 1 and re.fullmatch("REPOSITORY is not set: .+\n", done.stderr)
+    (tmp_path / "fasttune").mkdir()
+    done = subprocess.run(["bash", "-c", script], cwd=tmp_path, capture_output=True, text=True, check=False)
+    assert (done.returncode, done.stderr) == (0, ""), "a checkout that is there is taken"
 
 
 @pytest.mark.nightly  # a minute, and each of its commands has tests of its own

@@ -79,7 +79,7 @@ def detect(row: Row, place: str) -> str:
     known = " | ".join("+".join(columns) for columns in COLUMNS.values())
     raise DataError(
         f"data: {place} has the columns {_names(row)}; expected one of {known}; "
-        "map yours with data.columns, e.g. data.columns={question: problem, answer: solution}"
+        "map yours with data.columns, e.g. 'data.columns={question: problem, answer: solution}'"
     )
 
 
@@ -152,7 +152,7 @@ def _without_bad(row: Row) -> str:
     if isinstance(chosen, list) and chosen and isinstance(chosen[0], dict):
         whole = "prompt" not in row or chosen[0].get("role") in ("system", "user")
         answer = "messages" if whole else answer
-    return f"set data.columns={{{answer}: chosen}}"
+    return f"set 'data.columns={{{answer}: chosen}}'"
 
 
 def not_used(row: Row, form: str) -> set[str]:

@@ -71,7 +71,7 @@ def check(
     def refuse(kind: str, where: str) -> None:
         raise DataError(
             f"data: {place}: the chat template leaves out {LOSSES[kind]}{where}: use a model whose template "
-            f"has a place for it, or train without: data.allow_lost=[{kind}]"
+            f"has a place for it, or train without: 'data.allow_lost=[{kind}]'"
         )
 
     all_of_it, names = Shown(whole), set[str]()
