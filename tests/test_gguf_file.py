@@ -199,7 +199,7 @@ def test_merge_writes_a_gguf_file_and_a_modelfile(
         file = out / f"my model-{kind}.gguf"
         said = capsys.readouterr()
         assert json.loads(said.out)["gguf"] == str(file) and file.read_bytes()[:4] == b"GGUF"
-        assert f"vllm serve '{out}'" in said.err and f"llama-server -m '{file}'" in said.err
+        assert f"vllm serve '{out}'" in said.err and f"llama-server --jinja -m '{file}'" in said.err
         assert not [path for path in out.iterdir() if path.name.startswith(".")]
     lines = (out / "Modelfile").read_text().splitlines()
     assert lines[1] == "FROM ./my model-q4_k_m.gguf" and 'PARAMETER stop "<|im_end|>"' in lines

@@ -170,7 +170,7 @@ def to_gguf(folder: Path, kind: str, reporter: terminal.Reporter) -> str:
     said = GenerationConfig.from_pretrained(folder) if (folder / "generation_config.json").is_file() else None
     content = modelfile.text(target.name, config, tokenizer, modelfile.stops(config, said, tokenizer))
     report.write_text(folder / "Modelfile", content)
-    reporter.note(f"GGUF: {target}    llama-server -m {shlex.quote(str(target))}")
+    reporter.note(f"GGUF: {target}    llama-server --jinja -m {shlex.quote(str(target))}")
     reporter.note(f"Ollama: ollama create {shlex.quote(folder.name)} -f {shlex.quote(str(folder / 'Modelfile'))}")
     return str(target)
 
