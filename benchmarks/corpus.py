@@ -5,7 +5,8 @@
     python benchmarks/corpus.py text.jsonl [--patok-file less.jsonl] [--modes vanilla,patok] [--model MODEL]
 
 Each mode has an empty cache. A line goes to results/corpus/<date>.jsonl: seconds, MB/s, tokens, and the memory of all
-its processes together (pages that are theirs alone) at a quarter, at half and at the end, and the most of all.
+its processes together (what no file backs: pages of mapped files can be dropped at any time) at a quarter, at half and
+at the end, and the most of all.
 """
 
 import argparse
@@ -59,7 +60,7 @@ def measure(mode: str, file: Path, model: str) -> dict[str, Any]:
         process = subprocess.Popen(command, stdout=subprocess.PIPE, text=True, env=environment)
         samples = [(0.0, 0.0)] * 2  # seconds, MiB
         while process.poll() is None:
-            samples.append((time.perf_counter() - started, private_mib(process.pid)))
+            samples.append((time.perf_counter() - started, anonymous_mib(process.pid)))
             time.sleep(EVERY_S)
         seconds = time.perf_counter() - started
         told = json.loads(process.communicate()[0].splitlines()[-1])
@@ -103,19 +104,20 @@ def cache_with_models(folder: Path) -> str:
     return str(folder / "cache")
 
 
-def private_mib(pid: int) -> float:
-    """Of a process and all below it: pages that are theirs alone, so that a mapped file does not count."""
-    found = 0
+def anonymous_mib(pid: int) -> float:
+    """Of a process and all below it, pages that no file backs (/proc/PID/smaps_rollup)."""
+    found_kib = 0
     try:
         family = [psutil.Process(pid), *psutil.Process(pid).children(recursive=True)]
     except psutil.NoSuchProcess:
         return 0.0
     for each in family:
         try:
-            found += each.memory_full_info().uss
-        except psutil.Error:
+            text = Path(f"/proc/{each.pid}/smaps_rollup").read_text()
+        except OSError:  # it has ended
             continue
-    return found / 2**20
+        found_kib += int(text.partition("Anonymous:")[2].split(maxsplit=1)[0])
+    return found_kib / 2**10
 
 
 if __name__ == "__main__":

@@ -12,7 +12,7 @@ from dataclasses import dataclass
 from functools import cache
 from pathlib import Path
 
-from fasttune import cli, config
+from fasttune import config, options
 
 ROOT = Path(__file__).resolve().parents[1]
 PAGES = sorted(
@@ -77,7 +77,7 @@ def _texts() -> list[tuple[str, str]]:
         for match in USAGE.finditer(head):
             usage = re.sub(r"[\[\]…]", "", match[1]).replace("|", " ").rstrip(".")
             texts.append((_where(path, head, match.start()), usage))
-    texts += [("fasttune --help", line) for line in cli.EXAMPLES.splitlines()[1:]]
+    texts += [("fasttune --help", line) for line in options.EXAMPLES.splitlines()[1:]]
     return texts
 
 

@@ -111,8 +111,7 @@ def test_a_command_of_fasttune(command: Command, here: Path, monkeypatch: pytest
     if name == "completion":
         assert cli.main([name, *arguments]) == 0
         return
-    function = {"eval": "evaluate"}.get(name, name)
-    real, told = getattr(cli, function), []
+    real, told = cli.COMMANDS[name], []
 
     def read_and_run(options: argparse.Namespace) -> Any:
         told.append(options)
@@ -123,7 +122,7 @@ def test_a_command_of_fasttune(command: Command, here: Path, monkeypatch: pytest
         make_small(options)
         return real(options)
 
-    monkeypatch.setattr(cli, function, read_and_run)
+    monkeypatch.setitem(cli.COMMANDS, name, read_and_run)
     monkeypatch.setattr(sys, "stdin", io.StringIO("What is 1 + 1?\n/exit\n"))
     assert cli.main([name, *arguments]) == 0
     assert told
