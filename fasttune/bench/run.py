@@ -147,8 +147,9 @@ def revision() -> str:
 def share(config: Config, shared: Path, steps: int) -> dict[str, Any]:
     """What all arms start from, made once in a process of its own."""
     evaluation = {"every": "never", "problems": 0, "keep_best": False}
-    nothing = {"samples": 0, "eval": evaluation, "output_dir": None}
-    job = configuration.changed(config, train={"max_steps": steps}, data={"eval": None}, **nothing)
+    nothing: dict[str, Any] = {"samples": 0, "eval": evaluation, "output_dir": None}
+    nothing["data"] = {"eval": None, "eval_split": "test"}
+    job = configuration.changed(config, train={"max_steps": steps}, **nothing)
     only = configuration.dump(job, exclude_unset=True)  # what was not written may be fitted to the model
     (shared / "job.yaml").write_text(only, encoding="utf-8")
     facts = fresh_process("share", shared, steps)
