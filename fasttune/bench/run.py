@@ -64,6 +64,11 @@ def checked_arms(config: Config, arms: str | None, repeats: int, steps: int | No
             f"bench: {', '.join(plain)} train 16-bit weights, which is other work than model.quantization=nf4; add "
             "model.quantization=none, or --arms fasttune,unsloth-notebook"
         )
+    if config.data.layout == "concat" and not config.data.cross_document and names != ["fasttune"]:
+        raise FasttuneError(
+            "bench: data.cross_document=false makes several rows of a sequence, which other arms cannot take as one; "
+            "add data.cross_document=true, or --arms fasttune"
+        )
     prepare.check_sources_and_model(config)
     return names
 

@@ -20,6 +20,7 @@ import numpy as np
 from fasttune.data import arithmetic
 from fasttune.data.formats import Row
 from fasttune.errors import DataError
+from fasttune.settings import TOKENS
 
 BUILTIN = "builtin:arithmetic"
 BUILTIN_ROWS: dict[arithmetic.Part, int] = {"train": 2000, "test": 40}
@@ -149,6 +150,16 @@ def holds_text(source: str) -> bool:
     several = os.path.isdir(os.path.expanduser(source)) or is_pattern(source)
     names = [path.name for path in files.several(source)[0]] if several else [source]
     return any(files.kind(name) == "text" for name in names)
+
+
+def check_asks(source: str, option: str) -> None:
+    """Raise DataError for what holds text or tokens alone, where questions are wanted."""
+    if source.endswith(TOKENS) or holds_text(source):
+        what = "tokens" if source.endswith(TOKENS) else "plain text"
+        raise DataError(
+            f"{option}: {source} holds {what}, no questions: name rows with a question, e.g. JSONL; the loss on a text "
+            "is measured by `fasttune train` (data.eval or data.eval_share)"
+        )
 
 
 def not_read(source: str) -> list[str]:
