@@ -51,6 +51,7 @@ def _plain_number(value: Any) -> Any:
 
 Beta = Annotated[float, Field(ge=0, lt=1), BeforeValidator(_plain_number)]
 Weight = Annotated[float, Field(gt=0, le=1000), BeforeValidator(_plain_number)]
+TokenText = Annotated[str, Field(max_length=200, pattern=r"\S")]
 PathText = Annotated[str, AfterValidator(system.path_text)]
 
 
@@ -97,6 +98,9 @@ class ModelConfig(Section):
         "auto", "of weights and arithmetic; weights that are trained in full: fp32 where they fit"
     )
     quantization: Literal["none", "nf4"] = setting("none", "nf4: the base weights in 4 bits, below an adapter")
+    added_tokens: list[TokenText] = Field(
+        default_factory=list, description="texts that become a token each, where embeddings are trained"
+    )
     trust_remote_code: bool = setting(
         False, "runs code that comes with the model, if you read it; only on the command line"
     )

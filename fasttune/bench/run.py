@@ -57,6 +57,8 @@ def checked_arms(config: Config, arms: str | None, repeats: int, steps: int | No
             raise FasttuneError(f"bench: lora.{setting} is of one arm only, so losses differ; add lora.{setting}=null")
     if config.lora.train_embeddings:
         raise FasttuneError("bench: lora.train_embeddings is of one arm only; add lora.train_embeddings=false")
+    if config.model.added_tokens:
+        raise FasttuneError("bench: model.added_tokens is of one arm only; add model.added_tokens=[]")
     if (init := config.lora.init) != "default":
         raise FasttuneError(f"bench: lora.init={init} is of one arm only, so losses differ; add lora.init=default")
     if config.model.quantization != "none" and (plain := [name for name in names if name in PLAIN]):

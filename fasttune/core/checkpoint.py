@@ -56,6 +56,7 @@ ADDED = {
     "lora.plus_ratio": "None",
     "lora.refactor_every": "None",
     "lora.train_embeddings": "False",
+    "model.added_tokens": "[]",
     "train.betas": "[0.9, 0.999]",
     "train.decay_ratio": "None",
     "train.early_stopping_patience": "None",
