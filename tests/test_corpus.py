@@ -110,7 +110,11 @@ def test_splits_are_of_the_document_whoever_makes_them(
 
 
 def test_documents_of_one_token_leave_no_step_without_a_loss(
-    unsloth: None, tmp_path: Path, cache: Path, monkeypatch: pytest.MonkeyPatch
+    unsloth: None,
+    tmp_path: Path,
+    cache: Path,
+    monkeypatch: pytest.MonkeyPatch,
+    capsys: pytest.CaptureFixture[str],
 ) -> None:
     """Ten of two tokens among ninety of one: a step of four sequences of eight would mostly have none of them."""
     from fasttune.core import train
@@ -126,6 +130,14 @@ def test_documents_of_one_token_leave_no_step_without_a_loss(
     assert result.status == "completed" and len(steps) == 4
     assert min(step["loss_tokens"] for step in steps) > 0 and min(step["loss"] for step in steps) > 1
     (told,) = [each.value for each in result.settings if each.name == "data" and "ones.bin" in each.value]
+    Path("c.yaml").write_text(
+        "model: {name: builtin:tiny, max_length: 8}\ndata: {train: ones.bin, layout: concat}\neval: {every: never}\n"
+    )
+    capsys.readouterr()
+    assert cli.main(["data", "c.yaml", "--json"]) == 0
+    figures = json.loads(capsys.readouterr().out)
+    assert figures["rows"] == figures["data_sets"][0]["rows_kept"] == 10 and figures["tokens"] == 20
+    assert sum(figures["data_sets"][0]["rows_dropped"].values()) == 90 and figures["lengths"]["shortest_tokens"] == 2
     assert "10 documents, 20 tokens" in told and "90 dropped: of fewer than two tokens" in told
     crossing = encoded(asked("ones.bin", max_length=8, cross_document=True), _tokens_of(100))
     assert crossing.parts[0].counts["kept"] == 100 and len(crossing.split[0][0]) == 100

@@ -21,6 +21,7 @@ from fasttune.core.memory import Shape
 from fasttune.data import chat, load
 from fasttune.data.batching import Batches
 from fasttune.data.duplicates import Copies
+from fasttune.data.sequences import FEWEST
 from fasttune.data.store import Rows
 from fasttune.data.tokenize import IGNORE, labels
 from fasttune.system import library_log
@@ -173,6 +174,8 @@ def measure(
     dropped = config.data.deduplicate
     sets = [_data_set(part, weight, len(held), copies, dropped) for part, weight, (_, held), copies in parts]
     lengths = np.concatenate([part.lengths for part in data.parts])
+    if data.unit == "documents" and not config.data.cross_document:
+        lengths = lengths[lengths >= FEWEST]  # the others are not kept
     return DataFigures(
         name=config.name,
         model=config.model.name,
@@ -183,7 +186,7 @@ def measure(
         template_changes=changes,
         warnings=warnings,
         data_sets=sets,
-        rows=sum(each.rows_kept for each in sets),
+        rows=len(lengths),
         tokens=sum(each.tokens for each in sets),
         learned_tokens=sum(each.learned_tokens for each in sets),
         rows_per_step=data.batch_rows,
