@@ -77,7 +77,12 @@ class Config(Section):
         return self
 
     def _check_embeddings(self) -> None:
-        lora = self.lora
+        lora, tokens = self.lora, self.model.added_tokens
+        if len(set(tokens)) < len(tokens):
+            raise ValueError("model.added_tokens names a token twice: remove one")
+        if tokens and self.train.method == "lora" and not lora.train_embeddings:
+            fix = "set lora.train_embeddings=true or train.method=full"
+            raise ValueError(f"model.added_tokens would have embeddings that are not trained: {fix}, or remove them")
         if not lora.train_embeddings:
             if self.train.embedding_learning_rate is not None:
                 what = "all weights have one learning rate" if self.train.method == "full" else "none are trained"

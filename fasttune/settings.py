@@ -23,6 +23,7 @@ from fasttune import system
 from fasttune.errors import one_line
 
 FORMATS = tuple("messages conversations question_answer query_response prompt_completion alpaca text".split())
+TOKENS = ".bin"  # Megatron's files of tokens
 DATASET_DICT = "dataset_dict.json"  # in a folder of several splits that save_to_disk of the library datasets wrote
 TRACKERS = ("tensorboard", "wandb", "trackio")
 LOSSES = ("content", "reasoning", "tool_calls", "tools", "tool_turns")  # what a chat template may leave out of a row
@@ -50,6 +51,7 @@ def _plain_number(value: Any) -> Any:
 
 Beta = Annotated[float, Field(ge=0, lt=1), BeforeValidator(_plain_number)]
 Weight = Annotated[float, Field(gt=0, le=1000), BeforeValidator(_plain_number)]
+TokenText = Annotated[str, Field(max_length=200, pattern=r"\S")]
 PathText = Annotated[str, AfterValidator(system.path_text)]
 
 
@@ -96,6 +98,9 @@ class ModelConfig(Section):
         "auto", "of weights and arithmetic; weights that are trained in full: fp32 where they fit"
     )
     quantization: Literal["none", "nf4"] = setting("none", "nf4: the base weights in 4 bits, below an adapter")
+    added_tokens: list[TokenText] = Field(
+        default_factory=list, description="texts that become a token each, where embeddings are trained"
+    )
     trust_remote_code: bool = setting(
         False, "runs code that comes with the model, if you read it; only on the command line"
     )
@@ -200,15 +205,22 @@ class DataConfig(Section):
                 raise ValueError("eval names the rows that are trained on: hold some out with data.eval_share instead")
             if self.split == self.eval_split:
                 raise ValueError(f"eval_split={self.eval_split} is what is trained on: name another split of it")
+        if self.eval_split != "test" and not (self.eval and has_splits(self.eval)):
+            raise ValueError(f"eval_split={self.eval_split} would be ignored: data.eval has no splits; remove it")
         for name in (self.eval or "", *self.sources) if self.layout == "rows" else ():
-            if name.endswith(".bin"):
+            if name.endswith(TOKENS):
                 raise ValueError(f"{name[-100:]} holds documents of any length: set data.layout=concat")
         return self
 
     @model_validator(mode="after")
     def _text(self) -> "DataConfig":
-        if self.chat_template is not None and (self.format == "text" or self.layout == "concat"):
-            raise ValueError("chat_template would be ignored: plain text has no turns; remove it")
+        had = {"train_on": self.train_on == "last", "allow_lost": self.allow_lost, "chat_template": self.chat_template}
+        for name in filter(had.get, had) if self.format == "text" or self.layout == "concat" else ():
+            raise ValueError(f"{name} would be ignored: plain text has no turns; remove it")
+        if self.control_tokens == "text" and all(
+            name.endswith(TOKENS) for name in (*self.sources, self.eval or TOKENS)
+        ):
+            raise ValueError("control_tokens would be ignored: files of tokens hold no text; remove it")
         if self.cross_document and self.layout == "rows":
             raise ValueError("cross_document would be ignored: rows see no other; set data.layout=concat")
         if self.layout == "concat" and "too_long" in self.model_fields_set and self.too_long != "truncate":

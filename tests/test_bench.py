@@ -317,6 +317,7 @@ def test_an_arm_that_counts_padding_is_invalid(
         (["lora.dropout=0.1"], {}, "add lora.dropout=0"),
         (["lora.init=pissa"], {}, "add lora.init=default"),
         (["model.quantization=nf4"], {}, "add model.quantization=none"),
+        (["data.layout=concat", "samples=0", "eval=null"], {}, "add data.cross_document=true, or --arms fasttune"),
         (["data.train=nowhere.jsonl"], {}, "no file nowhere.jsonl"),
     ],
 )

@@ -93,7 +93,7 @@ def test_it_is_refused_where_it_would_be_ignored(tmp_path: Path) -> None:
 
     path = tmp_path / "rows.jsonl"
     path.write_text('{"text": "Plain."}\n')
-    with pytest.raises(DataError, match="all rows are plain text"):
+    with pytest.raises(ConfigError, match="plain text has no turns"):
         prepare.check_sources_and_model(config.parse({**tree, "data": tree["data"] | {"train": str(path)}}))
 
 

@@ -60,7 +60,7 @@ def test_tokens_on_disk_train_as_their_text_does(
     with pytest.raises(DataError, match=r"holds tokens already, data.tokenization=stochastok needs text"):
         encoded(asked("tokens.bin", tokenization="stochastok"), tiny_tokenizer)
     with pytest.raises(DataError, match=r"holds the token id \d+, the tokenizer of the model has 40 tokens"):
-        corpus.tokenized("tokens.bin", 40, None, lambda share: None)
+        corpus.tokenized("tokens.bin", 40, None, True, lambda share: None)
     for setting, why in (("data.redraw=true", "hold one draw"), (f"data.train={{{source}: 2}}", "has the weight 2")):
         assert cli.main(["tokenize", "c.yaml", "--out", "other", setting, "data.layout=concat"]) == 2
         assert why in capsys.readouterr().err
@@ -107,6 +107,121 @@ def test_splits_are_of_the_document_whoever_makes_them(
     ((_, measured),) = held_out.items()
     whole = {tuple(plain.row(int(at))[0].tolist()) for at in alone.split[0][1]}
     assert {tuple(ids.tolist()) for ids, _ in measured} & whole, "held-out documents, as the tokenizer makes them"
+
+
+def test_documents_of_one_token_leave_no_step_without_a_loss(
+    unsloth: None,
+    tmp_path: Path,
+    cache: Path,
+    monkeypatch: pytest.MonkeyPatch,
+    capsys: pytest.CaptureFixture[str],
+) -> None:
+    """Ten of two tokens among ninety of one: a step of four sequences of eight would mostly have none of them."""
+    from fasttune.core import train
+
+    monkeypatch.chdir(tmp_path)
+    lengths = np.where(np.arange(100) % 10 == 9, 2, 1)
+    with megatron.Writer("ones", 100) as file:
+        file.add_many(np.arange(lengths.sum()) % 90 + 3, lengths)
+    tree = {"train": {"batch_rows": 1, "max_steps": 4}, "output_dir": "run", "eval": {"rows": 2}}
+    asked_for = asked("ones.bin", max_length=8, tree=tree, eval_share=0.2)
+    result = train.run(asked_for, terminal.Reporter(quiet=True))
+    steps = [json.loads(line) for line in Path("run/metrics.jsonl").read_text().splitlines()]
+    assert result.status == "completed" and len(steps) == 4
+    assert min(step["loss_tokens"] for step in steps) > 0 and min(step["loss"] for step in steps) > 1
+    (told,) = [each.value for each in result.settings if each.name == "data" and "ones.bin" in each.value]
+    Path("c.yaml").write_text(
+        "model: {name: builtin:tiny, max_length: 8}\ndata: {train: ones.bin, layout: concat}\neval: {every: never}\n"
+    )
+    capsys.readouterr()
+    assert cli.main(["data", "c.yaml", "--json"]) == 0
+    figures = json.loads(capsys.readouterr().out)
+    assert figures["rows"] == figures["data_sets"][0]["rows_kept"] == 10 and figures["tokens"] == 20
+    assert sum(figures["data_sets"][0]["rows_dropped"].values()) == 90 and figures["lengths"]["shortest_tokens"] == 2
+    assert "10 documents, 20 tokens" in told and "90 dropped: of fewer than two tokens" in told
+    crossing = encoded(asked("ones.bin", max_length=8, cross_document=True), _tokens_of(100))
+    assert crossing.parts[0].counts["kept"] == 100 and len(crossing.split[0][0]) == 100
+
+
+def _tokens_of(count: int) -> Any:
+    """What is asked of a tokenizer where the files hold tokens."""
+    return type("Tokens", (), {"__len__": lambda self: count, "pad_token_id": 0})()
+
+
+def test_a_file_of_tokens_is_read_once(tmp_path: Path, cache: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.chdir(tmp_path)
+    with megatron.Writer("some", 100) as file:
+        file.add_many(np.arange(90), np.full(9, 10))
+    first = encoded(asked("some.bin"), _tokens_of(100)).parts[0].checksum
+    read, plain = list[int](), np.memmap.__getitem__
+
+    def counting(self: Any, at: Any) -> Any:
+        found = plain(self, at)
+        read.append(found.nbytes if self.dtype == "<u2" else 0)
+        return found
+
+    monkeypatch.setattr(np.memmap, "__getitem__", counting)
+    assert encoded(asked("some.bin"), _tokens_of(100)).parts[0].checksum == first
+    assert 180 <= sum(read) < 200
+    monkeypatch.undo()
+    monkeypatch.chdir(tmp_path)
+    Path("some.bin").write_bytes(Path("some.bin").read_bytes()[:-2] + b"\x01\x00")
+    assert encoded(asked("some.bin"), _tokens_of(100)).parts[0].checksum != first
+    assert encoded(asked("some.bin", max_rows=8), _tokens_of(89)).parts[0].counts["tokens"] == 80
+
+
+def test_of_a_corpus_that_is_split_only_held_out_documents_are_tokenised_again(
+    tmp_path: Path, cache: Path, merging: Any, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    source = write(tmp_path / "a.jsonl", 80, 1)
+    settings = asked({source: 1.0}, eval_share=0.1, tokenization="stochastok", tree={"eval": {"rows": 1000}})
+    made, texts = encoded(settings, merging), list[int]()
+    encode = store.Encoder.encode
+
+    def counting(self: Any, chunk: Any) -> Any:
+        block = encode(self, chunk)
+        texts.extend(block.numbers.tolist())
+        return block
+
+    monkeypatch.setattr(store.Encoder, "encode", counting)
+    found, _ = load.held_out(settings, merging, made, lambda what, share: None)
+    assert texts == made.parts[0].numbers[made.split[0][1]].tolist() and len(texts) == 8
+    monkeypatch.setattr(store.Encoder, "encode", encode)
+    plain = encoded(asked(source), merging).parts[0]
+    whole = np.concatenate([plain.row(number - 1)[0] for number in texts])
+    rows = found[source]
+    assert sum(len(ids) - 1 for ids, _ in rows) == len(whole) - 8, "each token once, but a document's first"
+    assert set(np.concatenate([ids for ids, _ in rows]).tolist()) == set(whole.tolist())
+
+
+@pytest.mark.parametrize("changed", ["affixes", "cross_document"])
+def test_another_corpus_is_not_resumed(
+    unsloth: None,
+    tmp_path: Path,
+    cache: Path,
+    monkeypatch: pytest.MonkeyPatch,
+    capsys: pytest.CaptureFixture[str],
+    changed: str,
+) -> None:
+    """By the command. A token of this model is a byte, so the tokens are the same with any affixes."""
+    monkeypatch.chdir(tmp_path)
+    write(tmp_path / "a.jsonl", 40, 4)
+    Path("affixes.txt").write_text("mag-\n-an\n")
+    Path("c.yaml").write_text(
+        "model: {name: builtin:tiny, max_length: 32}\noutput_dir: run\ntrain: {batch_rows: 2, max_steps: 3}\n"
+        "data: {train: a.jsonl, layout: concat, tokenization: patok, affixes: affixes.txt}\n"
+    )
+    assert cli.main(["train", "c.yaml", "checkpoint.max_hours=0.000001"]) == 143
+    assert json.loads(Path("run/run.json").read_text())["status"] == "interrupted"
+    if changed == "affixes":
+        Path("affixes.txt").write_text("mag-\n-in\n")
+    capsys.readouterr()
+    other = ["data.cross_document=true"] if changed == "cross_document" else []
+    assert cli.main(["train", "c.yaml", "--resume", "run", *other]) == 2
+    (told,) = [line for line in capsys.readouterr().err.splitlines() if "belongs to another run" in line]
+    assert (f"{changed} sha256" if changed == "affixes" else "cross_document=False") in told and "Set that back" in told
+    Path("affixes.txt").write_text("mag-\n-an\n")
+    assert cli.main(["train", "c.yaml", "--resume", "run"]) == 0
 
 
 def test_each_source_has_its_figures(unsloth: None, tmp_path: Path, cache: Path) -> None:

@@ -312,6 +312,19 @@ def test_bad_rows_are_told_in_one_line(tmp_path: Path, rows: list[dict[str, Any]
     assert "\n" not in str(caught.value) and "rows.jsonl" in str(caught.value)
 
 
+@pytest.mark.parametrize(("name", "holds"), [("a.txt", "plain text"), ("", "plain text"), ("a.bin", "tokens")])
+def test_a_corpus_asks_nothing(tmp_path: Path, name: str, holds: str) -> None:
+    from fasttune.tools import questions
+
+    for file in ("a.txt", "a.bin", "a.idx"):
+        (tmp_path / file).write_text("isa\n")
+    source = str(tmp_path / name)
+    with pytest.raises(DataError, match=rf"--data: \S+ holds {holds}, no questions: name rows .* the loss on a text"):
+        tasks.of_rows(source)
+    with pytest.raises(DataError, match=rf"--file: \S+ holds {holds}, no questions"):
+        list(questions.read(source, {}, None, "train", {}))
+
+
 @pytest.mark.parametrize(
     ("arguments", "said"),
     [

@@ -60,7 +60,9 @@ def encoded(lengths: list[int], **options: Any) -> Batches:
         supervised=np.concatenate(learned),
         starts=np.concatenate([[0], np.cumsum(lengths)]),
         numbers=np.arange(1, len(lengths) + 1),
-        counts=Counter(rows=len(lengths), tokens=sum(lengths), supervised=sum(int(mask.sum()) for mask in learned)),
+        counts=Counter(
+            rows=len(lengths), kept=len(lengths), tokens=sum(lengths), supervised=int(np.concatenate(learned).sum())
+        ),
     )
     chosen = {"batch_rows": 4, "micro_rows": 4, "max_length": 8, "eval_share": 0.0} | options
     return Batches([rows], [1.0], seed=0, packed=True, pad_id=0, **chosen)  # type: ignore[arg-type]

@@ -107,7 +107,7 @@ def test_any_documents_come_back(
         for found in (theirs, read(folder / "ours")):
             assert [found.tokens(at).tolist() for at in range(len(found))] == whole
             assert found.lengths.tolist() == list(map(len, whole)) and found.starts.dtype == np.int64
-            assert found.largest_id(shares.append) == max(ids.tolist(), default=-1)
+            assert found.scan(progress=shares.append)[0] == max(ids.tolist(), default=-1)
         assert theirs.ids.dtype == ids.dtype and (not len(ids) or shares[-1] == 1.0)
 
 
@@ -122,7 +122,7 @@ def test_a_document_is_a_view_and_any_name_of_the_pair_opens_it(tmp_path: Path) 
 @pytest.mark.parametrize(("vocab_size", "dtype"), [(65_499, np.uint16), (65_500, np.int32), (200_000, np.int32)])
 def test_ids_take_two_bytes_where_they_fit(tmp_path: Path, vocab_size: int, dtype: type) -> None:
     found = read(write(tmp_path / "tl", [[vocab_size - 1, 0]], vocab_size))
-    assert found.ids.dtype == dtype and found.largest_id() == vocab_size - 1
+    assert found.ids.dtype == dtype and found.scan()[0] == vocab_size - 1
 
 
 def test_what_cannot_be_an_id_is_our_mistake(tmp_path: Path) -> None:
@@ -218,7 +218,7 @@ def test_a_negative_id_is_found_where_it_is(tmp_path: Path, monkeypatch: pytest.
     monkeypatch.setattr(megatron, "BLOCK", 2)
     found = read(by_hand(tmp_path / "tl", np.array([1, 2, 3, -4], np.int32), [4], [0, 1]))
     with pytest.raises(DataError, match=r"tl\.bin: token 3 is -4, which is no id"):
-        found.largest_id()
+        found.scan()
 
 
 def test_nothing_is_written_over_and_an_error_leaves_nothing(tmp_path: Path) -> None:

@@ -109,6 +109,10 @@ def test_a_folder_and_a_pattern_are_read_file_by_file(tmp_path: Path, cache: Pat
         ({"tokenization": "stochastok", "affixes": "filipino"}, "affixes would be ignored by data.tokenization=stoch"),
         ({"tokenization": "patok"}, "patok needs affixes"),
         ({"tokenization": "stochastok", "redraw": True}, "redraw needs data.layout=concat"),
+        ({"layout": "concat", "train_on": "last"}, "train_on would be ignored: plain text has no turns"),
+        ({"format": "text", "allow_lost": ["tools"]}, "allow_lost would be ignored: plain text has no turns"),
+        ({"train": "a.bin", "layout": "concat", "control_tokens": "text"}, "control_tokens would be ignored"),
+        ({"eval": "b.txt", "eval_split": "validation"}, "eval_split=validation would be ignored"),
         ({"layout": "concat", "eval_share": 0.1, "samples": 1}, "no problem to answer in data.layout=concat"),
     ],
 )
@@ -116,6 +120,18 @@ def test_what_would_be_ignored_is_refused(data: dict[str, Any], told: str) -> No
     samples = {"samples": data.pop("samples", 0)}
     with pytest.raises(ConfigError, match=told):
         config.parse({"model": {"name": "builtin:tiny"}, "data": {"train": "a.txt"} | data} | samples)
+
+
+def test_what_would_be_ignored_is_refused_where_the_rows_say_that_they_are_text(tmp_path: Path) -> None:
+    from fasttune.core import prepare
+
+    path = tmp_path / "rows.jsonl"
+    path.write_text('{"text": "isa"}\n')
+    tree = {"model": {"name": "builtin:tiny"}, "data": {"train": str(path), "train_on": "last"}}
+    with pytest.raises(ConfigError, match="train_on would be ignored"):
+        prepare.check_sources_and_model(config.parse(tree))
+    path.write_text('{"question": "isa?", "answer": "dalawa"}\n')
+    prepare.check_sources_and_model(config.parse(tree))
 
 
 class Ended(BaseException):
@@ -158,6 +174,29 @@ def test_a_folder_with_a_link_back_to_itself_is_read_once(tmp_path: Path) -> Non
     (tmp_path / "inner" / "loop").symlink_to("..")
     (tmp_path / "inner" / "again").symlink_to("../inner")
     assert files.several(str(tmp_path))[0] == [tmp_path / "inner" / "a.txt"]
+    assert sources.not_read(str(tmp_path)) == ["again (a link)", "loop (a link)"]
+
+
+def test_a_pattern_reads_each_file_once_and_follows_no_loop(tmp_path: Path) -> None:
+    """glob follows each of the links at each level: 3 ** 40 names."""
+    folder = tmp_path / "texts"
+    (folder / "inner").mkdir(parents=True)
+    for name in ("a.txt", "inner/b.txt", "inner/notes.md"):
+        (folder / name).write_text("isa\n")
+    for name, target in (("inner/one", ".."), ("inner/two", ".."), ("inner/three", "../inner"), ("b.txt", "a.txt")):
+        (folder / name).symlink_to(target)
+    (folder / "gone.txt").symlink_to("nothing.txt")
+    both = [folder / "a.txt", folder / "inner" / "b.txt"]
+    for pattern, read, left in (
+        ("**/*.txt", both, ["b.txt", "gone.txt", "one", "three", "two"]),
+        ("**", both, ["b.txt", "gone.txt", "notes.md", "one", "three", "two"]),
+        ("*.txt", both[:1], ["b.txt", "gone.txt"]),
+        ("*/*.txt", both[1:], []),
+        ("b*.txt", [folder / "b.txt"], []),
+    ):
+        assert files.several(f"{folder}/{pattern}")[0] == read, pattern
+        assert [name.removesuffix(" (a link)") for name in sorted(sources.not_read(f"{folder}/{pattern}"))] == left
+    assert [text for _, text in documents(f"{folder}/**/*.txt", "line")] == ["isa", "isa"]
 
 
 def test_a_file_under_another_ending_is_another_source_to_the_cache(tmp_path: Path) -> None:

@@ -57,12 +57,19 @@ def checked_arms(config: Config, arms: str | None, repeats: int, steps: int | No
             raise FasttuneError(f"bench: lora.{setting} is of one arm only, so losses differ; add lora.{setting}=null")
     if config.lora.train_embeddings:
         raise FasttuneError("bench: lora.train_embeddings is of one arm only; add lora.train_embeddings=false")
+    if config.model.added_tokens:
+        raise FasttuneError("bench: model.added_tokens is of one arm only; add model.added_tokens=[]")
     if (init := config.lora.init) != "default":
         raise FasttuneError(f"bench: lora.init={init} is of one arm only, so losses differ; add lora.init=default")
     if config.model.quantization != "none" and (plain := [name for name in names if name in PLAIN]):
         raise FasttuneError(
             f"bench: {', '.join(plain)} train 16-bit weights, which is other work than model.quantization=nf4; add "
             "model.quantization=none, or --arms fasttune,unsloth-notebook"
+        )
+    if config.data.layout == "concat" and not config.data.cross_document and names != ["fasttune"]:
+        raise FasttuneError(
+            "bench: data.cross_document=false makes several rows of a sequence, which other arms cannot take as one; "
+            "add data.cross_document=true, or --arms fasttune"
         )
     prepare.check_sources_and_model(config)
     return names
@@ -148,8 +155,9 @@ def revision() -> str:
 def share(config: Config, shared: Path, steps: int) -> dict[str, Any]:
     """What all arms start from, made once in a process of its own."""
     evaluation = {"every": "never", "problems": 0, "keep_best": False}
-    nothing = {"samples": 0, "eval": evaluation, "output_dir": None}
-    job = configuration.changed(config, train={"max_steps": steps}, data={"eval": None}, **nothing)
+    nothing: dict[str, Any] = {"samples": 0, "eval": evaluation, "output_dir": None}
+    nothing["data"] = {"eval": None, "eval_split": "test"}
+    job = configuration.changed(config, train={"max_steps": steps}, **nothing)
     only = configuration.dump(job, exclude_unset=True)  # what was not written may be fitted to the model
     (shared / "job.yaml").write_text(only, encoding="utf-8")
     facts = fresh_process("share", shared, steps)

@@ -18,6 +18,7 @@ import shutil
 import tempfile
 import time
 from contextlib import suppress
+from dataclasses import asdict
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -25,6 +26,7 @@ from fasttune import system
 from fasttune.settings import RESIDUAL
 
 if TYPE_CHECKING:
+    from fasttune.config import Config
     from fasttune.core.evaluation import Validator
     from fasttune.core.prepare import Job
     from fasttune.core.run_folder import Journal
@@ -54,6 +56,7 @@ ADDED = {
     "lora.plus_ratio": "None",
     "lora.refactor_every": "None",
     "lora.train_embeddings": "False",
+    "model.added_tokens": "[]",
     "train.betas": "[0.9, 0.999]",
     "train.decay_ratio": "None",
     "train.early_stopping_patience": "None",
@@ -168,6 +171,8 @@ def identity(job: "Job") -> dict[str, str]:
         found[f"rows of data set {number}"] = f"{len(rows)} rows × {weight:g} ({rows.checksum})"
     if (data := job.config.data).layout == "concat":
         found["data.layout"] = f"concat, cross_document={data.cross_document}, redraw={data.redraw}"
+    if data.tokenization != "vanilla":
+        found["data.tokenization"] = _tokenization(job.config)
     found["weights of the base model"] = job.base_weights
     if job.config.lora.init in RESIDUAL:  # not the residual weights: their last bits differ by machine
         found["start of the adapter"] = what_ran.fingerprint(trained(job.model).values(), None)
@@ -181,6 +186,16 @@ def _template(given: str | None) -> str:
     from fasttune.data import chat_templates
 
     return f"sha256 {hashlib.sha256(chat_templates.read(given).encode()).hexdigest()[:16]}"
+
+
+def _tokenization(config: "Config") -> str:
+    """As `_template`, of how tokens are split."""
+    from fasttune.data import corpus
+
+    told = asdict(corpus.splitting(config))
+    if affixes := told.pop("affixes"):
+        told["affixes"] = f"sha256 {hashlib.sha256(repr(affixes).encode()).hexdigest()[:16]}"
+    return ", ".join(f"{name} {value}" for name, value in told.items())
 
 
 def trained(model: Any) -> Tensors:

@@ -1,4 +1,5 @@
-"""Embeddings and head that are trained beside an adapter, all of their weights (lora.train_embeddings).
+"""Embeddings and head that are trained beside an adapter, all of their weights (lora.train_embeddings), and rows of
+both for tokens that are added (model.added_tokens).
 
 PEFT puts a copy that is trained beside each of the two, which stay frozen (modules_to_save), and Unsloth trains those.
 Where the head is the embedding (tied) the copy is one tensor too, so what is saved fits the tied model.
@@ -15,7 +16,9 @@ from typing import Any
 
 import torch
 
+from fasttune.core import pretrained
 from fasttune.errors import ModelError
+from fasttune.settings import ModelConfig
 
 WEIGHT = ".modules_to_save.default.weight"
 
@@ -38,6 +41,25 @@ def trained_too(get_peft_model: Callable[..., Any]) -> Callable[..., Any]:
         return model
 
     return made
+
+
+def add_tokens(model: Any, tokenizer: Any, config: ModelConfig) -> None:
+    """model.added_tokens for both. What embeds one, and what predicts it in a head that is not tied, begins as the mean
+    of all before it: so none is likelier at first than the others are on average. Raises ModelError.
+
+    Source: https://nlp.stanford.edu/~johnhew/vocab-expansion.html
+    """
+    pretrained.add_tokens(tokenizer, config)
+    ids = tokenizer.convert_tokens_to_ids(config.added_tokens)
+    if ids != pretrained.read_tokenizer(config).convert_tokens_to_ids(config.added_tokens):
+        fix = "save the tokenizer with a padding token first"
+        raise ModelError(f"model.added_tokens: Unsloth gives this model a token of its own, so ids are shifted: {fix}")
+    if max(ids) >= len(model.get_input_embeddings().weight):  # some models have rows to spare
+        model.resize_token_embeddings(max(ids) + 1, mean_resizing=False)
+    ends = [end for end in (model.get_input_embeddings(), model.get_output_embeddings()) if end is not None]
+    with torch.no_grad():
+        for weight in {id(end.weight): end.weight for end in ends}.values():
+            weight[ids] = weight[: min(ids)].mean(0, dtype=torch.float32).to(weight.dtype)
 
 
 def parameters(model: Any) -> Iterator[torch.nn.Parameter]:

@@ -73,6 +73,10 @@ def load(
             random_state=seed,
         )
         tokenizer("x")  # some are read and break at the first text
+    if config.added_tokens:
+        from fasttune.core import embeddings
+
+        embeddings.add_tokens(model, tokenizer, config)
     quantized = bool(getattr(model, "is_loaded_in_4bit", False))
     if quantized != (config.quantization == "nf4"):
         raise ModelError(
@@ -93,9 +97,12 @@ def add_lora(model: Any, config: LoraConfig, gradient_checkpointing: str, seed: 
 
     start: the adapter that the base weights were split by (RESIDUAL); computed again, it would differ by machine.
     """
-    layers = {name.rsplit(".", 1)[-1] for name, module in model.named_modules() if isinstance(module, torch.nn.Linear)}
-    if missing := [target for target in config.targets if target not in layers]:
-        raise ModelError(f"lora.targets: this model has no {', '.join(missing)}; it has {', '.join(sorted(layers))}")
+    named = model.named_modules()
+    layers = {module: name.rsplit(".", 1)[-1] for name, module in named if isinstance(module, torch.nn.Linear)}
+    if missing := [target for target in config.targets if target not in layers.values()]:
+        layers.pop(model.get_output_embeddings(), None)  # which can have one, but hardly ever should
+        has = f"it has {', '.join(sorted({*layers.values()}))}: set lora.targets to some of these"
+        raise ModelError(f"lora.targets: this model has no {', '.join(missing)}; {has}")
     get_peft_model = FastLanguageModel.get_peft_model
     if config.train_embeddings:
         from fasttune.core import embeddings
@@ -132,7 +139,8 @@ def save(
     """
     with tempfile.TemporaryDirectory(dir=folder.parent, prefix=f".{folder.name}-", ignore_cleanup_errors=True) as temp:
         made = Path(temp) / "made"
-        extra = {"path_initial_model_for_weight_conversion": str(initial_adapter)} if initial_adapter else {}
+        extra: Any = {"path_initial_model_for_weight_conversion": str(initial_adapter)} if initial_adapter else {}
+        extra |= {} if dtype else {"save_embedding_layers": False}  # those that are trained are saved in any case
         with warnings.catch_warnings():
             warnings.filterwarnings("ignore", ".* changes the base weights")  # the conversion undoes just that
             model.save_pretrained(made, **extra, **({"state_dict": _weights_in(model, dtype)} if dtype else {}))

@@ -79,11 +79,11 @@ def check_sources_and_model(config: Config) -> None:
     if config.data.documents and not any(map(sources.holds_text, splits)):
         what = f"data.documents={config.data.documents} would be ignored"
         raise DataError(f"{what}: no source holds a .txt file, rows of other files are documents already; remove it")
+    if forms == {"text"}:
+        configuration.changed(config, data={"format": "text"})  # refuses what is of turns
     if config.data.chat_template is not None:
         from fasttune.data import chat_templates
 
-        if forms == {"text"}:
-            raise DataError("data.chat_template would be ignored: all rows are plain text, without turns; remove it")
         chat_templates.read(config.data.chat_template)
     pretrained.check_name(config.model.name)
 

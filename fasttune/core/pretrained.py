@@ -48,7 +48,7 @@ def read_architecture(config: ModelConfig) -> Any:
     import transformers
 
     if is_builtin(config.name):
-        return transformers.AutoConfig.from_pretrained(source)
+        return _with_rows(transformers.AutoConfig.from_pretrained(source), config)
     from fasttune.core import model_files
 
     with explained(config.name):
@@ -58,7 +58,28 @@ def read_architecture(config: ModelConfig) -> Any:
         )
         found = found.get_text_config()
         model_files.check_architecture(config.name, found)
-    return found
+    return _with_rows(found, config)
+
+
+def _with_rows(architecture: Any, config: ModelConfig) -> Any:
+    """With as many embeddings as model.added_tokens ask for."""
+    if config.added_tokens:
+        architecture.vocab_size = max(architecture.vocab_size, len(read_tokenizer(config)))
+    return architecture
+
+
+def add_tokens(tokenizer: Any, config: ModelConfig) -> None:
+    """Give it model.added_tokens. They are found in a text as it is, also inside of a word, before all else is cut.
+
+    Raises ModelError for one that is a token already.
+    """
+    from tokenizers import AddedToken
+
+    for text in config.added_tokens:
+        known = tokenizer.encode(text, add_special_tokens=False)
+        if len(known) == 1 and known != [tokenizer.unk_token_id]:
+            raise ModelError(f"model.added_tokens: {text[:40]!r} is one token of this model already: remove it")
+    tokenizer.add_tokens([AddedToken(text, normalized=False) for text in config.added_tokens])
 
 
 def read_tokenizer(config: ModelConfig) -> Any:
@@ -71,6 +92,7 @@ def read_tokenizer(config: ModelConfig) -> Any:
             source, revision=config.revision, trust_remote_code=config.trust_remote_code
         )
         tokenizer("x")  # some are read and break at the first text
+    add_tokens(tokenizer, config)
     if not getattr(tokenizer, "is_fast", False):  # it alone can say which characters a token stands for
         raise ModelError(
             f"model.name: {config.name} has no fast tokenizer (tokenizer.json), so labels cannot be placed"

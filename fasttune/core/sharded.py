@@ -125,6 +125,7 @@ def check(config: Config) -> None:
         "model.quantization=none": config.model.quantization != "none",
         "train.optimizer=adamw_torch_fused": config.train.optimizer in EIGHT_BIT,
         "lora.refactor_every=null": adapter and config.lora.refactor_every is not None,
+        "model.added_tokens=[]": bool(config.model.added_tokens),
         "lora.train_embeddings=false": config.lora.train_embeddings,
         "lora.init=default": adapter and config.lora.init in RESIDUAL,
     }

@@ -17,14 +17,13 @@ from fasttune.config import Config
 from fasttune.data import tokenize
 from fasttune.data.arithmetic import Part
 from fasttune.data.batching import Batches
-from fasttune.data.sequences import Sequences, Stream
+from fasttune.data.sequences import FEWEST, Sequences, Stream, predicting
 from fasttune.data.sharing import Encoded
-from fasttune.data.sources import TOKENS
 from fasttune.data.store import Rows
 from fasttune.data.tokenize import Recipe
 from fasttune.errors import DataError
+from fasttune.settings import TOKENS
 
-BLOCK = 1 << 22  # tokens of a checksum at once
 STOCHASTOK_P, EXPAND_SHARE, CONTRACT_SHARE = 0.1, 0.3, 0.3  # github.com/anyasims/stochastok; its Filipino recipe
 
 
@@ -72,22 +71,29 @@ def _or(value: float | None, default: float) -> float:
     return default if value is None else value
 
 
-def tokenized(source: str, vocabulary: int, max_documents: int | None, progress: Callable[[float], None]) -> Rows:
-    """The documents of Megatron's PREFIX.bin and PREFIX.idx. Raises DataError, also for ids beyond the vocabulary."""
+def tokenized(
+    source: str, vocabulary: int, max_documents: int | None, apart: bool, progress: Callable[[float], None]
+) -> Rows:
+    """The documents of Megatron's PREFIX.bin and PREFIX.idx. Raises DataError, also for ids beyond the vocabulary.
+
+    apart: no document sees another, so those of one token are counted as dropped; they stay in what is returned, and
+    sequences.Sequences leaves them out.
+    """
     from fasttune.data import megatron
 
     found = megatron.read(source)
-    if (largest := found.largest_id(progress)) >= vocabulary:
-        told = f"holds the token id {largest:,}, the tokenizer of the model has {vocabulary:,} tokens"
-        raise DataError(f"data: {source} {told}: tokenise the text again, `fasttune tokenize`, or name its model")
     starts = found.starts[: None if max_documents is None else max_documents + 1]
     lengths = np.diff(starts)
-    counts = {"rows": len(lengths), "kept": len(lengths), "tokens": int(starts[-1]), "supervised": int(starts[-1])}
+    largest, checksum = found.scan(int(starts[-1]), zlib.crc32(starts.data), progress)
+    if largest >= vocabulary:
+        told = f"holds the token id {largest:,}, the tokenizer of the model has {vocabulary:,} tokens"
+        raise DataError(f"data: {source} {told}: tokenise the text again, `fasttune tokenize`, or name its model")
+    kept = lengths[lengths >= FEWEST] if apart else lengths
+    counts = Counter(rows=len(lengths), kept=len(kept), tokens=int(kept.sum()), supervised=int(kept.sum()))
+    if few := len(lengths) - len(kept):
+        counts["dropped: of fewer than two tokens, so none predicts another"] = few
     numbers = np.arange(1, len(lengths) + 1)
-    checksum = zlib.crc32(starts.tobytes())
-    for start in range(0, int(starts[-1]), BLOCK):
-        checksum = zlib.crc32(found.ids[start : start + BLOCK].tobytes(), checksum)
-    return Rows(source, found.ids, None, starts, numbers, Counter(counts), f"{checksum:08x}")
+    return Rows(source, found.ids, None, starts, numbers, counts, f"{checksum:08x}")
 
 
 def sequences(config: Config, settings: dict[str, Any], draw: Callable[[int], list[Rows]]) -> Sequences:
@@ -101,7 +107,7 @@ def sequences(config: Config, settings: dict[str, Any], draw: Callable[[int], li
 
 
 def held_out(
-    config: Config, batches: Batches, count: int, encode: Callable[[str, Part], Rows]
+    config: Config, batches: Batches, count: int, encode: Callable[[str, Part, np.ndarray | None], Rows]
 ) -> tuple[dict[str, list[Encoded]], list[str]]:
     """(source → what `count` sequences of held-out documents consist of, evenly spread over all; what to warn of).
 
@@ -109,12 +115,15 @@ def held_out(
     """
     data = config.data
     if data.eval is not None:
-        rows = encode(data.eval, "test")
+        rows = encode(data.eval, "test", None)
         parts = [(rows, np.arange(len(rows)))]
     else:
-        whole = batches.parts if data.tokenization == "vanilla" else [encode(name, "train") for name in data.sources]
-        split = zip(whole, batches.parts, batches.split, strict=True)
-        parts = [(rows, np.flatnonzero(np.isin(rows.numbers, old.numbers[held]))) for rows, old, (_, held) in split]
+        split = zip(batches.parts, batches.split, strict=True)
+        parts = [(rows, held) for rows, (_, held) in split if len(held)]
+        if data.tokenization != "vanilla":  # in training they are whole, as others are: a split depends on its document
+            plain = [encode(rows.source, "train", np.asarray(rows.numbers[held])) for rows, held in parts]
+            parts = [(rows, np.arange(len(rows))) for rows in plain]
+    parts = [(rows, chosen if data.cross_document else predicting(rows, chosen)) for rows, chosen in parts]
     streams = [Stream(rows, chosen, config.model.max_length, data.cross_document) for rows, chosen in parts]
     places = [(stream, number) for stream in streams for number in range(len(stream))]
     count = min(count, len(places))

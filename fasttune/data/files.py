@@ -19,8 +19,9 @@ from urllib.parse import urlsplit
 
 from fasttune import system
 from fasttune.data.formats import Row
-from fasttune.data.sources import TOKENS, Chunk, grouped, is_pattern, not_utf8, parse
+from fasttune.data.sources import Chunk, grouped, is_pattern, not_utf8, parse
 from fasttune.errors import DataError, first_line, kind_and_line
+from fasttune.settings import TOKENS
 
 KINDS = {".jsonl": "jsonl", ".ndjson": "jsonl", ".json": "json", ".csv": "csv", ".txt": "text", ".parquet": "parquet"}
 COMPRESSIONS = {".gz": "gzip", ".zst": "zstd"}
@@ -94,29 +95,58 @@ def _check_no_split(source: str, split: str, what: str) -> None:
 
 
 def several(source: str) -> tuple[list[Path], list[Path]]:
-    """(files of rows, other files) of a folder with all below it, or of a pattern, in the order of their names.
+    """(files of rows, what is left out: other files, and links to what is read) of a folder with all below it, or of a
+    pattern, in the order of their names.
 
     Hidden ones are none of both; of a folder that save_to_disk wrote (saved.py) all are read, and none is here.
     """
     place = os.path.expanduser(source)
-    names = glob.iglob(place, recursive=True) if is_pattern(source) else _below(source, place)
-    found = sorted(Path(name) for name in names if os.path.isfile(name))
-    read = [path for path in found if kind(path.name)]
-    return read, [path for path in found if not kind(path.name)]
+    names = _matching(source, place) if is_pattern(source) else _below(source, place)
+    found = sorted({Path(name) for name in names})
+    real_folders = {folder: os.path.realpath(folder) for folder in {path.parent for path in found}}
+    first = dict[str, Path]()  # real name → the file that is read, before links to it
+    for path in sorted(filter(Path.is_file, found), key=Path.is_symlink):
+        real = os.path.realpath(path) if path.is_symlink() else os.path.join(real_folders[path.parent], path.name)
+        first.setdefault(real, path)
+    read = {path for path in first.values() if kind(path.name)}
+    return [path for path in found if path in read], [path for path in found if path not in read]
 
 
 def _below(source: str, place: str) -> Iterator[str]:
-    """Everything in a folder, through links too, but no folder twice: a link may lead back to where it stands."""
+    """All files in a folder, through links too, and the links to folders that are left out."""
+    for folder, names in _folders(source, place):
+        yield from [folder] if names is None else (os.path.join(folder, name) for name in names)
+
+
+def _folders(source: str, place: str) -> Iterator[tuple[str, list[str] | None]]:
+    """(folder, its files) of all folders below, through links too, but none twice: a link may lead back to where it
+    stands. None in place of the files: a link to a folder that was there before.
+    """
 
     def refuse(error: OSError) -> None:
         raise DataError(f"data: {source}: {error.filename} cannot be read: {error.strerror}") from error
 
     seen = set[str]()
     for folder, inside, names in os.walk(place, followlinks=True, onerror=refuse):
-        real = os.path.realpath(folder)
-        inside[:] = [] if real in seen else sorted(name for name in inside if not name.startswith("."))
-        yield from (os.path.join(folder, name) for name in names if real not in seen and not name.startswith("."))
+        inside[:], names = (sorted(name for name in each if not name.startswith(".")) for each in (inside, names))
+        if (real := os.path.realpath(folder)) not in seen:
+            yield folder, names
+        else:
+            inside.clear()
+            yield from [(folder, None)] * os.path.islink(folder)
         seen.add(real)
+
+
+def _matching(source: str, pattern: str) -> Iterator[str]:
+    """What a pattern names. ** as in _folders: glob would follow a link back to where it stands over and over."""
+    before, stars, after = f"/{pattern}/".partition("/**/")
+    if not stars:
+        yield from (name for name in glob.iglob(pattern) if not os.path.isdir(name))
+        return
+    for place in glob.iglob(before[1:] or ("/" if pattern.startswith("/") else ".")):
+        for folder, names in _folders(source, place):
+            inside = _matching(source, os.path.join(glob.escape(folder), after.rstrip("/") or "*"))
+            yield from [folder] if names is None else inside
 
 
 def kind(source: str) -> str | None:

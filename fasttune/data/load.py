@@ -1,5 +1,6 @@
 """Config and tokenizer → Batches: every data set is recognised, encoded (store.py) and split."""
 
+import zlib
 from collections import Counter
 from collections.abc import Callable, Iterable, Iterator
 from pathlib import Path
@@ -16,6 +17,7 @@ from fasttune.data.formats import Row
 from fasttune.data.sources import Chunk
 from fasttune.data.store import Rows
 from fasttune.errors import DataError
+from fasttune.settings import TOKENS
 
 if TYPE_CHECKING:
     from fasttune.data.duplicates import Copies
@@ -54,8 +56,7 @@ def _check_enough(config: Config, batches: Batches) -> None:
     data, sizes = config.data, batches.sizes
     if not any(sizes) and data.eval_share:
         raise DataError(f"data.eval_share={data.eval_share:g} leaves no row to train on: lower it")
-    alone = data.layout == "concat" and not data.cross_document
-    if not any(sizes) or (alone and all(rows.lengths.max(initial=0) < 2 for rows in batches.parts)):
+    if not any(sizes):
         raise DataError(f"data: no document of {', '.join(data.sources)} has two tokens, so none predicts another")
     if not batches.rows_per_epoch:
         raise DataError("data.train: the weights leave no row to train on: raise them")
@@ -97,10 +98,10 @@ def held_out(
     if config.data.layout == "concat":
         from fasttune.data import corpus
 
-        def encode_whole(source: str, part: Part) -> Rows:
-            return _encode_one(config, source, tokenizer, progress, part, vanilla=True)
+        def encode_plain(source: str, part: Part, only: np.ndarray | None) -> Rows:
+            return _encode_one(config, source, tokenizer, progress, part, vanilla=True, only=only)
 
-        return corpus.held_out(config, batches, count, encode_whole)
+        return corpus.held_out(config, batches, count, encode_plain)
     if config.data.eval is not None:
         most = max(count, config.samples, config.eval.problems)
         if not most:
@@ -165,9 +166,10 @@ def _encode_one(
     max_rows: int | None = None,
     vanilla: bool = False,
     draw: int = 0,
+    only: np.ndarray | None = None,
 ) -> Rows:
     """The rows of a source. vanilla: with their tokens as they are, also where the config splits some at random, which
-    it does anew in each `draw`."""
+    it does anew in each `draw`. only: the numbers of the rows that are wanted, ascending; None: of all."""
     data = config.data
     split = data.split if part == "train" else data.held_out_split
     max_rows = max_rows or data.max_rows
@@ -178,13 +180,16 @@ def _encode_one(
     if recipe is None:
         from fasttune.data import corpus
 
-        rows = corpus.tokenized(source, len(tokenizer), max_rows, lambda share: progress(what, share))
+        apart = not data.cross_document
+        rows = corpus.tokenized(source, len(tokenizer), max_rows, apart, lambda share: progress(what, share))
     else:
         key = f"{sources.fingerprint(source, part, split)} {max_rows} {data.documents}"
+        key += "" if only is None else f" {zlib.crc32(only.tobytes()):08x} of {len(only)}"
 
         def chunks() -> Iterator[Chunk]:
             also = data.columns.values()
-            return sources.read(source, part, split, max_rows, data.streaming, also, data.documents)
+            found = sources.read(source, part, split, max_rows, data.streaming, also, data.documents)
+            return found if only is None else (chunk.only(only) for chunk in found)
 
         rows = store.stored(source, key, recipe, chunks, lambda share: progress(what, share))
         rows.counts.update(f"not read: {name}" for name in sources.not_read(source))
@@ -209,7 +214,7 @@ def _recipe(
 def form_of(config: Config, source: str, split: str | None = None) -> tuple[str, dict[str, str]]:
     """(format, columns to rename) of a source, by its first row. Raises DataError."""
     data = config.data
-    if source.endswith(sources.TOKENS):
+    if source.endswith(TOKENS):
         if data.format not in ("auto", "text"):
             raise DataError(f"data.format={data.format} would be ignored: {source} holds tokens of text; remove it")
         return "text", {}
@@ -273,7 +278,8 @@ def describe(data: Batches) -> list[str]:
     for rows, weight, (_, held_out), copied in zip(data.parts, data.weights, data.split, dropped, strict=True):
         counts, tokens = rows.counts, rows.counts["tokens"]
         each = data.unit.removesuffix("s")
-        parts = [f"{rows.source}: {len(rows):,} {data.unit}, {tokens:,} tokens ({tokens / len(rows):.0f} a {each})"]
+        kept = counts["kept"]
+        parts = [f"{rows.source}: {kept:,} {data.unit}, {tokens:,} tokens ({tokens / max(1, kept):.0f} a {each})"]
         parts[0] += f", {counts['supervised']:,} supervised" if data.unit == "rows" else ""
         parts += [f"{weight:g} × an epoch"] if weight != 1 else []
         parts += [f"{len(copied):,} left out, copies of earlier ones (data.deduplicate)"] if len(copied) else []

@@ -11,6 +11,7 @@ Source: megatron/core/datasets/indexed_dataset.py of megatron-core 0.16.1, which
 import os
 import struct
 import tempfile
+import zlib
 from collections.abc import Callable, Iterator
 from contextlib import ExitStack
 from dataclasses import dataclass
@@ -49,19 +50,22 @@ class Documents:
         """The ids of a document, from 0: a view of the file, not a copy."""
         return self.ids[self.starts[index] : self.starts[index + 1]]
 
-    def largest_id(self, progress: Callable[[float], None] = lambda share: None) -> int:
-        """The largest id of the file, -1 where there is none; reads all of it, a block at a time. `progress` takes the
-        share that is done. Raises DataError for a negative id.
+    def scan(
+        self, tokens: int | None = None, checksum: int = 0, progress: Callable[[float], None] = lambda share: None
+    ) -> tuple[int, int]:
+        """(the largest of the first `tokens` ids, -1 where there is none; their CRC-32, which goes on from `checksum`).
+
+        Reads them once, a block at a time; `progress` takes the share that is done. Raises DataError for a negative id.
         """
-        largest = -1
-        for start in range(0, len(self.ids), BLOCK):
-            block = self.ids[start : start + BLOCK]
+        largest, count = -1, len(self.ids) if tokens is None else tokens
+        for start in range(0, count, BLOCK):
+            block = self.ids[start : min(start + BLOCK, count)]
             if (smallest := int(block.min())) < 0:
                 what = f"token {start + int(block.argmin()):,} is {smallest}, which is no id; make it again"
                 raise DataError(f"data: {self.prefix}.bin: {what}")
-            largest = max(largest, int(block.max()))
-            progress(min(1.0, (start + BLOCK) / len(self.ids)))
-        return largest
+            largest, checksum = max(largest, int(block.max())), zlib.crc32(block.data, checksum)
+            progress(min(1.0, (start + BLOCK) / count))
+        return largest, checksum
 
 
 def read(prefix: str | Path) -> Documents:

@@ -15,7 +15,13 @@ from fasttune.data.batching import Batches
 from fasttune.data.sharing import Encoded
 from fasttune.data.store import Rows
 
+FEWEST = 2  # tokens of a document that sees no other: one alone predicts nothing
 DOCUMENT_STREAM = 2 << 32  # keeps the shuffles of documents apart from the other draws of a seed
+
+
+def predicting(rows: Rows, chosen: np.ndarray) -> np.ndarray:
+    """Those of the chosen documents that have something to predict by themselves."""
+    return chosen[rows.lengths[chosen] >= FEWEST]
 
 
 class Stream:
@@ -68,6 +74,15 @@ class Sequences(Batches):
     cross_document: bool = False
     draws: list[list[Rows]] = field(default_factory=list)
     unit: ClassVar = "documents"
+
+    @cached_property
+    def split(self) -> list[tuple[np.ndarray, np.ndarray]]:
+        """As of Batches, without the documents that would teach nothing: a step of them would have no loss."""
+        whole = super().split
+        if self.cross_document:
+            return whole
+        sets = zip(self.parts, whole, strict=True)
+        return [(predicting(rows, trained), predicting(rows, held)) for rows, (trained, held) in sets]
 
     @cached_property
     def sizes(self) -> list[int]:

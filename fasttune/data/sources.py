@@ -15,13 +15,15 @@ from itertools import islice
 from pathlib import Path
 from typing import Any
 
+import numpy as np
+
 from fasttune.data import arithmetic
 from fasttune.data.formats import Row
 from fasttune.errors import DataError
+from fasttune.settings import TOKENS
 
 BUILTIN = "builtin:arithmetic"
 BUILTIN_ROWS: dict[arithmetic.Part, int] = {"train": 2000, "test": 40}
-TOKENS = ".bin"  # Megatron's, which corpus.py reads
 CHUNK_ROWS = 1000
 INT_DIGITS = 600  # Python reads no longer integers than a limit, which is nowhere below 640
 
@@ -40,6 +42,15 @@ class Chunk:
 
     def __len__(self) -> int:
         return len(self.rows)
+
+    def only(self, numbers: np.ndarray) -> "Chunk":
+        """With nothing in place of the rows that have another number; `numbers`: ascending."""
+        first = self.before + self.first
+        start, end = numbers.searchsorted([first, first + len(self)])
+        rows: list[Any] = [b""] * len(self)
+        for at in (numbers[start:end] - first).tolist():
+            rows[at] = self.rows[at]
+        return replace(self, rows=rows)
 
     def numbered(self) -> Iterator[tuple[int, str, Row]]:
         """(number, place for an error, row) of each row; blank lines are skipped. Raises DataError."""
@@ -141,15 +152,25 @@ def holds_text(source: str) -> bool:
     return any(files.kind(name) == "text" for name in names)
 
 
+def check_asks(source: str, option: str) -> None:
+    """Raise DataError for what holds text or tokens alone, where questions are wanted."""
+    if source.endswith(TOKENS) or holds_text(source):
+        what = "tokens" if source.endswith(TOKENS) else "plain text"
+        raise DataError(
+            f"{option}: {source} holds {what}, no questions: name rows with a question, e.g. JSONL; the loss on a text "
+            "is measured by `fasttune train` (data.eval or data.eval_share)"
+        )
+
+
 def not_read(source: str) -> list[str]:
-    """Names of the files of a folder, or of a pattern, that are of an unknown kind."""
+    """Names of what is left out of a folder, or of a pattern: files of an unknown kind, links to what is read."""
     if "://" in source or not (os.path.isdir(os.path.expanduser(source)) or is_pattern(source)):
         return []
     from fasttune.data import files, saved
 
     if saved.is_saved(Path(os.path.expanduser(source))):
         return []
-    return [path.name for path in files.several(source)[1]]
+    return [f"{path.name} (a link)" if path.is_symlink() else path.name for path in files.several(source)[1]]
 
 
 def grouped(source: str, rows: Iterator[Row], done: Callable[[int], float]) -> Iterator[Chunk]:

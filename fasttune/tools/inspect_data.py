@@ -21,6 +21,7 @@ from fasttune.core.memory import Shape
 from fasttune.data import chat, load
 from fasttune.data.batching import Batches
 from fasttune.data.duplicates import Copies
+from fasttune.data.sequences import FEWEST
 from fasttune.data.store import Rows
 from fasttune.data.tokenize import IGNORE, labels
 from fasttune.system import library_log
@@ -173,6 +174,8 @@ def measure(
     dropped = config.data.deduplicate
     sets = [_data_set(part, weight, len(held), copies, dropped) for part, weight, (_, held), copies in parts]
     lengths = np.concatenate([part.lengths for part in data.parts])
+    if data.unit == "documents" and not config.data.cross_document:
+        lengths = lengths[lengths >= FEWEST]  # the others are not kept
     return DataFigures(
         name=config.name,
         model=config.model.name,
@@ -220,7 +223,7 @@ def _data_set(rows: Rows, weight: float, held_out: int, again: Copies, dropped: 
         source=rows.source,
         weight=weight,
         rows_read=counts["rows"],
-        rows_kept=len(rows),
+        rows_kept=counts["kept"],
         rows_held_out=held_out,
         rows_truncated=counts["truncated"],
         rows_split=counts["split"],

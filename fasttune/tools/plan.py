@@ -25,7 +25,7 @@ from fasttune.errors import ConfigError
 from fasttune.hardware import Hardware
 from fasttune.metrics import Forecast, Roofline, Setting
 from fasttune.report import rate, steps_text, usd
-from fasttune.settings import looks_like_hub
+from fasttune.settings import TOKENS, looks_like_hub
 from fasttune.system import library_log
 from fasttune.tools import estimate, known_models, scaling
 from fasttune.tools.estimate import span
@@ -144,7 +144,7 @@ def _rows_of(source: str, split: str, documents: str | None) -> int:
         from fasttune.data import arrow
 
         return arrow.rows_of(source, split)
-    if source.endswith(sources.TOKENS):
+    if source.endswith(TOKENS):
         from fasttune.data import megatron
 
         return len(megatron.read(source))

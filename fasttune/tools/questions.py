@@ -32,6 +32,7 @@ def read(
     Rows may have any form that can be trained on, answered or not. `columns` as data.columns, where a row has them;
     `system` for rows without a system turn; `split` of a hub set. Raises DataError.
     """
+    sources.check_asks(source, "--file")
     for chunk in sources.read(source, "test", split, also=columns.values()):
         for number, place, row in chunk.numbered():
             row = formats.rename(row, columns, place) if all(name in row for name in columns.values()) else row

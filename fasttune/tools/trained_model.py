@@ -118,7 +118,8 @@ def _run(name: str, folder: Path, trust: bool) -> TrainedModel:
         resume = f"fasttune train --resume {shlex.quote(str(folder))}"
         raise ModelError(f"{name}: this run is {status} and has no {weights.name}/; resume it: {resume}")
     model_files.check_folder(weights)
-    base = {"trust_remote_code": trust} | ({"name": str(weights), "revision": None} if full else {})
+    own: dict[str, Any] = {"trust_remote_code": trust, "added_tokens": []}  # what is saved has them
+    base = own | ({"name": str(weights), "revision": None} if full else {})
     if not full:
         adapter_settings(weights)
     unfinished = f"{name}: this run is {status}, so the weights in {weights.name}/ are not its last ones"

@@ -66,6 +66,7 @@ def score(doc: Row, results: list[str]) -> dict[str, float]:
 
 def read(source: str, split: str, columns: Columns) -> Iterator[tuple[str, Row]]:
     """(place, row) of every row, its columns by our names."""
+    sources.check_asks(source, "--data")
     for chunk in sources.read(source, "test", split, also=(columns or {}).values()):
         for _, place, row in chunk.numbered():
             row = formats.rename(row, formats.applying(columns or {}, row), place)
