@@ -18,9 +18,9 @@ SPINE = [
     "data/tokenize.py",
     "core/model.py",
 ]
-SPINE_LINES, SPINE_CODE_LINES = 1_300, 930
-PACKAGE_LINES, PACKAGE_CODE_LINES = 22_240, 15_980
-RUN_MODULES, RUN_LINES, RUN_CODE_LINES = 54, 9_900, 7_050  # of tests/test_train_command.py
+SPINE_LINES, SPINE_CODE_LINES = 1_300, 932
+PACKAGE_LINES, PACKAGE_CODE_LINES = 22_760, 16_350
+RUN_MODULES, RUN_LINES, RUN_CODE_LINES = 55, 10_400, 7_400  # of tests/test_train_command.py
 KINDS = "COMMENT NL NEWLINE INDENT DEDENT ENDMARKER"
 NOT_TEXT = {getattr(tokenize, kind) for kind in KINDS.split()}
 

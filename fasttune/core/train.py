@@ -71,7 +71,6 @@ def run(
         if not ranks.rank:
             when_ready(job)
         from fasttune.core import evaluation, model as models, trainer as trainers, what_ran  # torch is loaded
-
         identity, found = checkpoint.identity(job), None
         trained = what_ran.fingerprint(ranks.one_by_one(checkpoint.trained(job.model).values()))
         ranks.check_same({**identity, "start of what is trained": trained})
