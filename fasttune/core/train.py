@@ -71,6 +71,7 @@ def run(
         if not ranks.rank:
             when_ready(job)
         from fasttune.core import evaluation, model as models, trainer as trainers, what_ran  # torch is loaded
+
         identity, found = checkpoint.identity(job), None
         trained = what_ran.fingerprint(ranks.one_by_one(checkpoint.trained(job.model).values()))
         ranks.check_same({**identity, "start of what is trained": trained})
@@ -182,9 +183,7 @@ def save(journal: Journal, initial_adapter: Path | None) -> None:
 
 
 def finish(recorder: "StepRecorder", before: list[str], when_saved: Callable[[Path, RunResult], None]) -> RunResult:
-    """run.json and the report, and before them the answers of a run that is completed. A disk that cannot take them
-    makes the run `failed`.
-    """
+    """run.json and the report, before them the answers of a completed run. A full disk makes the run `failed`."""
     from fasttune.core import what_ran
 
     job, journal, samples, match = recorder.job, recorder.journal, list[Sample](), None
