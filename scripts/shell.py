@@ -17,6 +17,8 @@ from fasttune.errors import RunFailed
 ROOT = Path(__file__).resolve().parent.parent
 # Settings of the caller that would bend what is installed; indexes, proxies and certificates stay.
 UNWANTED = ("PYTHONPATH", "PYTHONSTARTUP", "PYTHONHOME", "FORCE_COLOR")
+# Without compiled files every command would compile torch and its like anew, for 16 seconds: verify leaves them.
+UNWANTED += ("PYTHONDONTWRITEBYTECODE", "PYTHONPYCACHEPREFIX")
 UNWANTED += ("UV_CONSTRAINT", "UV_OVERRIDE", "UV_EXCLUDE", "UV_NO_VERIFY_HASHES", "UV_TORCH_BACKEND")
 CLEAN = {"PYTHONSAFEPATH": "1", "PYTHONNOUSERSITE": "1"}  # nothing in the current folder is imported, nor in ~/.local
 # What pip calls it → what uv calls it: https://docs.astral.sh/uv/reference/environment/

@@ -19,6 +19,7 @@ fi
 # Most of the time goes into imports, on one core each: two processes, of one thread each, since threads that wait for each
 # other on a core that another process holds burn most of it.
 export OMP_NUM_THREADS=1
+unset PYTHONDONTWRITEBYTECODE # what a process has compiled serves the next one
 "$bin/python" -m pytest -q -n 2 --dist loadfile </dev/null
 scratch="$(mktemp -d)"
 trap 'rm -rf "$scratch"' EXIT

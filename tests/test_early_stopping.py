@@ -31,9 +31,9 @@ def held_out_losses(monkeypatch: pytest.MonkeyPatch) -> None:
 
     measure = evaluation.Validator.measure
 
-    def scripted(self: Any, step: int) -> Any:
+    def scripted(self: Any, step: int, *progress: Any) -> Any:
         self._sums_of = lambda *_: np.array([[LOSSES[step] * 10, 5.0, 10.0]])
-        return measure(self, step)
+        return measure(self, step, *progress)
 
     monkeypatch.setattr(evaluation.Validator, "measure", scripted)
 

@@ -242,9 +242,9 @@ def test_peak_memory_is_that_of_the_steps(tmp_path: Path, monkeypatch: pytest.Mo
         gpu_memory.takes(10.0 - trainer.state.global_step)
         return step(trainer, *arguments)
 
-    def in_an_evaluation(validator: Any, done: int) -> Any:
+    def in_an_evaluation(validator: Any, done: int, *progress: Any) -> Any:
         gpu_memory.takes(evaluation_gib + done)
-        return measure(validator, done)
+        return measure(validator, done, *progress)
 
     monkeypatch.setattr(MeasuredTrainer, "_micro_step", in_a_step)
     monkeypatch.setattr(Validator, "measure", in_an_evaluation)

@@ -108,9 +108,9 @@ def losses_are(monkeypatch: pytest.MonkeyPatch, curve: dict[int, float]) -> None
 
     measure = evaluation.Validator.measure
 
-    def scripted(self: Any, step: int) -> Any:
+    def scripted(self: Any, step: int, *progress: Any) -> Any:
         self._sums = lambda batch: (curve[step], 1.0, 1)
-        return measure(self, step)
+        return measure(self, step, *progress)
 
     monkeypatch.setattr(evaluation.Validator, "measure", scripted)
 

@@ -140,7 +140,8 @@ def save(
     with tempfile.TemporaryDirectory(dir=folder.parent, prefix=f".{folder.name}-", ignore_cleanup_errors=True) as temp:
         made = Path(temp) / "made"
         extra: Any = {"path_initial_model_for_weight_conversion": str(initial_adapter)} if initial_adapter else {}
-        extra |= {} if dtype else {"save_embedding_layers": False}  # those that are trained are saved in any case
+        if any("modules_to_save" in name for name, _ in model.named_parameters()):  # they are saved in any case
+            extra["save_embedding_layers"] = False
         with warnings.catch_warnings():
             warnings.filterwarnings("ignore", ".* changes the base weights")  # the conversion undoes just that
             model.save_pretrained(made, **extra, **({"state_dict": _weights_in(model, dtype)} if dtype else {}))
