@@ -1,5 +1,6 @@
 """Answers on the tiny model: the same alone and in a batch, gone on with after a kill, with the trained template."""
 
+import contextlib
 import io
 import json
 import os
@@ -171,7 +172,7 @@ def test_lines_of_a_conversation_can_be_edited_and_come_back() -> None:
         nonlocal seen
         while text not in seen:
             seen += os.read(keyboard, 1024)
-        seen = b""
+        seen = seen.partition(text)[2]
 
     for keys, wanted in ((b"2 + 4\x7f3\n", b"'2 + 3'"), (b"\x1b[A\n", b"'2 + 3'"), (b"\x04", b"None")):
         until(b"you: ")
@@ -179,6 +180,24 @@ def test_lines_of_a_conversation_can_be_edited_and_come_back() -> None:
         until(wanted)
     assert process.wait() == 0
     os.close(keyboard)
+
+
+def test_the_clock_of_the_loading_does_not_run_beside_a_conversation(finished_run: Path) -> None:
+    command = [sys.executable, "-m", "fasttune.cli", "generate", str(finished_run), "--chat"]
+    keyboard, terminal = pty.openpty()
+    environment = os.environ | {"TERM": "xterm"}
+    process = subprocess.Popen(command, stdin=terminal, stdout=terminal, stderr=terminal, env=environment)
+    os.close(terminal)
+    os.write(keyboard, b"/exit\n")
+    said = b""
+    with contextlib.suppress(OSError):  # of a terminal that nobody has any more
+        while part := os.read(keyboard, 1024):
+            said += part
+    os.close(keyboard)
+    assert process.wait() == 0, said
+    loading, _, conversation = said.partition(b"you: ")
+    hidden, shown = b"\x1b[?25l", b"\x1b[?25h"  # the cursor
+    assert loading.count(hidden) == loading.count(shown) > 0 and hidden not in conversation
 
 
 @pytest.mark.parametrize(

@@ -68,6 +68,7 @@ def run(options: argparse.Namespace) -> dict[str, Any]:
         sampling = Sampling(options.max_new_tokens, options.temperature, options.seed)
         turns_for = "--chat" if options.chat else "--system" if options.system else None
         speaker = load(trained, dtype, sampling, reporter.note, turns_for)
+        reporter.stop()  # the clock of the loading must not run beside what is typed and answered
         for text in trained.warnings:
             reporter.warn(text)
         done = {"model": options.model, "dtype": dtype, **vars(sampling)}
