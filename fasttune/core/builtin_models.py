@@ -5,9 +5,11 @@ builtin:smollm2-135m     SmolLM2-135M-Instruct, from the weights inside the llm-
 """
 
 import contextlib
+import functools
 import importlib.metadata
 import io
 import logging
+from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
@@ -56,20 +58,33 @@ def make_smollm2(folder: Path) -> None:
     from transformers import AutoModelForCausalLM
 
     source, gguf = smollm2_file()
-    with contextlib.redirect_stderr(io.StringIO()):  # a progress bar that no setting turns off
-        model = AutoModelForCausalLM.from_pretrained(source, gguf_file=gguf, dtype=torch.float32)
+    with read_once():
+        with contextlib.redirect_stderr(io.StringIO()):  # a progress bar that no setting turns off
+            model = AutoModelForCausalLM.from_pretrained(source, gguf_file=gguf, dtype=torch.float32)
+        tokenizer = smollm2_tokenizer(source, gguf)
     # A GGUF model calls itself quantized and would refuse to be saved; its weights are plain by now.
     model.hf_quantizer = None
     model.is_quantized = False
     model.config.quantization_config = None
     del model.config.quantization_config
-    tokenizer = smollm2_tokenizer(source, gguf)
     for config in (model.config, model.generation_config):
         config.bos_token_id = tokenizer.bos_token_id
         config.eos_token_id = tokenizer.eos_token_id  # the conversion says <|im_start|>
         config.pad_token_id = tokenizer.pad_token_id
     model.save_pretrained(folder)
     tokenizer.save_pretrained(folder)
+
+
+@contextlib.contextmanager
+def read_once() -> Iterator[None]:
+    """transformers parses a GGUF file four times for one model, for seconds each: it gets what was parsed before."""
+    import gguf
+
+    reader, gguf.GGUFReader = gguf.GGUFReader, functools.cache(gguf.GGUFReader)
+    try:
+        yield
+    finally:
+        gguf.GGUFReader = reader
 
 
 def smollm2_file() -> tuple[Path, str]:
