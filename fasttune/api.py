@@ -21,11 +21,16 @@ PATCHED = ("transformers", "trl", "peft")  # by Unsloth while it is imported, wh
 
 
 def load_config(path: str | os.PathLike[str], *overrides: str) -> Config:
-    """A YAML file, with `section.key=value` in place of what it says. Raises ConfigError, with all problems."""
+    """A YAML file, with `section.key=value` in place of what it says. Raises ConfigError, with all problems, and
+    TypeError for what is no text.
+    """
+    for override in overrides:
+        if not isinstance(override, str):
+            raise TypeError(f'load_config: settings are texts like "train.max_steps=20", not {short(override)}')
     return configs.load(os.fspath(path), overrides)
 
 
-def train(config: Config, resume: bool | str | os.PathLike[str] = False, quiet: bool = False) -> "RunResult":
+def train(config: Config, resume: bool | str | os.PathLike[str] | None = None, quiet: bool = False) -> "RunResult":
     """`fasttune train` on one GPU or the CPU: trains, writes the run's folder, and returns what run.json holds.
 
     resume: resume a run: that of this folder, or with True the one that `--resume` alone takes.
@@ -57,7 +62,7 @@ def train(config: Config, resume: bool | str | os.PathLike[str] = False, quiet: 
     from fasttune.tools import card, estimate
 
     folder = None
-    if resume is not False:
+    if resume is not None and resume is not False:
         from fasttune.core import resume as resuming
 
         folder = resuming.to_resume(config, "" if resume is True else os.fspath(resume))

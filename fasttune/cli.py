@@ -6,6 +6,7 @@ Exit codes: 0 success, 1 a run or check failed, 2 wrong input.
 
 import argparse
 import atexit
+import errno
 import gc
 import os
 import shlex
@@ -17,11 +18,15 @@ from fasttune import errors, hub, system
 from fasttune.errors import ConfigError, FasttuneError
 from fasttune.options import check_limits, parser
 
+NO_MORE_OUTPUT = (errno.ENOSPC, errno.EIO)
 Done = tuple[int, Any]  # the exit code, and what --json prints
 
 
 def main(argv: list[str] | None = None) -> int:
     """Run one command and return its exit code."""
+    for name in ("stdout", "stderr"):
+        if getattr(sys, name) is None:  # whoever started this has closed it, as with >&-
+            setattr(sys, name, open(os.devnull, "w"))  # noqa: SIM115  for as long as the process lives
     if argv is None:
         system.leave_current_folder()
         atexit.register(gc.freeze)  # else Python looks through all of torch once more before it ends: 2 seconds
@@ -54,7 +59,7 @@ def main(argv: list[str] | None = None) -> int:
             from fasttune import gpus
 
             gpus.pin()
-        code, document = _run(options)
+        code, document = _run(options, alone=argv is None)
     except KeyboardInterrupt as error:
         print(f"fasttune: interrupted{options.interrupted}", file=sys.stderr)
         return 128 + (error.args[0] if error.args else signal.SIGINT)
@@ -64,29 +69,42 @@ def main(argv: list[str] | None = None) -> int:
         for problem in error.problems if isinstance(error, ConfigError) else [str(error)]:
             print(errors.one_line(f"fasttune: {problem}"), file=sys.stderr)
         return error.exit_code
+    except OSError as error:
+        of_output = isinstance(error, BrokenPipeError) or error.errno in NO_MORE_OUTPUT
+        if error.filename is not None or not of_output:  # of a file that is opened
+            raise
+        return _without_stdout(error)
     try:
         if options.json:
             from fasttune import report
 
             print(report.to_json_line(document))
         sys.stdout.flush()
-    except BrokenPipeError:
-        return _stdout_is_closed()
+    except OSError as error:
+        return _without_stdout(error)
     return code
 
 
-def _run(options: argparse.Namespace) -> Done:
+def _run(options: argparse.Namespace, alone: bool) -> Done:
+    """alone: nothing else goes on in this process, which ends after it."""
     try:
         return COMMANDS[options.command](options)
+    except KeyboardInterrupt:
+        for number in (signal.SIGINT, signal.SIGTERM) if alone else ():  # a second one would break into the rest
+            signal.signal(number, signal.SIG_IGN)
+        raise
     finally:  # a bar must not stand below the message of an error
         if "fasttune.terminal" in sys.modules:
             sys.modules["fasttune.terminal"].close()
 
 
-def _stdout_is_closed() -> int:
-    """The exit code where nobody reads stdout any more, as behind `| head`."""
+def _without_stdout(why: OSError) -> int:
+    """The exit code where stdout takes no more: nobody reads it, as behind `| head`, or its disk is full."""
     os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())  # what is left goes there when Python ends
-    return 128 + signal.SIGPIPE
+    if isinstance(why, BrokenPipeError):
+        return 128 + signal.SIGPIPE
+    print(f"fasttune: the output cannot be written: {why.strerror}; send it elsewhere", file=sys.stderr)
+    return 1
 
 
 def init(options: argparse.Namespace) -> Done:
@@ -215,10 +233,7 @@ def generate(options: argparse.Namespace) -> Done:
     """`fasttune generate`: 0, with the answers on stdout or in a file; 141 when stdout is closed, as by `| head`."""
     from fasttune.tools import generate
 
-    try:
-        return 0, generate.run(options)
-    except BrokenPipeError:
-        return _stdout_is_closed(), None
+    return 0, generate.run(options)
 
 
 def merge(options: argparse.Namespace) -> Done:

@@ -16,19 +16,22 @@ NOT_SUPPORTED: dict[str, str] = _tables["not_supported"]
 OTHER_TOOLS = {name: f" (did you mean {ours}?)" for ours, names in NAMES.items() for name in names.split()} | {
     name: f"; not supported{': ' if why else ''}{why}" for why, names in NOT_SUPPORTED.items() for name in names.split()
 }
-WRONG_BRANCH = ("string_type", "dict_type")  # of a value that may be text or a mapping
+WRONG_BRANCH = ("string_type", "dict_type", "list_type")  # of a value that may be text, or a mapping or list
 
 
 def in_words(errors: list[Any], known: list[str]) -> list[str]:
     """A line for each of pydantic's errors; `known`: our settings as dotted names."""
-    told = {item["loc"][:2] for item in errors if item["type"] not in WRONG_BRANCH}
-    return [
-        _in_words(item, known) for item in errors if item["type"] not in WRONG_BRANCH or item["loc"][:2] not in told
-    ]
+    right = [item for item in errors if not _of_wrong_branch(item)]
+    told = {item["loc"][:2] for item in right}
+    return [_in_words(item, known) for item in errors if item in right or item["loc"][:2] not in told]
+
+
+def _of_wrong_branch(item: Any) -> bool:
+    return item["type"] in WRONG_BRANCH or (item["type"] == "literal_error" and isinstance(item["input"], list))
 
 
 def _in_words(item: Any, known: list[str]) -> str:
-    branch = r"function-|literal\[|dict\[|(bool|int|str|float)$"  # of a union: no part of the key
+    branch = r"function-|literal\[|list\[|dict\[|(bool|int|str|float)$"  # of a union: no part of the key
     key = ".".join(part for part in map(str, item["loc"]) if not re.match(branch, part))
     value = one_line(repr(item["input"]), 100)
     if item["type"] == "extra_forbidden":

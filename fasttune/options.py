@@ -38,7 +38,7 @@ def check_limits(options: argparse.Namespace) -> None:
     for name, value in vars(options).items():
         flag = f"--{name.replace('_', '-')}"
         for path in (value if isinstance(value, list) else [value]) if name in PATHS else []:
-            if not path or "=" in path:  # train's config may be missing before a key=value
+            if path is None or "=" in path or (not path and name == "resume"):  # which stands alone, too
                 continue
             try:
                 system.path_text(path)
@@ -87,7 +87,7 @@ def _with_config(commands: Any) -> None:
 
     ready = _command(commands, "init", "a ready config to edit, with every setting explained").add_argument
     ready("recipe", nargs="?", metavar="RECIPE", help="which; without one they are listed")
-    ready("--out", default="config.yaml", metavar="FILE", help="default config.yaml; it must not be there")
+    ready("--out", metavar="FILE", help="default config.yaml; it must not be there")
     _command(commands, "schema", "the JSON schema of configs, for editors")
 
     price = {"type": float, "metavar": "X", "help": "price of the machine"}
@@ -150,7 +150,7 @@ def _with_model(commands: Any) -> None:
     add("--system", metavar="TEXT", help="a system turn before the prompt")
     add("--max-new-tokens", type=int, default=512, metavar="N", help="the longest answer (default 512)")
     add("--temperature", type=float, default=0.0, metavar="X", help="default 0: greedy")
-    add("--seed", type=int, default=0, metavar="N", help="random seed of the sampling, with --temperature above 0")
+    add("--seed", type=int, metavar="N", help="random seed of the sampling (default 0), with --temperature above 0")
     add("--batch-rows", type=int, metavar="N", help="rows of --file at once (default 8; 64 on a GPU)")
     add("--dtype", choices=["bf16", "fp32"], help="default: as trained on a GPU, fp32 on a CPU")
 

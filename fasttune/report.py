@@ -215,9 +215,14 @@ def _forecast(result: RunResult) -> list[Figure]:
     return [Figure("forecast", value, note)]
 
 
+UNSLOTHS = ("patched_layers", "patched_mlps", "fused_lora_layers")
+
+
 def what_ran(result: RunResult) -> list[tuple[str, str]]:
-    """The backend that actually ran, as label and value."""
-    return [(name.replace("_", " "), str(value)) for name, value in vars(result.backend).items()]
+    """The backend that actually ran, as label and value; Unsloth's kernels only where there is a GPU for them."""
+    fields = vars(result.backend).items()
+    shown = [(name, value) for name, value in fields if value or name not in UNSLOTHS or result.hardware.get("gpus")]
+    return [(name.replace("_", " "), str(value)) for name, value in shown]
 
 
 def write_json(path: Path | str, data: Any) -> None:

@@ -103,6 +103,12 @@ class Reporter:
             self._last_line_s, self._prepared = time.monotonic(), what
             self.note(f"{what} …" + (f" {share:.0%}" if share else ""))
 
+    def lines(self, named: Iterable[tuple[str, str]]) -> None:
+        """Paths and commands with what they are: not in a table, since each must stay in one piece to be copied."""
+        self.stop()
+        for label, value in () if self._quiet else named:
+            self._console.print(Text.assemble((f"{label:<9}", "bold"), plain(value)), soft_wrap=True)
+
     def warn(self, text: str) -> None:
         """A warning, once, above the bar; the final report has those of the result."""
         if text not in self._warned:
@@ -134,7 +140,8 @@ class Reporter:
         if self._live and not self._quiet:
             counter = TextColumn("step {task.completed:,.0f}/{task.total:,.0f}")
             figures = TextColumn("{task.fields[figures]}")
-            self._open_bar("steps", counter, BarColumn(bar_width=None), figures, total=self._total_steps)
+            columns = SpinnerColumn(), counter, BarColumn(bar_width=None), figures  # steps may take minutes
+            self._open_bar("steps", *columns, total=self._total_steps, refresh_per_second=4)
         elif not self._quiet:
             self._line(Text(f"training: {steps_text(self._total_steps)}"))
 
@@ -157,8 +164,8 @@ class Reporter:
         self.stop()
         self._shown, self._progress = shown, Progress(*columns, console=self._console, expand=True, **options)
         self._task = self._progress.add_task("", total=total, figures="first step …")
+        _open.append(self)  # first: a signal may come at any moment
         self._progress.start()
-        _open.append(self)
         return self._progress
 
     def stop(self) -> None:
@@ -187,10 +194,7 @@ class Reporter:
         self._console.print(Group(*parts))
         for text in result.warnings:
             self._warning(text)
-        for label, value in _files(result):  # not in a table: a path must stay in one piece to be copied
-            self._console.print(Text.assemble((f"{label:<9}", "bold"), plain(value)), soft_wrap=True)
-        for label, command in next_steps.after_training(result):
-            self._console.print(Text.assemble((f"{label:<9}", "bold"), plain(command)), soft_wrap=True)
+        self.lines([*_files(result), *next_steps.after_training(result)])
 
     def _figures(self, step: StepMetrics) -> list[str]:
         """The figures of the bar, the most wanted first: a narrow terminal drops the last ones."""

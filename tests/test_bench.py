@@ -347,7 +347,7 @@ def test_the_command_measures_shows_and_resumes(unsloth: None, tmp_path: Path, m
     assert done.returncode == 0, done.stderr
     document = json.loads(done.stdout.splitlines()[-1])
     assert document["valid"] and [arm["name"] for arm in document["arms"]] == ["fasttune", "vanilla"]
-    assert "1 repeats, fewer than 5" in document["objections"]
+    assert "1 repeat, fewer than 5" in document["objections"]
     assert document["limit"]["tokens_per_s"] > 0
     assert document["arms"][0]["backend"]["packing"].startswith("packed")
     assert statistics.median(document["arms"][1]["tokens_per_s"]["values"]) > 0

@@ -19,8 +19,8 @@ SPINE = [
     "core/model.py",
 ]
 SPINE_LINES, SPINE_CODE_LINES = 1_300, 933
-PACKAGE_LINES, PACKAGE_CODE_LINES = 22_760, 16_350
-RUN_MODULES, RUN_LINES, RUN_CODE_LINES = 55, 10_400, 7_400  # of tests/test_train_command.py
+PACKAGE_LINES, PACKAGE_CODE_LINES = 22_850, 16_420
+RUN_MODULES, RUN_LINES, RUN_CODE_LINES = 55, 10_450, 7_430  # of tests/test_train_command.py
 KINDS = "COMMENT NL NEWLINE INDENT DEDENT ENDMARKER"
 NOT_TEXT = {getattr(tokenize, kind) for kind in KINDS.split()}
 

@@ -75,6 +75,12 @@ def test_a_template_that_teaches_nothing_is_refused(tiny_tokenizer: Any, given: 
         assert {"alpaca", "chatml", "mistral", "qwen"} <= set(fits) and not {"llama3", "gemma", "phi3"} & set(fits)
 
 
+def test_an_empty_template_is_none(tiny_tokenizer: Any, tmp_path: Path) -> None:
+    (tmp_path / "empty.jinja").write_text(" \n")
+    with pytest.raises(DataError, match="is empty; name one of alpaca"):
+        chat.complete(tiny_tokenizer, str(tmp_path / "empty.jinja"))
+
+
 def test_tokens_that_are_ordinary_text_are_named(tiny_tokenizer: Any) -> None:
     changes = dict(chat.complete(tiny_tokenizer, "zephyr"))
     assert changes["zephyr"] == "data.chat_template, not the tokenizer's own"

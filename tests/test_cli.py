@@ -76,6 +76,50 @@ def test_a_finished_run_is_not_resumed_and_that_is_said_before_torch_is_imported
     assert not re.search(r"\| +(torch|transformers|unsloth|datasets)$", done.stderr, re.M)
 
 
+def test_the_newest_run_of_a_name_is_finished(fasttune: Any, tmp_path: Path) -> None:
+    for name, status in (("x-20260101-000000", "interrupted"), ("x-20260102-000000", "completed")):
+        run = tmp_path / "runs" / name
+        run.mkdir(parents=True)
+        (run / "config.yaml").write_text(f"{run_folder.MARK}\n{TINY}")
+        (run / "run.json").write_text(f'{{"status": "{status}"}}')
+        if status == "interrupted":
+            (run / "checkpoints").mkdir()
+    code, said = fasttune("train", "tiny.yaml", "name=x", "--resume")
+    assert code == 2 and "runs/x-20260102-000000 is completed, nothing is left to do" in said
+
+
+@pytest.mark.parametrize(
+    ("arguments", "told"),
+    [
+        (["init", "--out", "mine.yaml"], "--out mine.yaml would be ignored"),
+        (["generate", "builtin:tiny", "--prompt", "x", "--seed", "3"], "--seed 3 would be ignored"),
+        (["plan", "tiny.yaml", "train.report_to=mlflow"], "train.report_to: input should be 'none', 'tensorboard'"),
+        (["plan", "tiny.yaml", "train.report_to=[none]"], "train.report_to.0: input should be 'tensorboard'"),
+        (["tokenize", "tiny.yaml", "--out", ""], "--out: is empty"),
+        (["merge", "x", "--out", "a\nb"], "--out: 'a b' holds a control character"),
+    ],
+)
+def test_what_is_asked_in_vain_is_one_line(fasttune: Any, tmp_path: Path, arguments: list[str], told: str) -> None:
+    code, said = fasttune(*arguments)
+    assert code == 2 and told in said and said.count("\n") == 1, said
+    assert [path.name for path in tmp_path.iterdir()] == ["tiny.yaml"]
+
+
+@pytest.mark.parametrize(
+    ("redirected", "code", "told"),
+    [
+        (">&-", 0, ""),
+        ("2>&- >/dev/null", 0, ""),
+        (">/dev/full", 1, "fasttune: the output cannot be written: No space left on device; send it elsewhere\n"),
+    ],
+)
+@pytest.mark.parametrize("command", ["init", "schema --json"])
+def test_an_output_that_takes_nothing(command: str, redirected: str, code: int, told: str) -> None:
+    line = f"{sys.executable} -m fasttune.cli {command} {redirected}"
+    done = subprocess.run(["bash", "-c", line], stderr=subprocess.PIPE, text=True, check=False)
+    assert (done.returncode, done.stderr) == (code, told)
+
+
 @pytest.mark.parametrize("command", ["train", "plan", "data", "bench"])
 def test_what_train_refuses_is_refused_by_those_that_look(fasttune: Any, tmp_path: Path, command: str) -> None:
     Path("empty.jsonl").write_text("\n")

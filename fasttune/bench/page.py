@@ -70,7 +70,8 @@ def doubts(bench: Bench) -> list[str]:
         elif not arm.repeats:
             found.append(f"{name} failed: {arm.failure}")
         elif len(arm.repeats) < MIN_REPEATS:
-            found.append(f"{len(arm.repeats)} repeats, fewer than {MIN_REPEATS}")
+            count = len(arm.repeats)
+            found.append(f"{count} repeat{'' if count == 1 else 's'}, fewer than {MIN_REPEATS}")
     return list(dict.fromkeys([*found, *bench.objections]))
 
 
@@ -111,7 +112,7 @@ def _row(bench: Bench, arm: Arm) -> dict[str, Cell]:
         speed = cell(median("tokens_per_s"), rate, note)
     ratio = Cell("1", "baseline") if arm.name == bench.baseline and speeds else Cell("–")
     if over := bench.over_baseline.get(arm.name):
-        ratio = Cell(f"{over.ratio:.2f}", f"{over.low:.2f}–{over.high:.2f}")
+        ratio = Cell(f"{over.ratio:.2f}", f"{over.low:.2f}–{over.high:.2f}" if len(speeds) > 1 else "1 repeat")
         ratio = Cell("INVALID", bad=True) if over.invalid else ratio
     shared = any(sum(one.computed_tokens) < sum(one.tokens) for each in bench.arms for one in each.repeats) or None
     hours, price = bench.job_hours(arm), bench.usd_per_hour

@@ -117,7 +117,7 @@ def run(
                 measured.add({"arm": name, "repeat": number, **result, **seen, "objections": objections})
     objections = [text for line in measured.lines for text in line["objections"]]
     if repeats < MIN_REPEATS:
-        objections.append(f"{repeats} repeats, fewer than {MIN_REPEATS}")
+        objections.append(f"{repeats} repeat{'' if repeats == 1 else 's'}, fewer than {MIN_REPEATS}")
     max_steps = config.train.max_steps
     epochs = config.train.epochs if max_steps is None else max_steps / facts["steps_per_epoch"]
     return Bench(

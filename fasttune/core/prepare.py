@@ -136,6 +136,8 @@ def prepare(config: Config, folder: Path, reporter: Reporter, start: Path | None
         base = (parameter for parameter in model.parameters() if full or not parameter.requires_grad)
         base_weights = what_ran.fingerprint(ranks.one_by_one(base))
     packed = config.train.packing is not False
+    if packed:
+        reporter.note("proving that rows of a pack do not see each other …")
     if packed and (reason := packing.enable(model, config.model.max_length)):
         packed = False
         config = configuration.changed(config, train={"packing": False})
@@ -152,6 +154,7 @@ def prepare(config: Config, folder: Path, reporter: Reporter, start: Path | None
     schedules.check(config.train, total_steps)
     config = in_steps(config, total_steps)
     if packed:
+        reporter.note("proving that rows with the same beginning can share it …")
         why_not = packing.enable_shared(model, config.model.max_length)
         plan, brings = autoconfig.share(config, machine, plan, data, auto, why_not)
         config = configuration.changed(config, train={"micro_batch_rows": plan.micro_batch_rows})

@@ -44,7 +44,8 @@ def to_resume(config: Config, named: str) -> Path:
     if own is not None:
         return own
     dated = re.compile(re.escape(config.name) + r"-(\d{8}-\d{6})(?:-(\d+))?")  # not those of another name: NAME-B-DATE
-    found = [(dated.fullmatch(path.name), path) for path in Path("runs").glob("*/") if (path / "checkpoints").is_dir()]
+    folders = [path for path in Path("runs").glob("*/") if (path / "checkpoints").is_dir() or _is_completed(path)]
+    found = [(dated.fullmatch(path.name), path) for path in folders]
     runs = sorted((match[1], int(match[2] or 1), path) for match, path in found if match)
     if not runs:
         raise OutputError(f"--resume: no runs/{config.name}-DATE has a checkpoint; name the folder of the run")
@@ -58,10 +59,16 @@ def to_resume(config: Config, named: str) -> Path:
 
 def refuse_completed(run: Path) -> None:
     """Raise OutputError if nothing of a run is left to do. Under its lock: it may be completed any moment."""
+    if _is_completed(run):
+        raise OutputError(f"--resume: {run} is completed, nothing is left to do; start over in another output_dir")
+
+
+def _is_completed(run: Path) -> bool:
     path = run / "run.json"
-    with suppress(OSError, ValueError, KeyError, TypeError, RecursionError):
-        if path.is_file() and json.loads(path.read_text(encoding="utf-8"))["status"] == "completed":
-            raise OutputError(f"--resume: {run} is completed, nothing is left to do; start over in another output_dir")
+    try:
+        return path.is_file() and json.loads(path.read_text(encoding="utf-8"))["status"] == "completed"
+    except (OSError, ValueError, KeyError, TypeError, RecursionError):
+        return False
 
 
 class Broken(Exception):

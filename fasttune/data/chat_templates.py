@@ -32,6 +32,8 @@ def read(given: str) -> str:
     if given in NAMES:
         return (FOLDER / f"{given}.jinja").read_text(encoding="utf-8")
     source = given if "{{" in given or "{%" in given else _of_file(given)
+    if not source.strip():
+        raise DataError(f"data.chat_template: {one_line(given, 80)!r} is empty; name one of {', '.join(NAMES)}")
     try:
         sandbox.compiled(source)
     except Exception as error:  # whatever jinja2 raises for a wrong one

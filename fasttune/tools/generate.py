@@ -65,7 +65,7 @@ def run(options: argparse.Namespace) -> dict[str, Any]:
 
         take_over_loggers()
         dtype = DTYPES[options.dtype] if options.dtype else trained_model.dtype_for(trained)
-        sampling = Sampling(options.max_new_tokens, options.temperature, options.seed)
+        sampling = Sampling(options.max_new_tokens, options.temperature, options.seed or 0)
         turns_for = "--chat" if options.chat else "--system" if options.system else None
         speaker = load(trained, dtype, sampling, reporter.note, turns_for)
         reporter.stop()  # the clock of the loading must not run beside what is typed and answered
@@ -73,6 +73,7 @@ def run(options: argparse.Namespace) -> dict[str, Any]:
             reporter.warn(text)
         done = {"model": options.model, "dtype": dtype, **vars(sampling)}
         if options.chat:
+            reporter.note("/new starts a new conversation, /exit ends it, Ctrl-C stops an answer")
             return {**done, "messages": converse(speaker, options.system, ask, write)}
         if options.prompt is not None:
             answer = answer_one(speaker, options.prompt, options.system, write)
@@ -100,6 +101,8 @@ def check_options(options: argparse.Namespace) -> None:
             raise FasttuneError(f"{flag} would be ignored: it is for --file")
     if not 0 <= options.temperature < float("inf"):
         raise FasttuneError(f"--temperature {options.temperature}: 0 (greedy) or more")
+    if options.seed is not None and not options.temperature:
+        raise FasttuneError(f"--seed {options.seed} would be ignored: --temperature 0 is greedy; give one above it")
     if options.prompt is not None and not options.prompt.strip():
         raise DataError("--prompt is empty; say what is asked")
     for flag, text in (("--prompt", options.prompt), ("--system", options.system)):
@@ -211,6 +214,9 @@ def converse(speaker: Speaker, system: str | None, read: Callable[[], str | None
                 answer = speaker.stream(asked, write)
             except Unusable as error:
                 write(f"({error}; /new starts a new one)\n")
+                continue
+            except KeyboardInterrupt:  # of this answer; at the question it ends the conversation
+                write("\n")
                 continue
             write("\n")
             messages = [*asked, {"role": "assistant", "content": answer.text}]

@@ -76,8 +76,10 @@ def find(name: str) -> Recipe:
 
 def run(options: argparse.Namespace) -> Any:
     """List the ready configs, or write one; what --json prints."""
+    if options.recipe is None and options.out is not None:
+        raise FasttuneError(f"--out {options.out} would be ignored: name a ready config; `fasttune init` lists them")
     if options.recipe is not None:
-        written = write(options.recipe, options.out)
+        written = write(options.recipe, options.out or "config.yaml")
         show_written(written)
         return written
     found = recipes()
@@ -117,10 +119,11 @@ def write(name: str, out: str) -> dict[str, Any]:
         raise OutputError(f"--out {out}: is there already; name another file, or remove it")
     if os.path.lexists(beside) and not _is_ours(beside):
         raise OutputError(f"--out {out}: {beside} is another program's file; write into another folder")
-    command = _in_place_of(recipe, recipe.command, str(path))  # ~ is written out: in quotes a shell keeps it
+    shown = f"./{path}" if str(path).startswith("-") else str(path)  # ~ is written out: in quotes a shell keeps it
+    command = _in_place_of(recipe, recipe.command, shown)
     try:
         system.write_atomic(beside, schema.as_text(schema.schema()).encode())
-        system.write_atomic(path, text(recipe, str(path)).encode())
+        system.write_atomic(path, text(recipe, shown).encode())
     except OSError as error:
         raise OutputError(
             f"--out {out}: cannot be written ({error.strerror}); name a file in a folder of yours"

@@ -147,8 +147,8 @@ def tell(compared: Comparison, folder: Path, reporter: terminal.Reporter) -> Non
             f"the adapter changes no more than {compared.written_in} rounds away, so a wrong merge would not show; "
             "with --dtype fp32 it would"
         )
-    reporter.note(f'merged: {folder}    load it: transformers.AutoModelForCausalLM.from_pretrained("{folder}")')
-    reporter.note(f"serve: {next_steps.serve_model(str(folder))}")
+    loaded = f'transformers.AutoModelForCausalLM.from_pretrained("{folder}")'
+    reporter.lines([("merged", str(folder)), ("load it", loaded), ("serve", next_steps.serve_model(str(folder)))])
 
 
 def to_gguf(folder: Path, kind: str, reporter: terminal.Reporter) -> str:
@@ -170,8 +170,9 @@ def to_gguf(folder: Path, kind: str, reporter: terminal.Reporter) -> str:
     said = GenerationConfig.from_pretrained(folder) if (folder / "generation_config.json").is_file() else None
     content = modelfile.text(target.name, config, tokenizer, modelfile.stops(config, said, tokenizer))
     report.write_text(folder / "Modelfile", content)
-    reporter.note(f"GGUF: {target}    llama-server --jinja -m {shlex.quote(str(target))}")
-    reporter.note(f"Ollama: ollama create {shlex.quote(folder.name)} -f {shlex.quote(str(folder / 'Modelfile'))}")
+    ollama = f"ollama create {shlex.quote(folder.name)} -f {shlex.quote(str(folder / 'Modelfile'))}"
+    served = f"llama-server --jinja -m {shlex.quote(str(target))}"
+    reporter.lines([("GGUF", str(target)), ("serve", served), ("Ollama", ollama)])
     return str(target)
 
 
