@@ -19,6 +19,7 @@ EXAMPLES = """examples:
   fasttune verify --quick
 """
 PATHS = ("config", "data", "file", "model", "others", "out", "output", "resume")  # of the options
+WRITTEN = ("out", "output")
 NUMBERS = {  # option → the least and the most it may be
     "batch_rows": (1, 100_000),
     "gpus": (1, 1024),
@@ -45,6 +46,9 @@ def check_limits(options: argparse.Namespace) -> None:
             except ValueError as error:
                 shown = {"config": "config", "model": "model", "others": "model"}.get(name, flag)
                 raise FasttuneError(f"{shown}: {error}") from error
+            if name in WRITTEN and any(character < " " or character == "\x7f" for character in path):
+                told = f"{errors.one_line(path, 100)!r} holds a control character"  # no command could be shown with it
+                raise FasttuneError(f"{flag}: {told}: write the name without it")
         least, most = NUMBERS.get(name, (None, None))
         if name == "gpus" and isinstance(value, str):  # train's, which may be `all`
             continue

@@ -44,8 +44,6 @@ def path_text(text: str) -> str:
     """The text of a path or a hub id, as it was given. Raises ValueError where it can be neither."""
     if not text:
         raise ValueError("is empty: name a file or a folder")
-    if any(character < " " or character == "\x7f" for character in text):
-        raise ValueError(f"{one_line(text, 100)!r} holds a control character: write the name without it")
     names = writable(text).encode().split(b"/")
     if max(map(len, names)) > LONGEST_NAME or len(text.encode()) > LONGEST_PATH:
         raise ValueError(f"{one_line(text, 100)!r} is too long: a name has at most {LONGEST_NAME} bytes")

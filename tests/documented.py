@@ -108,7 +108,7 @@ def heard(script: str, where: str) -> list[tuple[str, ...]]:
         place, heard = Path(folder), Path(folder, "heard")
         (place / "nothing").mkdir()
         (place / ".venv" / "bin").mkdir(parents=True)
-        for name in ("fasttune", "python", "pytest"):
+        for name in ("fasttune", "python", "pytest", "hf"):
             standin = place / ".venv" / "bin" / name
             standin.write_text(STANDIN)
             standin.chmod(0o755)

@@ -163,8 +163,8 @@ def make_small(options: argparse.Namespace) -> None:
     """The same command on a tiny model, with few rows and short answers."""
     if options.command == "tokenize" and options.config == "CONFIG":
         options.config = "configs/smollm2_135m_cpt.yaml"  # any of plain text
-    if "out" in options and Path(options.out or "").is_symlink():
-        Path(options.out).unlink()  # what `place` has under that name
+    if "out" in options and (out := Path(options.out or "config.yaml")).is_symlink():
+        out.unlink()  # what `place` has under that name
     if getattr(options, "config", None):
         name = config.load(options.config, options.overrides).name
         options.overrides = [*options.overrides, *SMALL[name]]
