@@ -96,6 +96,7 @@ def test_the_command_counts_them_and_says_what_leaves_them_out(
 ) -> None:
     assert cli.main(["data", "c.yaml", "--rows", "0", "--json"]) == 0
     out, err = capsys.readouterr()
+    all_kept = json.loads(out)["data_sets"]
     again = [
         [each[name] for name in each if "again" in name or "dedup" in name] for each in json.loads(out)["data_sets"]
     ]
@@ -108,6 +109,10 @@ def test_the_command_counts_them_and_says_what_leaves_them_out(
     out, err = capsys.readouterr()
     found = json.loads(out)
     assert [each["rows_deduplicated"] for each in found["data_sets"]] == [0, 4]
+    kept = [each["rows_kept"] for each in found["data_sets"]]
+    assert kept == [all_kept[0]["rows_kept"], all_kept[1]["rows_kept"] - 4]
+    for name in ("tokens", "learned_tokens"):  # those of the copies are no tokens of the run
+        assert found["data_sets"][0][name] == all_kept[0][name] > all_kept[1][name] - found["data_sets"][1][name] > 0
     assert found["rows_per_epoch"] == (20 - 5) + 2 * (25 - 6), (
         "the first data set keeps its rows; a quarter is held out"
     )

@@ -77,6 +77,13 @@ def test_a_split_is_chosen_and_another_may_be_evaluated(tmp_path: Path, monkeypa
         read(Path("one"), "dev")
 
 
+def test_one_among_other_files_is_named_alone(tmp_path: Path) -> None:
+    saved(tmp_path / "all" / "one", ROWS[:3])
+    (tmp_path / "all" / "rows.jsonl").write_text('{"text": "a"}\n')
+    with pytest.raises(DataError, match="save_to_disk wrote .*/all/one, which is no folder of files: name it alone"):
+        sources.check_source(str(tmp_path / "all"), "train")
+
+
 def test_the_fingerprint_is_of_its_content(tmp_path: Path) -> None:
     first, same = saved(tmp_path / "a", ROWS[:20]), saved(tmp_path / "b", ROWS[:20])
     other = saved(tmp_path / "c", [*ROWS[:19], ROWS[20]])

@@ -76,14 +76,16 @@ def _check_one(source: str, path: Path, url: Any, split: str) -> None:
 
 
 def _check_several(source: str, path: Path, split: str) -> None:
-    if os.path.isdir(path):
-        from fasttune.data import saved
+    from fasttune.data import saved
 
-        if saved.is_saved(path):
-            saved.find(source, path, split)
-            return
+    if os.path.isdir(path) and saved.is_saved(path):
+        saved.find(source, path, split)
+        return
     _check_no_split(source, split, "folder" if os.path.isdir(path) else "pattern")
     read, others = several(source)
+    for folder in sorted({each.parent for each in (*read, *others)}):
+        if saved.is_saved(folder):
+            raise DataError(f"data: {source}: save_to_disk wrote {folder}, which is no folder of files: name it alone")
     if not read:
         found = f"none of its {len(others):,} files ends in one of" if others else "no file there ends in one of"
         raise DataError(f"data: {source}: {found} {', '.join(KINDS)}; check the path")

@@ -211,7 +211,13 @@ def _tokenization(config: Config, tokenizer: Any, data: Batches) -> Tokenization
 
 
 def _data_set(rows: Rows, weight: float, held_out: int, again: Copies, dropped: bool) -> DataSet:
-    counts = rows.counts
+    counts, gone, gone_tokens, gone_supervised = rows.counts, np.zeros(0, np.int64), 0, 0
+    if dropped:
+        gone = np.flatnonzero(np.isin(rows.numbers, again.numbers))
+        for at in gone.tolist():
+            start, end = rows.starts[at], rows.starts[at + 1]
+            gone_tokens += int(end - start)
+            gone_supervised += int(end - start if rows.supervised is None else rows.supervised[start:end].sum())
 
     def named(*kinds: str) -> dict[str, int]:
         return {name: n for name, n in sorted(counts.items()) if name.startswith(kinds)}
@@ -223,7 +229,7 @@ def _data_set(rows: Rows, weight: float, held_out: int, again: Copies, dropped: 
         source=rows.source,
         weight=weight,
         rows_read=counts["rows"],
-        rows_kept=counts["kept"],
+        rows_kept=counts["kept"] - len(gone),
         rows_held_out=held_out,
         rows_truncated=counts["truncated"],
         rows_split=counts["split"],
@@ -233,8 +239,8 @@ def _data_set(rows: Rows, weight: float, held_out: int, again: Copies, dropped: 
         rows_lost=of("lost: "),
         rows_with_control_tokens=of("control token: "),
         files_not_read=list(of("not read: ")),
-        tokens=counts["tokens"],
-        learned_tokens=counts["supervised"],
+        tokens=counts["tokens"] - gone_tokens,
+        learned_tokens=counts["supervised"] - gone_supervised,
         rows_again=again.rows,
         rows_again_elsewhere=again.rows_elsewhere,
         prompts_again=again.prompts,
