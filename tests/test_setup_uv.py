@@ -116,7 +116,7 @@ def test_nothing_in_the_current_folder_is_imported(tmp_path: Path, monkeypatch: 
     monkeypatch.syspath_prepend(str(ROOT / "scripts"))
     import shell
 
-    bent = {"PYTHONPATH": "x", "PYTHONSTARTUP": "x", "PYTHONUNBUFFERED": "1"}
+    bent = {"PYTHONPATH": "x", "PYTHONSTARTUP": "x", "PYTHONDONTWRITEBYTECODE": "1", "PYTHONUNBUFFERED": "1"}
     for name, value in bent.items():
         monkeypatch.setenv(name, value)
     clean = shell.Shell(Path(sys.executable), tmp_path / "log", dry_run=True).environment
