@@ -32,6 +32,7 @@ def test_bash_completes_commands_options_settings_values_and_names(tmp_path: Pat
         f"{FASTTUNE} init quick": "quickstart",
         f"{FASTTUNE} train --gpus 2 --print-l": "--print-launch",
         f"{FASTTUNE} merge runs/x --dtype ": "bf16 fp16 fp32",
+        f"{FASTTUNE} merge runs/x --dtype=bf": "bf16",
         f"{FASTTUNE} train c": "",
         f"{FASTTUNE} train 'c": "",
     }
@@ -52,6 +53,9 @@ def test_bash_completes_commands_options_settings_values_and_names(tmp_path: Pat
         (["data", "c.yaml", "model.name=built"], []),
         (["generate", "runs/x", "train.le"], []),
         (["train", "--pri"], ["--print-launch"]),
+        (["merge", "runs/x", "--dtype=f"], ["--dtype=fp16", "--dtype=fp32"]),
+        (["merge", "runs/x", "--nowhere="], []),
+        (["init", "quickstart", "q"], []),
         (["verify", "--o"], ["--online"]),
         (["completion", "f"], ["fish"]),
         (["--v"], ["--version"]),

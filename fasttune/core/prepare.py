@@ -14,10 +14,11 @@ from fasttune.config import Config
 from fasttune.core import autoconfig, pretrained, run_folder, schedules
 from fasttune.core.autoconfig import Plan
 from fasttune.core.memory import Shape
+from fasttune.core.model_files import folder_of
 from fasttune.core.ranks import ALONE, Ranks
 from fasttune.data import chat, load, sources
 from fasttune.data.batching import Batches, Encoded
-from fasttune.errors import ConfigError, DataError, FasttuneError
+from fasttune.errors import ConfigError, DataError, FasttuneError, ModelError
 from fasttune.hardware import Hardware
 from fasttune.metrics import Forecast, Setting
 from fasttune.settings import RESIDUAL, looks_like_hub
@@ -86,6 +87,9 @@ def check_sources_and_model(config: Config) -> None:
 
         chat_templates.read(config.data.chat_template)
     pretrained.check_name(config.model.name)
+    if config.model.revision is not None and (pretrained.is_builtin(config.model.name) or folder_of(config.model.name)):
+        what = f"model.revision={config.model.revision} would be ignored"
+        raise ModelError(f"{what}: {config.model.name} is no model of the hub; remove it")
 
 
 def prepare(config: Config, folder: Path, reporter: Reporter, start: Path | None = None, ranks: Ranks = ALONE) -> Job:

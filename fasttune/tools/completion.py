@@ -87,12 +87,16 @@ def _of_command(name: str, command: argparse.ArgumentParser, before: list[str], 
     asked = options.get(before[-1]) if before else None
     if asked is not None and asked.nargs != 0:  # the value of an option
         return list(map(str, asked.choices or []))
+    flag, sign, _ = word.partition("=")
+    if sign and flag in options:
+        return [f"{flag}={value}" for value in options[flag].choices or []]
     if word.startswith("-"):
         return [*options, *(OPTIONS_OF_VERIFY if name == "verify" else [])]
     if name == "completion":
         return list(SCRIPTS)
-    if name == "init":
-        return [path.stem for path in ready.paths()]
+    if name == "init":  # takes one name
+        names = [path.stem for path in ready.paths()]
+        return [] if set(before) & set(names) else names
     takes_settings = any(action.dest == "config" for action in command._actions)
     return _settings(word) if takes_settings and before else []
 

@@ -68,21 +68,27 @@ def _sets(figures: DataFigures) -> list[RenderableType]:
         return f"{each.tokens:,} tokens, {each.learned_tokens:,} supervised ({each.learned_tokens / each.tokens:.1%})"
 
     lines: list[RenderableType] = []
+
+    def under(text: str, style: str = "") -> None:
+        lines.append(Padding(Text(_visible(text), style=style), (0, 0, 0, 2), expand=False))
+
     for each in figures.data_sets:
         often = f"  {each.weight:g} × an epoch" if each.weight != 1 else ""
         lines.append(Text.assemble((_visible(each.source), "bold"), (often, "dim")))
         held = f", {each.rows_held_out:,} of them held out" if each.rows_held_out else ""
-        lines.append(Text(f"  {each.rows_read:,} {unit}s read, {each.rows_kept:,} kept{held} · {tokens(each)}"))
-        unused = [f"  {_rows(n)}: {what}" for what, n in each.rows_with_unused.items()][:20]
-        unused += [f"  not read: {', '.join(each.files_not_read[:8])}"] if each.files_not_read else []
-        lines += [Text(_visible(text), style="dim") for text in unused]
-        losses = [f"  {_rows(n)} ({n / each.rows_read:.1%}) {what}" for what, n in _losses(each, figures) if n]
-        lines += [Text(_visible(text), style="yellow") for text in losses]
-        lines += [Text(f"  {text}", style="yellow") for text in _again(each, unit)]
-        lines += [] if losses else [Text(f"  every {unit} is whole: none dropped, truncated or split", style="dim")]
+        under(f"{each.rows_read:,} {unit}s read, {each.rows_kept:,} kept{held} · {tokens(each)}")
+        for what, count in list(each.rows_with_unused.items())[:20]:
+            under(f"{_rows(count)}: {what}", "dim")
+        if each.files_not_read:
+            under(f"not read: {', '.join(each.files_not_read[:8])}", "dim")
+        losses = [f"{_rows(n)} ({n / each.rows_read:.1%}) {what}" for what, n in _losses(each, figures) if n]
+        for text in (*losses, *_again(each, unit)):
+            under(text, "yellow")
+        if not losses:
+            under(f"every {unit} is whole: none dropped, truncated or split", "dim")
     if len(figures.data_sets) > 1:
         lines.append(Text("together", style="bold"))
-        lines.append(Text(f"  {figures.rows:,} {unit}s kept · {tokens(figures)}"))
+        under(f"{figures.rows:,} {unit}s kept · {tokens(figures)}")
     steps = f"{steps_text(figures.steps_per_epoch)} of {figures.rows_per_step:,}"
     rows = f"sequences of {figures.max_length_tokens:,} tokens" if figures.layout == "concat" else "rows"
     lines.append(Text(f"an epoch is {figures.rows_per_epoch:,} {rows}, in {steps}", style="dim"))

@@ -11,7 +11,7 @@ from fasttune.config import Config
 from fasttune.core.autoconfig import Plan
 from fasttune.core.memory import BYTES, GIB, GPU_LOGIT_BYTES
 from fasttune.metrics import KernelGroup, Memory, Roofline
-from fasttune.tools.estimate import SMALLEST, Sample
+from fasttune.tools.estimate import LAUNCH_S_A_LAYER, SMALLEST, Sample
 
 # Of the dense peak: 691 TFLOP/s at the model's shapes. Attention by its FLOPs as metrics counts them: of rectangles
 # (cuDNN) 355 TFLOP/s; of packs of many lengths 238, computed from Flash Attention 2's published rates, never measured.
@@ -71,6 +71,7 @@ def of_step(config: Config, chosen: Plan, sample: Sample, memory: Memory, gpu: s
     groups.append(group("optimizer", 0.0, GIB * (2 * trained + added_up + gradients + 2 * memory.optimizer)))
     groups = [each for each in groups if each.ms]
     busy_ms = sum(each.ms for each in groups)
-    groups.append(KernelGroup("between kernels", 0.0, 0.0, busy_ms * IDLE / (1 - IDLE), "launches"))
-    ms, tokens = busy_ms / (1 - IDLE), sample.tokens / sample.steps
+    launches_ms = 1e3 * LAUNCH_S_A_LAYER.expected * layers * micro_batches  # of a small model: longer than its kernels
+    ms, tokens = max(busy_ms / (1 - IDLE), launches_ms), sample.tokens / sample.steps
+    groups.append(KernelGroup("between kernels", 0.0, 0.0, ms - busy_ms, "launches"))
     return Roofline(groups, tokens, ms, 1e3 * tokens / ms, OF_KERNELS)
