@@ -174,6 +174,16 @@ def test_what_is_not_counted_has_no_share_and_says_why(tmp_path: Path) -> None:
     assert measured.limit(1) is None
 
 
+def test_a_limit_below_an_arm_is_none(tmp_path: Path) -> None:
+    """Of 202 tokens/s at 1 GFLOP a token, and 0.15 TFLOP/s."""
+    low = Limit(0.15, 1e9, 150.0, metrics.FLOPS_FORMULA, {"64 x 576 x 576": 0.15})
+    bench = make_bench(limit=low)
+    assert bench.as_dict()["arms"][1]["share_of_limit"] is None and bench.as_dict()["limit"]["tflops"] == 0.15
+    for text in (shown(bench, 200), html_of(bench, tmp_path)):
+        assert "more than the 0.15 TFLOP/s that were measured of matmuls alone: no limit is shown" in text
+        assert "measured matmul limit" not in text and "of limit" not in text
+
+
 # bench.html
 
 

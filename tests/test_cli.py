@@ -95,8 +95,14 @@ def test_the_newest_run_of_a_name_is_finished(fasttune: Any, tmp_path: Path) -> 
         (["generate", "builtin:tiny", "--prompt", "x", "--seed", "3"], "--seed 3 would be ignored"),
         (["plan", "tiny.yaml", "train.report_to=mlflow"], "train.report_to: input should be 'none', 'tensorboard'"),
         (["plan", "tiny.yaml", "train.report_to=[none]"], "train.report_to.0: input should be 'tensorboard'"),
-        (["plan", "tiny.yaml", "model.revision=main"], "model.revision=main would be ignored: builtin:tiny is no model"),
-        (["train", "tiny.yaml", "model.revision=main"], "model.revision=main would be ignored: builtin:tiny is no model"),
+        (
+            ["plan", "tiny.yaml", "model.revision=main"],
+            "model.revision=main would be ignored: builtin:tiny is no",
+        ),
+        (
+            ["train", "tiny.yaml", "model.revision=main"],
+            "model.revision=main would be ignored: builtin:tiny is no",
+        ),
         (["tokenize", "tiny.yaml", "--out", ""], "--out: is empty"),
         (["merge", "x", "--out", "a\nb"], "--out: 'a b' holds a control character"),
     ],

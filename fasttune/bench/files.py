@@ -40,7 +40,10 @@ def picture(bench: Bench) -> tuple[bytes, str, str]:
         _words(figure, bench)
         _bars(figure, (0.035, 0.2, 0.93, 0.62), bench, PNG_POINTS)
         alone = plots.png(figure)
-    high, below = BAR_IN * (len(bench.arms) + (0.7 if bench.limit else 0.1)), 0.28  # bars; the numbers of their axis
+    high, below = (
+        BAR_IN * (len(bench.arms) + (0.7 if bench.sound_limit else 0.1)),
+        0.28,
+    )  # bars; the numbers of their axis
 
     def bars_in(width_in: float) -> str:
         with plots.figure(width_in, high + below) as figure:
@@ -54,9 +57,9 @@ def _bars(figure: Any, place: tuple[float, ...], bench: Bench, points: float) ->
     """For each arm a line of words and below it a bar, so that no spread of the repeats can push words anywhere."""
     axes, arms = figure.add_axes(place, facecolor="none"), len(bench.arms)
     longest = max((value for arm in bench.arms for value in arm.values("tokens_per_s")), default=1.0)
-    limit = bench.limit.tokens_per_s if bench.limit else 0.0
+    limit = bench.sound_limit.tokens_per_s if bench.sound_limit else 0.0
     in_view = limit <= LIMIT_IN_VIEW * longest
-    axes.set_ylim(arms - 0.55, -1.2 if bench.limit else -0.6)
+    axes.set_ylim(arms - 0.55, -1.2 if bench.sound_limit else -0.6)
     axes.set_xlim(0, 1.02 * max(longest, limit if in_view else 0.0))
     plots.plain_axes(axes)
     axes.set_yticks([])
@@ -71,7 +74,7 @@ def _bars(figure: Any, place: tuple[float, ...], bench: Bench, points: float) ->
         look = {"color": plots.BAD if failed else plots.INK, "fontweight": "bold" if strong else "normal"}
         words = axes.text(0, at - 0.28, line(bench, arm), transform=axes.get_yaxis_transform(), **beside, **look)
         plots.shorten(words, place[0] + place[2])
-    if bench.limit:
+    if bench.sound_limit:
         said = f"dashed: measured matmul limit {rate(limit)} tokens/s"
         said = said if in_view else f"measured matmul limit {rate(limit)} tokens/s (outside) →"
         left = 0.0 if in_view else 1.0
@@ -99,9 +102,9 @@ def _bar(axes: Any, at: int, arm: Arm, bench: Bench) -> None:
     """The median as a bar, the range of the repeats as a line, each repeat as a dot; the limit as a dashed line."""
     centre, high = at + 0.18, 0.38
     values, median = arm.values("tokens_per_s"), arm.median("tokens_per_s")
-    if bench.limit and median is not None:  # not across the words
+    if bench.sound_limit and median is not None:  # not across the words
         ends = [centre - high / 2, centre + high / 2]
-        axes.plot([bench.limit.tokens_per_s] * 2, ends, color=plots.WARN, linewidth=2, linestyle=(0, (2, 1)))
+        axes.plot([bench.sound_limit.tokens_per_s] * 2, ends, color=plots.WARN, linewidth=2, linestyle=(0, (2, 1)))
     if median is None:
         return
     axes.barh(centre, median, height=high, color=plots.ACCENT if arm.name == bench.fastest else plots.PALE)
@@ -117,7 +120,7 @@ def spoken(bench: Bench) -> str:
         values = arm.values("tokens_per_s")
         between = f" ({rate(min(values))} to {rate(max(values))})" if len(values) > 1 else ""
         said.append(" ".join(line(bench, arm).split()) + between)
-    limit = [f"measured matmul limit {rate(bench.limit.tokens_per_s)}"] if bench.limit else []
+    limit = [f"measured matmul limit {rate(bench.sound_limit.tokens_per_s)}"] if bench.sound_limit else []
     return f"Speed, median of the repeats: {'; '.join([*said, *limit])}"
 
 

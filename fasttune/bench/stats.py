@@ -206,8 +206,17 @@ class Bench:
         return not self.invalid
 
     @property
+    def sound_limit(self) -> Limit | None:
+        """`limit`, unless an arm was faster: then it is none."""
+        best = max((arm.tflops or 0 for arm in self.arms), default=0)
+        return self.limit if self.limit and best <= self.limit.tflops else None
+
+    @property
     def limit_unknown(self) -> str | None:
-        """Why there is no share of a limit and no MFU, where the model is the reason."""
+        """Why there is no share of a limit, where the model or the measurement is the reason."""
+        if self.limit and not self.sound_limit:
+            why = f"an arm computed more than the {self.limit.tflops:.2g} TFLOP/s that were measured of matmuls alone"
+            return f"{why}: no limit is shown (the model is too small to measure one, or the machine was busy)"
         if self.scales or not any(arm.repeats for arm in self.arms) or any(arm.tflops is not None for arm in self.arms):
             return None
         return "the FLOPs of quantised weights and of a mixture of experts are not counted: no share of a limit, no MFU"
@@ -226,7 +235,7 @@ class Bench:
 
     def share_of_limit(self, arm: Arm) -> float | None:
         """Model FLOPs over the matmul rate that was measured in the same run."""
-        return arm.tflops / self.limit.tflops if arm.tflops is not None and self.limit else None
+        return arm.tflops / self.sound_limit.tflops if arm.tflops is not None and self.sound_limit else None
 
     def usd_per_million(self, arm: Arm) -> float | None:
         speed = arm.median("tokens_per_s")
