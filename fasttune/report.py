@@ -206,12 +206,18 @@ def _forecast(result: RunResult) -> list[Figure]:
     if result.forecast is None:
         return []
     peak, speed = result.forecast.peak_memory_gib, result.forecast.tokens_per_s
+
+    def against(measured: float | None, expected: float) -> str:
+        if measured is None:
+            return "not measured"
+        return f"{abs(measured / expected - 1):.0%} {'less' if measured < expected else 'more'} was measured"
+
     value = f"{peak.expected:,.1f} GiB"
-    note = f"measured {result.peak_memory_gib / peak.expected - 1:+.0%} (range {peak.low:,.1f} to {peak.high:,.1f})"
+    note = f"{against(result.peak_memory_gib, peak.expected)} (range {peak.low:,.1f} to {peak.high:,.1f})"
     if speed is not None:
         value += f", {_tokens_per_s(speed.expected)}"
-        found = "not known" if result.tokens_per_s is None else f"{result.tokens_per_s / speed.expected - 1:+.0%}"
-        note = f"memory {note}; speed measured {found} (range {rate(speed.low)} to {rate(speed.high)})"
+        found = against(result.tokens_per_s, speed.expected)
+        note = f"memory: {note}; speed: {found} (range {rate(speed.low)} to {rate(speed.high)})"
     return [Figure("forecast", value, note)]
 
 
@@ -284,9 +290,17 @@ def markdown(value: Any) -> str:
     return text.replace("<", "&lt;").replace(">", "&gt;")
 
 
+UNITS = {"_gib": " GiB", "_w": " W"}
+
+
 def facts(values: Mapping[str, Any]) -> list[tuple[str, str]]:
-    """A dict as rows of a table."""
-    return [(name.replace("_", " "), readable(value)) for name, value in values.items()]
+    """A dict as rows of a table: what a name says of its unit stands behind the value."""
+    found = []
+    for name, value in values.items():
+        ending = next((each for each in UNITS if name.endswith(each)), "")
+        unit = UNITS[ending] if ending and value is not None else ""
+        found.append((name.removesuffix(ending).replace("_", " "), readable(value) + unit))
+    return found
 
 
 def readable(value: Any) -> str:
@@ -298,7 +312,7 @@ def readable(value: Any) -> str:
     if isinstance(value, float):
         return f"{value:,.2f}"
     if isinstance(value, Mapping):
-        return ", ".join(f"{str(name).replace('_', ' ')} {readable(item)}" for name, item in value.items())
+        return ", ".join(f"{name} {item}" for name, item in facts(value))
     if isinstance(value, (list, tuple)):
         return "; ".join(readable(item) for item in value)
     return str(value)

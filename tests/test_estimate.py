@@ -329,7 +329,7 @@ def test_the_report_shows_forecast_against_actual() -> None:
     result = make_result("nowhere", make_steps(5), forecast=expected, peak_memory_gib=2.1, tokens_per_s=90.0)
     figure = next(figure for figure in report.key_figures(result) if figure.label == "forecast")
     assert figure.value == "2.0 GiB, 100 tokens/s"
-    assert "measured +5%" in figure.note and "measured -10%" in figure.note
+    assert "memory: 5% more was measured" in figure.note and "speed: 10% less was measured" in figure.note
 
 
 def test_errors_on_file_are_within_what_is_promised() -> None:

@@ -148,7 +148,7 @@ def test_differences_of_losses_are_those_that_parity_is_about() -> None:
     assert apart == {"fasttune": pytest.approx([0, 5e-4, 0, 4e-4]), "hf-tuned": [0.0] * 4}
     assert max(apart["fasttune"]) == bench.over_baseline["fasttune"].largest_loss_difference
     plot = files.losses(bench)
-    assert plot is not None and "equal to the last bit: hf-tuned" in plot.note
+    assert plot is not None and "no point where nothing differs; equal to the last bit: hf-tuned" in plot.note
     assert plot.spoken == "Difference from vanilla: fasttune at most 0.05 %, at step 2; hf-tuned none in any step"
     for svg in (plot.narrow, plot.wide):
         assert ">fasttune<" in svg and ">tolerance 0.1 %<" in svg and ">0.01 %<" in svg

@@ -152,6 +152,7 @@ def losses(bench: Bench) -> plots.Plot | None:
     ]
     said += [f"{name} none in any step" for name in equal]
     note = f"|Δ loss| ÷ loss of {bench.baseline}, each optimizer step, the largest of the repeats; log axis"
+    note += "; no point where nothing differs" if any(0 in line for line in drawn.values()) else ""
     note += f"; equal to the last bit: {', '.join(equal)}" if equal else ""
     title, narrow, wide = f"Difference from {bench.baseline}", "", ""
     if drawn:

@@ -68,8 +68,9 @@ def resolve(config: Config, hardware: Hardware, shape: Shape, parts: int = 1) ->
     usual_rate, rate_reason = LEARNING_RATES[chosen.method]
     rate = config.train.learning_rate
     fits = full_memory(config, shape, chosen, rows).total <= usable_gib
+    size = f"{shape.parameters / 1e6:,.{0 if shape.parameters >= 1e7 else 2}f} M parameters"
     settings = [
-        Setting("model", f"{config.model.name}, {shape.parameters / 1e6:,.0f} M parameters"),
+        Setting("model", f"{config.model.name}, {size}"),
         *_experts(shape),
         Setting("method", _method(config)),
         Setting("dtype", dtype, dtype_reason),

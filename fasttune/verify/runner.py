@@ -14,7 +14,7 @@ import sys
 import tempfile
 import time
 from collections.abc import Callable, Iterator, Sequence
-from concurrent.futures import ThreadPoolExecutor
+from concurrent.futures import ThreadPoolExecutor, wait
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Literal
@@ -41,19 +41,25 @@ class CheckJob:
 def run_jobs(jobs: Sequence[CheckJob], announce: Callable[[str], None], stop: Sequence[int] = ()) -> list[Result]:
     """Every job in processes of its own, PARALLEL at a time; the results in the order of `jobs`.
 
-    Once `stop` holds something all children are killed; raises KeyboardInterrupt.
+    Once `stop` holds something all children are killed; raises KeyboardInterrupt. announce: told every second what is
+    running, and at the end nothing.
     """
+    began_s, running = time.monotonic(), list[str]()
 
     def results_of(job: CheckJob) -> list[Result]:
-        announce(f"running {job.names[0]} …")
-        return list(run_job(job, stop))
+        running.append(job.names[0])
+        found = list(run_job(job, stop))
+        running.remove(job.names[0])
+        return found
 
     with ThreadPoolExecutor(PARALLEL) as pool:
-        found = list(pool.map(results_of, jobs))
+        made = [pool.submit(results_of, job) for job in jobs]
+        while wait(made, timeout=1).not_done:
+            announce(f"running {' and '.join(running)} … {time.monotonic() - began_s:.0f} s")
     announce("")
     if stop:
         raise KeyboardInterrupt
-    return [result for results in found for result in results]
+    return [result for each in made for result in each.result()]
 
 
 def run_job(job: CheckJob, stop: Sequence[int]) -> Iterator[Result]:
