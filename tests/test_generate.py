@@ -16,7 +16,7 @@ import pytest
 
 from fasttune import cli
 from fasttune.data import formats, turns
-from fasttune.errors import DataError, ModelError, OutputError
+from fasttune.errors import DataError, OutputError
 from fasttune.tools import generate, questions, trained_model
 
 pytestmark = pytest.mark.usefixtures("unsloth")
@@ -353,27 +353,6 @@ def test_a_closed_pipe_ends_quietly(monkeypatch: pytest.MonkeyPatch, tmp_path: P
         assert cli.main(["generate", "builtin:tiny", "--prompt", "x"]) == 141
 
 
-def test_a_mistyped_run_is_no_hub_id(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.chdir(tmp_path)
-    for name in ("old-1", "new-2"):
-        (tmp_path / "runs" / name).mkdir(parents=True)
-        (tmp_path / "runs" / name / "config.yaml").touch()
-    os.utime("runs/old-1/config.yaml", (1, 1))
-    with pytest.raises(ModelError, match=r"no such run in runs/; the newest there: runs/new-2, runs/old-1"):
-        trained_model.open_run("runs/nww-2")
-    assert trained_model.open_run("owner/name").base.name == "owner/name"
-
-
-def test_rows_of_the_run_are_read_as_it_read_them(finished_run: Path) -> None:
-    from dataclasses import replace
-
-    opened = trained_model.open_run(str(finished_run))
-    assert opened.config
-    data = opened.config.data.model_copy(update={"eval": "o/set", "split": "test", "columns": {"question": "q"}})
-    opened = replace(opened, config=opened.config.model_copy(update={"data": data}))
-    assert opened.reading("o/set") == ("test", {"question": "q"}) and opened.reading("mine.jsonl") == ("train", {})
-
-
 def test_the_command_streams_a_prompt(speaker: Any, finished_run: Path, capsys: pytest.CaptureFixture[str]) -> None:
     shown = speaker.batch([speaker.prompt([formats.turn("user", PROMPTS[1])])])[0].text
     arguments = ["generate", str(finished_run), "--prompt", PROMPTS[1], "--max-new-tokens", "12"]
@@ -414,15 +393,3 @@ def test_a_user_error_is_one_line(arguments: list[str], told: str, capsys: pytes
     assert cli.main(["generate", *arguments]) == 2
     said = capsys.readouterr()
     assert told in said.err and said.err.count("\n") == 1 and not said.out
-
-
-def test_what_is_no_run_is_refused(finished_run: Path, tmp_path: Path) -> None:
-    with pytest.raises(ModelError, match="holds no run"):
-        trained_model.open_run(str(tmp_path))
-    (tmp_path / "config.yaml").write_text((finished_run / "config.yaml").read_text())
-    with pytest.raises(ModelError, match=r"not finished and has no adapter/; resume it: fasttune train .*--resume"):
-        trained_model.open_run(str(tmp_path))
-    os.symlink(finished_run / "adapter", tmp_path / "adapter")
-    (tmp_path / "run.json").write_text('{"status": "interrupted"}')
-    assert "is interrupted" in trained_model.open_run(str(tmp_path)).warnings[0]
-    assert trained_model.open_run(str(finished_run)).warnings == []

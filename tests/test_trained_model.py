@@ -136,3 +136,36 @@ def test_patterns_of_ordinary_adapters_are_as_peft_takes_them(finished_run: Path
     plan = merged_weights.plan(ModelConfig(name="builtin:tiny"), folder)
     assert plan.deltas == merged_weights.plan(ModelConfig(name="builtin:tiny"), finished_run / "adapter").deltas
     assert model_files.read_json(folder / trained_model.SETTINGS)["target_modules"] == pattern
+
+
+def test_a_mistyped_run_is_no_hub_id(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.chdir(tmp_path)
+    for name in ("old-1", "new-2"):
+        (tmp_path / "runs" / name).mkdir(parents=True)
+        (tmp_path / "runs" / name / "config.yaml").touch()
+    os.utime("runs/old-1/config.yaml", (1, 1))
+    with pytest.raises(ModelError, match=r"no such run in runs/; the newest there: runs/new-2, runs/old-1"):
+        trained_model.open_run("runs/nww-2")
+    assert trained_model.open_run("owner/name").base.name == "owner/name"
+
+
+def test_rows_of_the_run_are_read_as_it_read_them(finished_run: Path) -> None:
+    from dataclasses import replace
+
+    opened = trained_model.open_run(str(finished_run))
+    assert opened.config
+    data = opened.config.data.model_copy(update={"eval": "o/set", "split": "test", "columns": {"question": "q"}})
+    opened = replace(opened, config=opened.config.model_copy(update={"data": data}))
+    assert opened.reading("o/set") == ("test", {"question": "q"}) and opened.reading("mine.jsonl") == ("train", {})
+
+
+def test_what_is_no_run_is_refused(finished_run: Path, tmp_path: Path) -> None:
+    with pytest.raises(ModelError, match="holds no run"):
+        trained_model.open_run(str(tmp_path))
+    (tmp_path / "config.yaml").write_text((finished_run / "config.yaml").read_text())
+    with pytest.raises(ModelError, match=r"not finished and has no adapter/; resume it: fasttune train .*--resume"):
+        trained_model.open_run(str(tmp_path))
+    os.symlink(finished_run / "adapter", tmp_path / "adapter")
+    (tmp_path / "run.json").write_text('{"status": "interrupted"}')
+    assert "is interrupted" in trained_model.open_run(str(tmp_path)).warnings[0]
+    assert trained_model.open_run(str(finished_run)).warnings == []
