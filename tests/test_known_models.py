@@ -125,6 +125,12 @@ def test_control_tokens_of_the_real_template_count_once(unsloth: None, counts_by
     assert assumed.tokens == Range(0.852, pytest.approx(0.8925, abs=1e-4), 0.935)
 
 
+def test_added_tokens_are_one_token_and_a_row_each(unsloth: None, counts_bytes: None) -> None:
+    architecture, tokenizer, _ = known_models.read(ModelConfig(name=NAMES[0], added_tokens=["zqx", "xqz"]))
+    assert architecture.vocab_size == known_models.all_of_them()[NAMES[0]].config["vocab_size"] + 2
+    assert len(tokenizer("zqx", add_special_tokens=False).input_ids) == 1
+
+
 def test_a_forecast_is_scaled_in_tokens_hours_and_dollars() -> None:
     memory, one = Memory(1, 0, 0, 0, 0, 0, 0, 0), Range(1.0, 2.0, 3.0)
     expected = Forecast(memory, one, 100, 10, 1000, one, one, None, "measured")

@@ -63,8 +63,9 @@ def _words(plain: Any, vocabulary: Vocabulary, documents: Iterator[np.ndarray]) 
         before = [vocabulary.token_bytes[token] for token in plain.encode(text, add_special_tokens=False).ids]
         if b"".join(before) != b"".join(after):  # a tokenizer that changes the text, or puts a space in front
             continue
+        trained = _cuts(after)
         for word, cuts in _cuts(before).items():
-            changed = _cuts(after).get(word)
+            changed = trained.get(word)
             if changed is not None and changed != cuts and word not in shown:
                 shown[word] = _spelled(cuts), _spelled(changed)
             if len(shown) == WORDS:
@@ -82,7 +83,7 @@ def _cuts(tokens: list[bytes]) -> dict[bytes, list[bytes]]:
                 words.setdefault(b"".join(pieces), pieces)
                 pieces = []
             if part:
-                pieces = [*pieces, part]
+                pieces.append(part)
     return words
 
 

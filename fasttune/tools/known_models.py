@@ -8,6 +8,7 @@ SmolLM2's, which is built in and counts in their place.
 
 import json
 import math
+from collections.abc import Sequence
 from dataclasses import dataclass, field, replace
 from functools import cache
 from pathlib import Path
@@ -71,6 +72,7 @@ def read(model: ModelConfig) -> tuple[Any, Any, Assumed]:
         if known is None:
             raise
         architecture = SimpleNamespace(**known.config)
+        architecture.vocab_size += len(model.added_tokens)
         settings.append(
             Setting("shape", "from fasttune's own list", f"of {_file()['date']}, not the hub's: {_why(model.name)}")
         )
@@ -84,7 +86,7 @@ def read(model: ModelConfig) -> tuple[Any, Any, Assumed]:
     what = f"counted by {COUNTS}'s tokenizer" + ("" if low == high else f", × {tokens.expected:.2f}")
     why = f"the model's own makes {low:.2f} to {high:.2f} for one of these in English text: an estimate"
     settings.append(Setting("tokens", what, why))
-    return architecture, _stand_in(known), Assumed(settings, tokens)
+    return architecture, _stand_in(known, model.added_tokens), Assumed(settings, tokens)
 
 
 def scaled(expected: Forecast, tokens: Range | None) -> Forecast:
@@ -115,12 +117,15 @@ def _why(name: str) -> str:
     return f"it is gated; accept its licence at https://huggingface.co/{name}, then `hf auth login`"
 
 
-def _stand_in(known: Known) -> Any:
-    """The tokenizer of COUNTS, with the model's template and, as one token each, the control tokens of all of them."""
+def _stand_in(known: Known, added: Sequence[str]) -> Any:
+    """The tokenizer of COUNTS, with the model's template and, as one token each, the control tokens of all of them and
+    those of model.added_tokens.
+    """
     tokenizer = pretrained.read_tokenizer(ModelConfig(name=str(pretrained.builtin_tokenizer(COUNTS))))
     named = {
         token for name in chat_templates.NAMES for token in chat_templates.CONTROL.findall(chat_templates.read(name))
     }
     tokenizer.add_tokens(sorted(named), special_tokens=True)
+    tokenizer.add_tokens(list(added))
     tokenizer.chat_template = chat_templates.read(known.chat_template) if known.chat_template else None
     return tokenizer
