@@ -107,8 +107,16 @@ def line_plot(
             top = max((value for line in lines for value in line if math.isfinite(value)), default=0.0)
             axes.set_ylim(0, 1.12 * top or 1)
         axes.yaxis.set_major_locator(_round_numbers(5))
-        axes.yaxis.set_major_formatter(lambda value, _: f"{value:,.10g}")
+        axes.yaxis.set_major_formatter(lambda value, _: _number(value))
         return svg(drawn)
+
+
+def _number(value: float) -> str:
+    """1,500 or 0.25, and as learning rates are written 5e-5 and 1e-4."""
+    if not 0 < abs(value) < 1e-3:
+        return f"{value:,.10g}"
+    mantissa, exponent = f"{value:.6e}".split("e")
+    return f"{float(mantissa):g}e{int(exponent)}"
 
 
 def log_plot(lines: Mapping[str, Sequence[float]], limit: float, width_in: float, height_in: float) -> str:

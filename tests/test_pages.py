@@ -154,6 +154,12 @@ def test_differences_of_losses_are_those_that_parity_is_about() -> None:
         assert ">fasttune<" in svg and ">tolerance 0.1 %<" in svg and ">0.01 %<" in svg
 
 
+def test_learning_rates_are_written_alike_on_their_axis() -> None:
+    drawn = plots.line_plot([1, 2, 3], [[1e-4, 5e-5, 1e-5]], from_zero=True)
+    assert ">5e-5<" in drawn and ">1e-4<" in drawn and ">0<" in drawn and "0.0001" not in drawn
+    assert ">1,500<" in plots.line_plot([1, 2], [[0.0, 1500.0]])
+
+
 @pytest.mark.parametrize("losses", [[1.0, 1.0, 1.0, float("nan")], [1.0] * 3])
 def test_losses_that_cannot_be_compared_are_not_drawn(losses: list[float]) -> None:
     arms = [make_arm("fasttune", 9, losses=losses), make_arm("vanilla", 5)]
