@@ -180,6 +180,11 @@ def test_the_page_names_the_next_commands(tmp_path):
         assert f"<code>{command}</code>" in text
 
 
+def test_facts_of_a_machine_have_their_units():
+    told = report.facts({"memory_gib": 23.4, "gpus": [{"name": "X", "power_limit_w": 700.0}], "disk_free_gib": None})
+    assert told == [("memory", "23.40 GiB"), ("gpus", "name X, power limit 700.00 W"), ("disk free", "–")]
+
+
 def test_page_escapes_every_string(tmp_path):
     evil = "<img src=x onerror=alert(1)>"
     steps = make_steps(3)
