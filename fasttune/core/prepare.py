@@ -14,7 +14,6 @@ from fasttune.config import Config
 from fasttune.core import autoconfig, pretrained, run_folder, schedules
 from fasttune.core.autoconfig import Plan
 from fasttune.core.memory import Shape
-from fasttune.core.model_files import folder_of
 from fasttune.core.ranks import ALONE, Ranks
 from fasttune.data import chat, load, sources
 from fasttune.data.batching import Batches, Encoded
@@ -87,7 +86,7 @@ def check_sources_and_model(config: Config) -> None:
 
         chat_templates.read(config.data.chat_template)
     pretrained.check_name(config.model.name)
-    if config.model.revision is not None and (pretrained.is_builtin(config.model.name) or folder_of(config.model.name)):
+    if config.model.revision is not None and pretrained.is_here(config.model.name):
         what = f"model.revision={config.model.revision} would be ignored"
         raise ModelError(f"{what}: {config.model.name} is no model of the hub; remove it")
 

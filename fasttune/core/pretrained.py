@@ -42,6 +42,13 @@ def is_builtin(name: str) -> bool:
     return name.startswith("builtin:")
 
 
+def is_here(name: str) -> bool:
+    """Whether a model is a built-in one or a folder, none of the hub."""
+    from fasttune.core import model_files
+
+    return is_builtin(name) or model_files.folder_of(name) is not None
+
+
 def read_architecture(config: ModelConfig) -> Any:
     """The model's transformers config, without its weights. Raises ModelError with the remedy."""
     source = locate(config)
