@@ -64,6 +64,15 @@ def test_no_table_where_rates_are_not_known() -> None:
     assert 1 < faster.tokens_per_s / slower.tokens_per_s < 4.8 / 3.35  # only what memory bounds
 
 
+def test_where_launches_take_longer_they_decide() -> None:
+    """As the forecast of the speed has it; of few tokens at a time the kernels wait for the CPU."""
+    few = estimate.Sample(1, 8, 512, 504, 512, [Workload(64, 63, 0, 0)] * 8, one_length=True)
+    found = table({"method": "lora"}, sample=few)
+    assert found is not None and found.ms == pytest.approx(8 * 32 * 1e3 * estimate.LAUNCH_S_A_LAYER.expected)
+    assert sum(each.ms for each in found.groups) == pytest.approx(found.ms)
+    assert found.tokens_per_s == pytest.approx(512 / found.ms * 1e3)
+
+
 def test_plan_shows_it_and_counts_on_it(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
 ) -> None:

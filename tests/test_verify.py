@@ -5,6 +5,7 @@ import importlib.util
 import io
 import json
 import os
+import re
 import signal
 import subprocess
 import sys
@@ -119,7 +120,10 @@ def test_a_dead_child_is_a_result_and_the_rest_goes_on(tmp_path: Path, monkeypat
     monkeypatch.setattr("tempfile.tempdir", str(tmp_path / "tmp"))
     names = ("crash", "leave", "symbol", "prints", "hang", "fine")
     job = runner.CheckJob("broken_checks", names, limit_s=3)
-    results = {result.name: result for result in runner.run_jobs((job,), lambda text: None)}
+    said: list[str] = []
+    results = {result.name: result for result in runner.run_jobs((job,), said.append)}
+    assert said[-1] == "" and all(re.fullmatch(r"running crash … [1-9]\d* s", text) for text in said[:-1])
+    assert len(said) > 2, "each second while something runs: one of them hangs for three"
     assert {name: result.status for name, result in results.items()} == {
         "crash-first-half": "pass",
         "crash": "fail",

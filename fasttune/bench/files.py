@@ -40,10 +40,8 @@ def picture(bench: Bench) -> tuple[bytes, str, str]:
         _words(figure, bench)
         _bars(figure, (0.035, 0.2, 0.93, 0.62), bench, PNG_POINTS)
         alone = plots.png(figure)
-    high, below = (
-        BAR_IN * (len(bench.arms) + (0.7 if bench.sound_limit else 0.1)),
-        0.28,
-    )  # bars; the numbers of their axis
+    high = BAR_IN * (len(bench.arms) + (0.7 if bench.sound_limit else 0.1))  # bars
+    below = 0.28  # the numbers of their axis
 
     def bars_in(width_in: float) -> str:
         with plots.figure(width_in, high + below) as figure:
