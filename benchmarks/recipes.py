@@ -2,7 +2,8 @@
 """Which LoRA recipe learns more from the same tokens:  python benchmarks/recipes.py GSM8K_TRAIN GSM8K_TEST [--hours H]
 
 SmolLM2-135M for STEPS steps on GSM8K and on the built-in problems. Each arm has the best of three learning rates, found
-in runs of half as many steps on a seed that does not count, and then SEEDS seeds, one arm after the other. A line is
+in runs of half as many steps on a seed that does not count, and then SEEDS seeds, one arm after the other. All in bf16
+under autocast with float32 adapters, as on a GPU: on a CPU with avx512_bf16, 2.4 times as fast as float32. A line is
 appended to results/recipes/runs.jsonl as each run ends; the same command continues where it stopped, and --hours ends
 it in time. Losses do not depend on what else the machine does, so one run a core goes on at a time, at low priority.
 
@@ -30,7 +31,7 @@ from fasttune.bench.run import revision
 ROOT = Path(__file__).resolve().parent.parent
 RESULTS = Path("benchmarks", "results", "recipes", "runs.jsonl")  # beside the rows of `fasttune bench`, which differ
 SPEED = RESULTS.with_name("speed.jsonl")
-STEPS, HELD_OUT_ROWS, SEEDS, SEARCH_SEED = 120, 32, (1, 2, 3, 4, 5), 99
+STEPS, HELD_OUT_ROWS, SEEDS, SEARCH_SEED = 120, 128, (1, 2, 3, 4, 5), 99
 SPEED_STEPS, SPEED_REPEATS = 12, 3
 BATCH_ROWS, MAX_LENGTH = 2, 160  # of GSM8K the shorter problems, as 128 runs must fit into 12 hours of one core
 RATES = (5e-4, 1.25e-3, 3e-3)  # of 2e-4, 5e-4 and 1.25e-3 the first three arms took the last: the best may lie above
@@ -88,6 +89,7 @@ def settings(task: str, arm: str, rate: float, seed: int, files: list[str], step
         f"eval.rows={HELD_OUT_ROWS}",
         f"train.batch_rows={BATCH_ROWS}",
         f"model.max_length={MAX_LENGTH}",
+        "model.dtype=bfloat16",
         "data.too_long=drop",
         "checkpoint.every=never",
     ]
