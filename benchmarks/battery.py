@@ -28,7 +28,7 @@ from typing import Any
 from stages import INPUTS, STAGES, Stage
 
 ROOT = Path(__file__).resolve().parent.parent
-LAST_LINES = 12  # of a stage that failed
+LAST_LINES = 40  # of a stage that did not end well
 GRACE_S = 20  # after SIGINT: a benchmark leaves nothing half-written
 DONE = ("ok", "skipped")
 DRY_RUN_MINUTES = 5
@@ -204,7 +204,7 @@ class Battery:
             return {"status": "ok", **found}
         if code is None:
             reason = "interrupted" if self.stop.is_set() else f"its {minutes:.0f} minutes were over: run this again"
-            return {"status": "unfinished", "reason": reason, **found}
+            return {"status": "unfinished", "reason": reason, **found, "last": lines[-LAST_LINES:]}
         return {
             "status": "failed",
             "reason": lines[-1] if lines else "said nothing",

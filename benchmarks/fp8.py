@@ -50,7 +50,8 @@ class Fp8Matmuls(TorchDispatchMode):
         if func in (aten.mm.default, aten.mm.out) and args[1].data_ptr() in self.weights:
             made = self.matmul(*args)
             return kwargs["out"].copy_(made) if "out" in kwargs else made
-        if func is aten.addmm_.default and args[2].data_ptr() in self.weights and not kwargs:
+        plain = all(kwargs.get(factor, 1) == 1 for factor in ("alpha", "beta"))
+        if func is aten.addmm_.default and args[2].data_ptr() in self.weights and plain:
             return args[0].add_(self.matmul(args[1], args[2]))
         return func(*args, **kwargs)
 
@@ -81,21 +82,14 @@ def quantize(x: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
     if x.device.type == "cpu":
         scale = x.float().abs().amax(1, keepdim=True).clamp(min=1e-12) / LARGEST
         return (x.float() / scale).to(E4M3), scale
-    from triton import next_power_of_2
+    from fp8_kernel import quantize_rows  # a CPU has no Triton
 
     x = x.contiguous()
     out = torch.empty(x.shape, dtype=E4M3, device=x.device)
     scale = torch.empty(x.shape[0], 1, dtype=torch.float32, device=x.device)
-    _kernel()[(x.shape[0],)](x, out, scale, x.shape[1], BLOCK=next_power_of_2(x.shape[1]), num_warps=8)
+    block = 1 << (x.shape[1] - 1).bit_length()
+    quantize_rows[(x.shape[0],)](x, out, scale, x.shape[1], BLOCK=block, num_warps=8)
     return out, scale
-
-
-def _kernel(made: list[Any] = []) -> Any:  # noqa: B006: kept, so that a CPU needs no Triton
-    if not made:
-        from fp8_kernel import quantize_rows
-
-        made.append(quantize_rows)
-    return made[0]
 
 
 def rates() -> dict[str, dict[str, float]]:

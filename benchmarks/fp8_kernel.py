@@ -1,11 +1,11 @@
-"""Triton's part of fp8.py, in a file of its own: a CPU has no Triton."""
+"""Triton's part of fp8.py."""
 
 import triton
 import triton.language as tl
 
 
 @triton.jit
-def quantize_rows(x, out, scale, columns, BLOCK: tl.constexpr):  # type: ignore[no-untyped-def]  # noqa: N803
+def quantize_rows(x, out, scale, columns, BLOCK: tl.constexpr):  # type: ignore[no-untyped-def]
     """One row a program: out = x / scale in e4m3, scale = the row's largest size / 448."""
     row = tl.program_id(0).to(tl.int64)
     at = tl.arange(0, BLOCK)

@@ -18,14 +18,9 @@ pytestmark = [
 LOSS_RELATIVE = 1e-2  # bf16 against float32
 
 
-class Silent:
-    def __getattr__(self, name: str) -> object:
-        return lambda *arguments, **keywords: None
-
-
 @pytest.fixture(scope="module")
 def finished(unsloth: None, tmp_path_factory: pytest.TempPathFactory) -> tuple[Path, Any]:
-    from fasttune import config
+    from fasttune import config, terminal
     from fasttune.core import train
 
     folder = tmp_path_factory.mktemp("after") / "run"
@@ -38,7 +33,7 @@ def finished(unsloth: None, tmp_path_factory: pytest.TempPathFactory) -> tuple[P
         "samples": 1,
         "output_dir": str(folder),
     }
-    return folder, train.run(config.parse(tree), Silent())
+    return folder, train.run(config.parse(tree), terminal.Reporter(quiet=True))
 
 
 def command(*arguments: str) -> str:

@@ -7,7 +7,7 @@ from typing import Any
 
 import pytest
 
-from fasttune import config as configuration
+from fasttune import config as configuration, terminal
 
 torch = pytest.importorskip("torch")
 pytestmark = [
@@ -20,16 +20,16 @@ LOSS_RELATIVE = 5e-3  # bf16, and kernels that add in no fixed order
 STEPS = 8
 
 
-class Reporter:
-    def __init__(self, break_off_after: int | None = None) -> None:
-        self.break_off_after = break_off_after
+class BreakOff(terminal.Reporter):
+    """The process ends, as far as the run can see, after a step."""
+
+    def __init__(self, after: int | None) -> None:
+        super().__init__(quiet=True)
+        self.after = after
 
     def step(self, step: Any) -> None:
-        if step.step == self.break_off_after:
+        if step.step == self.after:
             raise RuntimeError("the machine is gone")
-
-    def __getattr__(self, name: str) -> Any:
-        return lambda *arguments, **keywords: None
 
 
 def run(folder: Path, resume: bool = False, break_off_after: int | None = None, **train: Any) -> Any:
@@ -42,7 +42,7 @@ def run(folder: Path, resume: bool = False, break_off_after: int | None = None, 
         "checkpoint": {"every": "2 steps"},
         "output_dir": str(folder),
     }
-    return training.run(configuration.parse(tree), Reporter(break_off_after), folder if resume else None)
+    return training.run(configuration.parse(tree), BreakOff(break_off_after), folder if resume else None)
 
 
 def losses(folder: Path) -> list[float]:
@@ -56,7 +56,11 @@ def losses(folder: Path) -> list[float]:
 def test_a_resumed_run_is_close(tmp_path: Path, method: str, optimizer: str) -> None:
     if optimizer == "paged_adamw_8bit" or (method, optimizer) == ("lora", "adamw_8bit"):
         pytest.importorskip("bitsandbytes")
-    job = {"method": method, "optimizer": optimizer, "learning_rate": 1e-2 if method == "lora" else 1e-3}
+    job: dict[str, Any] = {
+        "method": method,
+        "optimizer": optimizer,
+        "learning_rate": 1e-2 if method == "lora" else 1e-3,
+    }
     run(tmp_path / "whole", **job)
     run(tmp_path / "run", break_off_after=5, **job)
     result = run(tmp_path / "run", resume=True, **job)

@@ -2,6 +2,7 @@
 
 import json
 from pathlib import Path
+from typing import Any
 
 import pytest
 
@@ -12,7 +13,7 @@ pytestmark = [
     pytest.mark.usefixtures("unsloth"),
 ]
 
-TREE = {
+TREE: dict[str, Any] = {
     "model": {"name": "builtin:tiny", "max_length": 512},
     "data": {"train": "builtin:arithmetic", "max_rows": 256},
     "lora": {"rank": 8, "alpha": 16},
@@ -20,18 +21,13 @@ TREE = {
 }
 
 
-class Silent:
-    def __getattr__(self, name: str) -> object:
-        return lambda *arguments, **keywords: None
-
-
 @pytest.mark.parametrize("policy", ["none", "unsloth"])
 def test_lora_in_bf16_with_every_layer_patched(tmp_path: Path, policy: str) -> None:
-    from fasttune import config
+    from fasttune import config, terminal
     from fasttune.core import train
 
     tree = TREE | {"output_dir": str(tmp_path / "run"), "train": TREE["train"] | {"gradient_checkpointing": policy}}
-    result = train.run(config.parse(tree), Silent())
+    result: Any = train.run(config.parse(tree), terminal.Reporter(quiet=True))
     assert result.status == "completed", result.error
     assert result.last_loss < 0.95 * result.first_loss  # 0.926 on a CPU in fp32, 0.924 on an H100
     assert result.backend.patched_layers == 2 and result.warnings == []
@@ -50,7 +46,7 @@ def test_lora_in_bf16_with_every_layer_patched(tmp_path: Path, policy: str) -> N
     ],
 )
 def test_full_fine_tuning_in_bf16(tmp_path: Path, optimizer: str, dtype: str, ran: str) -> None:
-    from fasttune import config
+    from fasttune import config, terminal
     from fasttune.core import train
 
     if ran.startswith("bitsandbytes"):
@@ -58,7 +54,7 @@ def test_full_fine_tuning_in_bf16(tmp_path: Path, optimizer: str, dtype: str, ra
     tree = {key: value for key, value in TREE.items() if key != "lora"}
     full = {"method": "full", "learning_rate": 1e-3, "optimizer": optimizer}
     tree |= {"output_dir": str(tmp_path / "run"), "train": TREE["train"] | full}
-    result = train.run(config.parse(tree), Silent())
+    result: Any = train.run(config.parse(tree), terminal.Reporter(quiet=True))
     assert result.status == "completed" and result.last_loss < result.first_loss
     assert result.backend.dtype == dtype and result.backend.optimizer.startswith(ran)
     assert (tmp_path / "run" / "model" / "model.safetensors").is_file()

@@ -16,7 +16,7 @@ WHERE_PRESENT = ["sdpa-cudnn", "torch-varlen", "flash-attn", "flash-attn-3"]
 
 
 def results_of(module: str, *names: str) -> list[Result]:
-    job = runner.Job(f"fasttune.verify.{module}", names, 420, "unset")
+    job = runner.CheckJob(f"fasttune.verify.{module}", names, 420, "unset")
     return runner.run_jobs((job,), lambda text: None)
 
 
@@ -44,7 +44,7 @@ def test_other_kernels_are_right_or_absent(attention: dict[str, Result], name: s
 
 
 def test_bf16_matmul_runs_on_the_gpu() -> None:
-    (seen,) = results_of("kernels", "matmul-bf16")
+    (seen,) = results_of("attention", "matmul-bf16")
     assert seen.status == "pass", seen.detail
     assert torch.cuda.get_device_name() in seen.detail
 
