@@ -1,8 +1,8 @@
 #!/usr/bin/env python3
 """Which LoRA recipe learns more from the same tokens:  python benchmarks/recipes.py GSM8K_TRAIN GSM8K_TEST [--hours H]
 
-SmolLM2-135M for STEPS steps on GSM8K and on the built-in problems. Each arm has the best of three learning rates, found
-in runs of half as many steps on a seed that does not count, and then SEEDS seeds, one arm after the other. All in bf16
+SmolLM2-135M for STEPS steps on GSM8K and on the built-in problems. Each arm has the best of three learning rates or more,
+the best never at an end of those tried, found in runs of half as many steps on a seed that does not count, and then SEEDS seeds, one arm after the other. All in bf16
 under autocast with float32 adapters, as on a GPU: on a CPU with avx512_bf16, 2.4 times as fast as float32. A line is
 appended to results/recipes/runs.jsonl as each run ends; the same command continues where it stopped, and --hours ends
 it in time. Losses do not depend on what else the machine does, so one run a core goes on at a time, at low priority.
@@ -15,6 +15,7 @@ import argparse
 import concurrent.futures
 import datetime
 import json
+import math
 import os
 import statistics
 import subprocess
@@ -34,7 +35,8 @@ SPEED = RESULTS.with_name("speed.jsonl")
 STEPS, HELD_OUT_ROWS, SEEDS, SEARCH_SEED = 120, 128, (1, 2, 3, 4, 5), 99
 SPEED_STEPS, SPEED_REPEATS = 12, 3
 BATCH_ROWS, MAX_LENGTH = 2, 160  # of GSM8K the shorter problems, as 128 runs must fit into 12 hours of one core
-RATES = (5e-4, 1.25e-3, 3e-3)  # of 2e-4, 5e-4 and 1.25e-3 the first three arms took the last: the best may lie above
+RATES = (8e-5, 2e-4, 5e-4, 1.25e-3, 3e-3, 7.5e-3)
+FIRST_RATES = RATES[2:5]  # then its neighbour, as long as the best is the lowest or the highest that was tried
 ARMS: dict[str, list[str]] = {
     "default": [],
     "rsLoRA": ["lora.rslora=true"],
@@ -57,22 +59,23 @@ def wanted(done: list[dict[str, Any]]) -> Iterator[Run]:
     have = {(row["task"], row["arm"], row["learning_rate"], row["seed"]) for row in done}
     for task in TASKS:
         for arm in ARMS:
-            yield from ((task, arm, rate, SEARCH_SEED) for rate in RATES if (task, arm, rate, SEARCH_SEED) not in have)
+            yield from ((task, arm, rate, SEARCH_SEED) for rate in search(done, task, arm)[1])
     for seed in SEEDS:
         for task in TASKS:
             for arm in ARMS:
-                rate = best_rate(done, task, arm)
-                if rate is not None and (task, arm, rate, seed) not in have:
-                    yield task, arm, rate, seed
+                best, missing = search(done, task, arm)
+                if not missing and (task, arm, best, seed) not in have:
+                    yield task, arm, best, seed
 
 
-def best_rate(done: list[dict[str, Any]], task: str, arm: str) -> float | None:
-    tried = [row for row in done if (row["task"], row["arm"], row["seed"]) == (task, arm, SEARCH_SEED)]
-    tried = [row for row in tried if row["learning_rate"] in RATES]
-    if len(tried) < len(RATES):
-        return None
-    sound = [row for row in tried if row["loss"] is not None]  # a diverged one has no loss
-    return min(sound, key=lambda row: row["loss"])["learning_rate"] if sound else None
+def search(done: list[dict[str, Any]], task: str, arm: str) -> tuple[float, list[float]]:
+    """(best rate so far, rates to try before it counts): the first three, then neighbours of the best."""
+    rows = [row for row in done if (row["task"], row["arm"], row["seed"]) == (task, arm, SEARCH_SEED)]
+    tried = {row["learning_rate"]: math.inf if row["loss"] is None else row["loss"] for row in rows}  # None: diverged
+    best = min(tried, key=lambda rate: tried[rate], default=FIRST_RATES[1])
+    at = RATES.index(best)
+    near = FIRST_RATES if len(tried) < len(FIRST_RATES) else RATES[max(0, at - 1) : at + 2]
+    return best, [rate for rate in near if rate not in tried]
 
 
 def settings(task: str, arm: str, rate: float, seed: int, files: list[str], steps: int) -> list[str]:
@@ -95,10 +98,10 @@ def settings(task: str, arm: str, rate: float, seed: int, files: list[str], step
     ]
 
 
-def result(arm: str, asked: list[str], threads: int | None = None) -> dict[str, Any]:
+def result(arm: str, asked: list[str], threads: int | None = None, script: str | Path = __file__) -> dict[str, Any]:
     """run.json of one run in a process of its own."""
     with tempfile.TemporaryDirectory() as folder:
-        command = [sys.executable, __file__, "--one", arm, "--", *asked, f"output_dir={folder}/run"]
+        command = [sys.executable, str(script), "--one", arm, "--", *asked, f"output_dir={folder}/run"]
         environment = os.environ | ({"OMP_NUM_THREADS": str(threads)} if threads else {})
         ended = subprocess.run(command, capture_output=True, text=True, check=False, env=environment)
         path = Path(folder, "run", "run.json")
@@ -130,7 +133,7 @@ def measure(run: Run, files: list[str], steps: int, model: str) -> dict[str, Any
 
 def speed(arm: str, files: list[str], model: str) -> dict[str, Any]:
     """A short run on all cores, for its seconds and memory; its line."""
-    asked = settings("gsm8k", arm, RATES[0], SEARCH_SEED, files, SPEED_STEPS)
+    asked = settings("gsm8k", arm, FIRST_RATES[0], SEARCH_SEED, files, SPEED_STEPS)
     told = result(arm, [*asked, f"model.name={model}", "data.eval=null"])
     names = ("steps", "tokens_per_s", "peak_memory_gib", "seconds_to_first_step")
     return {"arm": arm} | {name: told[name] for name in names} | where()
@@ -181,11 +184,15 @@ def table(rows: list[dict[str, Any]], speeds: list[dict[str, Any]]) -> str:
     """Markdown: held-out loss of each arm, its spread over the seeds, the paired difference from the baseline, and what
     a step of GSM8K costs."""
     if not any(row["seed"] in SEEDS for row in rows):
-        return f"Nothing can be compared yet: {len(rows)} of {len(TASKS) * len(ARMS) * (len(RATES) + len(SEEDS))} runs."
+        return f"Nothing can be compared yet: {len(rows)} of {len(TASKS) * len(ARMS) * (len(FIRST_RATES) + len(SEEDS))} runs."
     made = []
     for task in TASKS:
         counted = [row for row in rows if row["task"] == task and row["seed"] in SEEDS and row["loss"] is not None]
-        by_arm = {arm: {row["seed"]: row for row in counted if row["arm"] == arm} for arm in ARMS}
+        rates = {arm: search(rows, task, arm)[0] for arm in ARMS}
+        by_arm = {
+            arm: {row["seed"]: row for row in counted if (row["arm"], row["learning_rate"]) == (arm, rates[arm])}
+            for arm in ARMS
+        }
         made += [f"**{task}**", "", "| recipe | learning rate | seeds | held-out loss | against default | t |"]
         made.append("| --- | --- | --- | --- | --- | --- |")
         for arm, seeds in by_arm.items():
@@ -193,10 +200,9 @@ def table(rows: list[dict[str, Any]], speeds: list[dict[str, Any]]) -> str:
                 continue
             losses = [row["loss"] for row in seeds.values()]
             spread = f" ± {statistics.stdev(losses):.4f}" if len(losses) > 1 else ""
-            rates = ", ".join(f"{rate:g}" for rate in sorted({row["learning_rate"] for row in seeds.values()}))
             difference, t = paired(seeds, by_arm[BASELINE]) if arm != BASELINE else ("", "")
             made.append(
-                f"| {arm} | {rates} | {len(losses)} | {statistics.mean(losses):.4f}{spread} | {difference} | {t} |"
+                f"| {arm} | {rates[arm]:g} | {len(losses)} | {statistics.mean(losses):.4f}{spread} | {difference} | {t} |"
             )
         made.append("")
     return "\n".join(made + cost(speeds))
