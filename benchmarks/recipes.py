@@ -1,11 +1,12 @@
 #!/usr/bin/env python3
 """Which LoRA recipe learns more from the same tokens:  python benchmarks/recipes.py GSM8K_TRAIN GSM8K_TEST [--hours H]
 
-SmolLM2-135M for STEPS steps on GSM8K and on the built-in problems. Each arm has the best of three learning rates or more,
-the best never at an end of those tried, found in runs of half as many steps on a seed that does not count, and then SEEDS seeds, one arm after the other. All in bf16
-under autocast with float32 adapters, as on a GPU: on a CPU with avx512_bf16, 2.4 times as fast as float32. A line is
-appended to results/recipes/runs.jsonl as each run ends; the same command continues where it stopped, and --hours ends
-it in time. Losses do not depend on what else the machine does, so one run a core goes on at a time, at low priority.
+SmolLM2-135M for STEPS steps on GSM8K and on the built-in problems. Each arm has the best of at least three learning
+rates, found in runs of half as many steps on a seed that does not count; while the best is at an end of those tried,
+its neighbour is tried too. Then SEEDS seeds, one arm after the other. All in bf16 under autocast with float32 adapters,
+as on a GPU: on a CPU with avx512_bf16, 2.4 times as fast as float32. A line is appended to results/recipes/runs.jsonl as
+each run ends; the same command continues where it stopped, and --hours ends it in time. Losses do not depend on what
+else the machine does, so one run a core goes on at a time, at low priority.
 
 Speed does depend on it: `--speed`, on a machine that does nothing else, measures each arm by itself, SPEED_REPEATS
 times, interleaved, in results/recipes/speed.jsonl. Then benchmarks/render.py writes the tables of docs/recipes.md.
@@ -184,7 +185,8 @@ def table(rows: list[dict[str, Any]], speeds: list[dict[str, Any]]) -> str:
     """Markdown: held-out loss of each arm, its spread over the seeds, the paired difference from the baseline, and what
     a step of GSM8K costs."""
     if not any(row["seed"] in SEEDS for row in rows):
-        return f"Nothing can be compared yet: {len(rows)} of {len(TASKS) * len(ARMS) * (len(FIRST_RATES) + len(SEEDS))} runs."
+        at_least = len(TASKS) * len(ARMS) * (len(FIRST_RATES) + len(SEEDS))
+        return f"Nothing can be compared yet: {len(rows)} of at least {at_least} runs."
     made = []
     for task in TASKS:
         counted = [row for row in rows if row["task"] == task and row["seed"] in SEEDS and row["loss"] is not None]
@@ -201,9 +203,8 @@ def table(rows: list[dict[str, Any]], speeds: list[dict[str, Any]]) -> str:
             losses = [row["loss"] for row in seeds.values()]
             spread = f" ± {statistics.stdev(losses):.4f}" if len(losses) > 1 else ""
             difference, t = paired(seeds, by_arm[BASELINE]) if arm != BASELINE else ("", "")
-            made.append(
-                f"| {arm} | {rates[arm]:g} | {len(losses)} | {statistics.mean(losses):.4f}{spread} | {difference} | {t} |"
-            )
+            loss = f"{statistics.mean(losses):.4f}{spread}"
+            made.append(f"| {arm} | {rates[arm]:g} | {len(losses)} | {loss} | {difference} | {t} |")
         made.append("")
     return "\n".join(made + cost(speeds))
 

@@ -279,7 +279,9 @@ def test_the_canary_has_packs_and_rectangles_in_every_step(
         assert any(len(batch["input_ids"]) == 2 for batch in made)
 
 
-def test_recipes_are_tried_at_three_rates_and_then_by_seed(monkeypatch: pytest.MonkeyPatch) -> None:
+def test_recipes_are_tried_until_the_best_rate_is_between_others_and_then_by_seed(
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
     """Each arm at its own best rate, and a seed of all before the next; the table compares within a seed."""
     monkeypatch.syspath_prepend("benchmarks")
     import recipes
@@ -293,12 +295,16 @@ def test_recipes_are_tried_at_three_rates_and_then_by_seed(monkeypatch: pytest.M
         loss = 1 + abs(rate - best) + seed / 10 - (0.5 + seed / 100) * (arm == "other")
         done.append({"task": task, "arm": arm, "learning_rate": rate, "seed": seed, "loss": loss})
     order = [(row["task"], row["arm"], row["learning_rate"], row["seed"]) for row in done]
-    assert {rate for _, _, rate, seed in order if seed == recipes.SEARCH_SEED} == set(recipes.RATES)
+    tried = {
+        arm: {rate for _, a, rate, seed in order if (a, seed) == (arm, recipes.SEARCH_SEED)} for arm in recipes.ARMS
+    }
+    first = {5e-4, 1.25e-3, 3e-3}  # and the neighbour of the best, which is at an end of them
+    assert tried == {"default": {2e-4} | first, "other": first | {7.5e-3}}
     counted = [each for each in order if each[3] != recipes.SEARCH_SEED]
     assert counted[:4] == [
         (task, arm, rate, 1) for task in recipes.TASKS for arm, rate in (("default", 5e-4), ("other", 3e-3))
     ]
-    assert len(order) == len(set(order)) == 2 * 2 * (3 + 3)
+    assert len(order) == len(set(order)) == 2 * 2 * (4 + 3)
     speeds = [
         {"arm": arm, "tokens_per_s": 100 + at - 30 * (arm == "other"), "peak_memory_gib": 2, "seconds_to_first_step": 9}
         | {"machine": "a card"}
