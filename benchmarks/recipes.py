@@ -3,10 +3,10 @@
 
 SmolLM2-135M for STEPS steps on GSM8K and on the built-in problems. Each arm has the best of at least three learning
 rates, found in runs of half as many steps on a seed that does not count; while the best is at an end of those tried,
-its neighbour is tried too. Then SEEDS seeds, one arm after the other. All in bf16 under autocast with float32 adapters,
-as on a GPU: on a CPU with avx512_bf16, 2.4 times as fast as float32. A line is appended to results/recipes/runs.jsonl as
-each run ends; the same command continues where it stopped, and --hours ends it in time. Losses do not depend on what
-else the machine does, so one run a core goes on at a time, at low priority.
+its neighbour is tried too. Then SEEDS seeds, one arm after the other. All in bf16 under autocast with float32
+adapters, as on a GPU: on a CPU with avx512_bf16, 2.4 times as fast as float32. A line is appended to
+results/recipes/runs.jsonl as each run ends; the same command continues where it stopped, and --hours ends it in time.
+Losses do not depend on what else the machine does, so one run a core goes on at a time, at low priority.
 
 Speed does depend on it: `--speed`, on a machine that does nothing else, measures each arm by itself, SPEED_REPEATS
 times, interleaved, in results/recipes/speed.jsonl. Then benchmarks/render.py writes the tables of docs/recipes.md.

@@ -279,7 +279,7 @@ def test_the_canary_has_packs_and_rectangles_in_every_step(
         assert any(len(batch["input_ids"]) == 2 for batch in made)
 
 
-def test_recipes_are_tried_until_the_best_rate_is_between_others_and_then_by_seed(
+def test_recipes_are_tried_until_the_best_rate_is_between_others(
     monkeypatch: pytest.MonkeyPatch,
 ) -> None:
     """Each arm at its own best rate, and a seed of all before the next; the table compares within a seed."""
