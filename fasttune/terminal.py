@@ -20,6 +20,7 @@ from rich.progress import (
     Progress,
     ProgressColumn,
     SpinnerColumn,
+    Task,
     TaskID,
     TextColumn,
     TimeElapsedColumn,
@@ -41,6 +42,13 @@ PLAIN_LINE_EVERY_S = 10.0
 SAMPLE_CHARACTERS = 600  # of one sample on the terminal; report.html has all of it
 Shown = Literal["activity", "share", "steps"]
 STATUS_STYLE = {"completed": "green", "interrupted": "red", "failed": "red"}
+
+
+class TimeLeftColumn(TimeRemainingColumn):
+    """Nothing until two updates tell a speed."""
+
+    def render(self, task: Task) -> Text:
+        return Text() if task.time_remaining is None else Text.assemble(super().render(task), " left")
 
 
 class Reporter:
@@ -91,8 +99,7 @@ class Reporter:
                 TextColumn("{task.description}", markup=False, table_column=Column(no_wrap=True, ratio=2)),
                 TextColumn("{task.percentage:>3.0f} %"),
                 BarColumn(bar_width=None, table_column=Column(ratio=1)),
-                TimeRemainingColumn(),
-                TextColumn("left"),
+                TimeLeftColumn(),
                 SpinnerColumn(),
                 total=1.0,
                 transient=True,

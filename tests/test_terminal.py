@@ -126,6 +126,7 @@ def test_progress_is_a_bar_with_the_time_left(width):
     assert all(len(line) <= width for line in frames)
     assert any(re.fullmatch(r"y \[2\] +50 % [━╸╺]+ 0:13:20 left \S *", line) for line in frames), frames
     assert any(re.fullmatch(r"a long n.* 0:06:40 left \S *", line) for line in frames), frames
+    assert "-:--" not in file.getvalue()  # rich's word for a time that is not known yet
     assert file.getvalue().count("\x1b[?25l") == file.getvalue().count("\x1b[?25h") > 0
 
 
