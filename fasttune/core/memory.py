@@ -237,6 +237,9 @@ def forecast(config: Config, shape: Shape, choices: Choices, largest: Workload) 
     trained_bytes = value_bytes if full else 4  # an adapter is trained in fp32
     copies = 2 if config.lora.init in RESIDUAL else 1  # what it began with is loaded again to save it
     adapter: float = 0 if full else trained * 4 * copies
+    if on_cpu and copies == 2 and not full:  # what is left of a weight is new; the file's pages stay mapped
+        split = (shape.projections[name] for name in config.lora.targets if name in shape.projections)
+        weights += 4 * shape.layers * sum(width * out for width, out in split)
     gradients: float = trained * trained_bytes
     eight_bit = choices.optimizer in EIGHT_BIT
     moments: float = trained * (2 if eight_bit else 2 * trained_bytes)
