@@ -36,8 +36,8 @@ SPEED = RESULTS.with_name("speed.jsonl")
 STEPS, HELD_OUT_ROWS, SEEDS, SEARCH_SEED = 120, 128, (1, 2, 3, 4, 5), 99
 SPEED_STEPS, SPEED_REPEATS = 12, 3
 BATCH_ROWS, MAX_LENGTH = 2, 160  # of GSM8K the shorter problems, as 128 runs must fit into 12 hours of one core
-RATES = (8e-5, 2e-4, 5e-4, 1.25e-3, 3e-3, 7.5e-3)
-FIRST_RATES = RATES[2:5]  # then its neighbour, as long as the best is the lowest or the highest that was tried
+RATES = (3.2e-5, 8e-5, 2e-4, 5e-4, 1.25e-3, 3e-3, 7.5e-3)
+FIRST_RATES = RATES[3:6]  # then its neighbour, as long as the best is the lowest or the highest that was tried
 ARMS: dict[str, list[str]] = {
     "default": [],
     "rsLoRA": ["lora.rslora=true"],
