@@ -6,6 +6,7 @@ Only the standard library is imported here.
 
 import contextlib
 import errno
+import gc
 import io
 import logging
 import os
@@ -254,6 +255,18 @@ def native_stderr_closed() -> Iterator[None]:
 
 
 # --- processes: a stranger's folder may hold a torch.py, and Python puts the current folder first on its path
+
+
+@contextlib.contextmanager
+def no_collections() -> Iterator[None]:
+    """For imports: half a million objects that stay, and Python would look through all of them, again and again."""
+    collecting = gc.isenabled()
+    gc.disable()
+    try:
+        yield
+    finally:
+        if collecting:
+            gc.enable()
 
 
 def leave_current_folder() -> None:

@@ -33,11 +33,10 @@ cpu.ask_for_huge_pages()
 sys.modules.setdefault("xformers", None)  # type: ignore[arg-type]
 logging.getLogger("torch.utils._pytree").setLevel(logging.ERROR)  # torchao's registrations warn at every import
 
-from unsloth import FastLanguageModel, tokenizer_utils
-
-import torch
-import transformers
-
+with system.no_collections():
+    from unsloth import FastLanguageModel, tokenizer_utils
+    import torch
+    import transformers
 transformers.utils.logging.disable_progress_bar()
 # A chat template is a stranger's program: bounded wherever it runs, and as `fasttune data` shows it, never repaired.
 transformers.utils.chat_template_utils._compile_jinja_template = sandbox.Bounded
