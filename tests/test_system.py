@@ -2,6 +2,7 @@
 process of ours takes a file of the current folder for a module.
 """
 
+import gc
 import json
 import os
 import shutil
@@ -238,3 +239,16 @@ def test_what_a_library_starts_leaves_the_current_folder_too(stranger: Path, tmp
     done = subprocess.run(command, capture_output=True, text=True, cwd=stranger, env=clean, check=False)
     assert done.returncode == 0 and not (tmp_path / "ran").exists(), done.stderr
     assert subprocess.run(command, cwd=tmp_path, env=bent, capture_output=True, check=False).returncode == 1
+
+
+@pytest.mark.parametrize("collecting", [True, False])
+def test_nothing_is_collected_for_a_while(collecting: bool) -> None:
+    """And afterwards as before, also where an import has failed."""
+    (gc.enable if collecting else gc.disable)()
+    try:
+        with pytest.raises(ImportError), system.no_collections():
+            assert not gc.isenabled()
+            raise ImportError
+        assert gc.isenabled() == collecting
+    finally:
+        gc.enable()
