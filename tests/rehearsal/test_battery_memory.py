@@ -40,6 +40,10 @@ FULL_ROWS = 8192  # tokens at once of our arm where rows are full
 pytestmark = pytest.mark.slow
 
 
+def machine(gpu: str) -> hardware.Hardware:
+    return chips.with_gpu(hardware.Hardware("linux", "x86_64", "2.39", "3.12.3", "a CPU", 16, 128, 100), gpu)
+
+
 class Job:
     """A benchmark's job and its rows."""
 
@@ -60,8 +64,7 @@ class Job:
         return found
 
     def plan(self, gpu: str) -> autoconfig.Plan:
-        here = hardware.Hardware("linux", "x86_64", "2.39", "3.12.3", "a CPU", 16, 128, 100)
-        return autoconfig.resolve(self.config, chips.with_gpu(here, gpu), self.shape)
+        return autoconfig.resolve(self.config, machine(gpu), self.shape)
 
     def plain(self, arm: str, at_once: int, gpu: str) -> Case:
         """What fake_memory.py takes: the largest micro-batch of a plain arm, which has bf16 weights, and the optimizer
@@ -74,8 +77,10 @@ class Job:
 
     def unsloth_gib(self, arm: str, gpu: str) -> float:
         """fasttune's forecast; Unsloth as in its examples pads at worst, and recomputes."""
-        chosen = self.plan(gpu)
-        batches = estimate.lay_out(self.data, self.steps).micro_batches
+        chosen, data = self.plan(gpu), replace(self.data)
+        if chosen.packed:
+            chosen, _ = autoconfig.share(self.config, machine(gpu), chosen, data, False)
+        batches = estimate.lay_out(data, self.steps).micro_batches
         if arm == "unsloth-notebook":
             chosen = replace(chosen, gradient_checkpointing="unsloth", packed=False)
             batches = [Workload(rows * n, rows * n, 0, 0) for rows, n, _ in self.rectangles(self.at_once)]
