@@ -73,6 +73,12 @@ def round_once() -> None:
     Linear.forward = forward  # type: ignore[method-assign]
 
 
+def page(root: Path) -> str:
+    """For docs/recipes.md, behind the recipes' own tables."""
+    rows = recipes.read(root / ROWS)
+    return "\n\n**other arithmetic, gsm8k**\n\n" + table(rows, recipes.read(root / recipes.RESULTS)) if rows else ""
+
+
 def table(rows: list[dict[str, Any]], bf16: list[dict[str, Any]]) -> str:
     """Markdown: held-out loss of each arithmetic over the same seeds, and the paired difference from bf16."""
     rate, _ = recipes.search(bf16, "gsm8k", recipes.BASELINE)

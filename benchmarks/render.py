@@ -13,6 +13,7 @@ import sys
 from pathlib import Path
 from typing import Any
 
+import precision
 import recipes
 
 from fasttune.report import rate as number
@@ -40,7 +41,7 @@ def main(argv: list[str] | None = None) -> int:
     for path, marker, text in (
         (options.root / "benchmarks" / "README.md", "results", tables(rows)),
         (options.root / "README.md", "measured", sentences(rows)),
-        (options.root / "docs" / "recipes.md", "recipes", recipes.page(options.root)),
+        (options.root / "docs" / "recipes.md", "recipes", recipes.page(options.root) + precision.page(options.root)),
         (options.root / "fasttune" / "tools" / "rates.json", None, json.dumps(rates(rows), indent=2) + "\n"),
     ):
         old = path.read_text(encoding="utf-8")
