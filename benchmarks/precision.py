@@ -67,8 +67,8 @@ def round_once() -> None:
             wide = x.bfloat16().float()
             inner = (wide @ a.t()).bfloat16().float()
             exact = wide @ self.base_layer.weight.float().t() + (inner @ b.t()) * self.scaling["default"]
-            return_value = exact.to(plain.dtype)
-        return plain + (return_value - plain).detach()
+            rounded = exact.to(plain.dtype)
+        return plain + (rounded - plain).detach()
 
     Linear.forward = forward  # type: ignore[method-assign]
 

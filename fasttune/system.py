@@ -254,9 +254,6 @@ def native_stderr_closed() -> Iterator[None]:
         os.close(nowhere)
 
 
-# --- processes: a stranger's folder may hold a torch.py, and Python puts the current folder first on its path
-
-
 @contextlib.contextmanager
 def no_collections() -> Iterator[None]:
     """For imports: half a million objects that stay, and Python would look through all of them, again and again."""
@@ -267,6 +264,9 @@ def no_collections() -> Iterator[None]:
     finally:
         if collecting:
             gc.enable()
+
+
+# --- processes: a stranger's folder may hold a torch.py, and Python puts the current folder first on its path
 
 
 def leave_current_folder() -> None:

@@ -37,6 +37,7 @@ with system.no_collections():
     from unsloth import FastLanguageModel, tokenizer_utils
     import torch
     import transformers
+
 transformers.utils.logging.disable_progress_bar()
 # A chat template is a stranger's program: bounded wherever it runs, and as `fasttune data` shows it, never repaired.
 transformers.utils.chat_template_utils._compile_jinja_template = sandbox.Bounded
