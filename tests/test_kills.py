@@ -96,7 +96,7 @@ def test_signals_after_the_last_step(tmp_path: Path, monkeypatch: pytest.MonkeyP
 
 
 VICTIM = """
-import gc, json, os, sys
+import gc, json, os, sys, time
 os.environ["OMP_NUM_THREADS"] = "1"  # no thread pool: this process forks
 answers = os.fdopen(os.dup(1), "w")
 os.dup2(os.open(os.devnull, os.O_WRONLY), 1)  # unsloth greets
@@ -104,6 +104,14 @@ sys.path.insert(0, sys.argv[2])
 from tiny_run import run, TREE
 from pathlib import Path
 import fasttune.core.train, fasttune.core.model, fasttune.core.trainer, fasttune.core.resume
+from fasttune.core import checkpoint
+def slowly(call):
+    def called(*arguments):
+        time.sleep(0.003)
+        return call(*arguments)
+    return called
+# A disk that takes its time: on a fast one all is written before the killer has looked again.
+checkpoint._save_tensors, checkpoint._to_disk = slowly(checkpoint._save_tensors), slowly(checkpoint._to_disk)
 folder = Path(sys.argv[1])
 gc.freeze()
 for line in sys.stdin:

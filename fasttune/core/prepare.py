@@ -102,8 +102,7 @@ def prepare(config: Config, folder: Path, reporter: Reporter, start: Path | None
 
         warnings += filter(None, map(gpus.capped, machine.gpus))
         if lacks := gpus.triton_lacks():
-            needed = f"{lacks[0]} ({lacks[1]})"
-            raise FasttuneError(f"Triton compiles kernels for the GPU at the first step and needs {needed}")
+            raise FasttuneError(f"Triton compiles at the first step of a run and needs {lacks[0]} ({lacks[1]})")
     reporter.note("importing unsloth and torch …")
     from fasttune.core import evaluation, model as models, packing, what_ran
     from fasttune.cpu import fused_lora
