@@ -174,8 +174,8 @@ def rate_tflops(config: Config, chosen: Plan, machine: Hardware) -> tuple[Range 
 
     peak = chips.peak_bf16_tflops(name)
     if peak is None or chosen.dtype != "bfloat16":
-        return None, f"nothing measured on {name} in {chosen.dtype}, and no datasheet peak to go by"
-    return _share(MFU, peak), f"nothing measured on {name}: {MFU[0]:.0%} to {MFU[1]:.0%} of its {peak:g} TFLOP/s"
+        return None, f"no speed on file for {name} in {chosen.dtype}, and no datasheet peak to go by"
+    return _share(MFU, peak), f"no speed of 5 repeats known: {MFU[0]:.0%} to {MFU[1]:.0%} of {name}'s {peak:g} TFLOP/s"
 
 
 def _of_cpu(chosen: Plan, name: str, here: list[dict[str, Any]]) -> tuple[Range, str]:
