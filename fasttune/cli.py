@@ -24,9 +24,9 @@ Done = tuple[int, Any]  # the exit code, and what --json prints
 
 def main(argv: list[str] | None = None) -> int:
     """Run one command and return its exit code."""
-    for name in ("stdout", "stderr"):
+    for name, mode in (("stdin", "r"), ("stdout", "w"), ("stderr", "w")):
         if getattr(sys, name) is None:  # whoever started this has closed it, as with >&-
-            setattr(sys, name, open(os.devnull, "w"))  # noqa: SIM115  for as long as the process lives
+            setattr(sys, name, open(os.devnull, mode))  # noqa: SIM115  for as long as the process lives
     if argv is None:
         system.leave_current_folder()
         atexit.register(gc.freeze)  # else Python looks through all of torch once more before it ends: 2 seconds

@@ -11,11 +11,10 @@ VLLM_RANKS = (1, 8, 16, 32, 64, 128, 256, 320, 512)  # --max-lora-rank takes the
 
 def after_training(result: RunResult) -> list[tuple[str, str]]:
     """(what for, command) of a run that has saved an adapter or a model; nothing of any other."""
-    folder = Path(result.output_dir)
-    adapter, model = folder / "adapter", folder / "model"
+    adapter, model = Path(result.output_dir, "adapter"), Path(result.output_dir, "model")
     if not adapter.exists() and not model.exists():
         return []
-    commands = of_run(str(folder), result.plain_text, adapter.exists(), f"{folder}-merged")
+    commands = of_run(result.output_dir, result.plain_text, adapter.exists(), "merged")
     served = serve_adapter(adapter, result.name, str(adapter)) if adapter.exists() else serve_model(str(model))
     return [*commands, *([("serve", served)] if served else [])]
 

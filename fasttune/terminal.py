@@ -114,7 +114,9 @@ class Reporter:
         """Paths and commands with what they are: not in a table, since each must stay in one piece to be copied."""
         self.stop()
         for label, value in () if self._quiet else named:
-            self._console.print(Text.assemble((f"{label:<9}", "bold"), plain(value)), soft_wrap=True)
+            above = self._live and 9 + len(value) > self._console.width  # so that most commands fit into 60 columns
+            heading = (f"{label}\n" if above else f"{label:<9}", "bold")
+            self._console.print(Text.assemble(heading, plain(value)), soft_wrap=True)
 
     def warn(self, text: str) -> None:
         """A warning, once, above the bar; the final report has those of the result."""

@@ -128,6 +128,12 @@ def test_an_output_that_takes_nothing(command: str, redirected: str, code: int, 
     assert (done.returncode, done.stderr) == (code, told)
 
 
+def test_a_chat_whose_input_is_closed_ends_at_once(finished_run: Path) -> None:
+    line = f"{sys.executable} -m fasttune.cli generate {finished_run} --chat <&-"
+    done = subprocess.run(["bash", "-c", line], stderr=subprocess.PIPE, text=True, check=False)
+    assert done.returncode == 0 and "Traceback" not in done.stderr, done.stderr
+
+
 @pytest.mark.parametrize("command", ["train", "plan", "data", "bench"])
 def test_what_train_refuses_is_refused_by_those_that_look(fasttune: Any, tmp_path: Path, command: str) -> None:
     Path("empty.jsonl").write_text("\n")

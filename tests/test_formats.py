@@ -1,5 +1,6 @@
 """Rows → conversations: forms are recognised by their keys; a wrong row is named, a useless one is dropped and why."""
 
+from decimal import Decimal
 from typing import Any
 
 import pytest
@@ -208,6 +209,8 @@ def test_a_turn_that_says_so_is_not_trained_on(flag: dict[str, Any]) -> None:
         ({"content": [{"type": "text", "words": "a"}]}, "which holds no text"),
         ({"content": ["a"]}, "a part of a turn is str 'a'; expected"),
         ({"tool_calls": 7}, "a tool call is int 7"),
+        ({"tool_calls": [{"name": "add", "kwargs": {"a": 1}}]}, "a tool call has kwargs and no arguments"),
+        ({"tool_calls": [{"name": "add", "arguments": {"a": Decimal("9" * 5000)}}]}, "a number of thousands of digits"),
     ],
 )
 def test_what_a_turn_says_and_we_do_not_follow_is_named(turn_of: dict[str, Any], told: str) -> None:
@@ -300,6 +303,8 @@ def test_a_row_can_be_marked_as_a_whole() -> None:
         ([ANSWER | {"tool_calls": "", "function_call": None}], {}),
         ([{"role": "assistant", "tool_calls": [CALL[0]["function"]]}], {"tool_calls": CALL}),
         ([{"role": "assistant", "function_call": {"name": "add", "arguments": '{"a": 1}'}}], {"tool_calls": CALL}),
+        ([{"role": "assistant", "tool_calls": [{"name": "add", "args": {"a": 1}}]}], {"tool_calls": CALL}),
+        ([{"role": "assistant", "tool_calls": [{"name": "add", "parameters": {"a": 1}}]}], {"tool_calls": CALL}),
     ],
 )
 def test_calls_come_in_todays_form(turns: list[dict[str, Any]], more: dict[str, Any]) -> None:
@@ -315,6 +320,14 @@ def test_functions_are_tools_and_their_answers_come_from_a_tool() -> None:
     assert (found.tools, found.messages[2]) == ([TOOL], turn("tool", "2", name="add"))
     bare = convert({"messages": PAIR, "tools": [TOOL["function"]]})
     assert isinstance(bare, Conversation) and bare.tools == [TOOL]
+
+
+def test_a_sharegpt_turn_calls_and_thinks_as_one_of_openai_does() -> None:
+    said = {"from": "gpt", "value": "a", "tool_calls": CALL, "reasoning_content": "r"}
+    row = {"conversations": [{"from": "human", "value": "q"}, said]}
+    found = convert(row)
+    assert isinstance(found, Conversation) and formats.not_used(row, "conversations") == set()
+    assert found.messages[1] == ANSWER | {"tool_calls": CALL, "reasoning_content": "r"}
 
 
 def test_what_a_function_call_turn_thinks_is_kept() -> None:

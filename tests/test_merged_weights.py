@@ -1,6 +1,7 @@
 """Merged weights are PEFT's, to the last file: shard by shard, refused where not exact."""
 
 import json
+import math
 import shutil
 import warnings
 from dataclasses import replace
@@ -8,6 +9,7 @@ from pathlib import Path
 from typing import Any
 
 import pytest
+import safetensors.torch
 
 from fasttune.errors import ModelError
 from fasttune.settings import ModelConfig
@@ -220,6 +222,11 @@ def test_other_bases_are_refused(tmp_path: Path, finished_run: Path) -> None:
         huge = {name: replace(delta, scale=1e9) for name, delta in plan.deltas.items()}
         (tmp_path / "out").mkdir()
         merged_weights.write(replace(plan, deltas=huge), tmp_path / "out", "float16", print)
+    file = shutil.copytree(finished_run / "adapter", tmp_path / "nan") / "adapter_model.safetensors"
+    safetensors.torch.save_file({k: w * math.nan for k, w in safetensors.torch.load_file(file).items()}, file)
+    with pytest.raises(ModelError, match=r"its weights for model\.layers.* are not finite"):
+        plan = merged_weights.plan(ModelConfig(name="builtin:tiny"), tmp_path / "nan")
+        merged_weights.write(plan, tmp_path / "out", None, print)
 
 
 @pytest.mark.parametrize("trusted", [True, False])

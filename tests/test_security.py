@@ -247,6 +247,9 @@ def test_weights_as_a_pickle_are_refused_unread(tiny_folder: Path, tmp_path: Pat
         with pytest.raises(ModelError, match="has its weights as a pickle"):
             model.load(ModelConfig(name=str(tiny_folder), max_length=64), "float32", "none", False, 0)
     assert not (tmp_path / "ran").exists()
+    (tiny_folder / "pytorch_model.bin").unlink()
+    with pytest.raises(ModelError, match=r"has no weights \(model\.safetensors\)"):
+        model.load(ModelConfig(name=str(tiny_folder), max_length=64), "float32", "none", False, 0)
 
 
 @pytest.mark.parametrize(

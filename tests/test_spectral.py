@@ -146,7 +146,8 @@ def test_killed_and_resumed_across_a_refactoring_it_is_the_same_run(whole: Path,
 
 def test_where_it_is_never_due_the_run_is_the_same_to_the_bit(unsloth: None, tmp_path: Path) -> None:
     for name, every in (("off", None), ("later", STEPS + 1)):
-        run(tmp_path / name, {"lora": {"refactor_every": every}})
+        result = run(tmp_path / name, {"lora": {"refactor_every": every}})
+    assert result.warnings == [f"lora.refactor_every={STEPS + 1}: never, the run has {STEPS} steps"]
     assert learned(tmp_path / "later") == learned(tmp_path / "off") and learned(tmp_path / "off")
     assert not (tmp_path / "later" / "refactor.jsonl").exists()
 

@@ -4,6 +4,7 @@ import dataclasses
 import io
 import json
 import re
+from pathlib import Path
 
 import pytest
 from rich.console import Console
@@ -226,7 +227,7 @@ def test_the_end_names_the_next_commands_unbroken(tmp_path):
     assert lines[-4:] == [
         f"ask it   fasttune generate '{run}' --chat",
         f"score it fasttune eval '{run}'",
-        f"merge it fasttune merge '{run}' --out '{run}-merged'",
+        f"merge it fasttune merge '{run}' --out merged",
         f"serve    vllm serve owner/base --enable-lora --lora-modules 'my-run={run}/adapter' --max-lora-rank 32",
     ]
     lines = printed(make_result(run, make_steps(9), plain_text=True), width=60).splitlines()
@@ -237,6 +238,18 @@ def test_the_end_names_the_next_commands_unbroken(tmp_path):
     assert lines[-1] == f"serve    vllm serve '{run}/model'" and "merge it" not in "\n".join(lines)
     (run / "model").rename(run / "lost")
     assert "vllm" not in printed(make_result(run, make_steps(9), status="failed"))
+
+
+def test_in_a_narrow_terminal_the_next_commands_stand_on_lines_of_their_own(tmp_path, monkeypatch):
+    monkeypatch.chdir(tmp_path)
+    run = Path("runs") / "quickstart-20261127-051216"  # as a run is called by itself
+    (run / "adapter").mkdir(parents=True)
+    reporter, file = make_reporter(width=60, live=True)
+    reporter.finish(make_result(run, make_steps(9)))
+    lines = re.sub(r"\x1b\[[0-9;?]*[a-zA-Z]", "", file.getvalue()).splitlines()
+    for command in (f"generate {run} --chat", f"eval {run}", f"merge {run} --out merged"):
+        (line,) = [line for line in lines if f"fasttune {command}" in line]
+        assert len(line) <= 60
 
 
 @pytest.mark.parametrize(

@@ -45,10 +45,16 @@ def refused(capsys: pytest.CaptureFixture[str], *command: str) -> str:
 @pytest.mark.parametrize(
     ("rename", "told"),
     [
-        (lambda name: name.replace("model.layers", "model.language_model.layers"), "none of the adapter's 28 weights"),
-        (lambda name: name.removeprefix(trained_model.PREFIX), "no layer: model.layers.0"),
-        (lambda name: name if "layers.0" in name else None, "14 of the adapter's 14 weights .* 14 missing"),
-        (lambda name: name.replace("layers.1", "layers.7"), "14 of the adapter's 28 weights"),
+        (
+            lambda name: name.replace("model.layers", "model.language_model.layers"),
+            "28 of the adapter's 28 weights have no layer",
+        ),
+        (
+            lambda name: name.removeprefix(trained_model.PREFIX),
+            "no layer in the base, e.g. model.layers.0.*base_model.model",
+        ),
+        (lambda name: name if "layers.0" in name else None, "no weights for 14 of those .*layers.1.*get it again"),
+        (lambda name: name.replace("layers.1", "layers.7"), "14 of the adapter's 28 weights have no layer"),
     ],
 )
 def test_an_adapter_that_does_not_fit_is_no_answer_of_the_base(

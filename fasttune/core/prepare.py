@@ -154,6 +154,8 @@ def prepare(config: Config, folder: Path, reporter: Reporter, start: Path | None
     data.rank, data.ranks, data.in_step = ranks.rank, ranks.size, ranks.parts > 1
     total_steps = data.total_steps(config.train.epochs, config.train.max_steps)
     schedules.check(config.train, total_steps)
+    if total_steps < (config.lora.refactor_every or 0):
+        warnings.append(f"lora.refactor_every={config.lora.refactor_every}: never, the run has {total_steps} steps")
     config = in_steps(config, total_steps)
     if packed:
         reporter.note("proving that rows with the same beginning can share it …")

@@ -4,7 +4,7 @@ import re
 
 from fasttune import hub
 from fasttune.config import Config
-from fasttune.core.model_files import pickled
+from fasttune.core.model_files import folder_of, pickled
 from fasttune.errors import FasttuneError, HubError, ModelError
 
 # As torch, huggingface_hub (utils/_http.py, file_download.py) and
@@ -36,6 +36,8 @@ def explain(name: str, error: BaseException) -> FasttuneError:
         if re.search(said, text):
             kind = HubError if remedy.startswith("is gated") else ModelError
             return kind(f"model.name: {name} {remedy.format(name=name)}")
+    if NO_SAFETENSORS in text and (folder := folder_of(name)) and not any(folder.glob("*.bin")):
+        return ModelError(f"model.name: {name} has no weights (model.safetensors); get the whole model")
     if NO_SAFETENSORS in text:
         return pickled(f"model.name: {name}", "pytorch_model.bin")
     if re.search(UNREACHABLE, text):

@@ -92,6 +92,7 @@ def _check_free(folder: Path, replace: bool) -> None:
 def resume_command(job: "Job") -> str:
     """What a person types to resume a run."""
     command = ["fasttune", "train", str(job.folder / CONFIG), "--resume", str(job.folder)]
+    command += ["--gpus", str(job.ranks.size)] if 1 < job.ranks.size == job.ranks.local_size else []
     return shlex.join([*command, *([f"{TRUST}=true"] if job.config.model.trust_remote_code else [])])
 
 

@@ -45,6 +45,7 @@ USED["alpaca"].add("input")
 MEDIA_MARKS = ("<image>", "<audio>", "<video>")  # in a text alone they may as well be markup
 NAME_CHARACTERS = 60
 REASONING = ("reasoning_content", "reasoning", "thinking")  # of a turn, as templates call it
+OF_SHAREGPT = ("from", "value", "tool_calls", *REASONING, *FLAGS)  # what is read of such a turn
 
 
 class Unusable(Exception):
@@ -163,7 +164,7 @@ def not_used(row: Row, form: str) -> set[str]:
     for number, turn in enumerate(turns if isinstance(turns, list) else ()):
         role = turn.get("role", turn.get("from"))
         if "from" in turn:
-            found |= {f"{key} of a turn" for key in turn if key not in ("from", "value", *FLAGS) and turn[key]}
+            found |= {f"{key} of a turn" for key in turn if key not in OF_SHAREGPT and turn[key]}
         if role in ("user", "human"):
             found |= {f"{key}: true of a {role} turn" for key in ("train", "loss") if turn.get(key) is True}
         if number == 0 and role == "system" and row.get("system") not in (None, "", *turn.values()):

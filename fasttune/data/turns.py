@@ -9,12 +9,13 @@ import re
 from functools import lru_cache
 from typing import Any
 
-from fasttune.data.formats import FLAG_VALUES, FLAGS, Message, Row, Unusable, turn
+from fasttune.data.formats import FLAG_VALUES, FLAGS, REASONING, Message, Row, Unusable, turn
 from fasttune.errors import DataError, short
 
 ROLES = ("system", "developer", "user", "assistant", "tool", "function")
 SHAREGPT_ROLES = {"human": "user", **dict.fromkeys(("gpt", "chatgpt", "bing", "bard", "function_call"), "assistant")}
 SHAREGPT_ROLES["observation"] = "tool"
+ARGUMENTS = ("arguments", "parameters", "args", "input")  # of a call: Llama 3.1, LangChain and Anthropic have their own
 LIKE_FLAGS = ("train", "loss", "weight", "mask", "learn")  # what a part of the name of another flag begins with
 
 
@@ -67,6 +68,9 @@ def _sharegpt(given: Any, place: str) -> Message:
         if (called := of_text(given["value"])) is None:
             raise Unusable("a function_call turn that is no JSON of name and arguments")
         return called
+    more = {key: given[key] for key in ("tool_calls", *REASONING) if given.get(key)}
+    if more:
+        return _openai({"role": role, "content": given["value"], **more}, place)
     return turn("tool" if role == "function" else role, given["value"])
 
 
@@ -145,7 +149,10 @@ def in_form(call: Any, place: str) -> dict[str, Any]:
     function = call.get("function") if isinstance(call, dict) else None
     if not isinstance(function, dict) or not isinstance(function.get("name"), str):
         raise DataError(f"data: {place}: a tool call is {short(call)}, expected {{function: {{name, arguments}}}}")
-    given = function.get("arguments")
+    key = next((key for key in ARGUMENTS if function.get(key) is not None), "arguments")
+    given = function.get(key)
+    if given is None and (lost := [name for name, part in function.items() if isinstance(part, dict | list)]):
+        raise DataError(f"data: {place}: a tool call has {lost[0][:60]} and no arguments; call them arguments")
     arguments: Any = {} if given is None or given == "" else given
     if isinstance(arguments, str):
         try:
@@ -158,7 +165,14 @@ def in_form(call: Any, place: str) -> dict[str, Any]:
         if isinstance(read, dict):
             arguments = Arguments(read)
             arguments._text = given
-    return {**call, "type": call.get("type") or "function", "function": {**function, "arguments": arguments}}
+    named = {"arguments" if name == key else name: part for name, part in function.items()}
+    function = named | {"arguments": arguments}
+    try:
+        json.dumps(arguments)
+    except (TypeError, ValueError):  # sources.parse reads it as a Decimal
+        what = f"the arguments of a call of {function['name'][:60]}"
+        raise DataError(f"data: {place}: {what} hold a number of thousands of digits") from None
+    return {**call, "type": call.get("type") or "function", "function": function}
 
 
 def _is_bare(value: Any) -> bool:

@@ -198,6 +198,8 @@ def _merged(merge: Merge, name: str, weight: Any, dtype: str | None) -> Any:
     else:
         made = (_read(adapter, merge.replaced[name]) if name in merge.replaced else weight).to(wanted)
     if made.is_floating_point() and (delta or wanted == torch.float16) and not made.abs().max().isfinite():
+        if delta and not product.abs().max().isfinite():
+            raise ModelError(f"{adapter}: its weights for {name} are not finite (NaN or infinity); train it again")
         raise ModelError(f"{name}: has values that {wanted} cannot hold; merge with --dtype bf16")
     return made.contiguous()
 

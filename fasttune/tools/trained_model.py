@@ -122,7 +122,7 @@ def _run(name: str, folder: Path, trust: bool) -> TrainedModel:
     base = own | ({"name": str(weights), "revision": None} if full else {})
     if not full:
         adapter_settings(weights)
-    unfinished = f"{name}: this run is {status}, so the weights in {weights.name}/ are not its last ones"
+    unfinished = f"{name}: this run is {status}, so the weights in {weights.name}/ may not be its last ones"
     warnings = [] if status == "completed" else [unfinished]
     model = configuration.changed(config, model=base).model
     return TrainedModel(name, model, None if full else weights, folder, config, result or None, warnings)
@@ -236,13 +236,13 @@ def put_on(model: Any, folder: Path) -> tuple[Any, dict[str, Shape], int | None]
     known = {name.replace(".default", ""): value for name, value in parameters} | wanted
     lacking = sorted(set(wanted) - set(shapes))
     unused = sorted(name for name in set(shapes) - set(known) if copied(name) not in shapes)
-    if lacking or unused:
-        fits, more = len(shapes) - len(unused), f", {len(lacking)} missing" if lacking else ""
-        mine, its = ((names or ["none"])[0][:48] for names in (unused, lacking))
-        raise ModelError(
-            f"{str(folder)[:40]}: {fits or 'none'} of the adapter's {len(shapes)} weights belong to a layer of the base"
-            f"{more} (no layer: {mine}; missing: {its}); set base_model_name_or_path to its own base"
-        )
+    if unused:
+        told = f"{len(unused)} of the adapter's {len(shapes)} weights have no layer in the base, e.g. {unused[0]}"
+        fix = "name them as PEFT does, base_model.model.…, or set base_model_name_or_path to its own base"
+        raise ModelError(f"{folder}: {told}; {fix}")
+    if lacking:
+        told = f"the adapter has no weights for {len(lacking)} of those its settings name, e.g. {lacking[0]}"
+        raise ModelError(f"{folder}: {told}; get it again whole, or set base_model_name_or_path to its own base")
     for name, shape in shapes.items():
         if name in known and shape != (size := tuple(known[name].shape)):
             raise ModelError(f"{folder}: {name} is {shape}, for this base it would be {size}; it has another base")
