@@ -210,7 +210,10 @@ def test_a_turn_that_says_so_is_not_trained_on(flag: dict[str, Any]) -> None:
         ({"content": ["a"]}, "a part of a turn is str 'a'; expected"),
         ({"tool_calls": 7}, "a tool call is int 7"),
         ({"tool_calls": [{"name": "add", "kwargs": {"a": 1}}]}, "a tool call has kwargs and no arguments"),
-        ({"tool_calls": [{"name": "add", "arguments": {"a": Decimal("9" * 5000)}}]}, "a number of thousands of digits"),
+        (
+            {"tool_calls": [{"name": "add", "arguments": {"a": Decimal("9" * 5000)}}]},
+            "thousands of digits: write it as text",
+        ),
     ],
 )
 def test_what_a_turn_says_and_we_do_not_follow_is_named(turn_of: dict[str, Any], told: str) -> None:

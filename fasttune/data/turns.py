@@ -169,9 +169,10 @@ def in_form(call: Any, place: str) -> dict[str, Any]:
     function = named | {"arguments": arguments}
     try:
         json.dumps(arguments)
-    except (TypeError, ValueError):  # sources.parse reads it as a Decimal
+    except (TypeError, ValueError):  # of Parquet; sources.parse reads such a number as a Decimal
         what = f"the arguments of a call of {function['name'][:60]}"
-        raise DataError(f"data: {place}: {what} hold a number of thousands of digits") from None
+        fix = "hold a date, bytes or a number of thousands of digits: write it as text"
+        raise DataError(f"data: {place}: {what} {fix}") from None
     return {**call, "type": call.get("type") or "function", "function": function}
 
 
